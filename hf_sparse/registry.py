@@ -1,0 +1,73 @@
+"""Name -> class, one registry per family (schedulers, curves, criteria, patterns, allocations)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name closest to `name`, or nothing when none is close.
+
+    Example:
+        >>> nearest("magnitud", ["magnitude", "snip"])
+        ' Did you mean "magnitude"?'
+    """
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+class Registry:
+    """The members of one family, by name.
+
+    Example:
+        >>> colours = Registry("colour")
+        >>> @colours.register("red")
+        ... class Red: ...
+        >>> colours["red"] is Red
+        True
+        >>> colours["rad"]
+        Traceback (most recent call last):
+        ...
+        ValueError: unknown colour "rad": known are red. Did you mean "red"?
+    """
+
+    def __init__(self, family: str):
+        self.family = family
+        self._members: dict[str, Any] = {}
+
+    def register(self, name: str) -> Callable[[Any], Any]:
+        """A decorator that files a class or function under `name`.
+
+        Raises:
+            ValueError: `name` is taken by another member.
+        """
+
+        def file(member: Any) -> Any:
+            taken = self._members.get(name)
+            if taken is not None and taken is not member:
+                raise ValueError(
+                    f'{self.family} "{name}" is already registered, by {taken.__module__}.{taken.__qualname__}: '
+                    "choose another name."
+                )
+            self._members[name] = member
+            return member
+
+        return file
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._members:
+            raise ValueError(f"unknown {self.family} {self.describe(name)}")
+        return self._members[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    def names(self) -> list[str]:
+        """The registered names, sorted."""
+        return sorted(self._members)
+
+    def describe(self, name: object) -> str:
+        """Text for an error about an unknown `name`: the name, the known ones, the nearest."""
+        return f'"{name}": known are {", ".join(self.names())}.{nearest(str(name), self.names())}'
