@@ -1,0 +1,99 @@
+"""What an allocation is, and the two exact divisions that every one of them rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..registry import Registry
+
+
+ALLOCATIONS = Registry("allocation")
+"""Functions `allocate(ratio, layers) -> {name: sparsity}`."""
+
+register_allocation = ALLOCATIONS.register
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What an allocation knows of a layer: `units` that compete, the weight's `rows` outputs, `positions` of a kernel
+    and `columns` inputs, and the least and largest sparsity it may get."""
+
+    name: str
+    units: int
+    rows: int
+    columns: int
+    positions: int = 1
+    least: float = 0.0
+    most: float = 1.0
+
+
+def scale_densities(raw: Sequence[float], ratio: float, layers: Sequence[LayerSize]) -> dict[str, float]:
+    """Sparsities s_l = clamp(1 - ε·raw_l, least_l, most_l) with the one ε that makes their mean, weighted by units,
+    equal to `ratio`.
+
+    Raises:
+        ValueError: no ε does: the bounds leave no room for `ratio`.
+    """
+    units = np.array([layer.units for layer in layers], dtype=np.float64)
+    least, most = (np.array([getattr(layer, side) for layer in layers]) for side in ("least", "most"))
+    lowest, highest = (float(np.average(side, weights=units)) for side in (least, most))
+    if not lowest - 1e-9 <= ratio <= highest + 1e-9:
+        raise ValueError(
+            f"sparsity {ratio:.4g} cannot be shared out: the bounds of the layers allow {lowest:.4g} to {highest:.4g}. "
+            "Change target_sparsity, min_sparsity_per_layer or max_sparsity_per_layer."
+        )
+    raw = np.asarray(raw, dtype=np.float64)
+
+    def sparsities(epsilon: float) -> np.ndarray:
+        return np.clip(1.0 - epsilon * raw, least, most)
+
+    low, high = 0.0, float(1.0 / raw.min())
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.average(sparsities(middle), weights=units) > ratio else (low, middle)
+    return {layer.name: float(s) for layer, s in zip(layers, sparsities((low + high) / 2), strict=True)}
+
+
+def apportion(total: int, shares: Sequence[float], least: Sequence[int], most: Sequence[int]) -> np.ndarray:
+    """Whole numbers as close to `shares` as their bounds allow, that add up to `total` exactly.
+
+    Shares are shifted by one common amount where the bounds bind, then rounded by the largest remainder, ties to the
+    first.
+
+    Returns: int64, of the length of `shares`.
+
+    Raises:
+        ValueError: `total` is less than the sum of `least` or more than that of `most`.
+
+    Example:
+        >>> apportion(10, [3.5, 3.5, 3.0], least=[0, 0, 0], most=[9, 9, 9]).tolist()
+        [4, 3, 3]
+        >>> apportion(10, [3.5, 3.5, 3.0], least=[0, 0, 0], most=[2, 9, 9]).tolist()
+        [2, 4, 4]
+    """
+    shares = np.asarray(shares, dtype=np.float64)
+    least, most = np.asarray(least, dtype=np.int64), np.asarray(most, dtype=np.int64)
+    if not least.sum() <= total <= most.sum():
+        raise ValueError(f"{total} units cannot be shared out: the bounds allow {least.sum()} to {most.sum()}.")
+    low, high = float((least - shares).min()), float((most - shares).max())
+    if np.all((least <= shares) & (shares <= most)) and abs(shares.sum() - total) < 0.5:
+        low = high = 0.0
+    for _ in range(100 if low < high else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.clip(shares + middle, least, most).sum() < total else (low, middle)
+    shares = np.clip(shares + (low + high) / 2, least, most)
+    counts = np.floor(shares + 1e-9).astype(np.int64)
+    _settle(counts, shares - counts, total, least, most)
+    return counts
+
+
+def _settle(counts: np.ndarray, remainders: np.ndarray, total: int, least: np.ndarray, most: np.ndarray) -> None:
+    """Move `counts` to `total`, one unit at a time, the largest (or, downwards, smallest) remainder first."""
+    while (missing := total - int(counts.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        room = np.flatnonzero(counts < most if step > 0 else counts > least)
+        order = room[np.argsort(-step * remainders[room], kind="stable")][: abs(missing)]
+        counts[order] += step

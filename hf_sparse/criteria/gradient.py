@@ -1,0 +1,21 @@
+"""Gradient magnitude."""
+
+import torch
+
+from .criterion import GradientCriterion, register_criterion
+
+
+@register_criterion("gradient")
+class Gradient(GradientCriterion):
+    """Sum of |g| since the last prune step: how much the loss still pulls at a weight, pruned or not.
+
+    Example:
+        >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
+        >>> Gradient().saliency(weight, gradient, torch.empty(3))
+        tensor([0.5000, 0.5000, 1.0000])
+
+    Reference: the dense-gradient growth rule of Evci et al., "Rigging the Lottery", 2020, used as a criterion.
+    """
+
+    def saliency(self, weight, gradient, out):
+        return torch.abs(gradient, out=out)

@@ -1,0 +1,21 @@
+"""SNIP: connection sensitivity."""
+
+import torch
+
+from .criterion import GradientCriterion, register_criterion
+
+
+@register_criterion("snip")
+class Snip(GradientCriterion):
+    """Sum of |w·g| since the last prune step: the change of the loss, to first order, when a weight is removed.
+
+    Example:
+        >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
+        >>> Snip().saliency(weight, gradient, torch.empty(3))
+        tensor([0.5000, 1.0000, 3.0000])
+
+    Reference: Lee et al., "SNIP: Single-shot Network Pruning based on Connection Sensitivity", 2019, eq. 5.
+    """
+
+    def saliency(self, weight, gradient, out):
+        return torch.mul(weight, gradient, out=out).abs_()

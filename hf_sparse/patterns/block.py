@@ -1,0 +1,48 @@
+"""RxC blocks: rectangles of weights that fall together."""
+
+from dataclasses import dataclass
+
+from .pattern import Pattern, register_pattern
+
+
+@register_pattern("block")
+@dataclass(frozen=True)
+class Block(Pattern):
+    """A unit is `height` outputs by `width` inputs; its score is the mean of its weights' scores.
+
+    Example:
+        >>> import torch
+        >>> Block(2, 1).pool(torch.tensor([[[1.0, 2.0]], [[3.0, 6.0]]]))
+        tensor([[[2., 4.]]])
+
+    Reference: Narang et al., "Block-Sparse Recurrent Neural Networks", 2017.
+    """
+
+    height: int
+    width: int
+
+    syntax = r"(\d+)x(\d+)"
+    example = "4x1"
+
+    def __post_init__(self):
+        if min(self.height, self.width) < 1:
+            raise ValueError(f'pattern "{self.height}x{self.width}" needs both sides at least 1, as in 4x1.')
+
+    def check(self, rows, columns):
+        for side, size, name in ((self.height, rows, "output"), (self.width, columns, "input")):
+            if size % side:
+                return f'pattern "{self.height}x{self.width}" needs the {name} size divisible by {side}'
+        return None
+
+    def unit_rows(self, rows):
+        return self.height
+
+    def unit_shape(self, shape_RPC):
+        return (shape_RPC[0] // self.height, shape_RPC[1], shape_RPC[2] // self.width)
+
+    def pool(self, scores_RPC):
+        count, positions, columns = self.unit_shape(scores_RPC.shape)
+        return scores_RPC.reshape(count, self.height, positions, columns, self.width).mean(dim=(1, 4))
+
+    def expand(self, keep_U, shape_RPC):
+        return keep_U.repeat_interleave(self.height, dim=0).repeat_interleave(self.width, dim=2)

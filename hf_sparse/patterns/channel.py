@@ -1,0 +1,58 @@
+"""Whole output rows ("channel", or "channel:out") and whole input columns ("channel:in")."""
+
+from dataclasses import dataclass
+
+from .pattern import Pattern, register_pattern
+
+
+@register_pattern("channel")
+@dataclass(frozen=True)
+class Channel(Pattern):
+    """A unit is one output: a row of a matrix, a filter of a convolution. Its score is the mean over its weights.
+
+    Example:
+        >>> import torch
+        >>> Channel().pool(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]))
+        tensor([2., 6.])
+    """
+
+    syntax = "channel|channel:out"
+    example = "channel"
+    has_rows = False
+
+    def unit_shape(self, shape_RPC):
+        return shape_RPC[:1]
+
+    def pool(self, scores_RPC):
+        return scores_RPC.mean(dim=(1, 2))
+
+    def expand(self, keep_U, shape_RPC):
+        return keep_U[:, None, None].expand(shape_RPC)
+
+
+@register_pattern("channel_in")
+@dataclass(frozen=True)
+class ChannelIn(Pattern):
+    """A unit is one input: a column of a matrix, an input channel of a convolution, of each expert.
+
+    Example:
+        >>> import torch
+        >>> ChannelIn().pool(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]))
+        tensor([[3., 5.]])
+    """
+
+    syntax = "channel:in"
+    example = "channel:in"
+    has_rows = False
+
+    def unit_rows(self, rows):
+        return rows
+
+    def unit_shape(self, shape_RPC):
+        return (1, shape_RPC[2])
+
+    def pool(self, scores_RPC):
+        return scores_RPC.mean(dim=(0, 1))[None]
+
+    def expand(self, keep_U, shape_RPC):
+        return keep_U[:, None, :].expand(shape_RPC)

@@ -1,0 +1,61 @@
+"""N:M: of every M neighbours along the input dimension, N are kept."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .n_of_m_kernel import keep_n_of_m
+from .pattern import Pattern, register_pattern
+
+
+@register_pattern("n_of_m")
+@dataclass(frozen=True)
+class NOfM(Pattern):
+    """Keep N of every M: "2:4" keeps two weights of every four (some write the number pruned; 2:4 hides the clash).
+
+    A unit is one weight, and only the M-N lowest of each group may fall. On the way to the target the lowest of those
+    fall first; at the target, 1 - N/M, all of them have fallen and every group holds exactly N.
+
+    Example:
+        >>> scores = torch.tensor([[[3.0, 1.0, 2.0, 4.0]]])
+        >>> NOfM(2, 4).pool(scores)
+        tensor([[[inf, 1., 2., inf]]])
+
+    Reference: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021.
+    """
+
+    keep: int
+    of: int
+
+    syntax = r"(\d+):(\d+)"
+    example = "2:4"
+
+    def __post_init__(self):
+        if not 1 <= self.keep < self.of:
+            raise ValueError(
+                f'pattern "{self.keep}:{self.of}" keeps {self.keep} of every {self.of}: it needs 1 <= N < M, as in 2:4.'
+            )
+
+    @property
+    def max_sparsity(self):
+        return 1.0 - self.keep / self.of
+
+    @property
+    def implied_sparsity(self):
+        return self.max_sparsity
+
+    def check(self, rows, columns):
+        if columns % self.of:
+            return f'pattern "{self.keep}:{self.of}" needs the input size divisible by {self.of}'
+        return None
+
+    def unit_shape(self, shape_RPC):
+        return shape_RPC
+
+    def pool(self, scores_RPC):
+        scores = scores_RPC.contiguous()
+        protected = keep_n_of_m(scores.view(-1, self.of), self.keep).view(scores.shape)
+        return scores.masked_fill(protected, torch.inf)
+
+    def expand(self, keep_U, shape_RPC):
+        return keep_U

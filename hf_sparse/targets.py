@@ -1,0 +1,162 @@
+"""Which parameters can be pruned, which of them are, and the one layout in which everything above sees them.
+
+Layout: every weight is shown as one or more matrices (R, P, C): R output rows, P kernel positions (1 but for a
+convolution), C inputs. They are always views, never copies.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .registry import nearest
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable parameter.
+
+    Args:
+        name: its name in `model.named_parameters()`.
+        kind: "linear" (O, I), "conv1d" (I, O), "conv2d" (O, I, kh, kw), "experts" (E, O, I) or
+            "experts_transposed" (E, I, O).
+        shape: of the parameter.
+        in_base: whether it belongs to the body of the model, not to its task head.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    in_base: bool = True
+
+    @property
+    def module(self) -> str:
+        """The name of the module that holds the parameter."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def numel(self) -> int:
+        """The number of weights."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """(R, P, C) of one matrix of the weight."""
+        if self.kind == "conv2d":
+            return self.shape[0], self.shape[2] * self.shape[3], self.shape[1]
+        rows, columns = self.shape[-2:]
+        return (columns, 1, rows) if self.kind in ("conv1d", "experts_transposed") else (rows, 1, columns)
+
+    def matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """`tensor`, of the parameter's shape, as views of shape (R, P, C): one for each expert, one for others."""
+        if self.kind == "conv2d":
+            return [tensor.flatten(2).transpose(1, 2)]
+        matrices = list(tensor) if tensor.ndim == 3 else [tensor]
+        if self.kind in ("conv1d", "experts_transposed"):
+            matrices = [matrix.t() for matrix in matrices]
+        return [matrix[:, None, :] for matrix in matrices]
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Every parameter of `model` that can be pruned, in the order of the modules: weights of Linear, GPT-2's Conv1D
+    and Conv2d, and fused weights of experts.
+
+    A weight shared by several modules is listed once. Weights tied to an embedding, and everything in a module called
+    after embeddings, are not listed.
+
+    Example:
+        >>> find_layers(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)))
+        [Layer(name='1.weight', kind='linear', shape=(2, 4), in_base=True)]
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    body = _body_parameters(model)
+    layers = []
+    for path, module in model.named_modules():
+        if any("embed" in part for part in path.lower().split(".")):
+            continue
+        for parameter, kind in _prunable(module):
+            if id(parameter) not in seen and parameter.is_floating_point():
+                seen.add(id(parameter))
+                shape = tuple(parameter.shape)
+                layers.append(Layer(names[id(parameter)], kind, shape, in_base=id(parameter) in body))
+    return layers
+
+
+def _body_parameters(model: nn.Module) -> set[int]:
+    """The parameters of the model's body: of `base_model` where a transformers model has one, less what computes its
+    outputs (`get_output_embeddings`)."""
+    body = getattr(model, "base_model", model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    outputs = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    return {id(parameter) for parameter in body.parameters()} - outputs
+
+
+def _prunable(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
+    """The prunable parameters that `module` itself holds, each with its kind."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        yield module.weight, "linear" if isinstance(module, nn.Linear) else "conv2d"
+    elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        yield module.weight, "conv1d"
+    elif type(module).__name__.endswith("Experts") or hasattr(module, "num_experts"):
+        kind = "experts_transposed" if getattr(module, "is_transposed", False) else "experts"
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 3:
+                yield parameter, kind
+
+
+def select_layers(
+    layers: Sequence[Layer], targets: Sequence[str] | None, exclude: Sequence[str] | None
+) -> tuple[list[Layer], list[str]]:
+    """The layers that `targets` name (by default all of the model's body) less those that `exclude` names.
+
+    A pattern is a glob (`*` also crosses dots) that the whole parameter name or module name matches, or `re:` and a
+    regular expression that is found in one. The name may leave out the model's leading parts.
+
+    Returns: the layers, in model order, and the faults found: patterns that are malformed or match nothing.
+
+    Example:
+        >>> layers = find_layers(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)))
+        >>> [layer.name for layer in select_layers(layers, None, ["0"])[0]]
+        ['1.weight']
+    """
+    faults: list[str] = []
+    if targets is None:
+        chosen = [layer for layer in layers if layer.in_base]
+    else:
+        chosen = _matching(layers, targets, "targets", faults)
+    dropped = set(_matching(layers, exclude or (), "exclude", faults))
+    chosen = [layer for layer in chosen if layer not in dropped]
+    if not chosen and not faults:
+        faults.append(f"nothing is left to prune: targets={targets}, exclude={exclude}.")
+    return chosen, faults
+
+
+def _matching(layers: Sequence[Layer], patterns: Sequence[str], field: str, faults: list[str]) -> list[Layer]:
+    found: set[Layer] = set()
+    for pattern in patterns:
+        try:
+            hits = {layer for layer in layers if _matches(pattern, layer)}
+        except re.error as error:
+            faults.append(f'{field}: "{pattern}" is not a regular expression: {error}.')
+            continue
+        if not hits:
+            names = [layer.module for layer in layers]
+            faults.append(
+                f'{field}: "{pattern}" matches none of the {len(layers)} prunable parameters '
+                f"(such as {', '.join(names[:3]) or 'none'}).{nearest(pattern, names)}"
+            )
+        found |= hits
+    return [layer for layer in layers if layer in found]
+
+
+def _matches(pattern: str, layer: Layer) -> bool:
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], layer.name) is not None
+    names = (layer.name, layer.module)
+    return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern) for name in names)
