@@ -1,0 +1,337 @@
+"""The one value that decides over the units of many layers, found in about one read of their scores.
+
+    v = min{v: sum_l clamp(#{u in l: score(u) <= v}, floor_l, cap_l) >= k}
+
+A sample brackets v. One pass counts what lies below the bracket and collects the little that lies inside, and v is
+selected among that. If the bracket missed v the counts tell, and histograms narrow v down instead, each in a pass.
+
+Counts, collected scores and histograms of parts merge by adding or joining; only `_decide` and `_narrowed` draw
+conclusions from them.
+
+Shapes: L layers, B buckets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+_FEW = 4096  # so few scores are collected as they are
+_MANY = 4_000_000  # so many are worth starting threads
+_DEVIATIONS = 6.0  # half-width of the bracket, in standard deviations of the sample's rank
+_BUCKETS = 256  # of a histogram, for each layer
+_NUMPY_DEVICES = ("cpu",)  # where numpy's comparisons and partition are several times faster than torch's
+
+
+class Scores(Protocol):
+    """The scores of one layer's units, computed when asked for, so that none is ever stored.
+
+    Layers are read by several threads, each layer by one, without gradients.
+    """
+
+    numel: int
+    """Number of units."""
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """All scores in position order: 1-D float32 tensors that the reader may overwrite and the next may reuse."""
+
+    def sample(self, count: int) -> torch.Tensor:
+        """About `count` of the scores (1-D float32) spread over the layer, the same ones at every call."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """k units fall over L layers, floors[l] to caps[l] of each; all (L) int64."""
+
+    k: int
+    sizes: np.ndarray
+    floors: np.ndarray
+    caps: np.ndarray
+
+    @property
+    def free(self) -> bool:
+        """Whether no layer can be held back."""
+        return not self.floors.any() and bool((self.caps == self.sizes).all())
+
+    def fallen(self, counts: np.ndarray) -> np.ndarray:
+        """(L) units that fall of each layer if `counts` of them lie below the common value."""
+        return np.clip(counts, self.floors, self.caps)
+
+    def total(self, counts: np.ndarray) -> float:
+        return self.fallen(counts).sum()
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    """v is thought to be in low..high; `tied` if many scores equal an end and are better counted than collected."""
+
+    low: float
+    high: float
+    tied: bool
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """What a pass found of each layer: counts (L), and the scores inside the bracket that were not counted."""
+
+    bracket: _Bracket
+    below: np.ndarray
+    at_low: np.ndarray
+    at_high: np.ndarray
+    inside: list[torch.Tensor]
+
+
+def search(layers: Sequence[Scores], problem: Problem, names: Sequence[int]) -> tuple[float, np.ndarray, np.ndarray]:
+    """Finds v, for sum(floors) < k < sum(caps).
+
+    Returns: v, and for each layer (L) the number of units below it and equal to it.
+
+    Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
+    """
+    total = int(problem.sizes.sum())
+    tally = _tally(layers, _sampled(layers, problem, names), names, room=2**18 + total // 64)
+    found = tally and _decide(problem, tally)
+    if found is None:
+        tally = _tally(layers, _narrowed(layers, problem), names, room=math.inf)
+        found = _decide(problem, tally)
+    return found
+
+
+def array(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
+    """The same memory in the library that is faster on its device."""
+    return tensor.numpy() if tensor.device.type in _NUMPY_DEVICES else tensor
+
+
+def _sampled(layers: Sequence[Scores], problem: Problem, names: Sequence[int]) -> _Bracket:
+    total = int(problem.sizes.sum())
+    if total <= _FEW:
+        return _Bracket(-math.inf, math.inf, tied=False)
+    # n^(2/3) balances the cost of the sample and of what its bracket lets inside
+    shares = np.diff(np.floor(np.cumsum(problem.sizes) * (2 * total ** (2 / 3) / total)), prepend=0).astype(np.int64)
+    pairs = list(zip(layers, shares.tolist()))
+    samples = _each(
+        lambda pair: pair[0].sample(pair[1]) if pair[1] else torch.empty(0), pairs, _threads(layers, total)
+    )
+    _refuse_nan(samples, names)
+    values = _join(samples).clone()
+    low, high = (_bracket_free if problem.free else _bracket_held)(problem, samples, values)
+    at_ends = int((values == low).sum() + (values == high).sum())
+    return _Bracket(low, high, tied=at_ends > len(values) // 64)
+
+
+def _bracket_free(problem: Problem, samples: list[torch.Tensor], values: torch.Tensor) -> tuple[float, float]:
+    share = problem.k / problem.sizes.sum()
+    rank = share * len(values)
+    half = _DEVIATIONS * math.sqrt(rank * (1 - share)) + 8
+    ranks = math.floor(rank - half), math.ceil(rank + half)
+    inner = _ranked(values, [min(max(rank, 1), len(values)) for rank in ranks])
+    return (inner[0] if ranks[0] >= 1 else -math.inf), (inner[1] if ranks[1] <= len(values) else math.inf)
+
+
+def _bracket_held(problem: Problem, samples: list[torch.Tensor], values: torch.Tensor) -> tuple[float, float]:
+    """Each layer's counts in the sample are scaled up, so that its floor and cap act as on the whole."""
+    counts = np.array([len(sample) for sample in samples])
+    scale = problem.sizes / np.maximum(counts, 1)
+    unseen = np.where(counts == 0, problem.sizes * (problem.k / problem.sizes.sum()), 0.0)
+
+    def crossing(goal: float) -> float:
+        if goal <= problem.total(unseen):
+            return -math.inf
+        if goal > problem.total(counts * scale + unseen):
+            return math.inf
+        return _crossing(samples, goal, lambda found: problem.total(found * scale + unseen))
+
+    middle = crossing(problem.k)
+    found = _counts(samples, lambda scores: scores <= middle)
+    estimate = found * scale
+    moves = (estimate > problem.floors) & (estimate < problem.caps)
+    variance = (scale**2 * found * (1 - found / np.maximum(counts, 1)))[moves].sum()
+    half = _DEVIATIONS * math.sqrt(variance) + 8 * scale.max()
+    return crossing(problem.k - half), crossing(problem.k + half)
+
+
+def _tally(layers: Sequence[Scores], bracket: _Bracket, names: Sequence[int], room: float) -> _Tally | None:
+    """One pass over all layers; None if more than `room` scores lie inside, for then the sample misled."""
+    left = [room]
+    total = sum(layer.numel for layer in layers)
+    found = _each(lambda layer: _tally_layer(layer, bracket, left), layers, _threads(layers, total))
+    if left[0] < 0:
+        return None
+    below, at_low, at_high, inside = zip(*found)
+    # a NaN is neither below nor above, so it is inside
+    _refuse_nan(inside, names)
+    return _Tally(bracket, np.array(below), np.array(at_low), np.array(at_high), list(inside))
+
+
+def _tally_layer(layer: Scores, bracket: _Bracket, left: list[float]) -> tuple[int, int, int, torch.Tensor]:
+    below = at_low = at_high = 0
+    parts = []
+    for chunk in layer.chunks():
+        scores = array(chunk)
+        count = np.count_nonzero if isinstance(scores, np.ndarray) else torch.count_nonzero
+        lower = scores < bracket.low
+        inside = lower == (scores > bracket.high)  # where neither holds
+        below += int(count(lower))
+        if bracket.tied:
+            low, high = scores == bracket.low, scores == bracket.high
+            at_low += int(count(low))
+            at_high += int(count(high)) if bracket.high > bracket.low else 0
+            inside &= ~(low | high)
+        part = scores[inside]
+        if len(part):
+            parts.append(torch.as_tensor(part))
+            left[0] -= len(part)  # threads may lose a little of each other's, which moves the limit a little
+        if left[0] < 0:
+            break
+    return below, at_low, at_high, _join(parts)
+
+
+def _decide(problem: Problem, tally: _Tally) -> tuple[float, np.ndarray, np.ndarray] | None:
+    """v, and the units of each layer below it and equal to it; None if v is not in the bracket."""
+    low, high = tally.bracket.low, tally.bracket.high
+    base = tally.below + tally.at_low
+    most = base + np.array([len(inside) for inside in tally.inside])
+    if problem.total(tally.below) >= problem.k or problem.total(most + tally.at_high) < problem.k:
+        return None
+    if problem.total(base) >= problem.k:
+        value = low
+    elif problem.total(most) < problem.k:
+        value = high
+    elif problem.free:
+        value = _ranked(_join(tally.inside), [problem.k - int(base.sum())])[0]
+    else:
+        value = _crossing(tally.inside, problem.k, lambda found: problem.total(base + found))
+    below = (tally.below if value == low else base) + _counts(tally.inside, lambda scores: scores < value)
+    equal = np.where(value == low, tally.at_low, 0) + _counts(tally.inside, lambda scores: scores == value)
+    return value + 0.0, below, equal + np.where(value == high, tally.at_high, 0)
+
+
+def _counts(parts: Sequence[torch.Tensor], test: Callable) -> np.ndarray:
+    return np.array([int(test(array(part)).sum()) if len(part) else 0 for part in parts], dtype=np.int64)
+
+
+def _ranked(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
+    """The values of these ranks, counted from 1; may reorder `values`."""
+    places = [rank - 1 for rank in ranks]
+    if values.device.type in _NUMPY_DEVICES:
+        values.numpy().partition(places)
+    else:
+        values = values.sort()[0]
+    return values[places].tolist()
+
+
+def _crossing(parts: Sequence[torch.Tensor], goal: float, total: Callable[[np.ndarray], float]) -> float:
+    """min{v: total(#{scores <= v} of each part) >= goal} by quickselect, where total(0) < goal <= total(all)."""
+    values = _join(parts)
+    owner = torch.repeat_interleave(torch.tensor([len(part) for part in parts])).to(values.device)
+    base = np.zeros(len(parts), dtype=np.int64)
+
+    def counts(chosen: torch.Tensor) -> np.ndarray:
+        return base + torch.bincount(owner[chosen], minlength=len(parts)).cpu().numpy()
+
+    while True:
+        pivot = values[:: len(values) // 256 + 1].median()
+        lower, upto = counts(values < pivot), counts(values <= pivot)
+        if total(lower) < goal <= total(upto):
+            return float(pivot)
+        rest = values < pivot if total(lower) >= goal else values > pivot
+        base = base if total(lower) >= goal else upto
+        values, owner = values[rest], owner[rest]
+
+
+def _narrowed(layers: Sequence[Scores], problem: Problem) -> _Bracket:
+    """A bracket that holds v for certain, and few scores besides, found without a sample."""
+    low, high = _key(-math.inf), _key(math.inf)
+    base = np.zeros_like(problem.sizes)
+    few = 2**18 + int(problem.sizes.sum()) // 64
+    while True:
+        width = (high - low) // _BUCKETS + 1
+        counts_LB = np.stack([_histogram(layer, low, high, width) for layer in layers])
+        upto_LB = base[:, None] + counts_LB.cumsum(1)
+        reached = problem.fallen(upto_LB.T).sum(1) >= problem.k
+        # NaN, which no bucket takes, may keep all from reaching k; the pass that follows refuses it
+        bucket = int(reached.argmax()) if reached.any() else _BUCKETS - 1
+        base = upto_LB[:, bucket] - counts_LB[:, bucket]
+        low, high = low + bucket * width, min(high, low + (bucket + 1) * width - 1)
+        if low == high or counts_LB[:, bucket].sum() <= few:
+            return _Bracket(_value(low), _value(high), tied=True)
+
+
+def _histogram(layer: Scores, low: int, high: int, width: int) -> np.ndarray:
+    """(B) scores in each bucket of keys low..high."""
+    counts = torch.zeros(_BUCKETS, dtype=torch.int64)
+    for chunk in layer.chunks():
+        bits = (chunk + 0.0).view(torch.int32)  # -0.0 is 0.0
+        keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+        keys = keys[(keys >= low) & (keys <= high)]
+        counts += torch.bincount((keys - low).div_(width, rounding_mode="floor"), minlength=_BUCKETS).cpu()
+    return counts.numpy()
+
+
+def _key(value: float) -> int:
+    """An integer for a float32 value, in the same order."""
+    bits = int(np.float32(value).view(np.int32))
+    return bits ^ (0x7FFFFFFF if bits < 0 else 0)
+
+
+def _value(key: int) -> float:
+    return float(np.int32(key ^ (0x7FFFFFFF if key < 0 else 0)).view(np.float32)) + 0.0
+
+
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if not len(parts):
+        return torch.empty(0)
+    if all(part.device.type == "cpu" for part in parts):
+        return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
+    device = next(part.device for part in parts if part.device.type != "cpu")
+    return torch.cat([part.to(device) for part in parts])
+
+
+def _refuse_nan(parts: Sequence[torch.Tensor], names: Sequence[int]) -> None:
+    for name, count in zip(names, _counts(parts, lambda scores: scores != scores)):
+        if count:
+            raise ValueError(
+                f"the scores of layer {name} must not be NaN, but some are: look at the weights, or the gradients or "
+                "activations, they were computed from"
+            )
+
+
+def _threads(layers: Sequence[Scores], total: int) -> int:
+    """Accelerators need one thread: streams belong to the caller's."""
+    if total < _MANY or len(layers) == 1 or layers[0].sample(1).device.type != "cpu":
+        return 1
+    return min(len(layers), torch.get_num_threads())
+
+
+def _each(work: Callable, items: Sequence, threads: int) -> list:
+    """work(item) of each item, in order, computed by several threads."""
+    results = [None] * len(items)
+    queue = deque(range(len(items)))
+
+    def run() -> None:
+        with torch.no_grad():  # which threads do not inherit
+            while queue:
+                try:
+                    index = queue.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                results[index] = work(items[index])
+
+    if threads == 1:
+        run()
+        return results
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(run) for _ in range(threads - 1)]
+        run()
+        for other in others:
+            other.result()
+    return results

@@ -1,0 +1,184 @@
+"""Speed and memory of the kernels, against the simplest thing that could be done instead.
+
+    python scripts/bench.py rank                 # exact selection over 110M weights
+    python scripts/bench.py rank --millions 350
+    python scripts/bench.py nm                   # 2:4 masks
+
+Times are medians, divided by the time of one `sum()` of each of the same tensors in the same process: a read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
+from hf_sparse.ranking import CHUNK, TensorScores, keep, lowest, lowest_together
+
+HIDDEN = 768
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """The median time of `repeats` calls after one that does not count."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def reads(work: Callable[[], object], weights: list[torch.Tensor], repeats: int) -> float:
+    """The time of `work` in reads of the weights: the median ratio of neighbouring calls, which noise hits alike."""
+    work()
+    return statistics.median(seconds_once(work) / seconds(lambda: read(weights), 3) for _ in range(repeats))
+
+
+def seconds_once(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def read(weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        weight.sum()
+
+
+def extra_bytes(work: Callable[[], object]) -> int:
+    """What `work` needs at its peak beyond what the process holds already (Linux)."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free but still held would hide what is needed
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def bert_like(millions: int) -> list[torch.Tensor]:
+    """The matrices of an encoder: blocks of four HIDDEN x HIDDEN and two with 4 HIDDEN, rows of different spread."""
+    shapes = [(HIDDEN, HIDDEN)] * 4 + [(4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN)]
+    generator = torch.Generator().manual_seed(0)
+    weights, left = [], millions * 1_000_000
+    while left > 0:
+        shape = shapes[len(weights) % len(shapes)]
+        scale = 0.01 * (1 + torch.rand(shape[0], 1, generator=generator))
+        weights.append(torch.randn(shape, generator=generator) * scale)
+        left -= weights[-1].numel()
+    return weights
+
+
+def magnitudes(weights: list[torch.Tensor]) -> list[TensorScores]:
+    return [TensorScores(weight, magnitude=True) for weight in weights]
+
+
+def write_masks(weights: list[torch.Tensor], cuts: list, masks: list[torch.Tensor]) -> None:
+    for scores, cut, mask in zip(magnitudes(weights), cuts, masks):
+        start, ties, flat = 0, cut.ties, mask.view(torch.bool).view(-1)
+        for chunk in scores.chunks():
+            kept, ties = keep(chunk, cut, ties)
+            flat[start : start + len(kept)] = kept
+            start += len(kept)
+
+
+def joined(weights: list[torch.Tensor], k: int) -> float:
+    return float(torch.cat([weight.view(-1) for weight in weights]).abs_().kthvalue(k)[0])
+
+
+def rank(options: argparse.Namespace) -> None:
+    weights = bert_like(options.millions)
+    total = sum(weight.numel() for weight in weights)
+    print(f"exact selection by |w| over {total / 1e6:.0f}M weights in {len(weights)} layers")
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        print(f"{threads} thread(s), a read takes {seconds(lambda: read(weights), options.repeats) * 1e3:.1f} ms")
+        for share in (0.5, 0.9):
+            k = int(share * total)
+            ratio = reads(lambda: lowest_together(magnitudes(weights), k), weights, options.repeats)
+            print(f"  {share:.0%} over all layers: {ratio:.2f} reads")
+        caps = [int(0.92 * weight.numel()) for weight in weights]
+        ratio = reads(lambda: lowest_together(magnitudes(weights), k, caps=caps), weights, options.repeats)
+        print(f"  90%, at most 92% of each: {ratio:.2f} reads")
+        each = [int(0.9 * weight.numel()) for weight in weights]
+        ratio = reads(lambda: [*map(lowest, magnitudes(weights), each)], weights, options.repeats)
+        print(f"  90% of each layer: {ratio:.2f} reads")
+        cuts = lowest_together(magnitudes(weights), k)
+        masks = [torch.ones(weight.shape, dtype=torch.int8) for weight in weights]
+        ratio = reads(lambda: write_masks(weights, cuts, masks), weights, options.repeats)
+        assert sum(mask.sum(dtype=torch.int64) for mask in masks) == total - k
+        print(f"  writing the int8 masks: {ratio:.2f} reads")
+        flat = torch.cat([weight.view(-1) for weight in weights])
+        for count in (12, 200, 2000):
+            parts = list(flat.tensor_split(count))
+            select = partial(lowest_together, magnitudes(parts), k)
+            ratio, time_taken = reads(select, parts, options.repeats), seconds(select, options.repeats)
+            print(f"  90% over the same weights in {count} layers: {ratio:.2f} reads, {time_taken * 1e3:.0f} ms")
+        del flat
+    size = 4 * total
+    print(f"peak beyond the weights: {extra_bytes(lambda: lowest_together(magnitudes(weights), k)) / size:.1%}")
+    if options.side_by_side:
+        ratio = seconds_once(lambda: joined(weights, k)) / seconds(lambda: read(weights), options.repeats)
+        extra = extra_bytes(lambda: joined(weights, k)) / size
+        print(f"cat + kthvalue: {ratio:.1f} reads, peak {extra:.0%}")
+
+
+def masks_2_of_4(weight: torch.Tensor) -> torch.Tensor:
+    groups = weight.view(-1, 4)
+    mask = torch.empty(groups.shape, dtype=torch.bool)
+    buffer = torch.empty(CHUNK // 4, 4)
+    for start in range(0, len(groups), len(buffer)):
+        part = groups[start : start + len(buffer)]
+        scores = torch.abs(part, out=buffer[: len(part)])
+        mask[start : start + len(part)] = keep_n_of_m(scores, 2)
+    return mask
+
+
+def masks_by_topk(weight: torch.Tensor) -> torch.Tensor:
+    groups = weight.view(-1, 4)
+    places = groups.abs().topk(2, dim=1)[1]
+    return torch.zeros(groups.shape, dtype=torch.bool).scatter_(1, places, True)
+
+
+def nm(options: argparse.Namespace) -> None:
+    constant = masks_2_of_4(torch.ones(1024, 1024))
+    assert torch.equal(constant, torch.tensor([False, False, True, True]).expand_as(constant))
+    lists = {"110M weights": bert_like(options.millions), "one layer, 4096 x 11008": [torch.randn(4096, 11008)]}
+    for name, weights in lists.items():
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            ratio = reads(lambda: [masks_2_of_4(weight) for weight in weights], weights, options.repeats)
+            print(f"{name}, {threads} thread(s): 2:4 masks of |w| in {ratio:.2f} reads")
+        if options.side_by_side:
+            few = weights[:6]
+            ratio = reads(lambda: [masks_by_topk(weight) for weight in few], few, 1)
+            print(f"{name}, {threads} thread(s): topk and scatter in {ratio:.1f} reads")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    benches = parser.add_subparsers(required=True)
+    for bench in (rank, nm):
+        command = benches.add_parser(bench.__name__)
+        command.set_defaults(bench=bench)
+        command.add_argument("--millions", type=int, default=110, help="weights of the model")
+        command.add_argument("--repeats", type=int, default=7)
+        command.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+        command.add_argument("--side-by-side", action="store_true", help="also the simplest way, which takes long")
+    options = parser.parse_args()
+    options.bench(options)
+
+
+if __name__ == "__main__":
+    main()
