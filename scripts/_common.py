@@ -1,0 +1,182 @@
+"""What the example scripts share: arguments, logging, loading of models and the train / finish steps."""
+
+import logging
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import transformers
+import yaml
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingArguments
+
+logger = logging.getLogger("scripts.common")
+
+# YAML 1.1 reads 5e-5 as text (it wants 5.0e-5), and a learning rate that is text fails only deep inside training.
+_FLOAT_WITHOUT_POINT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint, configuration and tokenizer to start from."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub name of the pretrained model."})
+    config_name: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of the configuration, if it is not the model's own."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of the tokenizer, if it is not the model's own."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
+    use_fast_tokenizer: bool = field(
+        default=True, metadata={"help": "Prefer the tokenizer backed by the tokenizers library."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    token: str | None = field(
+        default=None, metadata={"help": "Hub access token; the one stored by `hf auth login` if left out."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the checkpoint. Read that code first."}
+    )
+
+    def hub_kwargs(self) -> dict:
+        """The arguments that every `from_pretrained` call of a script shares."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.model_revision,
+            "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def parse_args(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
+    """Parses a command line, or the one .json / .yaml file that it names, into the given dataclasses.
+
+    Args:
+        dataclass_types: the dataclasses, in the order in which their instances are returned.
+        argv: arguments without the program's name; `sys.argv[1:]` if None.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = HfArgumentParser(dataclass_types)
+    if len(argv) != 1 or not argv[0].endswith((".json", ".yaml", ".yml")):
+        return parser.parse_args_into_dataclasses(args=argv)
+    path = Path(argv[0])
+    if not path.is_file():
+        raise FileNotFoundError(f'argument file "{path}" does not exist.')
+    # JSON is a subset of YAML, so one reader does for both.
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f'argument file "{path}" must hold one mapping of argument names to values.')
+    return parser.parse_dict({name: _as_number(value) for name, value in values.items()})
+
+
+def _as_number(value):
+    return float(value) if isinstance(value, str) and _FLOAT_WITHOUT_POINT.fullmatch(value) else value
+
+
+def setup_logging(training_args: TrainingArguments) -> None:
+    """Logs to stdout: INFO on the main process unless `--log_level` says otherwise, warnings on the others."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[logging.StreamHandler(sys.stdout)],
+    )
+    if training_args.should_log and training_args.log_level == "passive":
+        level = logging.INFO
+    else:
+        level = training_args.get_process_log_level()
+    logging.getLogger("scripts").setLevel(level)
+    datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
+    transformers.utils.logging.set_verbosity(max(level, logging.WARNING))
+    transformers.utils.logging.enable_default_handler()
+    transformers.utils.logging.enable_explicit_format()
+    logger.info(
+        f"process {training_args.process_index} of {training_args.world_size} on {training_args.device}, "
+        f"16-bit training: {training_args.fp16 or training_args.bf16}"
+    )
+
+
+def require_work(training_args: TrainingArguments) -> None:
+    """Refuses a run that was asked to do nothing."""
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise ValueError("nothing to do: pass --do_train, --do_eval or --do_predict.")
+
+
+def resume_point(training_args: TrainingArguments) -> str | bool | None:
+    """Turns `--resume_from_checkpoint` into what `Trainer.train` takes: True, None or an existing folder.
+
+    `--resume_from_checkpoint True` reaches us as the text "True", which the Trainer would look for as a folder.
+    """
+    value = training_args.resume_from_checkpoint
+    if value is None or isinstance(value, bool):
+        return value or None
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true" or None
+    if not Path(value).is_dir():
+        raise FileNotFoundError(
+            f'resume_from_checkpoint "{value}" is not a folder. Pass the path of a checkpoint-N folder, or True for '
+            f'the last checkpoint in "{training_args.output_dir}".'
+        )
+    return value
+
+
+def load_tokenizer(model_args: ModelArguments):
+    """Loads the tokenizer; one without a padding token gets its end-of-text token for that."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **model_args.hub_kwargs())
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(model_args: ModelArguments, **kwargs):
+    """Loads the configuration; `kwargs` override its fields."""
+    name = model_args.config_name or model_args.model_name_or_path
+    return AutoConfig.from_pretrained(name, **model_args.hub_kwargs(), **kwargs)
+
+
+def use_mean_loss(model) -> None:
+    """Tells the Trainer that this model's loss is the mean over one micro-batch.
+
+    The Trainer takes every `forward(..., **kwargs)` as one that divides its loss by `num_items_in_batch`. BERT's heads
+    for classification and question answering take **kwargs and ignore that number, so their loss and gradients come
+    out n times too large under n accumulation steps, and once more per process under DDP. Heads that do use the number
+    return the same mean without it. Here each example counts as one item, so the mean is right for both kinds.
+    """
+    model.accepts_loss_kwargs = False
+
+
+def sequence_length(asked: int, tokenizer) -> int:
+    """The length to truncate to: what was asked, or the tokenizer's limit where that is shorter."""
+    if asked > tokenizer.model_max_length:
+        logger.warning(
+            f"max_seq_length {asked} is more than the tokenizer's limit; using {tokenizer.model_max_length}."
+        )
+    return min(asked, tokenizer.model_max_length)
+
+
+def train(trainer, n_samples: int | None) -> None:
+    """Trains, saves the model and the tokenizer, and writes train_results.json and trainer_state.json."""
+    result = trainer.train(resume_from_checkpoint=resume_point(trainer.args))
+    metrics = dict(result.metrics)
+    if n_samples is not None:
+        metrics["train_samples"] = n_samples
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+
+
+def report(trainer, split: str, metrics: dict) -> None:
+    """Prints metrics and writes them to {split}_results.json and all_results.json."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def finish(trainer, card_kwargs: dict) -> None:
+    """Pushes the model to the Hub where asked, else writes its card."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card_kwargs)
+    else:
+        trainer.create_model_card(**card_kwargs)

@@ -1,0 +1,323 @@
+"""Fine-tunes a sequence classifier on a GLUE task or on own files, and prunes it on the way.
+
+A GLUE task from the Hub, pruned to 80 % zeros:
+
+    python run_glue.py --model_name_or_path google-bert/bert-base-uncased --task_name sst2 --do_train --do_eval \
+        --target_sparsity 0.8 --per_device_train_batch_size 32 --learning_rate 5e-5 --num_train_epochs 3 \
+        --output_dir out/sst2
+
+Own files (.csv, .tsv, .json, .jsonl or .parquet) with a column "label" and one of the columns "sentence" or
+"sentence1" and "sentence2". With --task_name the files give the rows, the task gives the columns and the metric:
+
+    python run_glue.py --model_name_or_path ... --task_name sst2 --train_file train.tsv --validation_file dev.tsv ...
+
+One .json or .yaml file with the arguments in it also does: `python run_glue.py arguments.yaml`. Without
+--target_sparsity the model is only fine-tuned. Runs under `accelerate launch` and `torchrun` as well.
+"""
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+from _common import (
+    ModelArguments,
+    finish,
+    load_config,
+    load_tokenizer,
+    parse_args,
+    report,
+    require_work,
+    sequence_length,
+    setup_logging,
+    train,
+    use_mean_loss,
+)
+from _data import check_columns, first_rows, load_files, load_from_hub, need_split
+from glue_labels import Labels, check_labels, find_labels, has_labels
+from glue_metrics import load_metric, with_combined_score
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_sparse import SparseTrainer, SparseTrainingArguments
+
+logger = logging.getLogger("scripts.glue")
+
+TASK_COLUMNS = {
+    "cola": ("sentence",),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence",),
+    "stsb": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+
+
+@dataclass
+class GlueModelArguments(ModelArguments):
+    """Which checkpoint to start from."""
+
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start with a new head where the checkpoint's head has another size."}
+    )
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which data to train and evaluate on, and how texts are cut."""
+
+    task_name: str | None = field(
+        default=None, metadata={"help": "GLUE task, one of: " + ", ".join(sorted(TASK_COLUMNS))}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name of a data set that is not in GLUE."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of reading the cache."})
+    pad_to_max_length: bool = field(
+        default=True, metadata={"help": "Pad every text to max_seq_length; if not, to the longest of its batch."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many first rows only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict this many first rows only."})
+    train_file: str | None = field(default=None, metadata={"help": "File with the training rows."})
+    validation_file: str | None = field(default=None, metadata={"help": "File with the evaluation rows."})
+    test_file: str | None = field(default=None, metadata={"help": "File with the rows to predict."})
+
+    def __post_init__(self):
+        if self.task_name is not None:
+            self.task_name = self.task_name.lower()
+            if self.task_name not in TASK_COLUMNS:
+                known = ", ".join(sorted(TASK_COLUMNS))
+                raise ValueError(f'task_name "{self.task_name}" is not a GLUE task. Choose one of: {known}.')
+        if not (self.task_name or self.dataset_name or any(self.files.values())):
+            raise ValueError("no data: pass --task_name, --dataset_name, or files (--train_file, --validation_file).")
+        if self.dataset_name and any(self.files.values()):
+            raise ValueError("dataset_name and data files exclude each other: leave one of them out.")
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        return {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+
+
+def load_splits(data_args: DataTrainingArguments, model_args: ModelArguments):
+    """Files go before the Hub, so that a task name can lend its columns and metric to local rows."""
+    if any(data_args.files.values()):
+        return load_files(data_args.files, cache_dir=model_args.cache_dir)
+    if data_args.dataset_name is not None:
+        name, config = data_args.dataset_name, data_args.dataset_config_name
+    else:
+        name, config = "nyu-mll/glue", data_args.task_name
+    return load_from_hub(name, config, model_args.cache_dir, model_args.token)
+
+
+def text_columns(columns: list[str], task: str | None) -> tuple[str, ...]:
+    """The one or two columns to read: the task's, else "sentence1" (and "sentence2"), "sentence" or "text"."""
+    if task is not None and set(TASK_COLUMNS[task]) <= set(columns):
+        return TASK_COLUMNS[task]
+    for candidate in (("sentence1", "sentence2"), ("sentence1",), ("sentence",), ("text",)):
+        if set(candidate) <= set(columns) and (task is None or len(candidate) == len(TASK_COLUMNS[task])):
+            return candidate
+    wanted = " and ".join(f'"{name}"' for name in TASK_COLUMNS.get(task, ("sentence1", "sentence2")))
+    hint = ' (or "sentence")' if task is None else ""
+    raise ValueError(
+        f"no text columns found: the data has {', '.join(columns)}. Name the text columns {wanted}{hint} in the file."
+    )
+
+
+def wanted_splits(splits, training_args) -> dict[str, list[str]]:
+    """Which splits each part of the run reads; MNLI has two for evaluation and two for prediction."""
+    train, evaluate, predict = [], [], []
+    if training_args.do_train:
+        train = need_split(splits, ("train",), "do_train", "--train_file")
+    if training_args.do_eval:
+        names = ("validation_matched", "validation_mismatched", "validation")
+        evaluate = need_split(splits, names, "do_eval", "--validation_file")
+    if training_args.do_predict:
+        names = ("test_matched", "test_mismatched", "test")
+        predict = need_split(splits, names, "do_predict", "--test_file")
+    return {"train": train, "eval": evaluate, "predict": predict}
+
+
+def cut_splits(splits: dict, data_args: DataTrainingArguments) -> dict:
+    """Each split with no more rows than its part of the run asks for."""
+    limits = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_predict_samples,
+    }
+    return {name: first_rows(dataset, limits[name.split("_")[0]]) for name, dataset in splits.items()}
+
+
+def tokenize_splits(splits: dict, tokenizer, labels: Labels, columns: tuple[str, ...], data_args, training_args):
+    """Texts to token ids and labels to output indices; the main process first, so that the others read its cache."""
+    length = sequence_length(data_args.max_seq_length, tokenizer)
+    padding = "max_length" if data_args.pad_to_max_length else False
+
+    def tokenize(rows):
+        texts = [rows[column] for column in columns]
+        encoded = tokenizer(*texts, padding=padding, max_length=length, truncation=True)
+        if "label" in rows:
+            encoded["label"] = [labels.encode(label) for label in rows["label"]]
+        return encoded
+
+    tokenized = {}
+    with training_args.main_process_first(desc="tokenization"):
+        for name, dataset in splits.items():
+            if "label" in dataset.column_names and not has_labels(dataset, labels):
+                dataset = dataset.remove_columns("label")
+            # A label that turns from text to a number needs its column typed anew, so the old columns go.
+            tokenized[name] = dataset.map(
+                tokenize,
+                batched=True,
+                remove_columns=dataset.column_names,
+                load_from_cache_file=not data_args.overwrite_cache,
+                desc=f"Tokenizing {name}",
+            )
+    return tokenized
+
+
+def build_model(model_args: GlueModelArguments, config, tokenizer, labels: Labels):
+    """The pretrained model under a head for these labels."""
+    config.num_labels = labels.count
+    if labels.names is not None:
+        config.id2label = dict(enumerate(labels.names))
+        config.label2id = {name: index for index, name in enumerate(labels.names)}
+    config.problem_type = "regression" if labels.is_regression else "single_label_classification"
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_args.model_name_or_path,
+        config=config,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+        **model_args.hub_kwargs(),
+    )
+    use_mean_loss(model)
+    return model
+
+
+def outputs_of(predictions, labels: Labels) -> np.ndarray:
+    """Logits to predicted indices, or to the numbers themselves for regression."""
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    return np.squeeze(logits, axis=-1) if labels.is_regression else np.argmax(logits, axis=1)
+
+
+def build_metrics(labels: Labels, data_args: DataTrainingArguments, model_args: ModelArguments):
+    """The function that the trainer calls with logits and labels."""
+    metric = load_metric(data_args.task_name, labels.is_regression, model_args.cache_dir)
+
+    def compute_metrics(result: EvalPrediction) -> dict[str, float]:
+        predictions = outputs_of(result.predictions, labels)
+        return with_combined_score(metric(predictions=predictions, references=result.label_ids))
+
+    return compute_metrics
+
+
+def build_collator(tokenizer, data_args: DataTrainingArguments, training_args):
+    """Rows of one length need no padding; others are padded per batch, to multiples of 8 for 16-bit hardware."""
+    if data_args.pad_to_max_length:
+        return default_data_collator
+    in_16_bit = training_args.fp16 or training_args.bf16
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if in_16_bit else None)
+
+
+def suffixed(metrics: dict, split: str) -> dict:
+    """MNLI's mismatched figures stand beside the matched ones under names that end in "_mm"."""
+    return {f"{name}_mm": value for name, value in metrics.items()} if split.endswith("_mismatched") else metrics
+
+
+def evaluate(trainer, data: dict, names: list[str]) -> None:
+    """Evaluates on every given split and writes all figures to one file."""
+    combined = {}
+    for name in names:
+        metrics = trainer.evaluate(eval_dataset=data[name]) | {"eval_samples": len(data[name])}
+        combined |= suffixed(metrics, name)
+    report(trainer, "eval", combined)
+
+
+def predict(trainer, data: dict, names: list[str], labels: Labels, task: str | None) -> None:
+    """Writes predict_results_{task}.txt per split, and the test figures where the split has labels."""
+    combined = {}
+    for name in names:
+        result = trainer.predict(data[name], metric_key_prefix="test")
+        if "label" in data[name].column_names:
+            combined |= suffixed(dict(result.metrics) | {"test_samples": len(data[name])}, name)
+        suffix = f"_{task}" if task else ""
+        suffix += "-mm" if name.endswith("_mismatched") else ""
+        if trainer.is_world_process_zero():
+            path = os.path.join(trainer.args.output_dir, f"predict_results{suffix}.txt")
+            write_predictions(path, outputs_of(result.predictions, labels), labels)
+    if combined:
+        report(trainer, "test", combined)
+
+
+def write_predictions(path: str, outputs: np.ndarray, labels: Labels) -> None:
+    """One line per row: its number and the predicted label."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("index\tprediction\n")
+        file.writelines(f"{index}\t{labels.decode(output)}\n" for index, output in enumerate(outputs))
+    logger.info(f"predictions written to {path}")
+
+
+def card_kwargs(model_args: ModelArguments, data_args: DataTrainingArguments) -> dict:
+    """What the model card can say about where the model comes from."""
+    kwargs = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification"}
+    if data_args.task_name is not None:
+        task = data_args.task_name
+        kwargs |= {"language": "en", "dataset_tags": "glue", "dataset_args": task, "dataset": f"GLUE {task.upper()}"}
+    elif data_args.dataset_name is not None:
+        kwargs |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
+    return kwargs
+
+
+def main(argv: list[str] | None = None) -> None:
+    classes = (GlueModelArguments, DataTrainingArguments, SparseTrainingArguments)
+    model_args, data_args, training_args = parse_args(classes, argv)
+    require_work(training_args)
+    setup_logging(training_args)
+    set_seed(training_args.seed)
+
+    splits = load_splits(data_args, model_args)
+    wanted = wanted_splits(splits, training_args)
+    splits = {name: splits[name] for names in wanted.values() for name in names}
+    columns = text_columns(next(iter(splits.values())).column_names, data_args.task_name)
+    for name, dataset in splits.items():
+        check_columns(dataset.column_names, columns, name)
+
+    config = load_config(model_args)
+    labels = find_labels(splits, data_args.task_name, config)
+    check_labels(splits, labels)
+    tokenizer = load_tokenizer(model_args)
+    model = build_model(model_args, config, tokenizer, labels)
+    # Only now: the first rows may lack a label that later rows have.
+    splits = cut_splits(splits, data_args)
+    data = tokenize_splits(splits, tokenizer, labels, columns, data_args, training_args)
+
+    trainer = SparseTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data[wanted["train"][0]] if wanted["train"] else None,
+        eval_dataset=data[wanted["eval"][0]] if wanted["eval"] else None,
+        compute_metrics=build_metrics(labels, data_args, model_args),
+        processing_class=tokenizer,
+        data_collator=build_collator(tokenizer, data_args, training_args),
+    )
+    if training_args.do_train:
+        train(trainer, len(data["train"]))
+    if training_args.do_eval:
+        evaluate(trainer, data, wanted["eval"])
+    if training_args.do_predict:
+        predict(trainer, data, wanted["predict"], labels, data_args.task_name)
+    finish(trainer, card_kwargs(model_args, data_args))
+
+
+if __name__ == "__main__":
+    main()

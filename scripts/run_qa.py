@@ -1,0 +1,226 @@
+"""Fine-tunes a model for extractive question answering on SQuAD or own files, and prunes it on the way.
+
+    python run_qa.py --model_name_or_path google-bert/bert-base-uncased --dataset_name rajpurkar/squad --do_train \
+        --do_eval --target_sparsity 0.8 --per_device_train_batch_size 12 --learning_rate 3e-5 --num_train_epochs 2 \
+        --max_seq_length 384 --doc_stride 128 --output_dir out/squad
+
+Own files (--train_file, --validation_file, --test_file) are SQuAD's own .json, or .json, .jsonl, .parquet, .csv or .tsv
+with the columns "id", "question", "context" and "answers". Pass --version_2_with_negative where a question may have no
+answer. One .json or .yaml file with the arguments in it also does. Without --target_sparsity the model is only
+fine-tuned. Runs under `accelerate launch` and `torchrun` as well.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import qa_metrics
+from _common import (
+    ModelArguments,
+    finish,
+    load_config,
+    load_tokenizer,
+    parse_args,
+    report,
+    require_work,
+    sequence_length,
+    setup_logging,
+    train,
+    use_mean_loss,
+)
+from _data import first_rows, load_from_hub, need_split
+from _metrics import load_or_fall_back
+from qa_data import Windows, check_questions, load_qa_files
+from qa_postprocessing import postprocess, write_answers
+from qa_trainer import SparseQuestionAnsweringTrainer
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, default_data_collator, set_seed
+
+from hf_sparse import SparseTrainingArguments
+
+logger = logging.getLogger("scripts.qa")
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which questions to train and evaluate on, and how contexts are cut and answers chosen."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name of a data set in SQuAD's columns."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_file: str | None = field(default=None, metadata={"help": "File with the training questions."})
+    validation_file: str | None = field(default=None, metadata={"help": "File with the evaluation questions."})
+    test_file: str | None = field(default=None, metadata={"help": "File with the questions to predict."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of reading the cache."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    max_seq_length: int = field(default=384, metadata={"help": "Tokens of one window: question and context."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens that two neighbouring windows share."})
+    pad_to_max_length: bool = field(
+        default=True, metadata={"help": "Pad every window to max_seq_length; if not, to the longest of its batch."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many first questions only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate this many first questions only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict this many first questions only."})
+    version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer."})
+    null_score_diff_threshold: float = field(
+        default=0.0,
+        metadata={"help": "Answer nothing where the no-answer score exceeds the best answer's by more than this."},
+    )
+    n_best_size: int = field(default=20, metadata={"help": "Start and end positions to combine into answers."})
+    max_answer_length: int = field(default=30, metadata={"help": "Longest answer, in tokens."})
+
+    def __post_init__(self):
+        if not (self.dataset_name or any(self.files.values())):
+            raise ValueError("no data: pass --dataset_name, or files (--train_file, --validation_file, --test_file).")
+        if self.dataset_name and any(self.files.values()):
+            raise ValueError("dataset_name and data files exclude each other: leave one of them out.")
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        return {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+
+
+def load_questions(data_args: DataTrainingArguments, model_args: ModelArguments, training_args) -> dict:
+    """The splits that this run reads, checked, each with no more questions than asked for."""
+    if data_args.dataset_name is not None:
+        splits = load_from_hub(
+            data_args.dataset_name, data_args.dataset_config_name, model_args.cache_dir, model_args.token
+        )
+    else:
+        splits = load_qa_files(data_args.files, model_args.cache_dir)
+    parts = (
+        ("train", training_args.do_train, "do_train", "--train_file", data_args.max_train_samples),
+        ("validation", training_args.do_eval, "do_eval", "--validation_file", data_args.max_eval_samples),
+        ("test", training_args.do_predict, "do_predict", "--test_file", data_args.max_predict_samples),
+    )
+    questions = {}
+    for split, is_wanted, flag, remedy, limit in parts:
+        if is_wanted:
+            need_split(splits, (split,), flag, remedy)
+            rows = first_rows(splits[split], limit)
+            questions[split] = check_questions(rows, split, data_args.version_2_with_negative)
+    return questions
+
+
+def build_windows(tokenizer, data_args: DataTrainingArguments) -> Windows:
+    """Checks that offsets can be had and that neighbouring windows advance."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot map tokens to characters. Choose a model whose tokenizer is backed by "
+            "the tokenizers library."
+        )
+    length = sequence_length(data_args.max_seq_length, tokenizer)
+    if not 0 <= data_args.doc_stride < length:
+        raise ValueError(
+            f"doc_stride {data_args.doc_stride} must be at least 0 and less than the window of {length} tokens. "
+            "Lower doc_stride or raise max_seq_length."
+        )
+    return Windows(tokenizer, length, data_args.doc_stride, data_args.pad_to_max_length)
+
+
+def cut_contexts(questions: dict, windows: Windows, data_args: DataTrainingArguments, training_args) -> dict:
+    """Questions to windows; the main process first, so that the others read its cache."""
+    features = {}
+    with training_args.main_process_first(desc="tokenization"):
+        for split, dataset in questions.items():
+            features[split] = dataset.map(
+                windows.for_training if split == "train" else windows.for_evaluation,
+                batched=True,
+                num_proc=data_args.preprocessing_num_workers,
+                remove_columns=dataset.column_names,
+                load_from_cache_file=not data_args.overwrite_cache,
+                desc=f"Tokenizing {split}",
+            )
+    return features
+
+
+def build_post_process(data_args: DataTrainingArguments, training_args):
+    """The function that turns logits into answers and, on the main process, writes them down."""
+
+    def post_process(examples, features, predictions, prefix: str) -> dict[str, str]:
+        texts, n_best, null_odds = postprocess(
+            examples,
+            features,
+            predictions,
+            version_2_with_negative=data_args.version_2_with_negative,
+            n_best_size=data_args.n_best_size,
+            max_answer_length=data_args.max_answer_length,
+            null_score_diff_threshold=data_args.null_score_diff_threshold,
+        )
+        if training_args.should_save:
+            write_answers(training_args.output_dir, prefix, texts, n_best, null_odds)
+        return texts
+
+    return post_process
+
+
+def build_metrics(data_args: DataTrainingArguments, model_args: ModelArguments):
+    """The function that scores answers against the references."""
+    with_negative = data_args.version_2_with_negative
+    fallback = qa_metrics.squad_v2 if with_negative else qa_metrics.squad
+    metric = load_or_fall_back((fallback.__name__,), fallback, model_args.cache_dir)
+
+    def compute_metrics(answers: dict[str, str], examples) -> dict[str, float]:
+        predictions = [{"id": key, "prediction_text": text} for key, text in answers.items()]
+        if with_negative:
+            predictions = [prediction | {"no_answer_probability": 0.0} for prediction in predictions]
+        references = [{"id": row["id"], "answers": row["answers"]} for row in examples]
+        return metric(predictions=predictions, references=references)
+
+    return compute_metrics
+
+
+def build_collator(tokenizer, data_args: DataTrainingArguments, training_args):
+    """Windows of one length need no padding; others are padded per batch."""
+    if data_args.pad_to_max_length:
+        return default_data_collator
+    in_16_bit = training_args.fp16 or training_args.bf16
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if in_16_bit else None)
+
+
+def card_kwargs(model_args: ModelArguments, data_args: DataTrainingArguments) -> dict:
+    """What the model card can say about where the model comes from."""
+    kwargs = {"finetuned_from": model_args.model_name_or_path, "tasks": "question-answering"}
+    if data_args.dataset_name is not None:
+        name, config = data_args.dataset_name, data_args.dataset_config_name
+        kwargs |= {"dataset_tags": name, "dataset": f"{name} {config}" if config else name}
+        kwargs |= {"dataset_args": config} if config else {}
+    return kwargs
+
+
+def main(argv: list[str] | None = None) -> None:
+    classes = (ModelArguments, DataTrainingArguments, SparseTrainingArguments)
+    model_args, data_args, training_args = parse_args(classes, argv)
+    require_work(training_args)
+    setup_logging(training_args)
+    set_seed(training_args.seed)
+
+    questions = load_questions(data_args, model_args, training_args)
+    tokenizer = load_tokenizer(model_args)
+    windows = build_windows(tokenizer, data_args)
+    model = AutoModelForQuestionAnswering.from_pretrained(
+        model_args.model_name_or_path, config=load_config(model_args), **model_args.hub_kwargs()
+    )
+    use_mean_loss(model)
+    features = cut_contexts(questions, windows, data_args, training_args)
+
+    trainer = SparseQuestionAnsweringTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=features.get("train"),
+        eval_dataset=features.get("validation"),
+        eval_examples=questions.get("validation"),
+        processing_class=tokenizer,
+        data_collator=build_collator(tokenizer, data_args, training_args),
+        post_process=build_post_process(data_args, training_args),
+        compute_metrics=build_metrics(data_args, model_args),
+    )
+    if training_args.do_train:
+        train(trainer, len(questions["train"]))
+    if training_args.do_eval:
+        report(trainer, "eval", trainer.evaluate() | {"eval_samples": len(questions["validation"])})
+    if training_args.do_predict:
+        output = trainer.predict(features["test"], questions["test"])
+        report(trainer, "test", output.metrics | {"test_samples": len(questions["test"])})
+    finish(trainer, card_kwargs(model_args, data_args))
+
+
+if __name__ == "__main__":
+    main()
