@@ -1,1 +1,43 @@
+"""hf_sparse: pruning inside Hugging Face Trainer."""
+
+from .callback import SparsityCallback
+from .config import PruningConfig, PruningConfigError
+from .criteria import Criterion, GradientCriterion, register_criterion
+from .patterns import register_pattern
+from .pruner import Pruner
+from .report import SparsityReport
+from .schedulers import (
+    IterativeScheduler,
+    OneshotScheduler,
+    Scheduler,
+    get_scheduler,
+    register_curve,
+    register_scheduler,
+)
+from .trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
+from .training_args import SparseTrainingArguments
+
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Criterion",
+    "GradientCriterion",
+    "IterativeScheduler",
+    "OneshotScheduler",
+    "Pruner",
+    "PruningConfig",
+    "PruningConfigError",
+    "Scheduler",
+    "SparseSeq2SeqTrainer",
+    "SparseTrainer",
+    "SparseTrainerMixin",
+    "SparseTrainingArguments",
+    "SparsityCallback",
+    "SparsityReport",
+    "get_scheduler",
+    "register_criterion",
+    "register_curve",
+    "register_pattern",
+    "register_scheduler",
+]

@@ -18,6 +18,7 @@ import torch
 
 from .threshold import Problem, Scores, array, search
 
+
 __all__ = ["Cut", "Scores", "TensorScores", "keep", "lowest", "lowest_per_row", "lowest_together", "spread"]
 
 # A chunk and its masks stay in a core's cache. It holds whole groups of every size up to 10, of 12 to 16 and of 32.

@@ -23,6 +23,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+
 _FEW = 4096  # so few scores are collected as they are
 _MANY = 4_000_000  # so many are worth starting threads
 _DEVIATIONS = 6.0  # half-width of the bracket, in standard deviations of the sample's rank

@@ -42,7 +42,7 @@ def scale_densities(raw: Sequence[float], ratio: float, layers: Sequence[LayerSi
     lowest, highest = (float(np.average(side, weights=units)) for side in (least, most))
     if not lowest - 1e-9 <= ratio <= highest + 1e-9:
         raise ValueError(
-            f"sparsity {ratio:.4g} cannot be shared out: the bounds of the layers allow {lowest:.4g} to {highest:.4g}. "
+            f"sparsity {ratio:.4g} cannot be shared out: the layers' bounds allow {lowest:.4g} to {highest:.4g}. "
             "Change target_sparsity, min_sparsity_per_layer or max_sparsity_per_layer."
         )
     raw = np.asarray(raw, dtype=np.float64)

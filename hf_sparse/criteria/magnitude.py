@@ -1,7 +1,5 @@
 """Magnitude."""
 
-import torch
-
 from .criterion import Criterion, register_criterion
 
 
@@ -10,6 +8,7 @@ class Magnitude(Criterion):
     """|w|.
 
     Example:
+        >>> import torch
         >>> Magnitude().score(torch.tensor([0.5, -2.0, 0.0]), None)
         tensor([0.5000, 2.0000, 0.0000])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+
 _CHUNK = 131_072  # scores whose temporaries stay in a core's cache
 _CHUNK_ON_ACCELERATOR = 16_777_216
 _NUMPY_DEVICES = ("cpu",)

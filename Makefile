@@ -1,0 +1,37 @@
+# Two commands set everything up: `make demo` and `make test`. Each makes the virtual environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build where an index or folder of wheels offers one; set TORCH=torch for the newest.
+TORCH ?= torch==2.13.0
+RUFF = $(VENV)/bin/ruff
+RUFF_CHECK = check --line-length 119 --select C,E,F,I,W,UP --ignore C901 --config 'lint.isort.lines-after-imports=2'
+SOURCES = hf_sparse scripts tests setup.py
+
+.PHONY: demo test slow quality style clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python scripts/demo.py
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+slow: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m slow
+
+quality: $(VENV)/.installed
+	$(RUFF) $(RUFF_CHECK) $(SOURCES)
+	$(RUFF) format --check --line-length 119 $(SOURCES)
+
+style: $(VENV)/.installed
+	$(RUFF) $(RUFF_CHECK) --fix $(SOURCES)
+	$(RUFF) format --line-length 119 $(SOURCES)
+
+$(VENV)/.installed: setup.cfg setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet -e ".[scripts,test,quality]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -1,0 +1,229 @@
+"""SparsityCallback: Trainer's events -> the pruner. Time is read from `state.global_step` alone."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from .checkpoints import (
+    CONFIG_FILE,
+    REPORT_FILE,
+    check_state,
+    restore_state,
+    write_state,
+)
+from .config import PruningConfig
+from .plots import LAYERS_FILE, SCHEDULE_FILE, plot_layers, plot_schedule
+from .pruner import Pruner, build_groups
+from .report import SparsityReport
+from .schedulers import Cadence
+
+
+logger = logging.getLogger(__name__)
+
+# Worse than any metric. Unlike inf it is valid JSON, and the trainer's state is written as JSON.
+_WORST = sys.float_info.max
+
+
+class SparsityCallback(TrainerCallback):
+    """Prunes the model that a Trainer trains.
+
+    Masks are enforced right after each optimizer step, before logging, evaluation and saving. Evaluation never
+    prunes, and only checkpoints at the final sparsity compete for the best. With a stock Trainer the masks are
+    written on `on_save`; `SparseTrainer` writes them ahead of the weights and is the better choice for runs that are
+    resumed or pushed.
+
+    Args:
+        config: what to prune. Left out, the trainer's arguments are taken, if they are `SparseTrainingArguments`.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> callback = SparsityCallback(PruningConfig(target_sparsity=0.8))
+        >>> # Trainer(model, args, train_dataset=train, callbacks=[callback]).train()
+    """
+
+    def __init__(self, config: PruningConfig | None = None):
+        if config is not None and not isinstance(config, PruningConfig):
+            raise TypeError(f"SparsityCallback takes a PruningConfig, not {type(config).__name__}.")
+        self.config = config
+        self.pruner: Pruner | None = None
+        self.cadence: Cadence | None = None
+        self.resume_from: str | None = None
+        """The checkpoint that the next `train` goes on from, where the trainer says so beforehand."""
+        self.saves_on_event = True
+        """Whether `on_save` writes the masks. A trainer that writes them itself says False."""
+
+    # Before training
+
+    def check(self, args, model: nn.Module) -> None:
+        """See that the config fits the model and the optimizer, so that faults come before any work.
+
+        Raises:
+            PruningConfigError, NotImplementedError: what does not fit, and the remedy.
+        """
+        self.config = self.config or (args if isinstance(args, PruningConfig) else None)
+        if self.config is None:
+            raise ValueError("SparsityCallback needs a PruningConfig, or a trainer with SparseTrainingArguments.")
+        if self.config.prunes and str(getattr(args.optim, "value", args.optim)).startswith("schedule_free"):
+            raise NotImplementedError(
+                f"optim={args.optim} keeps a second copy of the weights that pruning does not reach: use adamw_torch."
+            )
+        if self.config.prunes and model is not None:
+            _, skipped = build_groups(model, self.config)
+            if skipped:
+                logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(skipped))
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        self.check(args, model)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Build the pruner on the parameters as they are now: wrapping and `model_init` replace them. May come
+        twice, after a batch size that did not fit, or with a second `train`."""
+        self.check(args, None)
+        previous, self.pruner = self.pruner, None
+        if not self.config.prunes:
+            return
+        config = self.config
+        self.cadence = Cadence.from_fractions(
+            config.prune_start, config.prune_end, config.prune_every, state.max_steps
+        )
+        pruner = Pruner(model, config)
+        if state.global_step > 0:
+            directory = self.resume_from or _checkpoint(args, state)
+            check_state(directory, pruner, self.cadence, state.global_step)
+            restore_state(directory, pruner)
+        elif previous is not None:
+            _keep_masks(previous, pruner)
+        pruner.enforce()
+        self.pruner = pruner
+        if not self._final(state):
+            _forget_best(state)
+
+    # During training
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Gradients are there, reduced, unscaled and clipped."""
+        if self.pruner is None or not self.pruner.observes or self._final(state):
+            return
+        if not self.pruner.observe():
+            logger.info("step %d: gradients are not finite and do not count.", state.global_step + 1)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """The weights have just changed. `state.global_step` still counts the earlier steps only."""
+        if self.pruner is None:
+            return
+        prune_step = self.cadence.prune_step(state.global_step + 1)
+        if prune_step is not None:
+            self.pruner.update(prune_step, self.cadence.total)
+        else:
+            self.pruner.enforce()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Comes before Trainer compares the metric: until the final sparsity no checkpoint may be the best."""
+        if self.pruner is None or args.metric_for_best_model is None:
+            return
+        if not self._final(state):
+            state.best_metric = _WORST if args.greater_is_better else -_WORST
+        elif state.best_metric is not None and abs(state.best_metric) == _WORST:
+            state.best_metric = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add the figures where a stock Trainer logs its loss; `SparseTrainer` has added them already."""
+        figures = self.figures(logs, state)
+        if figures:
+            logs.update(figures)
+            if state.log_history:
+                state.log_history[-1].update(figures)
+
+    def figures(self, logs: dict | None, state) -> dict[str, float]:
+        """What to add to `logs`: at a logging step, the share of the selected weights that is zero, counted in the
+        weights, and the share that the schedule asks for by now."""
+        if self.pruner is None or not logs or "loss" not in logs or "sparsity" in logs:
+            return {}
+        scheduled = self.pruner.scheduled(self.cadence.done(state.global_step), self.cadence.total)
+        return {"sparsity": round(self.pruner.sparsity(), 6), "target_sparsity": round(scheduled, 6)}
+
+    # Saving
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.pruner is not None and self.saves_on_event and state.is_world_process_zero:
+            self.write(_checkpoint(args, state), state.global_step)
+
+    def write(self, directory: str | Path, step: int | None = None) -> None:
+        """Write the pruning files: config and report, and with `step`, for a checkpoint, the masks."""
+        if self.pruner is None:
+            return
+        if step is not None:
+            write_state(directory, self.pruner, self.cadence, step)
+        self.config_as_run().save(Path(directory) / CONFIG_FILE)
+        self.pruner.report().save(Path(directory) / REPORT_FILE)
+
+    def config_as_run(self) -> PruningConfig:
+        """The config alone, without what a trainer's arguments add."""
+        return PruningConfig.from_dict(self.config.to_dict())
+
+    # After training
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.pruner is None:
+            return
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best and Path(best).is_dir():
+            restore_state(best, self.pruner)
+        if not self._final(state) and self.pruner.target:
+            logger.warning(
+                "training ended at step %d, before prune_end (step %d): the target was not reached.",
+                state.global_step,
+                self.cadence.end,
+            )
+        if state.is_world_process_zero:
+            report = self.pruner.report()
+            print(f"\n{report}\n", flush=True)
+            self._write_figures(args.output_dir, report, state)
+
+    def _write_figures(self, directory: str | None, report: SparsityReport, state) -> None:
+        if not directory:
+            return
+        directory, cadence = Path(directory), self.cadence
+        report.save(directory / REPORT_FILE)
+        self.config_as_run().save(directory / CONFIG_FILE)
+        steps = range(1, state.max_steps + 1)
+        planned = [
+            (step, self.pruner.scheduled(cadence.prune_step(step), cadence.total))
+            for step in steps
+            if cadence.prune_step(step)
+        ]
+        measured = [(log["step"], log["sparsity"]) for log in state.log_history if "sparsity" in log]
+        plot_schedule(directory / SCHEDULE_FILE, planned, measured, state.max_steps)
+        plot_layers(directory / LAYERS_FILE, report)
+
+    def _final(self, state) -> bool:
+        """Whether the last prune step has happened."""
+        return self.pruner is None or state.global_step >= self.cadence.end
+
+
+def _checkpoint(args, state) -> str:
+    return str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _forget_best(state) -> None:
+    """A best metric from before the final sparsity must not stand."""
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _keep_masks(previous: Pruner, pruner: Pruner) -> None:
+    """What an earlier `train` of the same weights pruned stays pruned: zeros do not come back to life between two
+    runs. Weights that were replaced or reset in between start anew."""
+    if previous.parameters.keys() != pruner.parameters.keys():
+        return
+    for name, weight in pruner.parameters.items():
+        bits = previous.masks.bits(name)
+        if bits.shape != weight.shape or torch.count_nonzero(weight.detach()[bits.to(weight.device) == 0]):
+            return
+    for name in pruner.parameters:
+        pruner.masks.replace(name, previous.masks[name] & pruner.masks[name])

@@ -1,0 +1,200 @@
+"""A group: some layers under one criterion, pattern, scope and schedule, and its prune step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+
+from .allocations import ALLOCATIONS, LayerSize, apportion
+from .config import PruningConfig
+from .criteria import CRITERIA, Criterion
+from .layer_scores import LayerScores
+from .masks import MaskStore
+from .patterns import get_pattern
+from .ranking import Cut, lowest, lowest_together
+from .schedulers import get_scheduler
+from .stats import GradientStat, all_finite
+from .targets import Layer
+
+
+logger = logging.getLogger(__name__)
+
+
+class _Growth(Criterion):
+    """What it is given is the score."""
+
+    needs = "gradient"
+
+    def score(self, weight, stat):
+        return stat.clone()
+
+
+class Group:
+    """Built from its options and layers; what pruning needs of the run (weights, masks) is passed in.
+
+    Args:
+        name: of the group.
+        options: its own config, see `PruningConfig.resolve_groups`.
+        layers: what it prunes. The pattern divides each.
+
+    Raises:
+        ValueError: units of different sizes would compete globally.
+    """
+
+    def __init__(self, name: str, options: PruningConfig, layers: list[Layer]):
+        self.name, self.options, self.layers = name, options, layers
+        self.criterion = CRITERIA[options.criterion]()
+        self.pattern = get_pattern(options.pattern)
+        self.scheduler = get_scheduler(options)
+        self.target = options.target or 0.0
+        self.stats: dict[str, GradientStat] = {}
+        self._scattered = options.scope != "row"
+        sizes = {layer.numel // self._units(layer) for layer in layers}
+        if options.scope == "global" and len(sizes) > 1:
+            raise ValueError(
+                f'scope "global" ranks units of one size, but with pattern "{options.pattern}" they hold '
+                f"{sorted(sizes)} weights: use scope=layer, or groups of layers with equal units."
+            )
+
+    def _units(self, layer: Layer) -> int:
+        shape = layer.matrix_shape
+        matrices = layer.numel // torch.Size(shape).numel()
+        return matrices * torch.Size(self.pattern.unit_shape(shape)).numel()
+
+    @property
+    def observes_gradients(self) -> bool:
+        """Whether the criterion sums up gradients."""
+        return self.criterion.needs == "gradient"
+
+    def observe(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Add this step's gradients to the criterion's sums. A weight without a gradient adds nothing."""
+        for layer in self.layers:
+            weight = parameters[layer.name]
+            stat = self.stats.get(layer.name)
+            if stat is None:
+                stat = self.stats[layer.name] = GradientStat(weight, self.criterion.decay)
+            if weight.grad is not None:
+                stat.observe(weight, weight.grad, self.criterion.saliency)
+
+    def restore(self, name: str, weight: torch.Tensor, total: torch.Tensor, counters: dict[str, int]) -> None:
+        """Take up the sum of the weight `name` from a checkpoint."""
+        self.stats[name] = GradientStat(weight, self.criterion.decay)
+        self.stats[name].restore(total, counters)
+
+    def ratio(self, prune_step: int, total: int, masks: MaskStore) -> float:
+        """The sparsity that the schedule asks for at this prune step."""
+        return self.scheduler.update_sparsity_ratio(self.target, prune_step, total, masks)
+
+    def ready(self) -> bool:
+        """Whether there is something to rank by."""
+        return not self.observes_gradients or any(stat.count for stat in self.stats.values())
+
+    def prune(self, prune_step: int, total: int, parameters: Mapping[str, torch.Tensor], masks: MaskStore) -> float:
+        """Bring the masks to this prune step's sparsity. Returns it."""
+        ratio = self.ratio(prune_step, total, masks)
+        scores = [self._scores(layer, parameters, masks) for layer in self.layers]
+        units = sum(layer.numel for layer in scores)
+        pruned = [layer.pruned_units() for layer in scores]
+        wanted = max(round(ratio * units), sum(pruned))
+        if self.options.scope == "row":
+            self._prune_rows(scores, ratio, wanted, pruned)
+        elif wanted:
+            self._prune_units(scores, ratio, wanted, pruned, self._exchange(prune_step, total, parameters))
+        for stat in self.stats.values() if not getattr(self.criterion, "persistent", True) else ():
+            stat.renew()
+        return ratio
+
+    def _scores(self, layer: Layer, parameters: Mapping[str, torch.Tensor], masks: MaskStore) -> LayerScores:
+        stat = self.stats[layer.name].total if layer.name in self.stats else None
+        weight, bits = parameters[layer.name], masks.bits(layer.name)
+        return LayerScores(layer, self.criterion, self.pattern, weight, bits, stat, self._scattered)
+
+    # How many units of each layer
+
+    def _bounds(self, scores: list[LayerScores], ratio: float, pruned: list[int]) -> tuple[list[int], list[int]]:
+        """The fewest and most units of each layer that may be pruned now. A floor grows with the schedule, and what
+        is pruned stays pruned."""
+        least, most = self.options.min_sparsity_per_layer or 0.0, self.options.max_sparsity_per_layer
+        most = min(1.0 if most is None else most, self.pattern.max_sparsity)
+        least *= ratio / self.target if self.target else 0.0
+        floors = [max(done, int(least * layer.numel + 1e-9)) for layer, done in zip(scores, pruned, strict=True)]
+        caps = [max(done, math.ceil(most * layer.numel - 1e-9)) for layer, done in zip(scores, pruned, strict=True)]
+        return floors, caps
+
+    def _counts(self, scores: list[LayerScores], ratio: float, wanted: int, pruned: list[int]) -> list[int]:
+        """How many units of each layer are to be pruned, `wanted` in all."""
+        floors, caps = self._bounds(scores, ratio, pruned)
+        sizes = []
+        for layer, floor, cap in zip(scores, floors, caps, strict=True):
+            rows, positions, columns = layer.layer.matrix_shape
+            bounds = {"least": floor / layer.numel, "most": cap / layer.numel}
+            sizes.append(LayerSize(layer.layer.name, layer.numel, rows, columns, positions, **bounds))
+        share = wanted / sum(layer.numel for layer in scores)
+        shares = ALLOCATIONS[self.options.allocation](share, sizes)
+        return apportion(wanted, [shares[size.name] * size.units for size in sizes], floors, caps).tolist()
+
+    # Which units
+
+    def _prune_units(self, scores, ratio: float, wanted: int, pruned: list[int], exchange: float) -> None:
+        """Scope global and layer. With `exchange`, that share of the kept units falls on top, and of all that are
+        pruned then, as many grow back: those with the largest gradient."""
+        floors, caps = self._bounds(scores, ratio, pruned)
+        if self.options.scope == "global":
+            units = sum(layer.numel for layer in scores)
+            extra = min(round(exchange * (units - wanted)), sum(caps) - wanted)
+            cuts = self._named(lowest_together, scores, wanted + extra, floors, caps)
+        else:
+            counts = self._counts(scores, ratio, wanted, pruned)
+            rooms = zip(scores, counts, caps, strict=True)
+            more = [min(round(exchange * (layer.numel - count)), cap - count) for layer, count, cap in rooms]
+            extra = sum(more)
+            cuts = [self._named(lowest, scores[i], counts[i] + more[i]) for i in range(len(scores))]
+        self._write(scores, cuts)
+        if extra:
+            growth = [self._growth(layer) for layer in scores]
+            if self.options.scope == "global":
+                self._write(growth, lowest_together(growth, wanted, floors, caps))
+            else:
+                self._write(growth, [lowest(layer, count) for layer, count in zip(growth, counts, strict=True)])
+
+    @staticmethod
+    def _write(scores: list[LayerScores], cuts: list[Cut]) -> None:
+        for layer, cut in zip(scores, cuts, strict=True):
+            layer.write_cut(cut)
+
+    def _prune_rows(self, scores: list[LayerScores], ratio: float, wanted: int, pruned: list[int]) -> None:
+        """Scope row: within a layer every row of units loses the same number, as far as whole units allow."""
+        for layer, count in zip(scores, self._counts(scores, ratio, wanted, pruned), strict=True):
+            done = layer.pruned_units_by_row().cpu().numpy()
+            width = layer.numel // layer.rows
+            cap = int(self.pattern.max_sparsity * width + 1e-9)
+            rows = apportion(count, [count / layer.rows] * layer.rows, done, [max(cap, row) for row in done.tolist()])
+            layer.write_rows(torch.from_numpy(rows))
+
+    def _named(self, rank, *arguments):
+        """Run a ranking; where it refuses the scores, say whose they are."""
+        try:
+            return rank(*arguments)
+        except ValueError as error:
+            raise ValueError(f'group "{self.name}", criterion "{self.options.criterion}": {error}') from error
+
+    # Regrowing
+
+    def _exchange(self, prune_step: int, total: int, parameters: Mapping[str, torch.Tensor]) -> float:
+        """Which share of the kept units this prune step exchanges."""
+        share = self.options.regrow * (1 - prune_step / total)
+        gradients = [parameters[layer.name].grad for layer in self.layers] if share else []
+        if any(gradient is None for gradient in gradients) or not all_finite(gradients):
+            logger.warning("prune step %d of group %s regrows nothing: no finite gradients.", prune_step, self.name)
+            return 0.0
+        return share
+
+    def _growth(self, pruned: LayerScores) -> LayerScores:
+        """The scores by which pruned units grow back: |gradient|; what is kept stays kept."""
+        gradient = pruned.weight.grad.detach().float().abs().masked_fill_(pruned.bits != 0, torch.inf)
+        return LayerScores(
+            pruned.layer, _Growth(), self.pattern, pruned.weight, pruned.bits, gradient, self._scattered, shrink=False
+        )

@@ -1,0 +1,130 @@
+"""SparsityReport: how much is zero, out of what, layer by layer. Counted in the weights, not in the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .storage import write_json
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One selected weight: `zeros` of its `weights` are exactly zero."""
+
+    name: str
+    group: str
+    pattern: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """The selected weights, and beside them all parameters of the model, so that every share names its denominator.
+
+    Args:
+        layers: the selected weights.
+        parameters: the number of all the model's parameters, biases and embeddings included.
+        parameter_zeros: how many of those are exactly zero.
+        target: the share of the selected weights that the last prune step asked for.
+
+    Example:
+        >>> report = SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5)
+        >>> report.sparsity, report.parameter_sparsity
+        (0.5, 0.4)
+        >>> print(report)
+        layer       shape  pattern  zeros  weights  sparsity
+        a.weight    4x4    2:4          8       16    50.00%
+        selected                        8       16    50.00%
+        parameters                      8       20    40.00%
+    """
+
+    layers: tuple[LayerReport, ...]
+    parameters: int
+    parameter_zeros: int
+    target: float = 0.0
+
+    @property
+    def selected(self) -> int:
+        """The number of selected weights."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def zeros(self) -> int:
+        """How many of the selected weights are zero."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """zeros / selected weights."""
+        return self.zeros / self.selected if self.selected else 0.0
+
+    @property
+    def parameter_sparsity(self) -> float:
+        """zeros of all parameters / all parameters."""
+        return self.parameter_zeros / self.parameters if self.parameters else 0.0
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity")]
+        for layer in self.layers:
+            shape = "x".join(map(str, layer.shape))
+            rows.append((layer.name, shape, layer.pattern, *_figures(layer.zeros, layer.weights)))
+        rows.append(("selected", "", "", *_figures(self.zeros, self.selected)))
+        rows.append(("parameters", "", "", *_figures(self.parameter_zeros, self.parameters)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        aligned = [
+            [
+                cell.ljust(width) if index < 3 else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(row, widths))
+            ]
+            for row in rows
+        ]
+        return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, the derived figures included."""
+        layers = [asdict(layer) | {"shape": list(layer.shape), "sparsity": layer.sparsity} for layer in self.layers]
+        return {
+            "selected_weights": self.selected,
+            "selected_zeros": self.zeros,
+            "sparsity_of_selected": self.sparsity,
+            "target_sparsity": self.target,
+            "parameters": self.parameters,
+            "parameter_zeros": self.parameter_zeros,
+            "sparsity_of_parameters": self.parameter_sparsity,
+            "layers": layers,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparsityReport:
+        """The inverse of `to_dict`."""
+        names = ("name", "group", "pattern", "weights", "zeros")
+        layers = (
+            LayerReport(**{name: layer[name] for name in names}, shape=tuple(layer["shape"]))
+            for layer in values["layers"]
+        )
+        return cls(tuple(layers), values["parameters"], values["parameter_zeros"], values["target_sparsity"])
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON."""
+        write_json(path, self.to_dict())
+
+
+def _figures(zeros: int, weights: int) -> tuple[str, str, str]:
+    share = zeros / weights if weights else 0.0
+    return f"{zeros:,}", f"{weights:,}", f"{share:.2%}"
+
+
+def count_zeros(tensor: torch.Tensor) -> int:
+    """How many entries of `tensor` are exactly zero."""
+    return tensor.numel() - int(torch.count_nonzero(tensor.detach()))
