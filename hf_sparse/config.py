@@ -338,7 +338,8 @@ def _type_faults(config: PruningConfig, where: str) -> list[str]:
     kinds = {"float": ((int, float), "a number"), "str": (str, "text"), "bool": (bool, "true or false")}
     faults = []
     for option in dataclasses.fields(PruningConfig):
-        value, declared = getattr(config, option.name), option.type.split(" | ")
+        # Not `option.type`: HfArgumentParser overwrites it.
+        value, declared = getattr(config, option.name), PruningConfig.__annotations__[option.name].split(" | ")
         if value is None and "None" in declared:
             continue
         if declared[0] == "list[str]":
