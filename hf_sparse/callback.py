@@ -26,8 +26,8 @@ from .schedulers import Cadence
 
 logger = logging.getLogger(__name__)
 
-# Worse than any metric. Unlike inf it is valid JSON, and the trainer's state is written as JSON.
-_WORST = sys.float_info.max
+# No metric beats it. Unlike inf it is valid JSON, and the trainer's state is written as JSON.
+_UNBEATABLE = sys.float_info.max
 
 
 class SparsityCallback(TrainerCallback):
@@ -50,13 +50,15 @@ class SparsityCallback(TrainerCallback):
     def __init__(self, config: PruningConfig | None = None):
         if config is not None and not isinstance(config, PruningConfig):
             raise TypeError(f"SparsityCallback takes a PruningConfig, not {type(config).__name__}.")
-        self.config = config
+        self.given = self.config = config
         self.pruner: Pruner | None = None
         self.cadence: Cadence | None = None
+        self._training = False
         self.resume_from: str | None = None
         """The checkpoint that the next `train` goes on from, where the trainer says so beforehand."""
-        self.saves_on_event = True
-        """Whether `on_save` writes the masks. A trainer that writes them itself says False."""
+        self.alone = True
+        """Whether the trainer is a stock one. `SparseTrainer` says False, and itself writes masks ahead of weights
+        and holds back the best metric after all callbacks."""
 
     # Before training
 
@@ -66,7 +68,7 @@ class SparsityCallback(TrainerCallback):
         Raises:
             PruningConfigError, NotImplementedError: what does not fit, and the remedy.
         """
-        self.config = self.config or (args if isinstance(args, PruningConfig) else None)
+        self.config = self.given or (args if isinstance(args, PruningConfig) else None)
         if self.config is None:
             raise ValueError("SparsityCallback needs a PruningConfig, or a trainer with SparseTrainingArguments.")
         if self.config.prunes and str(getattr(args.optim, "value", args.optim)).startswith("schedule_free"):
@@ -85,7 +87,7 @@ class SparsityCallback(TrainerCallback):
         """Build the pruner on the parameters as they are now: wrapping and `model_init` replace them. May come
         twice, after a batch size that did not fit, or with a second `train`."""
         self.check(args, None)
-        previous, self.pruner = self.pruner, None
+        previous, self.pruner, self._training = self.pruner, None, True
         if not self.config.prunes:
             return
         config = self.config
@@ -123,13 +125,21 @@ class SparsityCallback(TrainerCallback):
         else:
             self.pruner.enforce()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        self.release_best(state)
+
     def on_evaluate(self, args, state, control, **kwargs):
-        """Comes before Trainer compares the metric: until the final sparsity no checkpoint may be the best."""
-        if self.pruner is None or args.metric_for_best_model is None:
-            return
-        if not self._final(state):
-            state.best_metric = _WORST if args.greater_is_better else -_WORST
-        elif state.best_metric is not None and abs(state.best_metric) == _WORST:
+        if self.alone:
+            self.hold_best(args, state)
+
+    def hold_best(self, args, state) -> None:
+        """Until the final sparsity no checkpoint may be the best: called between evaluating and comparing metrics."""
+        if self._training and args.metric_for_best_model is not None and not self._final(state):
+            state.best_metric = _UNBEATABLE if args.greater_is_better else -_UNBEATABLE
+
+    def release_best(self, state) -> None:
+        """Take back what `hold_best` did, before the state is written or another callback reads it."""
+        if state.best_metric is not None and abs(state.best_metric) == _UNBEATABLE:
             state.best_metric = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -151,8 +161,13 @@ class SparsityCallback(TrainerCallback):
     # Saving
 
     def on_save(self, args, state, control, **kwargs):
-        if self.pruner is not None and self.saves_on_event and state.is_world_process_zero:
-            self.write(_checkpoint(args, state), state.global_step)
+        if self.pruner is None or not self.alone or not state.is_world_process_zero:
+            return
+        directory = Path(_checkpoint(args, state))
+        if directory.is_dir():
+            self.write(directory, state.global_step)
+        else:
+            logger.warning("%s was not found, so no masks were written: use SparseTrainer.", directory)
 
     def write(self, directory: str | Path, step: int | None = None) -> None:
         """Write the pruning files: config and report, and with `step`, for a checkpoint, the masks."""
@@ -165,16 +180,15 @@ class SparsityCallback(TrainerCallback):
 
     def config_as_run(self) -> PruningConfig:
         """The config alone, without what a trainer's arguments add."""
-        return PruningConfig.from_dict(self.config.to_dict())
+        return PruningConfig.from_dict(PruningConfig.to_dict(self.config))
 
     # After training
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.pruner is None:
             return
-        best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best and Path(best).is_dir():
-            restore_state(best, self.pruner)
+        self._training = False
+        self.release_best(state)
         if not self._final(state) and self.pruner.target:
             logger.warning(
                 "training ended at step %d, before prune_end (step %d): the target was not reached.",

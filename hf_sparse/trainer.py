@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import Path
 
 from transformers import Seq2SeqTrainer, Trainer
 
 from .callback import SparsityCallback
-from .checkpoints import CheckpointError, check_state, is_complete, last_complete_checkpoint
+from .checkpoints import CheckpointError, check_state, find_fault, last_complete_checkpoint, start_checkpoint
 from .config import PruningConfig
 from .pruner import Pruner
+
+
+logger = logging.getLogger(__name__)
 
 
 class SparseTrainerMixin:
@@ -24,7 +28,7 @@ class SparseTrainerMixin:
         super().__init__(*args, **kwargs)
         self.sparsity = self._sparsity_callback()
         if self.sparsity is not None:
-            self.sparsity.saves_on_event = False
+            self.sparsity.alone = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -33,10 +37,13 @@ class SparseTrainerMixin:
 
     def _sparsity_callback(self) -> SparsityCallback | None:
         """The user's callback, or one by the arguments, or None when there is nothing to prune."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, SparsityCallback):
-                return callback
-        if not isinstance(self.args, PruningConfig) or not self.args.prunes:
+        given = [callback for callback in self.callback_handler.callbacks if isinstance(callback, SparsityCallback)]
+        by_arguments = isinstance(self.args, PruningConfig) and self.args.prunes
+        if len(given) > 1 or (given and by_arguments and given[0].config is not self.args):
+            raise ValueError("what to prune is said twice: by one SparsityCallback, or by the arguments, not by both.")
+        if given:
+            return given[0] if given[0].config.prunes else None
+        if not by_arguments:
             return None
         callback = SparsityCallback(self.args)
         callback.check(self.args, self.model)
@@ -58,8 +65,9 @@ class SparseTrainerMixin:
     def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         if not resume_from_checkpoint:
             return None
+        weights_only = self.args.save_only_model
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, weights_only)
             if resume_from_checkpoint is None:
                 raise CheckpointError(
                     f"no complete checkpoint in {self.args.output_dir}: start without resume_from_checkpoint, or name one."
@@ -67,28 +75,39 @@ class SparseTrainerMixin:
         checkpoint = Path(resume_from_checkpoint)
         if not checkpoint.is_dir():
             raise CheckpointError(f"resume_from_checkpoint is {checkpoint}: there is no such folder.")
-        if not is_complete(checkpoint):
-            raise CheckpointError(f"{checkpoint} is incomplete: its saving was cut off. Resume from an earlier one.")
-        if self.model is not None:
-            check_state(checkpoint, Pruner(self.model, self.sparsity.config), cadence=None)
+        fault = find_fault(checkpoint, weights_only)
+        if fault:
+            raise CheckpointError(f"{checkpoint} is incomplete: {fault} Resume from another one.")
+        if weights_only:
+            logger.warning("save_only_model is set: %s is resumed without its optimizer, not exactly.", checkpoint)
+        check_state(checkpoint, Pruner(self.model, self.sparsity.config), cadence=None)
         return str(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's `save_model`, with the pruning files written first, so that an upload finds them."""
-        directory = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if self.sparsity is not None and self.args.should_save:
+        if self.sparsity is not None:
+            directory = Path(output_dir if output_dir is not None else self.args.output_dir)
             step = self.state.global_step
-            is_checkpoint = directory.name == f"checkpoint-{step}"
-            if is_checkpoint:
-                # It marks a checkpoint as complete, and comes last. One from an earlier run must not vouch for this.
-                (directory / "trainer_state.json").unlink(missing_ok=True)
-            self.sparsity.write(directory, step if is_checkpoint else None)
+            is_checkpoint = _internal_call and output_dir is not None and directory.name == f"checkpoint-{step}"
+            self.sparsity.release_best(self.state)
+            if self.args.should_save:
+                if is_checkpoint:
+                    start_checkpoint(directory)
+                self.sparsity.write(directory, step if is_checkpoint else None)
         super().save_model(output_dir, _internal_call)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Trainer's `evaluate`. During training, a metric from before the final sparsity never becomes the best."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self.sparsity is not None and self.is_in_train:
+            # Not before: until here, callbacks such as early stopping compare with the best metric too.
+            self.sparsity.hold_best(self.args, self.state)
+        return metrics
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Trainer's `log`, with sparsity and target at each logging step, for every reporting integration."""
         if self.sparsity is not None:
-            logs = {**logs, **self.sparsity.figures(logs, self.state)}
+            logs.update(self.sparsity.figures(logs, self.state))
         super().log(logs, *args, **kwargs)
 
 

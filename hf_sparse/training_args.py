@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .config import PruningConfig
 
 
-@dataclass
+@dataclass(repr=False)
 class SparseTrainingArguments(PruningConfig, TrainingArguments):
     """Every field of `TrainingArguments` and of `PruningConfig`; no default of either is changed.
 
@@ -26,6 +26,17 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "groups"]
 
+    # Where both parents have a method of one name, arguments are arguments first: every field, without the tokens.
+    to_dict = TrainingArguments.to_dict
+    __repr__ = TrainingArguments.__repr__
+
     def __post_init__(self):
         PruningConfig.__post_init__(self)
-        TrainingArguments.__post_init__(self)
+        super(PruningConfig, self).__post_init__()
+
+
+@dataclass(repr=False)
+class SparseSeq2SeqTrainingArguments(SparseTrainingArguments, Seq2SeqTrainingArguments):
+    """`SparseTrainingArguments` with the fields of `Seq2SeqTrainingArguments`, for `SparseSeq2SeqTrainer`."""
+
+    to_dict = Seq2SeqTrainingArguments.to_dict
