@@ -25,8 +25,8 @@ HIDDEN = -1
 class Labels:
     """The label names in the order of the model's outputs; `names` is None for regression.
 
-    Labels in the data are either names or, where `by_position` is given, positions in that tuple. The two orders differ
-    for a checkpoint that was trained with another order of the same names.
+    Labels in the data are either names or, where `by_position` is given, positions in that tuple. The two orders
+    differ for a checkpoint that was trained with another order of the same names.
     """
 
     names: tuple[str, ...] | None

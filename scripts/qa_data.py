@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 
 def load_qa_files(files: dict[str, str | None], cache_dir: str | None = None) -> DatasetDict:
-    """Loads SQuAD's nested JSON ({"data": [{"paragraphs": ...}]}), {"data": [rows]}, or tables with a row per question.
+    """Loads SQuAD's nested JSON ({"data": [{"paragraphs": ...}]}), {"data": [rows]}, or tables of questions.
 
     In a .csv or .tsv file the column "answers" holds JSON: {"text": ["Oslo"], "answer_start": [12]}.
     """

@@ -48,8 +48,8 @@ def squad(predictions: list[dict], references: list[dict]) -> dict[str, float]:
 def squad_v2(predictions: list[dict], references: list[dict]) -> dict[str, float]:
     """Exact match and F1 where some questions have no answer; the right prediction for those is "".
 
-    Gives the same keys as `evaluate.load("squad_v2")` but for the best_* ones, which tune the no-answer threshold on the
-    references.
+    Gives the same keys as `evaluate.load("squad_v2")` but for the best_* ones, which tune the no-answer threshold on
+    the references.
     """
     texts = {prediction["id"]: prediction["prediction_text"] for prediction in predictions}
     scores = {True: [], False: []}

@@ -9,9 +9,9 @@ A pretrained model:
 A model from scratch: --model_type llama --tokenizer_name ... --config_overrides hidden_size=256,num_hidden_layers=4
 in place of --model_name_or_path.
 
-Own files (--train_file, --validation_file) are .txt, or .csv, .tsv, .json, .jsonl or .parquet with a column "text". One
-.json or .yaml file with the arguments in it also does. Without --target_sparsity the model is only trained. Runs under
-`accelerate launch` and `torchrun` as well.
+Own files (--train_file, --validation_file) are .txt, or .csv, .tsv, .json, .jsonl or .parquet with a column "text".
+One .json or .yaml file with the arguments in it also does. Without --target_sparsity the model is only trained. Runs
+under `accelerate launch` and `torchrun` as well.
 """
 
 import logging
@@ -248,6 +248,10 @@ def build_model(model_args: ClmModelArguments, config, tokenizer):
         logger.info(f"new {model_args.model_type or config.model_type} with {model.num_parameters():,} parameters")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
+    # GPT2LMHeadModel has no loss_type, for its name does not end in ForCausalLM. It then uses this loss all the same,
+    # but the Trainer divides by one token too many per block, and loss and perplexity come out too small.
+    if getattr(model, "loss_type", None) is None:
+        model.loss_type = "ForCausalLM"
     return model
 
 

@@ -4,9 +4,9 @@
         --do_eval --target_sparsity 0.8 --per_device_train_batch_size 12 --learning_rate 3e-5 --num_train_epochs 2 \
         --max_seq_length 384 --doc_stride 128 --output_dir out/squad
 
-Own files (--train_file, --validation_file, --test_file) are SQuAD's own .json, or .json, .jsonl, .parquet, .csv or .tsv
-with the columns "id", "question", "context" and "answers". Pass --version_2_with_negative where a question may have no
-answer. One .json or .yaml file with the arguments in it also does. Without --target_sparsity the model is only
+Own files (--train_file, --validation_file, --test_file) are SQuAD's own .json, or .json, .jsonl, .parquet, .csv or
+.tsv with the columns "id", "question", "context" and "answers". Pass --version_2_with_negative where a question may
+have no answer. One .json or .yaml file with the arguments in it also does. Without --target_sparsity the model is only
 fine-tuned. Runs under `accelerate launch` and `torchrun` as well.
 """
 

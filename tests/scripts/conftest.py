@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -153,3 +154,17 @@ def zero_fraction(state_dict: dict, is_pruned) -> tuple[int, int]:
     """Zeros and weights of the matrices whose name `is_pruned` accepts."""
     chosen = [tensor for name, tensor in state_dict.items() if tensor.dim() == 2 and is_pruned(name)]
     return sum(int((tensor == 0).sum()) for tensor in chosen), sum(tensor.numel() for tensor in chosen)
+
+
+def is_encoder_matrix(name: str) -> bool:
+    """The matrices of BERT's layers and pooler: everything but embeddings and task head."""
+    return name.startswith(("bert.encoder.", "bert.pooler.")) and name.endswith(".weight")
+
+
+def run_script(script: str, argument: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs a script as a program of its own."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(SCRIPTS.parent)]))
+    command = [sys.executable, str(SCRIPTS / script), argument]
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
