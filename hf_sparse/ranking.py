@@ -16,16 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .threshold import Problem, Scores, array, search
+from .threshold import Problem, Scores, array, count_threads, each, search
 
 
-__all__ = ["Cut", "Scores", "TensorScores", "keep", "lowest", "lowest_per_row", "lowest_together", "spread"]
+__all__ = ["Cut", "Scores", "TensorScores", "keep", "lowest", "lowest_per_row", "lowest_together", "places", "spread"]
 
 # A chunk and its masks stay in a core's cache. It holds whole groups of every size up to 10, of 12 to 16 and of 32.
-CHUNK = 131_040
-CHUNK_ON_ACCELERATOR = 128 * CHUNK  # there, launching a kernel costs more than memory
+CHUNK = 262_080
+CHUNK_ON_ACCELERATOR = 64 * CHUNK  # there, launching a kernel costs more than memory
 
-_RUN = 4  # neighbours sampled together: they share a cache line
+_RUN = 16  # neighbours sampled together: they share a cache line
 
 
 @dataclass(frozen=True)
@@ -59,37 +59,41 @@ class TensorScores:
         flat = self.tensor.reshape(-1)
         size = CHUNK if flat.device.type == "cpu" else CHUNK_ON_ACCELERATOR
         buffer = torch.empty(min(size, self.numel), dtype=torch.float32, device=flat.device)
+        on_cpu = flat.device.type == "cpu" and flat.dtype == torch.float32
+        source, target = (flat.numpy(), buffer.numpy()) if on_cpu else (flat, buffer)
         for start in range(0, self.numel, size):
-            part = flat[start : start + size]
-            yield self._write(part, buffer[: len(part)])
+            part = source[start : start + size]
+            scores = target[: len(part)]
+            if on_cpu:  # numpy stays in its thread, where torch would start others
+                np.abs(part, out=scores) if self.magnitude else np.copyto(scores, part)
+            elif scores.copy_(part) is not None and self.magnitude:
+                scores.abs_()
+            yield torch.as_tensor(scores)
 
     def sample(self, count: int) -> torch.Tensor:
-        part = spread(self.tensor.reshape(-1), count)
-        return self._write(part, torch.empty(part.shape, dtype=torch.float32, device=part.device)).view(-1)
+        scores = spread(self.tensor.reshape(-1), count).to(torch.float32, copy=True).view(-1)
+        return scores.abs_() if self.magnitude else scores
 
-    def _write(self, part: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self.magnitude:
-            return scores.copy_(part)
-        if part.device.type == "cpu" and part.dtype == torch.float32:
-            np.abs(part.numpy(), out=scores.numpy())  # stays in its thread, where torch would start others
-            return scores
-        return scores.copy_(part).abs_()
+
+def places(numel: int, count: int) -> tuple[int, int, int]:
+    """Where to look for about `count` of `numel` entries: (rows, stride, run), entry r * stride + i for each i < run.
+
+    Short runs at an odd stride, which no even row length repeats; (1, numel, numel) where `count` is not much less.
+
+    >>> places(10_000, 48)
+    (3, 3327, 16)
+    """
+    rows = max(1, round(count / _RUN))
+    stride = (numel - _RUN) // rows
+    stride -= 1 - stride % 2
+    return (rows, stride, _RUN) if stride >= 2 * _RUN else (1, numel, numel)
 
 
 def spread(flat: torch.Tensor, count: int) -> torch.Tensor:
-    """A view of about `count` entries of a 1-D tensor: short runs at an odd stride, which no even row length repeats.
-
-    Returns: (rows, run), or (1, len(flat)) where `count` is not much less than that.
-
-    >>> spread(torch.arange(40), 8).tolist()
-    [[0, 1, 2, 3], [17, 18, 19, 20]]
-    """
-    rows = max(1, round(count / _RUN))
-    stride = (len(flat) - _RUN) // rows
-    stride -= 1 - stride % 2
-    if stride < 2 * _RUN:
-        return flat.view(1, -1)
-    return flat.as_strided((rows, _RUN), (stride, 1), flat.storage_offset())
+    """A view (rows, run) of about `count` entries of a 1-D tensor, at its `places`."""
+    rows, stride, run = places(len(flat), count)
+    step = flat.stride(0)
+    return flat.as_strided((rows, run), (stride * step, step), flat.storage_offset())
 
 
 def lowest(scores: Scores, k: int) -> Cut:
@@ -236,17 +240,19 @@ def _cuts(layers: Sequence[Scores], problem: Problem, names: Sequence[int]) -> l
     else:
         value, below, equal = search(layers, problem, names)
         falls = _share_ties(problem, below, equal)
-    cuts = []
-    for index, (fall, size) in enumerate(zip(falls.tolist(), problem.sizes.tolist())):
+
+    def cut(index: int) -> Cut:
+        fall, size = int(falls[index]), int(problem.sizes[index])
         if fall == 0:
-            cuts.append(Cut(-math.inf, 0))
-        elif fall == size:
-            cuts.append(Cut(math.inf, size))
-        elif not math.isnan(value) and below[index] <= fall <= below[index] + equal[index]:
-            cuts.append(Cut(value, fall - int(below[index])))
-        else:
-            cuts += _cuts([layers[index]], _problem([layers[index]], fall, None, None), [names[index]])
-    return cuts
+            return Cut(-math.inf, 0)
+        if fall == size:
+            return Cut(math.inf, size)
+        if not math.isnan(value) and below[index] <= fall <= below[index] + equal[index]:
+            return Cut(value, fall - int(below[index]))
+        layer = [layers[index]]  # held back by its floor or cap
+        return _cuts(layer, _problem(layer, fall, None, None), [names[index]])[0]
+
+    return each(cut, range(len(layers)), count_threads(layers, int(problem.sizes.sum())))
 
 
 def _share_ties(problem: Problem, below: np.ndarray, equal: np.ndarray) -> np.ndarray:

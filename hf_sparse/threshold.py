@@ -26,7 +26,7 @@ import torch
 
 _FEW = 4096  # so few scores are collected as they are
 _MANY = 4_000_000  # so many are worth starting threads
-_DEVIATIONS = 6.0  # half-width of the bracket, in standard deviations of the sample's rank
+_DEVIATIONS = 5.0  # half-width of the bracket, in standard deviations of the sample's rank
 _BUCKETS = 256  # of a histogram, for each layer
 _NUMPY_DEVICES = ("cpu",)  # where numpy's comparisons and partition are several times faster than torch's
 
@@ -78,6 +78,36 @@ class _Bracket:
     tied: bool
 
 
+class _Parts:
+    """Scores of each of L layers, in one tensor.
+
+    Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray | torch.Tensor], names: Sequence[int]):
+        self.values = _join(parts)
+        self.lengths = np.array([len(part) for part in parts], dtype=np.int64)
+        wrong = self.count(lambda values: values != values)
+        if wrong.any():
+            raise ValueError(
+                f"the scores of layer {names[wrong.argmax()]} must not be NaN, but some are: look at the weights, "
+                "gradients or activations they were computed from"
+            )
+
+    def count(self, test: Callable) -> np.ndarray:
+        """(L) how many scores pass a test."""
+        hits = test(array(self.values)).nonzero()
+        hits = hits[0] if isinstance(hits, tuple) else hits[:, 0].contiguous()
+        ends = self.lengths.cumsum()
+        library = np if isinstance(hits, np.ndarray) else torch
+        before = library.searchsorted(hits, library.asarray(ends))
+        return np.diff(before if library is np else before.cpu().numpy(), prepend=0)
+
+    def owners(self) -> torch.Tensor:
+        """The layer of each score."""
+        return torch.repeat_interleave(torch.from_numpy(self.lengths)).to(self.values.device)
+
+
 @dataclass(frozen=True)
 class _Tally:
     """What a pass found of each layer: counts (L), and the scores inside the bracket that were not counted."""
@@ -86,7 +116,7 @@ class _Tally:
     below: np.ndarray
     at_low: np.ndarray
     at_high: np.ndarray
-    inside: list[torch.Tensor]
+    inside: _Parts
 
 
 def search(layers: Sequence[Scores], problem: Problem, names: Sequence[int]) -> tuple[float, np.ndarray, np.ndarray]:
@@ -97,10 +127,11 @@ def search(layers: Sequence[Scores], problem: Problem, names: Sequence[int]) -> 
     Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
     """
     total = int(problem.sizes.sum())
-    tally = _tally(layers, _sampled(layers, problem, names), names, room=2**18 + total // 64)
+    threads = count_threads(layers, total)
+    tally = _tally(layers, _sampled(layers, problem, names, threads), names, threads, room=2**18 + total // 64)
     found = tally and _decide(problem, tally)
     if found is None:
-        tally = _tally(layers, _narrowed(layers, problem), names, room=math.inf)
+        tally = _tally(layers, _narrowed(layers, problem), names, threads, room=math.inf)
         found = _decide(problem, tally)
     return found
 
@@ -110,68 +141,64 @@ def array(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
     return tensor.numpy() if tensor.device.type in _NUMPY_DEVICES else tensor
 
 
-def _sampled(layers: Sequence[Scores], problem: Problem, names: Sequence[int]) -> _Bracket:
+def _sampled(layers: Sequence[Scores], problem: Problem, names: Sequence[int], threads: int) -> _Bracket:
     total = int(problem.sizes.sum())
     if total <= _FEW:
         return _Bracket(-math.inf, math.inf, tied=False)
     # n^(2/3) balances the cost of the sample and of what its bracket lets inside
-    shares = np.diff(np.floor(np.cumsum(problem.sizes) * (2 * total ** (2 / 3) / total)), prepend=0).astype(np.int64)
+    shares = np.diff(np.floor(np.cumsum(problem.sizes) * (3 * total ** (2 / 3) / total)), prepend=0).astype(np.int64)
     pairs = list(zip(layers, shares.tolist()))
-    samples = _each(
-        lambda pair: pair[0].sample(pair[1]) if pair[1] else torch.empty(0), pairs, _threads(layers, total)
+    sample = _Parts(
+        each(lambda pair: array(pair[0].sample(pair[1])) if pair[1] else np.empty(0, np.float32), pairs, threads),
+        names,
     )
-    _refuse_nan(samples, names)
-    values = _join(samples).clone()
-    low, high = (_bracket_free if problem.free else _bracket_held)(problem, samples, values)
-    at_ends = int((values == low).sum() + (values == high).sum())
-    return _Bracket(low, high, tied=at_ends > len(values) // 64)
+    low, high = (_bracket_free if problem.free else _bracket_held)(problem, sample)
+    at_ends = sample.count(lambda values: (values == low) | (values == high)).sum()
+    return _Bracket(low, high, tied=at_ends > len(sample.values) // 64)
 
 
-def _bracket_free(problem: Problem, samples: list[torch.Tensor], values: torch.Tensor) -> tuple[float, float]:
-    share = problem.k / problem.sizes.sum()
-    rank = share * len(values)
-    half = _DEVIATIONS * math.sqrt(rank * (1 - share)) + 8
-    ranks = math.floor(rank - half), math.ceil(rank + half)
-    inner = _ranked(values, [min(max(rank, 1), len(values)) for rank in ranks])
-    return (inner[0] if ranks[0] >= 1 else -math.inf), (inner[1] if ranks[1] <= len(values) else math.inf)
+def _bracket_free(problem: Problem, sample: _Parts) -> tuple[float, float]:
+    share, count = problem.k / problem.sizes.sum(), len(sample.values)
+    half = _DEVIATIONS * math.sqrt(count * share * (1 - share)) + 8
+    ranks = math.floor(count * share - half), math.ceil(count * share + half)
+    inner = _ranked(sample.values.clone(), [min(max(rank, 1), count) for rank in ranks])
+    return (inner[0] if ranks[0] >= 1 else -math.inf), (inner[1] if ranks[1] <= count else math.inf)
 
 
-def _bracket_held(problem: Problem, samples: list[torch.Tensor], values: torch.Tensor) -> tuple[float, float]:
+def _bracket_held(problem: Problem, sample: _Parts) -> tuple[float, float]:
     """Each layer's counts in the sample are scaled up, so that its floor and cap act as on the whole."""
-    counts = np.array([len(sample) for sample in samples])
-    scale = problem.sizes / np.maximum(counts, 1)
-    unseen = np.where(counts == 0, problem.sizes * (problem.k / problem.sizes.sum()), 0.0)
+    scale = problem.sizes / np.maximum(sample.lengths, 1)
+    unseen = np.where(sample.lengths == 0, problem.sizes * (problem.k / problem.sizes.sum()), 0.0)
 
     def crossing(goal: float) -> float:
         if goal <= problem.total(unseen):
             return -math.inf
-        if goal > problem.total(counts * scale + unseen):
+        if goal > problem.total(sample.lengths * scale + unseen):
             return math.inf
-        return _crossing(samples, goal, lambda found: problem.total(found * scale + unseen))
+        return _crossing(sample, goal, lambda found: problem.total(found * scale + unseen))
 
     middle = crossing(problem.k)
-    found = _counts(samples, lambda scores: scores <= middle)
-    estimate = found * scale
-    moves = (estimate > problem.floors) & (estimate < problem.caps)
-    variance = (scale**2 * found * (1 - found / np.maximum(counts, 1)))[moves].sum()
+    found = sample.count(lambda values: values <= middle)
+    moves = (found * scale > problem.floors) & (found * scale < problem.caps)
+    variance = (scale**2 * found * (1 - found / np.maximum(sample.lengths, 1)))[moves].sum()
     half = _DEVIATIONS * math.sqrt(variance) + 8 * scale.max()
     return crossing(problem.k - half), crossing(problem.k + half)
 
 
-def _tally(layers: Sequence[Scores], bracket: _Bracket, names: Sequence[int], room: float) -> _Tally | None:
+def _tally(
+    layers: Sequence[Scores], bracket: _Bracket, names: Sequence[int], threads: int, room: float
+) -> _Tally | None:
     """One pass over all layers; None if more than `room` scores lie inside, for then the sample misled."""
     left = [room]
-    total = sum(layer.numel for layer in layers)
-    found = _each(lambda layer: _tally_layer(layer, bracket, left), layers, _threads(layers, total))
+    found = each(lambda layer: _tally_layer(layer, bracket, left), layers, threads)
     if left[0] < 0:
         return None
-    below, at_low, at_high, inside = zip(*found)
-    # a NaN is neither below nor above, so it is inside
-    _refuse_nan(inside, names)
-    return _Tally(bracket, np.array(below), np.array(at_low), np.array(at_high), list(inside))
+    below, at_low, at_high, parts = zip(*found)
+    inside = _Parts([array(_join(part)) for part in parts], names)  # with any NaN, which is neither below nor above
+    return _Tally(bracket, np.array(below), np.array(at_low), np.array(at_high), inside)
 
 
-def _tally_layer(layer: Scores, bracket: _Bracket, left: list[float]) -> tuple[int, int, int, torch.Tensor]:
+def _tally_layer(layer: Scores, bracket: _Bracket, left: list[float]) -> tuple[int, int, int, list]:
     below = at_low = at_high = 0
     parts = []
     for chunk in layer.chunks():
@@ -187,18 +214,18 @@ def _tally_layer(layer: Scores, bracket: _Bracket, left: list[float]) -> tuple[i
             inside &= ~(low | high)
         part = scores[inside]
         if len(part):
-            parts.append(torch.as_tensor(part))
+            parts.append(part)
             left[0] -= len(part)  # threads may lose a little of each other's, which moves the limit a little
         if left[0] < 0:
             break
-    return below, at_low, at_high, _join(parts)
+    return below, at_low, at_high, parts
 
 
 def _decide(problem: Problem, tally: _Tally) -> tuple[float, np.ndarray, np.ndarray] | None:
     """v, and the units of each layer below it and equal to it; None if v is not in the bracket."""
     low, high = tally.bracket.low, tally.bracket.high
     base = tally.below + tally.at_low
-    most = base + np.array([len(inside) for inside in tally.inside])
+    inside, most = tally.inside, base + tally.inside.lengths
     if problem.total(tally.below) >= problem.k or problem.total(most + tally.at_high) < problem.k:
         return None
     if problem.total(base) >= problem.k:
@@ -206,36 +233,32 @@ def _decide(problem: Problem, tally: _Tally) -> tuple[float, np.ndarray, np.ndar
     elif problem.total(most) < problem.k:
         value = high
     elif problem.free:
-        value = _ranked(_join(tally.inside), [problem.k - int(base.sum())])[0]
+        value = _ranked(inside.values.clone(), [problem.k - int(base.sum())])[0]
     else:
-        value = _crossing(tally.inside, problem.k, lambda found: problem.total(base + found))
-    below = (tally.below if value == low else base) + _counts(tally.inside, lambda scores: scores < value)
-    equal = np.where(value == low, tally.at_low, 0) + _counts(tally.inside, lambda scores: scores == value)
+        value = _crossing(inside, problem.k, lambda found: problem.total(base + found))
+    below = (tally.below if value == low else base) + inside.count(lambda values: values < value)
+    equal = np.where(value == low, tally.at_low, 0) + inside.count(lambda values: values == value)
     return value + 0.0, below, equal + np.where(value == high, tally.at_high, 0)
 
 
-def _counts(parts: Sequence[torch.Tensor], test: Callable) -> np.ndarray:
-    return np.array([int(test(array(part)).sum()) if len(part) else 0 for part in parts], dtype=np.int64)
-
-
 def _ranked(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
-    """The values of these ranks, counted from 1; may reorder `values`."""
+    """The values of these ascending ranks, counted from 1; may reorder `values`."""
     places = [rank - 1 for rank in ranks]
-    if values.device.type in _NUMPY_DEVICES:
-        values.numpy().partition(places)
-    else:
-        values = values.sort()[0]
+    if values.device.type not in _NUMPY_DEVICES:
+        return values.sort()[0][places].tolist()
+    done = 0
+    for place in places:  # one after the other is faster than both at once, for the second looks only at the rest
+        values.numpy()[done:].partition(place - done)
+        done = place
     return values[places].tolist()
 
 
-def _crossing(parts: Sequence[torch.Tensor], goal: float, total: Callable[[np.ndarray], float]) -> float:
-    """min{v: total(#{scores <= v} of each part) >= goal} by quickselect, where total(0) < goal <= total(all)."""
-    values = _join(parts)
-    owner = torch.repeat_interleave(torch.tensor([len(part) for part in parts])).to(values.device)
-    base = np.zeros(len(parts), dtype=np.int64)
+def _crossing(parts: _Parts, goal: float, total: Callable[[np.ndarray], float]) -> float:
+    """min{v: total(#{scores <= v} of each layer) >= goal} by quickselect, where total(0) < goal <= total(all)."""
+    values, owner, base = parts.values, parts.owners(), np.zeros_like(parts.lengths)
 
     def counts(chosen: torch.Tensor) -> np.ndarray:
-        return base + torch.bincount(owner[chosen], minlength=len(parts)).cpu().numpy()
+        return base + torch.bincount(owner[chosen], minlength=len(base)).cpu().numpy()
 
     while True:
         pivot = values[:: len(values) // 256 + 1].median()
@@ -286,34 +309,24 @@ def _value(key: int) -> float:
     return float(np.int32(key ^ (0x7FFFFFFF if key < 0 else 0)).view(np.float32)) + 0.0
 
 
-def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _join(parts: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
     if len(parts) == 1:
-        return parts[0]
-    if not len(parts):
-        return torch.empty(0)
-    if all(part.device.type == "cpu" for part in parts):
-        return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
-    device = next(part.device for part in parts if part.device.type != "cpu")
+        return torch.as_tensor(parts[0])
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *parts]))
+    parts = [torch.as_tensor(part) for part in parts]
+    device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
     return torch.cat([part.to(device) for part in parts])
 
 
-def _refuse_nan(parts: Sequence[torch.Tensor], names: Sequence[int]) -> None:
-    for name, count in zip(names, _counts(parts, lambda scores: scores != scores)):
-        if count:
-            raise ValueError(
-                f"the scores of layer {name} must not be NaN, but some are: look at the weights, or the gradients or "
-                "activations, they were computed from"
-            )
-
-
-def _threads(layers: Sequence[Scores], total: int) -> int:
+def count_threads(layers: Sequence[Scores], total: int) -> int:
     """Accelerators need one thread: streams belong to the caller's."""
     if total < _MANY or len(layers) == 1 or layers[0].sample(1).device.type != "cpu":
         return 1
     return min(len(layers), torch.get_num_threads())
 
 
-def _each(work: Callable, items: Sequence, threads: int) -> list:
+def each(work: Callable, items: Sequence, threads: int) -> list:
     """work(item) of each item, in order, computed by several threads."""
     results = [None] * len(items)
     queue = deque(range(len(items)))

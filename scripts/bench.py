@@ -22,6 +22,7 @@ import torch
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
 from hf_sparse.ranking import CHUNK, TensorScores, keep, lowest, lowest_together
 
+
 HIDDEN = 768
 
 

@@ -9,6 +9,7 @@ import torch
 from hf_sparse import ranking, threshold
 from hf_sparse.ranking import Cut, TensorScores, keep, lowest, lowest_per_row, lowest_together
 
+
 INFINITY = math.inf
 
 
