@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .allocations import ALLOCATIONS
-from .criteria import CRITERIA
+from .faults import bound_faults, name_faults, pattern_faults, range_faults, type_fault
 from .patterns import get_pattern
+from .recipe import read_recipe
 from .registry import nearest
-from .schedulers import CURVES, SCHEDULERS
 from .storage import write_json
-
-
-SCOPES = ("row", "layer", "global")
-ON_INDIVISIBLE = ("error", "skip")
 
 
 class PruningConfigError(ValueError):
@@ -57,8 +50,8 @@ Did you mean "magnitude"?
 
     target_sparsity: float | None = _option(
         None,
-        "Share of the selected weights to prune, from 0 to 1. Left out: nothing is pruned, or what the pattern implies "
-        "(0.5 for 2:4).",
+        "Share of the selected weights to prune, from 0 to 1. Left out: nothing is pruned, or what the pattern "
+        "implies (0.5 for 2:4).",
     )
     pattern: str = _option(
         "unstructured",
@@ -106,8 +99,8 @@ Did you mean "magnitude"?
     )
     regrow: float = _option(
         0.0,
-        "Share of the kept weights that each prune step exchanges for pruned ones with the largest gradient, falling to "
-        "0 at the end (0 to 1). Needs a pattern of single weights or blocks with scope layer or global.",
+        "Share of the kept weights that each prune step exchanges for pruned ones with the largest gradient, falling "
+        "to 0 at the end (0 to 1). Needs a pattern of single weights or blocks with scope layer or global.",
     )
     pruning_config: str | None = _option(
         None, "A recipe file (.yaml or .json) that sets any of these options, and groups with options of their own."
@@ -124,9 +117,16 @@ Did you mean "magnitude"?
             self._take_recipe(faults)
         if isinstance(self.groups, str):
             self._parse_groups(faults)
-        faults += _type_faults(self, "")
-        if not faults:
-            faults += [fault for name, group in self._raw_groups(faults).items() for fault in group._faults(name)]
+        sound, mistyped = _sound({name: getattr(self, name) for name in OPTIONS})
+        faults += mistyped
+        shared = name_faults(sound) + range_faults(sound)
+        faults += shared
+        for name, (group, problems) in sound._raw_groups().items():
+            where = f'group "{name}": ' if sound.groups else ""
+            problems += [fault for fault in name_faults(group) + range_faults(group) if fault not in shared]
+            if not (mistyped or shared or problems):  # each option by itself makes sense
+                problems = pattern_faults(group) + bound_faults(group)
+            faults += [where + problem for problem in problems]
         if faults:
             raise PruningConfigError(faults)
 
@@ -139,10 +139,14 @@ Did you mean "magnitude"?
         Raises:
             PruningConfigError: an unknown key (the nearest known one is named), or any other fault.
         """
-        faults = _unknown_keys(values, "")
-        if faults:
-            raise PruningConfigError(faults)
-        return cls(**values)
+        unknown = _unknown_keys(values, "")
+        try:
+            config = cls(**{name: value for name, value in values.items() if name in OPTIONS})
+        except PruningConfigError as error:
+            raise PruningConfigError(unknown + error.faults) from None
+        if unknown:
+            raise PruningConfigError(unknown)
+        return config
 
     @classmethod
     def from_file(cls, path: str | Path) -> PruningConfig:
@@ -151,7 +155,7 @@ Did you mean "magnitude"?
 
     def to_dict(self) -> dict[str, Any]:
         """The options of pruning and their values, without what a subclass adds."""
-        return {name: getattr(self, name) for name in OPTIONS if name != "pruning_config"}
+        return {name: copy.deepcopy(getattr(self, name)) for name in OPTIONS if name != "pruning_config"}
 
     def save(self, path: str | Path) -> None:
         """Write the options as JSON, which `from_file` reads back."""
@@ -160,14 +164,16 @@ Did you mean "magnitude"?
     def _take_recipe(self, faults: list[str]) -> None:
         """Fill in what the recipe file sets. From then on the config stands by itself."""
         path, self.pruning_config = self.pruning_config, None
-        values = _read_recipe(path, faults)
-        faults += _unknown_keys(values, f"{path}: ")
-        defaults = {option.name: option.default for option in dataclasses.fields(PruningConfig)}
-        for name, value in values.items():
-            if name not in defaults or name == "pruning_config":
-                continue
-            given = getattr(self, name)
-            if given != defaults[name] and given != value:
+        try:
+            values = read_recipe(path)
+        except ValueError as error:
+            faults.append(str(error))
+            return
+        allowed = tuple(name for name in OPTIONS if name != "pruning_config")
+        faults += _unknown_keys(values, f"{path}: ", allowed)
+        for name in (name for name in allowed if name in values):
+            given, value = getattr(self, name), values[name]
+            if given != _DEFAULTS[name] and given != value:
                 faults.append(f"{name} is {given!r} in the arguments but {value!r} in {path}: set it in one of them.")
             setattr(self, name, value)
 
@@ -182,30 +188,36 @@ Did you mean "magnitude"?
 
     def resolve_groups(self) -> dict[str, PruningConfig]:
         """Group name -> its options, with what it leaves out taken from this config. Without groups, one: "weights".
+        A pattern that implies a target (2:4) is not asked for this config's.
+
+        Raises:
+            PruningConfigError: options were set to what they cannot be since this config was made.
 
         Example:
             >>> config = PruningConfig(target_sparsity=0.5, groups={"ffn": {"targets": ["*.ffn"], "pattern": "4x1"}})
             >>> {name: (group.pattern, group.target_sparsity) for name, group in config.resolve_groups().items()}
             {'ffn': ('4x1', 0.5)}
         """
-        return self._raw_groups([])
+        groups = self._raw_groups()
+        if faults := [f'group "{name}": {problem}' for name, (_, problems) in groups.items() for problem in problems]:
+            raise PruningConfigError(faults)
+        return {name: group for name, (group, _) in groups.items()}
 
-    def _raw_groups(self, faults: list[str]) -> dict[str, PruningConfig]:
+    def _raw_groups(self) -> dict[str, tuple[PruningConfig, list[str]]]:
+        """Group name -> its options as far as they make sense, and the faults of those that do not."""
         shared = {name: getattr(self, name) for name in OPTIONS if name not in ("groups", "pruning_config")}
         if not self.groups:
-            return {"weights": _unchecked(shared)}
+            return {"weights": _sound(shared)}
         resolved = {}
         for name, options in self.groups.items():
-            where = f'group "{name}": '
             if not isinstance(options, dict):
-                faults.append(f"{where}its options must be a mapping, but are {options!r}.")
+                resolved[name] = _sound(shared)[0], [f"its options must be a mapping, but are {options!r}."]
                 continue
-            unknown = _unknown_keys(options, where, allowed=GROUP_OPTIONS)
-            group = _unchecked(shared | options)
-            problems = unknown or _type_faults(group, where)
-            faults += problems
-            if not problems:
-                resolved[name] = group
+            own = {key: value for key, value in options.items() if key in GROUP_OPTIONS}
+            group, mistyped = _sound(shared | own)
+            if "target_sparsity" not in own and _implies_target(group.pattern):
+                group.target_sparsity = None
+            resolved[name] = group, _unknown_keys(options, "", GROUP_OPTIONS) + mistyped
         return resolved
 
     @property
@@ -218,138 +230,33 @@ Did you mean "magnitude"?
         """Whether there is anything to do."""
         return bool(self.keep_zeros or any(group.target for group in self.resolve_groups().values()))
 
-    # Faults
-
-    def _faults(self, group: str) -> list[str]:
-        """What is wrong with the values of one group, each sentence with its remedy."""
-        where = f'group "{group}": ' if group != "weights" else ""
-        faults = self._name_faults() + self._range_faults()
-        if not faults:
-            faults += self._pattern_faults() + self._bound_faults()
-        return [where + fault for fault in faults]
-
-    def _name_faults(self) -> list[str]:
-        faults = []
-        known = {
-            "criterion": CRITERIA,
-            "allocation": ALLOCATIONS,
-            "scheduler": SCHEDULERS,
-            "sparsity_decay_type": CURVES,
-        }
-        for name, registry in known.items():
-            value = getattr(self, name)
-            if value not in registry and not (name == "scheduler" and value is None):
-                faults.append(f"{name} is {registry.describe(value)}")
-        for name, allowed in (("scope", SCOPES), ("on_indivisible", ON_INDIVISIBLE)):
-            value = getattr(self, name)
-            if value not in allowed:
-                faults.append(f'{name} is "{value}": it must be {" or ".join(allowed)}.{nearest(value, allowed)}')
-        try:
-            get_pattern(self.pattern)
-        except ValueError as error:
-            faults.append(f"{error}")
-        return faults
-
-    def _range_faults(self) -> list[str]:
-        faults = []
-        shares = ("target_sparsity", "initial_sparsity", "min_sparsity_per_layer", "max_sparsity_per_layer", "regrow")
-        for name in shares:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                faults.append(f"{name} is {value}: it must be a number from 0 to 1 (0.8 prunes 80%).")
-        for name in ("prune_start", "prune_end", "prune_every"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0 and (value < 1 or value == int(value))):
-                faults.append(
-                    f"{name} is {value}: it must be a whole number of steps, or a fraction of training below 1."
-                )
-        if (self.prune_start < 1) == (self.prune_end < 1) and self.prune_start > self.prune_end:
-            faults.append(f"prune_start is {self.prune_start}, after prune_end, {self.prune_end}: swap them.")
-        return faults
-
-    def _pattern_faults(self) -> list[str]:
-        faults, pattern = [], get_pattern(self.pattern)
-        implied = pattern.implied_sparsity
-        if implied is not None and self.target and abs(self.target - implied) > 1e-9:
-            faults.append(
-                f'target_sparsity is {self.target}, but pattern "{self.pattern}" ends at {implied:g} by its nature: '
-                "leave target_sparsity out or choose another pattern."
-            )
-        if self.scope == "row" and not pattern.has_rows:
-            faults.append(
-                f'scope "row" needs several units in a row, but pattern "{self.pattern}" has none: use layer.'
-            )
-        if self.regrow and (not pattern.has_rows or self.scope == "row"):
-            faults.append(
-                f'regrow is {self.regrow}, but it does not go with pattern "{self.pattern}" and scope "{self.scope}": '
-                "use single weights or blocks with scope layer or global, or regrow=0."
-            )
-        if self.regrow and self.keep_zeros:
-            faults.append("regrow brings zeros back to life and keep_zeros forbids it: choose one.")
-        return faults
-
-    def _bound_faults(self) -> list[str]:
-        target = self.target or 0.0
-        least, most = self.min_sparsity_per_layer or 0.0, self.max_sparsity_per_layer
-        most = 1.0 if most is None else most
-        faults = []
-        if self.initial_sparsity > target:
-            faults.append(f"initial_sparsity is {self.initial_sparsity}, above the target, {target}: lower it.")
-        if least > target:
-            faults.append(f"min_sparsity_per_layer is {least}, above the target, {target}: lower it.")
-        if most < target:
-            faults.append(f"max_sparsity_per_layer is {most}, below the target, {target}: raise it.")
-        return faults
-
 
 OPTIONS = tuple(option.name for option in dataclasses.fields(PruningConfig))
 # When to prune is one decision for the whole run, and so is whether the zeros at hand are locked.
 _SHARED = ("prune_start", "prune_end", "prune_every", "keep_zeros", "pruning_config", "groups")
 GROUP_OPTIONS = tuple(name for name in OPTIONS if name not in _SHARED)
+_DEFAULTS = {option.name: option.default for option in dataclasses.fields(PruningConfig)}
+# Not the fields' types: HfArgumentParser overwrites those.
+_DECLARED = dict(PruningConfig.__annotations__)
 
 
-def _unchecked(values: dict[str, Any]) -> PruningConfig:
-    """A config that has not been looked over yet, so that the faults of several can be told together."""
+def _sound(values: dict[str, Any]) -> tuple[PruningConfig, list[str]]:
+    """A config that is not looked over further, so that the faults of several can be told together: with defaults
+    for values of a type that no later check could make sense of. And the faults of those values."""
+    faults = {name: type_fault(name, value, _DECLARED[name]) for name, value in values.items() if name in _DEFAULTS}
     config = object.__new__(PruningConfig)
-    for option in dataclasses.fields(PruningConfig):
-        setattr(config, option.name, values.get(option.name, option.default))
-    return config
+    for name, default in _DEFAULTS.items():
+        setattr(config, name, default if faults.get(name) else values.get(name, default))
+    return config, [fault for fault in faults.values() if fault]
+
+
+def _implies_target(pattern: str) -> bool:
+    try:
+        return get_pattern(pattern).implied_sparsity is not None
+    except ValueError:
+        return False  # unknown, which is told by itself
 
 
 def _unknown_keys(values: dict[str, Any], where: str, allowed: tuple[str, ...] = OPTIONS) -> list[str]:
     unknown = (key for key in values if key not in allowed)
     return [f'{where}unknown option "{key}".{nearest(key, allowed) or f" Known are {allowed}."}' for key in unknown]
-
-
-def _read_recipe(path: str, faults: list[str]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        faults.append(f"pruning_config {path} cannot be read: {error}.")
-        return {}
-    if not isinstance(values, dict):
-        faults.append(f"pruning_config {path} must hold options and their values, but holds {type(values).__name__}.")
-        return {}
-    return values
-
-
-def _type_faults(config: PruningConfig, where: str) -> list[str]:
-    """Values of a type that no later check could make sense of."""
-    kinds = {"float": ((int, float), "a number"), "str": (str, "text"), "bool": (bool, "true or false")}
-    faults = []
-    for option in dataclasses.fields(PruningConfig):
-        # Not `option.type`: HfArgumentParser overwrites it.
-        value, declared = getattr(config, option.name), PruningConfig.__annotations__[option.name].split(" | ")
-        if value is None and "None" in declared:
-            continue
-        if declared[0] == "list[str]":
-            if not (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)):
-                faults.append(f'{where}{option.name} is {value!r}: it must be a list of text, as in ["*.query"].')
-        elif declared[0].startswith("dict"):
-            if not isinstance(value, dict):
-                faults.append(f"{where}{option.name} is {value!r}: it must be a mapping of group names to options.")
-        else:
-            kind, words = kinds[declared[0]]
-            if not isinstance(value, kind) or (declared[0] == "float" and isinstance(value, bool)):
-                faults.append(f"{where}{option.name} is {value!r}: it must be {words}.")
-    return faults

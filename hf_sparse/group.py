@@ -85,8 +85,18 @@ class Group:
         self.stats[name].restore(total, counters)
 
     def ratio(self, prune_step: int, total: int, masks: MaskStore) -> float:
-        """The sparsity that the schedule asks for at this prune step."""
-        return self.scheduler.update_sparsity_ratio(self.target, prune_step, total, masks)
+        """The sparsity that the schedule asks for at this prune step.
+
+        Raises:
+            ValueError: it is not from 0 to the target.
+        """
+        ratio = self.scheduler.update_sparsity_ratio(self.target, prune_step, total, masks)
+        if not 0 <= ratio <= self.target + 1e-9:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} asks for sparsity {ratio} at prune step {prune_step} of {total}: it "
+                f"must be from 0 to the target, {self.target}."
+            )
+        return ratio
 
     def ready(self) -> bool:
         """Whether there is something to rank by."""
@@ -96,13 +106,18 @@ class Group:
         """Bring the masks to this prune step's sparsity. Returns it."""
         ratio = self.ratio(prune_step, total, masks)
         scores = [self._scores(layer, parameters, masks) for layer in self.layers]
+        floors, caps = self._bounds(scores, ratio)
         units = sum(layer.numel for layer in scores)
-        pruned = [layer.pruned_units() for layer in scores]
-        wanted = max(round(ratio * units), sum(pruned))
-        if self.options.scope == "row":
-            self._prune_rows(scores, ratio, wanted, pruned)
-        elif wanted:
-            self._prune_units(scores, ratio, wanted, pruned, self._exchange(prune_step, total, parameters))
+        wanted = sum(caps) if ratio >= self.pattern.max_sparsity - 1e-9 else max(round(ratio * units), sum(floors))
+        try:
+            if self.options.scope == "row":
+                self._prune_rows(scores, wanted, floors, caps)
+            elif wanted:
+                self._prune_units(scores, wanted, floors, caps, self._exchange(prune_step, total, parameters))
+        except ValueError as error:
+            broken = [f'"{layer.layer.name}"' for layer in scores if layer.has_nan()]
+            reason = f"scores are nan in {', '.join(broken)}" if broken else error
+            raise ValueError(f'group "{self.name}", criterion "{self.options.criterion}": {reason}') from error
         for stat in self.stats.values() if not getattr(self.criterion, "persistent", True) else ():
             stat.renew()
         return ratio
@@ -114,19 +129,29 @@ class Group:
 
     # How many units of each layer
 
-    def _bounds(self, scores: list[LayerScores], ratio: float, pruned: list[int]) -> tuple[list[int], list[int]]:
+    def _bounds(self, scores: list[LayerScores], ratio: float) -> tuple[list[int], list[int]]:
         """The fewest and most units of each layer that may be pruned now. A floor grows with the schedule, and what
         is pruned stays pruned."""
         least, most = self.options.min_sparsity_per_layer or 0.0, self.options.max_sparsity_per_layer
-        most = min(1.0 if most is None else most, self.pattern.max_sparsity)
         least *= ratio / self.target if self.target else 0.0
-        floors = [max(done, int(least * layer.numel + 1e-9)) for layer, done in zip(scores, pruned, strict=True)]
-        caps = [max(done, math.ceil(most * layer.numel - 1e-9)) for layer, done in zip(scores, pruned, strict=True)]
+        floors, caps = [], []
+        for layer in scores:
+            pruned = layer.pruned_units()
+            floors.append(max(pruned, int(least * layer.numel + 1e-9)))
+            if self.pattern.max_sparsity < 1:
+                caps.append(int(self._room_by_row(layer).sum()))
+            else:
+                caps.append(max(pruned, math.ceil((1.0 if most is None else most) * layer.numel - 1e-9)))
         return floors, caps
 
-    def _counts(self, scores: list[LayerScores], ratio: float, wanted: int, pruned: list[int]) -> list[int]:
+    def _room_by_row(self, layer: LayerScores) -> torch.Tensor:
+        """How many units of each row may be pruned in all. Only zeros locked from before make rows differ."""
+        if self.options.keep_zeros and self.pattern.max_sparsity < 1:
+            return layer.prunable_units_by_row().cpu()
+        return torch.full((layer.rows,), round(self.pattern.max_sparsity * (layer.numel // layer.rows)))
+
+    def _counts(self, scores: list[LayerScores], wanted: int, floors: list[int], caps: list[int]) -> list[int]:
         """How many units of each layer are to be pruned, `wanted` in all."""
-        floors, caps = self._bounds(scores, ratio, pruned)
         sizes = []
         for layer, floor, cap in zip(scores, floors, caps, strict=True):
             rows, positions, columns = layer.layer.matrix_shape
@@ -138,20 +163,19 @@ class Group:
 
     # Which units
 
-    def _prune_units(self, scores, ratio: float, wanted: int, pruned: list[int], exchange: float) -> None:
+    def _prune_units(self, scores, wanted: int, floors: list[int], caps: list[int], exchange: float) -> None:
         """Scope global and layer. With `exchange`, that share of the kept units falls on top, and of all that are
         pruned then, as many grow back: those with the largest gradient."""
-        floors, caps = self._bounds(scores, ratio, pruned)
         if self.options.scope == "global":
             units = sum(layer.numel for layer in scores)
             extra = min(round(exchange * (units - wanted)), sum(caps) - wanted)
-            cuts = self._named(lowest_together, scores, wanted + extra, floors, caps)
+            cuts = lowest_together(scores, wanted + extra, floors, caps)
         else:
-            counts = self._counts(scores, ratio, wanted, pruned)
+            counts = self._counts(scores, wanted, floors, caps)
             rooms = zip(scores, counts, caps, strict=True)
             more = [min(round(exchange * (layer.numel - count)), cap - count) for layer, count, cap in rooms]
             extra = sum(more)
-            cuts = [self._named(lowest, scores[i], counts[i] + more[i]) for i in range(len(scores))]
+            cuts = [lowest(scores[i], counts[i] + more[i]) for i in range(len(scores))]
         self._write(scores, cuts)
         if extra:
             growth = [self._growth(layer) for layer in scores]
@@ -165,21 +189,12 @@ class Group:
         for layer, cut in zip(scores, cuts, strict=True):
             layer.write_cut(cut)
 
-    def _prune_rows(self, scores: list[LayerScores], ratio: float, wanted: int, pruned: list[int]) -> None:
+    def _prune_rows(self, scores: list[LayerScores], wanted: int, floors: list[int], caps: list[int]) -> None:
         """Scope row: within a layer every row of units loses the same number, as far as whole units allow."""
-        for layer, count in zip(scores, self._counts(scores, ratio, wanted, pruned), strict=True):
-            done = layer.pruned_units_by_row().cpu().numpy()
-            width = layer.numel // layer.rows
-            cap = int(self.pattern.max_sparsity * width + 1e-9)
-            rows = apportion(count, [count / layer.rows] * layer.rows, done, [max(cap, row) for row in done.tolist()])
+        for layer, count in zip(scores, self._counts(scores, wanted, floors, caps), strict=True):
+            pruned, room = layer.pruned_units_by_row().cpu().numpy(), self._room_by_row(layer).numpy()
+            rows = apportion(count, [count / layer.rows] * layer.rows, pruned, room)
             layer.write_rows(torch.from_numpy(rows))
-
-    def _named(self, rank, *arguments):
-        """Run a ranking; where it refuses the scores, say whose they are."""
-        try:
-            return rank(*arguments)
-        except ValueError as error:
-            raise ValueError(f'group "{self.name}", criterion "{self.options.criterion}": {error}') from error
 
     # Regrowing
 

@@ -1,4 +1,4 @@
-"""The scores of one layer's units, computed part by part whenever they are read, and the masks written the same way."""
+"""The scores of one layer's units, computed part by part whenever they are read; masks are written the same way."""
 
 from __future__ import annotations
 
@@ -42,16 +42,15 @@ class LayerScores:
         self.weight, self.bits = weight, bits
         self._shrink = shrink
         self._scattered = scattered and pattern.flat
-        self._weights, self._bits, self._stats = (self._matrices(tensor) for tensor in (weight, bits, stat))
+        self._weights, self._bits = self._matrices(weight), self._matrices(bits)
+        self._stats = [None] * len(self._weights) if stat is None else self._matrices(stat)
         shapes = [pattern.unit_shape(tuple(matrix.shape)) for matrix in self._weights]
         self.numel = sum(torch.Size(shape).numel() for shape in shapes)
         self.unit_size = layer.numel // self.numel
         self.rows = sum(shape[0] for shape in shapes)
         self._salt = zlib.crc32(layer.name.encode()) << 31
 
-    def _matrices(self, tensor: torch.Tensor | None) -> list[torch.Tensor | None]:
-        if tensor is None:
-            return [None] * (1 if self._scattered else len(self._weights))
+    def _matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         tensor = tensor.detach()
         return [tensor.reshape(-1)[:, None, None]] if self._scattered else self.layer.matrices(tensor)
 
@@ -67,8 +66,7 @@ class LayerScores:
         """About `count` of the scores, from places spread evenly over the layer."""
         with torch.no_grad():
             if self._scattered:
-                places = spread(torch.arange(self.numel, device=self._weights[0].device), count).reshape(-1)
-                parts = [(self._weights[0], self._bits[0], self._stats[0], places)]
+                parts = [self._some_weights(count)]
             else:
                 share = min(1.0, count / self.numel)
                 parts = [self._some_rows(*matrix, share) for matrix in self._enumerate()]
@@ -96,6 +94,15 @@ class LayerScores:
                 kept = lowest_per_row(rows, counts[first : first + len(rows)])
                 self._write(bits, kept.view(scores.shape))
                 first += len(rows)
+
+    def prunable_units_by_row(self) -> torch.Tensor:
+        """How many units of each row of units may be pruned in all: those that are, and those not protected."""
+        with torch.no_grad():
+            return torch.cat([(self._pooled(*part) < torch.inf).flatten(1).sum(1) for part in self._parts()])
+
+    def has_nan(self) -> bool:
+        """Whether some score is nan."""
+        return any(bool(torch.isnan(chunk).any()) for chunk in self.chunks())
 
     def pruned_units_by_row(self) -> torch.Tensor:
         """How many units of each row of units are pruned already."""
@@ -141,6 +148,17 @@ class LayerScores:
                 part = stat[first:last] if stat is not None else None
                 yield weight[first:last], bits[first:last], part, offset + first * per_row
 
+    def _some_weights(self, count: int) -> tuple:
+        """About `count` of the scattered weights, evenly spread, as a part."""
+        weight, bits, stat = (
+            spread(tensor.reshape(-1), count).reshape(-1, 1, 1) if tensor is not None else None
+            for tensor in (self._weights[0], self._bits[0], self._stats[0])
+        )
+        if self.criterion.needs != "position":
+            return weight, bits, stat, 0
+        places = spread(torch.arange(self.numel, device=weight.device), count)
+        return weight, bits, stat, places.reshape(-1, 1, 1)
+
     def _some_rows(self, weight, bits, stat, offset, share: float) -> tuple:
         """A share of the rows of units of one matrix, evenly spread, as a part."""
         rows = weight.shape[0]
@@ -155,15 +173,27 @@ class LayerScores:
 
     def _pooled(self, weight, bits, stat, offset) -> torch.Tensor:
         """Scores of the units of a part; `offset` is its first position, or the positions of all its weights."""
-        scattered = isinstance(offset, torch.Tensor)
-        if scattered and self._scattered:
-            weight, bits = (tensor.reshape(-1)[offset][:, None, None] for tensor in (weight, bits))
-            stat = stat.reshape(-1)[offset][:, None, None] if stat is not None else None
         if self.criterion.needs == "position":
-            count = torch.arange(weight.numel(), device=weight.device)
-            stat = (offset if scattered else offset + count).reshape(weight.shape) + self._salt
-        scores = self.criterion.score(weight, stat)
+            if not isinstance(offset, torch.Tensor):
+                offset = offset + torch.arange(weight.numel(), device=weight.device).view(weight.shape)
+            stat = offset + self._salt
+        scores = self._scored(weight, stat)
         if self._shrink and self.unit_size == 1:
             scores.masked_fill_(bits == 0, -torch.inf)
         scores = self.pattern.pool(scores)
-        return scores.masked_fill_(self._pruned(bits), -torch.inf) if self._shrink and self.unit_size > 1 else scores
+        # Not even a unit that the pattern protects comes back, so that every pruned one counts as fallen.
+        if self._shrink and not self.pattern.flat:
+            scores.masked_fill_(self._pruned(bits), -torch.inf)
+        return scores
+
+    def _scored(self, weight: torch.Tensor, stat: torch.Tensor | None) -> torch.Tensor:
+        """The criterion's scores, float32 in memory of their own: they are written to, here and in `ranking`."""
+        scores = self.criterion.score(weight, stat)
+        if scores.shape != weight.shape:
+            raise ValueError(
+                f'criterion "{type(self.criterion).__name__}" must give one score per weight, but gives '
+                f"{tuple(scores.shape)} for {tuple(weight.shape)}."
+            )
+        inputs = [tensor.untyped_storage().data_ptr() for tensor in (weight, stat) if tensor is not None]
+        copy = scores.untyped_storage().data_ptr() in inputs
+        return scores.detach().to(torch.float32, copy=copy)

@@ -72,7 +72,8 @@ class MaskStore(Mapping[str, torch.Tensor]):
         bits = self._bits[name]
         if mask.shape != bits.shape or mask.dtype != torch.bool:
             raise ValueError(
-                f'mask of "{name}": {mask.dtype} of shape {tuple(mask.shape)} instead of torch.bool of {tuple(bits.shape)}.'
+                f'mask of "{name}": {mask.dtype} of shape {tuple(mask.shape)} instead of torch.bool of '
+                f"{tuple(bits.shape)}."
             )
         bits.copy_(mask).neg_()
 

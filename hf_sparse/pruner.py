@@ -183,19 +183,25 @@ class Pruner:
                 raise ValueError(
                     f'the masks belong to other weights: {alive:,} of the pruned weights of "{name}" are not zero.'
                 )
-        self._load_stats(tensors, values["counters"])
+        sums = self._check_sums(tensors, values["counters"])
         self.masks = masks
-
-    def _load_stats(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, Any]) -> None:
         for group in self.groups:
             group.stats.clear()
-            for layer in group.layers if group.observes_gradients else ():
-                if layer.name not in counters:
-                    continue
-                total = tensors.get(f"stat/{layer.name}")
-                if total is None or tuple(total.shape) != layer.shape:
-                    raise ValueError(f'the scores of "{layer.name}" are missing or misshapen.')
-                group.restore(layer.name, self.parameters[layer.name], total, counters[layer.name])
+            for layer in group.layers:
+                if layer.name in sums:
+                    group.restore(layer.name, self.parameters[layer.name], *sums[layer.name])
+
+    def _check_sums(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, Any]) -> dict[str, tuple]:
+        """The saved sum and counters of every weight that has some."""
+        sums = {}
+        for layer in (layer for group in self.groups if group.observes_gradients for layer in group.layers):
+            total, counts = tensors.get(f"stat/{layer.name}"), counters.get(layer.name)
+            if total is None and counts is None:
+                continue
+            if total is None or tuple(total.shape) != layer.shape or not {"count", "stale"} <= set(counts or ()):
+                raise ValueError(f'the scores of "{layer.name}" are missing or misshapen.')
+            sums[layer.name] = total, counts
+        return sums
 
 
 def build_groups(model: nn.Module, config: PruningConfig) -> tuple[list[Group], list[str]]:

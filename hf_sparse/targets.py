@@ -17,6 +17,10 @@ from torch import nn
 from .registry import nearest
 
 
+# Experts of shape (E, I, O) that do not say so by an attribute `is_transposed`.
+_TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One prunable parameter.
@@ -100,11 +104,14 @@ def _body_parameters(model: nn.Module) -> set[int]:
 def _prunable(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
     """The prunable parameters that `module` itself holds, each with its kind."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        yield module.weight, "linear" if isinstance(module, nn.Linear) else "conv2d"
+        # A parametrized weight is computed anew at each access: it is no parameter, and cannot be pruned in place.
+        if isinstance(module._parameters.get("weight"), nn.Parameter):
+            yield module.weight, "linear" if isinstance(module, nn.Linear) else "conv2d"
     elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         yield module.weight, "conv1d"
     elif type(module).__name__.endswith("Experts") or hasattr(module, "num_experts"):
-        kind = "experts_transposed" if getattr(module, "is_transposed", False) else "experts"
+        transposed = getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED_EXPERTS)
+        kind = "experts_transposed" if transposed else "experts"
         for parameter in module.parameters(recurse=False):
             if parameter.ndim == 3:
                 yield parameter, kind

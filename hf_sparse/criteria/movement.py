@@ -14,8 +14,8 @@ class Movement(GradientCriterion):
         >>> Movement().saliency(weight, gradient, torch.empty(3))
         tensor([-0.5000,  1.0000,  3.0000])
 
-    Reference: Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020, eq. 5 (a pruned weight stays zero here, so
-    its score stays as it is).
+    Reference: Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020, eq. 5 (a pruned weight stays
+    zero here, so its score stays as it is).
     """
 
     persistent = True

@@ -33,7 +33,8 @@ class NOfM(Pattern):
     def __post_init__(self):
         if not 1 <= self.keep < self.of:
             raise ValueError(
-                f'pattern "{self.keep}:{self.of}" keeps {self.keep} of every {self.of}: it needs 1 <= N < M, as in 2:4.'
+                f'pattern "{self.keep}:{self.of}" keeps {self.keep} of every {self.of}: it needs 1 <= N < M, as in '
+                "2:4."
             )
 
     @property
@@ -55,7 +56,8 @@ class NOfM(Pattern):
     def pool(self, scores_RPC):
         scores = scores_RPC.contiguous()
         protected = keep_n_of_m(scores.view(-1, self.of), self.keep).view(scores.shape)
-        return scores.masked_fill(protected, torch.inf)
+        # Unlike a fill, clamping leaves a nan as it is, for the ranking to refuse it.
+        return torch.where(protected, scores.clamp(min=torch.inf), scores)
 
     def expand(self, keep_U, shape_RPC):
         return keep_U

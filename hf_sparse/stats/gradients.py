@@ -73,7 +73,7 @@ def all_finite(gradients: Iterable[torch.Tensor]) -> bool:
         False
     """
     gradients = list(gradients)
-    sums = [gradient.detach().sum(dtype=torch.float32) for gradient in gradients]
+    sums = [gradient.detach().sum(dtype=torch.float32).to(gradients[0].device) for gradient in gradients]
     if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
         return True
     # A sum of finite numbers can overflow by itself, so look again, one by one.

@@ -1,0 +1,118 @@
+"""What can be wrong with the options of pruning: each fault a sentence or two, with the value and the remedy.
+
+`options` is a `PruningConfig` (of one group).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .allocations import ALLOCATIONS
+from .criteria import CRITERIA
+from .patterns import get_pattern
+from .registry import nearest
+from .schedulers import CURVES, SCHEDULERS
+
+
+SCOPES = ("row", "layer", "global")
+ON_INDIVISIBLE = ("error", "skip")
+
+
+def type_fault(name: str, value: Any, annotation: str) -> str | None:
+    """What keeps the value of an option from being of its annotation's type, or None."""
+    declared = annotation.split(" | ")
+    if value is None and "None" in declared:
+        return None
+    kinds = {
+        "float": ((int, float), "a number"),
+        "str": (str, 'text (YAML needs quotes for some: "2:4")'),
+        "bool": (bool, "true or false"),
+        "list[str]": ((list, tuple), 'a list of text, as in ["*.query"]'),
+        "dict[str, Any]": (dict, "a mapping of group names to options"),
+    }
+    kind, words = kinds[declared[0]]
+    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if good and declared[0] == "list[str]":
+        good = all(isinstance(item, str) for item in value)
+    return None if good else f"{name} is {value!r}: it must be {words}."
+
+
+def name_faults(options: Any) -> list[str]:
+    """Names that no registry knows."""
+    faults = []
+    known = {
+        "criterion": CRITERIA,
+        "allocation": ALLOCATIONS,
+        "scheduler": SCHEDULERS,
+        "sparsity_decay_type": CURVES,
+    }
+    for name, registry in known.items():
+        value = getattr(options, name)
+        if value not in registry and not (name == "scheduler" and value is None):
+            faults.append(f"{name} is {registry.describe(value)}")
+    for name, allowed in (("scope", SCOPES), ("on_indivisible", ON_INDIVISIBLE)):
+        value = getattr(options, name)
+        if value not in allowed:
+            faults.append(f'{name} is "{value}": it must be {" or ".join(allowed)}.{nearest(value, allowed)}')
+    try:
+        get_pattern(options.pattern)
+    except ValueError as error:
+        faults.append(f"{error}")
+    return faults
+
+
+def range_faults(options: Any) -> list[str]:
+    """Numbers out of range."""
+    faults = []
+    shares = ("target_sparsity", "initial_sparsity", "min_sparsity_per_layer", "max_sparsity_per_layer", "regrow")
+    for name in shares:
+        value = getattr(options, name)
+        if value is not None and not 0 <= value <= 1:
+            faults.append(f"{name} is {value}: it must be a number from 0 to 1 (0.8 prunes 80%).")
+    for name in ("prune_start", "prune_end", "prune_every"):
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value >= 0 and (value < 1 or value == int(value))):
+            faults.append(f"{name} is {value}: it must be a whole number of steps, or a fraction of training below 1.")
+    start, end = options.prune_start, options.prune_end
+    if 0 <= end < start and (start < 1) == (end < 1):
+        faults.append(f"prune_start is {start}, after prune_end, {end}: swap them.")
+    return faults
+
+
+def pattern_faults(options: Any) -> list[str]:
+    """What the pattern does not go with."""
+    faults, pattern = [], get_pattern(options.pattern)
+    implied = pattern.implied_sparsity
+    if implied is not None and options.target and abs(options.target - implied) > 1e-9:
+        faults.append(
+            f'target_sparsity is {options.target}, but pattern "{options.pattern}" ends at {implied:g} by its nature: '
+            "leave target_sparsity out or choose another pattern."
+        )
+    if options.scope == "row" and not pattern.has_rows:
+        faults.append(
+            f'scope "row" needs several units in a row, but pattern "{options.pattern}" has none: use layer.'
+        )
+    if options.regrow and (not pattern.has_rows or options.scope == "row"):
+        faults.append(
+            f'regrow is {options.regrow}, but it does not go with pattern "{options.pattern}" and scope '
+            f'"{options.scope}": use single weights or blocks with scope layer or global, or regrow=0.'
+        )
+    if options.regrow and options.keep_zeros:
+        faults.append("regrow brings zeros back to life and keep_zeros forbids it: choose one.")
+    return faults
+
+
+def bound_faults(options: Any) -> list[str]:
+    """Sparsities that contradict each other."""
+    target = options.target or 0.0
+    least, most = options.min_sparsity_per_layer or 0.0, options.max_sparsity_per_layer
+    most = 1.0 if most is None else most
+    faults = []
+    if options.initial_sparsity > target:
+        faults.append(f"initial_sparsity is {options.initial_sparsity}, above the target, {target}: lower it.")
+    if least > target:
+        faults.append(f"min_sparsity_per_layer is {least}, above the target, {target}: lower it.")
+    if most < target:
+        faults.append(f"max_sparsity_per_layer is {most}, below the target, {target}: raise it.")
+    return faults

@@ -1,0 +1,67 @@
+"""Allocations: shares worked out by hand."""
+
+import numpy as np
+import pytest
+
+from hf_sparse.allocations import ALLOCATIONS, LayerSize, apportion
+
+
+def test_uniform_gives_every_layer_the_same_and_moves_what_a_bound_holds_back():
+    layers = [LayerSize("a", 100, 10, 10), LayerSize("b", 300, 30, 10)]
+    assert ALLOCATIONS["uniform"](0.3, layers) == {"a": 0.3, "b": 0.3}
+    # a stops at 0.2, so b owes (0.5·400 - 0.2·100) / 300 = 0.6
+    capped = [LayerSize("a", 100, 10, 10, most=0.2), layers[1]]
+    assert ALLOCATIONS["uniform"](0.5, capped) == pytest.approx({"a": 0.2, "b": 0.6})
+    # a owes 0.9 at least, so b owes (0.5·400 - 0.9·100) / 300
+    owing = [LayerSize("a", 100, 10, 10, least=0.9), layers[1]]
+    assert ALLOCATIONS["uniform"](0.5, owing) == pytest.approx({"a": 0.9, "b": 110 / 300})
+
+
+def test_erdos_renyi_by_hand():
+    """Densities in proportion to (10 + 10)/100 = 0.2 and (10 + 40)/400 = 0.125; 100·0.2ε + 400·0.125ε = 250 gives
+    ε = 250/70. A kernel counts with its positions: (4 + 8 + 9)/(4·8·9)."""
+    layers = [LayerSize("square", 100, 10, 10), LayerSize("wide", 400, 10, 40)]
+    expected = {"square": 1 - 0.2 * 250 / 70, "wide": 1 - 0.125 * 250 / 70}
+    assert ALLOCATIONS["erdos_renyi"](0.5, layers) == pytest.approx(expected)
+    kernel = [LayerSize("kernel", 288, 4, 8, positions=9), LayerSize("square", 100, 10, 10)]
+    shares = ALLOCATIONS["erdos_renyi"](0.5, kernel)
+    assert (1 - shares["kernel"]) / (1 - shares["square"]) == pytest.approx((21 / 288) / 0.2)
+
+
+def test_bounds_without_room_are_told():
+    with pytest.raises(ValueError, match="sparsity 0.5 cannot be shared out: the layers' bounds allow 0 to 0.2"):
+        ALLOCATIONS["uniform"](0.5, [LayerSize("a", 100, 10, 10, most=0.2)])
+    with pytest.raises(ValueError, match="5 units cannot be shared out: the bounds allow 6 to 7"):
+        apportion(5, [1.0, 1.0], [3, 3], [3, 4])
+
+
+def test_apportion_by_hand():
+    assert apportion(7, [2.5, 2.5, 2.0], [0, 0, 0], [9, 9, 9]).tolist() == [3, 2, 2]
+    assert apportion(4, [1.9, 1.2, 0.9], [0, 0, 0], [9, 9, 9]).tolist() == [2, 1, 1]
+    assert apportion(0, [0.0, 0.0], [0, 0], [5, 5]).tolist() == [0, 0]
+    assert apportion(10, [5.0, 5.0], [0, 0], [5, 5]).tolist() == [5, 5]
+    assert apportion(6, [4.0, 2.0], [0, 3], [9, 9]).tolist() == [3, 3]
+
+
+def test_apportion_is_exact_within_bounds_and_near_the_shares():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        count = int(random.integers(1, 9))
+        least = random.integers(0, 50, count)
+        most = least + random.integers(0, 50, count)
+        total = int(random.integers(least.sum(), most.sum() + 1))
+        shares = random.random(count) * 80
+        found = apportion(total, shares, least, most)
+        assert found.sum() == total and (least <= found).all() and (found <= most).all()
+        fitting = np.clip(shares, least, most)
+        if abs(shares.sum() - total) < 1e-9 and (fitting == shares).all():
+            assert (abs(found - shares) < 1).all()
+
+
+def test_apportion_of_fitting_shares_is_less_than_one_away():
+    random = np.random.default_rng(1)
+    for total in random.integers(0, 1000, 50).tolist():
+        shares = random.random(7)
+        shares *= total / shares.sum()
+        found = apportion(total, shares, [0] * 7, [2000] * 7)
+        assert found.sum() == total and (abs(found - shares) < 1).all()

@@ -1,0 +1,49 @@
+"""The laws of every registered allocation."""
+
+import pytest
+
+from hf_sparse.allocations import ALLOCATIONS, LayerSize
+
+
+FREE = [
+    LayerSize("square", 768 * 768, 768, 768),
+    LayerSize("wide", 768 * 3072, 768, 3072),
+    LayerSize("kernel", 64 * 3 * 49, 64, 3, positions=49),
+    LayerSize("tiny", 6, 2, 3),
+    LayerSize("blocks", 768 * 768 // 4, 768, 768),
+]
+BOUNDED = [
+    LayerSize("held", 1000, 10, 100, least=0.1, most=0.4),
+    LayerSize("owing", 500, 50, 10, least=0.6),
+    LayerSize("fixed", 300, 30, 10, least=0.5, most=0.5),
+    LayerSize("free", 4000, 400, 10),
+]
+RATIOS = [0.0, 1e-6, 0.15, 0.3, 0.5, 0.8, 0.97, 1.0]
+
+
+def mean(shares, layers):
+    return sum(shares[layer.name] * layer.units for layer in layers) / sum(layer.units for layer in layers)
+
+
+@pytest.mark.parametrize("layers", [FREE, BOUNDED, FREE[:1]], ids=["free", "bounded", "single"])
+@pytest.mark.parametrize("name", ALLOCATIONS.names())
+def test_shares_keep_the_mean_the_bounds_and_the_order(name, layers):
+    allocate = ALLOCATIONS[name]
+    low = mean({layer.name: layer.least for layer in layers}, layers)
+    high = mean({layer.name: layer.most for layer in layers}, layers)
+    before = None
+    for ratio in [low, *(ratio for ratio in RATIOS if low < ratio < high), high]:
+        shares = allocate(ratio, layers)
+        assert list(shares) == [layer.name for layer in layers]
+        assert mean(shares, layers) == pytest.approx(ratio, abs=1e-9)
+        assert all(layer.least - 1e-12 <= shares[layer.name] <= layer.most + 1e-12 for layer in layers)
+        if before:
+            assert all(before[layer] <= shares[layer] + 1e-9 for layer in shares)
+        before = shares
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS.names())
+def test_a_ratio_outside_the_bounds_is_refused(name):
+    for ratio in (0.05, 0.95):
+        with pytest.raises(ValueError, match=f"sparsity {ratio} cannot be shared out: the layers' bounds allow"):
+            ALLOCATIONS[name](ratio, BOUNDED)

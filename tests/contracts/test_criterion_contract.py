@@ -1,0 +1,60 @@
+"""The laws of every registered criterion."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sparse import Pruner, PruningConfig
+from hf_sparse.criteria import CRITERIA
+
+
+def inputs(criterion, dtype, shape=(6, 1, 8)):
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    if criterion.needs == "nothing":
+        return weight, None
+    if criterion.needs == "position":
+        return weight, torch.arange(weight.numel()).view(shape) + (7 << 40)
+    gradient = torch.randn(shape, generator=generator)
+    return weight, criterion.saliency(weight.float(), gradient, torch.empty(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CRITERIA.names())
+def test_scores_are_finite_float32_of_the_same_shape_and_inputs_stay(name, dtype):
+    criterion = CRITERIA[name]()
+    weight, stat = inputs(criterion, dtype)
+    weight = nn.Parameter(weight)
+    before = weight.detach().clone(), None if stat is None else stat.clone()
+    scores = criterion.score(weight, stat)
+    assert scores.dtype == torch.float32 and scores.shape == weight.shape and not scores.requires_grad
+    assert torch.isfinite(scores).all() and scores.unique().numel() > 1
+    scores.fill_(7)  # the reader may write to them
+    assert torch.equal(weight.detach(), before[0]) and (stat is None or torch.equal(stat, before[1]))
+
+
+@pytest.mark.parametrize("name", CRITERIA.names())
+def test_the_scores_of_parts_are_the_parts_of_the_scores(name):
+    criterion = CRITERIA[name]()
+    weight, stat = inputs(criterion, torch.float32)
+    whole = criterion.score(weight, stat)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    for rows in (order[:1], order[1:4], order[4:]):
+        part = criterion.score(weight[rows], None if stat is None else stat[rows])
+        assert torch.equal(part, whole[rows])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [name for name in CRITERIA.names() if CRITERIA[name].needs == "gradient"])
+def test_gradients_that_are_not_finite_are_refused_and_add_nothing(name, bad):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion=name))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    assert pruner.observe()
+    before = {key: value.clone() for key, value in pruner.state_dict()[0].items()}
+    model[1].weight.grad[0, 0] = bad
+    assert not pruner.observe() and pruner.refused_observations == 1
+    tensors, values = pruner.state_dict()
+    assert tensors.keys() == before.keys() and all(torch.equal(tensors[key], before[key]) for key in before)
+    assert {counters["count"] for counters in values["counters"].values()} == {1}
