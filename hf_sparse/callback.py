@@ -71,9 +71,10 @@ class SparsityCallback(TrainerCallback):
         self.config = self.given or (args if isinstance(args, PruningConfig) else None)
         if self.config is None:
             raise ValueError("SparsityCallback needs a PruningConfig, or a trainer with SparseTrainingArguments.")
-        if self.config.prunes and str(getattr(args.optim, "value", args.optim)).startswith("schedule_free"):
+        optimizer = str(getattr(args.optim, "value", args.optim))
+        if self.config.prunes and optimizer.startswith("schedule_free"):
             raise NotImplementedError(
-                f"optim={args.optim} keeps a second copy of the weights that pruning does not reach: use adamw_torch."
+                f"optim={optimizer} keeps a second copy of the weights that pruning does not reach: use adamw_torch."
             )
         if self.config.prunes and model is not None:
             _, skipped = build_groups(model, self.config)

@@ -99,8 +99,8 @@ def check_state(directory: str | Path, pruner: Pruner, cadence: Cadence | None, 
     changes = [f"{key}: {saved.get(key)!r} -> {value!r}" for key, value in wanted.items() if saved.get(key) != value]
     if changes:
         raise CheckpointError(
-            f"the pruning config differs from that of {directory}: {'; '.join(changes)}. Resume with the saved values, "
-            "or start a new run from its weights."
+            f"the pruning config differs from that of {directory}: {'; '.join(changes)}. Resume with the saved "
+            "values, or start a new run from its weights."
         )
     if step is not None and values["step"] != step:
         raise CheckpointError(f"the masks in {directory} are of step {values['step']}, its weights of step {step}.")

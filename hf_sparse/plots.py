@@ -18,7 +18,8 @@ def plot_schedule(
 ) -> None:
     """Sparsity of the selected weights over the optimizer steps: the plan as a staircase, measurements as dots."""
     figure, axes = _figure(8, 4)
-    points = [(0, 0.0), *planned, (steps, planned[-1][1])] if planned else []
+    points = [(0, 0.0), *planned]
+    points.append((steps, points[-1][1]))
     axes.step(*zip(*points), where="post", color="tab:blue", label="planned")
     if measured:
         axes.plot(*zip(*measured), "o", markersize=4, color="tab:orange", label="measured in the weights")

@@ -70,7 +70,8 @@ class SparseTrainerMixin:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, weights_only)
             if resume_from_checkpoint is None:
                 raise CheckpointError(
-                    f"no complete checkpoint in {self.args.output_dir}: start without resume_from_checkpoint, or name one."
+                    f"no complete checkpoint in {self.args.output_dir}: start without resume_from_checkpoint, or "
+                    "name one."
                 )
         checkpoint = Path(resume_from_checkpoint)
         if not checkpoint.is_dir():

@@ -1,5 +1,6 @@
-"""Nothing is downloaded, and one thread is enough for tiny models."""
+"""Nothing is downloaded, and tiny models train fast: one thread, no figures unless a test looks at them."""
 
+import gc
 import os
 import tempfile
 
@@ -18,5 +19,20 @@ import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
+def fast():
+    import hf_sparse  # noqa: F401
+
     torch.set_num_threads(1)
+    gc.freeze()  # Trainer collects garbage at the start of every run, and what was imported is none
+
+
+@pytest.fixture
+def plots():
+    """For tests that look at the figures of a run."""
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    if "plots" not in request.fixturenames:
+        for name in ("plot_schedule", "plot_layers"):
+            monkeypatch.setattr(f"hf_sparse.callback.{name}", lambda *args, **kwargs: None)

@@ -119,7 +119,7 @@ def content(checkpoint: Path) -> dict:
     _flatten(torch.load(checkpoint / "scheduler.pt", weights_only=True), "scheduler", tensors)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     found = {
-        name: value.contiguous().reshape(-1).view(torch.uint8).tolist() if torch.is_tensor(value) else value
+        name: value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if torch.is_tensor(value) else value
         for name, value in tensors.items()
     }
     return found | {"log": figures(state["log_history"]), "step": state["global_step"]}
