@@ -84,9 +84,9 @@ class _Parts:
     Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray | torch.Tensor], names: Sequence[int]):
-        self.values = _join(parts)
-        self.lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    def __init__(self, parts_by_layer: Sequence[list[np.ndarray | torch.Tensor]], names: Sequence[int]):
+        self.values = _join([part for parts in parts_by_layer for part in parts])
+        self.lengths = np.array([sum(map(len, parts)) for parts in parts_by_layer], dtype=np.int64)
         wrong = self.count(lambda values: values != values)
         if wrong.any():
             raise ValueError(
@@ -146,12 +146,9 @@ def _sampled(layers: Sequence[Scores], problem: Problem, names: Sequence[int], t
     if total <= _FEW:
         return _Bracket(-math.inf, math.inf, tied=False)
     # n^(2/3) balances the cost of the sample and of what its bracket lets inside
-    shares = np.diff(np.floor(np.cumsum(problem.sizes) * (3 * total ** (2 / 3) / total)), prepend=0).astype(np.int64)
+    shares = np.diff(np.floor(np.cumsum(problem.sizes) * (2 * total ** (2 / 3) / total)), prepend=0).astype(np.int64)
     pairs = list(zip(layers, shares.tolist()))
-    sample = _Parts(
-        each(lambda pair: array(pair[0].sample(pair[1])) if pair[1] else np.empty(0, np.float32), pairs, threads),
-        names,
-    )
+    sample = _Parts(each(lambda pair: [array(pair[0].sample(pair[1]))] if pair[1] else [], pairs, threads), names)
     low, high = (_bracket_free if problem.free else _bracket_held)(problem, sample)
     at_ends = sample.count(lambda values: (values == low) | (values == high)).sum()
     return _Bracket(low, high, tied=at_ends > len(sample.values) // 64)
@@ -194,7 +191,7 @@ def _tally(
     if left[0] < 0:
         return None
     below, at_low, at_high, parts = zip(*found)
-    inside = _Parts([array(_join(part)) for part in parts], names)  # with any NaN, which is neither below nor above
+    inside = _Parts(parts, names)  # with any NaN, which is neither below nor above
     return _Tally(bracket, np.array(below), np.array(at_low), np.array(at_high), inside)
 
 

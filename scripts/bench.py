@@ -4,7 +4,8 @@
     python scripts/bench.py rank --millions 350
     python scripts/bench.py nm                   # 2:4 masks
 
-Times are medians, divided by the time of one `sum()` of each of the same tensors in the same process: a read.
+Times are medians, divided by the time of one `sum()` of each of the same tensors in the same process: a read. With one
+thread CPU time counts, which other processes disturb less, with more the time that passed.
 """
 
 from __future__ import annotations
@@ -26,27 +27,23 @@ from hf_sparse.ranking import CHUNK, TensorScores, keep, lowest, lowest_together
 HIDDEN = 768
 
 
+def seconds_once(work: Callable[[], object]) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    work()
+    return clock() - start
+
+
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """The median time of `repeats` calls after one that does not count."""
     work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(seconds_once(work) for _ in range(repeats))
 
 
 def reads(work: Callable[[], object], weights: list[torch.Tensor], repeats: int) -> float:
     """The time of `work` in reads of the weights: the median ratio of neighbouring calls, which noise hits alike."""
     work()
     return statistics.median(seconds_once(work) / seconds(lambda: read(weights), 3) for _ in range(repeats))
-
-
-def seconds_once(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def read(weights: list[torch.Tensor]) -> None:

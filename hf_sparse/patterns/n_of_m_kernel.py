@@ -10,12 +10,16 @@ Shapes: G groups, M units of a group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
 import numpy as np
 import torch
 
 
 _CHUNK = 131_072  # scores whose temporaries stay in a core's cache
-_CHUNK_ON_ACCELERATOR = 16_777_216
+_CHUNK_ON_ACCELERATOR = 4_194_304
 _NUMPY_DEVICES = ("cpu",)
 
 
@@ -42,41 +46,49 @@ def keep_n_of_m(scores_GM: torch.Tensor, keep: int) -> torch.Tensor:
         return keep_GM
     on_cpu = scores_GM.device.type == "cpu"
     step = max(1, (_CHUNK if on_cpu else _CHUNK_ON_ACCELERATOR) // of)
-    count_wins = _Wins(min(step, groups), of, scores_GM.device)
+    # the two have these operations under the same names; on CPUs numpy's comparisons are several times faster
+    library = np if scores_GM.device.type in _NUMPY_DEVICES else torch
+    size = min(step, 1 << (groups - 1).bit_length())  # few sizes, so that few patterns are held
+    pattern = _pattern(size, of, scores_GM.device, library)
     for start in range(0, groups, step):
         scores = scores_GM[start : start + step].detach().reshape(-1)
-        count_wins(scores, keep_GM[start : start + step].view(-1), at_least=of - keep)
+        kept = keep_GM[start : start + step].view(-1)
+        if library is np:
+            scores, kept = scores.numpy(), kept.numpy()
+        library.greater_equal(_wins(scores, pattern, library), of - keep, out=kept)
     return keep_GM
 
 
-class _Wins:
-    """Counts, in reused memory, how many units of its group each unit beats."""
+@dataclass(frozen=True)
+class _Pattern:
+    """Of flat groups: how many units of the group follow each, and whether the one `shift` places on is among them."""
 
-    def __init__(self, groups: int, of: int, device: torch.device):
-        # the two have these operations under the same names; on CPUs numpy's comparisons are several times faster
-        self.library = np if device.type in _NUMPY_DEVICES else torch
-        dtype = torch.uint8 if of <= 256 else torch.int32
-        place = torch.arange(of, device=device)
-        self.of = of
-        self.later = self._array((of - 1 - place).to(dtype).repeat(groups))
-        self.within = [self._array((place + shift < of).to(dtype).repeat(groups)) for shift in range(1, of)]
-        self.higher = self._array(torch.empty(groups * of, dtype=torch.bool, device=device))
-        self.beaten = self._array(torch.empty(groups * of, dtype=dtype, device=device))
-        self.wins = self._array(torch.empty(groups * of, dtype=dtype, device=device))
+    followers: np.ndarray | torch.Tensor
+    within: list[np.ndarray | torch.Tensor]
 
-    def __call__(self, scores: torch.Tensor, kept: torch.Tensor, at_least: int) -> None:
-        """Writes into `kept` which of the flat scores win `at_least` times."""
-        library, scores = self.library, self._array(scores)
-        wins = self.wins[: len(scores)]
-        wins[:] = self.later[: len(scores)]
-        for shift, within in enumerate(self.within, start=1):
-            count = len(scores) - shift
-            # the later one wins unless it is lower, and then the earlier one has one win less of those it began with
-            beaten = library.less_equal(scores[:-shift], scores[shift:], out=self.higher[:count])
-            beaten = library.multiply(beaten, within[:count], out=self.beaten[:count])
-            library.add(wins[shift:], beaten, out=wins[shift:])
-            library.subtract(wins[:-shift], beaten, out=wins[:-shift])
-        library.greater_equal(wins, at_least, out=self._array(kept))
 
-    def _array(self, tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
-        return tensor.numpy() if self.library is np else tensor
+@lru_cache(maxsize=16)
+def _pattern(groups: int, of: int, device: torch.device, library: ModuleType) -> _Pattern:
+    place = torch.arange(of, device=device)
+    dtype = torch.uint8 if of <= 256 else torch.int32
+    arrays = [(of - 1 - place).to(dtype).repeat(groups)]
+    arrays += [(place + shift < of).to(dtype).repeat(groups) for shift in range(1, of)]
+    if library is np:
+        arrays = [array.numpy() for array in arrays]
+    return _Pattern(arrays[0], arrays[1:])
+
+
+def _wins(scores: np.ndarray | torch.Tensor, pattern: _Pattern, library: ModuleType) -> np.ndarray | torch.Tensor:
+    """How many units of its group each of the flat scores beats."""
+    wins = library.zeros_like(pattern.followers[: len(scores)])
+    wins += pattern.followers[: len(scores)]
+    spare = library.empty_like(wins)
+    higher = library.empty_like(wins, dtype=library.bool)
+    for shift, within in enumerate(pattern.within, start=1):
+        count = len(scores) - shift
+        # the later one wins unless it is lower; the earlier one has one less then of the wins it began with
+        later = library.less_equal(scores[:-shift], scores[shift:], out=higher[:count])
+        later = library.multiply(later, within[:count], out=spare[:count])
+        library.add(wins[shift:], later, out=wins[shift:])
+        library.subtract(wins[:-shift], later, out=wins[:-shift])
+    return wins
