@@ -59,11 +59,15 @@ Did you mean "magnitude"?
         'rows), "channel:in" (input columns).',
     )
     criterion: str = _option(
-        "magnitude",
+        "snip_momentum",
         "What a weight is worth: magnitude, random, gradient, snip, snip_momentum, taylor, movement, or one that you "
         "registered.",
     )
-    scope: str = _option("layer", "Who competes with whom: row, layer or global.")
+    scope: str | None = _option(
+        None,
+        "Who competes with whom: row, layer or global. Left out: global, or layer for the channel patterns, whose "
+        "units differ in size.",
+    )
     allocation: str = _option(
         "uniform", "How the target is shared out over layers with scope row or layer: uniform or erdos_renyi."
     )

@@ -53,7 +53,7 @@ def name_faults(options: Any) -> list[str]:
             faults.append(f"{name} is {registry.describe(value)}")
     for name, allowed in (("scope", SCOPES), ("on_indivisible", ON_INDIVISIBLE)):
         value = getattr(options, name)
-        if value not in allowed:
+        if value not in allowed and not (name == "scope" and value is None):
             faults.append(f'{name} is "{value}": it must be {" or ".join(allowed)}.{nearest(value, allowed)}')
     try:
         get_pattern(options.pattern)

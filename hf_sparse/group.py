@@ -51,9 +51,10 @@ class Group:
         self.scheduler = get_scheduler(options)
         self.target = options.target or 0.0
         self.stats: dict[str, GradientStat] = {}
-        self._scattered = options.scope != "row"
+        self.scope = options.scope or ("global" if self.pattern.has_rows else "layer")
+        self._scattered = self.scope != "row"
         sizes = {layer.numel // self._units(layer) for layer in layers}
-        if options.scope == "global" and len(sizes) > 1:
+        if self.scope == "global" and len(sizes) > 1:
             raise ValueError(
                 f'scope "global" ranks units of one size, but with pattern "{options.pattern}" they hold '
                 f"{sorted(sizes)} weights: use scope=layer, or groups of layers with equal units."
@@ -67,7 +68,7 @@ class Group:
     @property
     def observes_gradients(self) -> bool:
         """Whether the criterion sums up gradients."""
-        return self.criterion.needs == "gradient"
+        return self.criterion.needs == "gradient" and self.target > 0
 
     def observe(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Add this step's gradients to the criterion's sums. A weight without a gradient adds nothing."""
@@ -104,13 +105,15 @@ class Group:
 
     def prune(self, prune_step: int, total: int, parameters: Mapping[str, torch.Tensor], masks: MaskStore) -> float:
         """Bring the masks to this prune step's sparsity. Returns it."""
+        if not self.target:
+            return 0.0  # Only the zeros that the weights came with are locked.
         ratio = self.ratio(prune_step, total, masks)
         scores = [self._scores(layer, parameters, masks) for layer in self.layers]
         floors, caps = self._bounds(scores, ratio)
         units = sum(layer.numel for layer in scores)
         wanted = sum(caps) if ratio >= self.pattern.max_sparsity - 1e-9 else max(round(ratio * units), sum(floors))
         try:
-            if self.options.scope == "row":
+            if self.scope == "row":
                 self._prune_rows(scores, wanted, floors, caps)
             elif wanted:
                 self._prune_units(scores, wanted, floors, caps, self._exchange(prune_step, total, parameters))
@@ -166,7 +169,7 @@ class Group:
     def _prune_units(self, scores, wanted: int, floors: list[int], caps: list[int], exchange: float) -> None:
         """Scope global and layer. With `exchange`, that share of the kept units falls on top, and of all that are
         pruned then, as many grow back: those with the largest gradient."""
-        if self.options.scope == "global":
+        if self.scope == "global":
             units = sum(layer.numel for layer in scores)
             extra = min(round(exchange * (units - wanted)), sum(caps) - wanted)
             cuts = lowest_together(scores, wanted + extra, floors, caps)
@@ -179,7 +182,7 @@ class Group:
         self._write(scores, cuts)
         if extra:
             growth = [self._growth(layer) for layer in scores]
-            if self.options.scope == "global":
+            if self.scope == "global":
                 self._write(growth, lowest_together(growth, wanted, floors, caps))
             else:
                 self._write(growth, [lowest(layer, count) for layer, count in zip(growth, counts, strict=True)])

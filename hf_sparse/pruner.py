@@ -39,7 +39,7 @@ class Pruner:
         >>> model = nn.Sequential(nn.Linear(4, 2, bias=False))
         >>> with torch.no_grad():
         ...     _ = model[0].weight.copy_(torch.arange(8.0).view(2, 4) - 3)
-        >>> pruner = Pruner(model, PruningConfig(target_sparsity=0.5))
+        >>> pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion="magnitude"))
         >>> pruner.update(1, 1).sparsity
         0.5
         >>> model[0].weight.data
