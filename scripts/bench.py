@@ -3,8 +3,9 @@
     python scripts/bench.py rank                 # exact selection over 110M weights
     python scripts/bench.py rank --millions 350
     python scripts/bench.py nm                   # 2:4 masks
+    python scripts/bench.py step                 # what a training step costs more than without pruning
 
-Times are medians, divided by the time of one `sum()` of each of the same tensors in the same process: a read. With one
+Times of rank and nm are medians, divided by the time of one `sum()` of each of the same tensors in the same process: a read. With one
 thread CPU time counts, which other processes disturb less, with more the time that passed.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bench_step
 import torch
 
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
@@ -174,6 +176,9 @@ def main() -> None:
         command.add_argument("--repeats", type=int, default=7)
         command.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
         command.add_argument("--side-by-side", action="store_true", help="also the simplest way, which takes long")
+    step = benches.add_parser("step", help=bench_step.__doc__.splitlines()[0])
+    step.set_defaults(bench=bench_step.run)
+    bench_step.add_arguments(step)
     options = parser.parse_args()
     options.bench(options)
 

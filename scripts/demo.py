@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from transformers import HfArgumentParser, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers import (
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 
 from hf_sparse import SparseTrainer, SparseTrainingArguments
 
@@ -68,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     dense_args = TrainingArguments(
         output_dir=args.output_dir,
-        num_train_epochs=10,
+        num_train_epochs=20,
         learning_rate=2e-3,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=256,
