@@ -9,7 +9,7 @@ import torch
 
 from .criteria import Criterion
 from .patterns import Pattern
-from .ranking import CHUNK, CHUNK_ON_ACCELERATOR, Cut, keep, lowest_per_row, spread
+from .ranking import CHUNK, CHUNK_ON_ACCELERATOR, Cut, keep, lowest_per_row, places, spread
 from .targets import Layer
 
 
@@ -123,7 +123,7 @@ class LayerScores:
     def _write(self, bits: torch.Tensor, kept_U: torch.Tensor) -> None:
         mask = self.pattern.expand(kept_U, tuple(bits.shape))
         if self._shrink:
-            bits.masked_fill_(~mask, 0)
+            bits.bitwise_and_(mask.to(torch.int8).neg_())
         else:
             bits.copy_(mask).neg_()
 
@@ -154,10 +154,10 @@ class LayerScores:
             spread(tensor.reshape(-1), count).reshape(-1, 1, 1) if tensor is not None else None
             for tensor in (self._weights[0], self._bits[0], self._stats[0])
         )
-        if self.criterion.needs != "position":
-            return weight, bits, stat, 0
-        places = spread(torch.arange(self.numel, device=weight.device), count)
-        return weight, bits, stat, places.reshape(-1, 1, 1)
+        rows, stride, run = places(self.numel, count)
+        first = torch.arange(rows, device=weight.device)[:, None] * stride
+        positions = first + torch.arange(run, device=weight.device)
+        return weight, bits, stat, positions.view(-1, 1, 1)
 
     def _some_rows(self, weight, bits, stat, offset, share: float) -> tuple:
         """A share of the rows of units of one matrix, evenly spread, as a part."""
@@ -167,9 +167,9 @@ class LayerScores:
         count = max(1, round(share * bands))
         chosen = torch.linspace(0, bands - 1, count, dtype=torch.float64).round().long()
         index = (chosen[:, None] * high + torch.arange(high)).reshape(-1).to(weight.device)
-        places = torch.arange(weight[0].numel(), device=weight.device).view(1, *weight.shape[1:])
-        places = offset + index[:, None, None] * weight[0].numel() + places
-        return weight[index], bits[index], stat[index] if stat is not None else None, places
+        positions = torch.arange(weight[0].numel(), device=weight.device).view(1, *weight.shape[1:])
+        positions = offset + index[:, None, None] * weight[0].numel() + positions
+        return weight[index], bits[index], stat[index] if stat is not None else None, positions
 
     def _pooled(self, weight, bits, stat, offset) -> torch.Tensor:
         """Scores of the units of a part; `offset` is its first position, or the positions of all its weights."""

@@ -73,7 +73,9 @@ def test_exactly_the_asked_number_of_units_fall(text, kind):
         "constant": torch.ones(8, 16),
     }[kind]
     total = torch.Size(pattern.unit_shape((8, 1, 16))).numel()
-    pruner = Pruner(model_with(values), PruningConfig(target_sparsity=pattern.implied_sparsity or 0.9, pattern=text))
+    target = pattern.implied_sparsity or 0.9
+    config = PruningConfig(target_sparsity=target, pattern=text, scope="layer", criterion="magnitude")
+    pruner = Pruner(model_with(values), config)
     for step in range(1, 6):
         pruner.update(step, 5)
         units = kept_units(pattern, pruner.masks["0.weight"][:, None, :])
@@ -93,7 +95,7 @@ def test_nothing_falls_at_zero(text):
 def test_n_of_m_holds_in_every_group_ties_or_not(text, scope):
     keep, of = map(int, text.split(":"))
     for values in (torch.ones(8, 16), torch.randn(8, 16), torch.randint(1, 3, (8, 16)).float()):
-        pruner = Pruner(model_with(values), PruningConfig(pattern=text, scope=scope))
+        pruner = Pruner(model_with(values), PruningConfig(pattern=text, scope=scope, criterion="magnitude"))
         for step in range(1, 4):
             pruner.update(step, 3)
             assert (pruner.masks["0.weight"].view(-1, of).sum(1) >= keep).all()

@@ -41,7 +41,7 @@ def test_masks_drawn_by_hand(pattern, scope):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor(WEIGHT))
-    pruner = Pruner(model, PruningConfig(target_sparsity=0.5, pattern=pattern, scope=scope))
+    pruner = Pruner(model, PruningConfig(target_sparsity=0.5, pattern=pattern, scope=scope, criterion="magnitude"))
     pruner.update(1, 1)
     rows = ["".join("#" if kept else "." for kept in row) for row in pruner.masks["0.weight"]]
     assert " ".join(rows) == DRAWINGS[pattern, scope]

@@ -153,7 +153,7 @@ def register_two_halves():
 
 def test_a_users_scheduler_is_selected_by_name(own_schedulers):
     two_halves = register_two_halves()
-    config = PruningConfig(target_sparsity=0.5, scheduler="two_halves")
+    config = PruningConfig(target_sparsity=0.5, scheduler="two_halves", criterion="magnitude")
     assert type(get_scheduler(config)) is two_halves
     pruner = Pruner(nn.Linear(8, 4), config)
     assert [pruner.update(step, 3).sparsity for step in (1, 2, 3)] == [0.25, 0.25, 0.5]
@@ -177,6 +177,7 @@ def test_a_scheduler_that_leaves_its_range_is_refused(own_schedulers, ratio):
         def update_sparsity_ratio(self, target_ratio, current_prune_step, total_prune_steps, masks):
             return ratio
 
-    pruner = Pruner(nn.Linear(8, 4), PruningConfig(target_sparsity=0.5, scheduler="wild"))
+    config = PruningConfig(target_sparsity=0.5, scheduler="wild", criterion="magnitude")
+    pruner = Pruner(nn.Linear(8, 4), config)
     with pytest.raises(ValueError, match=f"Wild asks for sparsity {ratio} at prune step 1 of 2.*the target, 0.5"):
         pruner.update(1, 2)

@@ -1,0 +1,160 @@
+"""The rules of the house: who may import whom, what is never written, how long things get, what is documented."""
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_sparse
+
+
+PACKAGE = Path(hf_sparse.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# An import goes down, or to another room of the same floor without coming back.
+FLOORS = [
+    {"registry", "ranking", "threshold", "masks", "targets", "sharding", "storage", "recipe"},
+    {"schedulers", "stats", "patterns", "report"},
+    {"criteria", "solvers", "allocations"},
+    {"faults", "config", "layer_scores", "group"},
+    {"pruner", "plots", "model_card", "training_args", "checkpoints"},
+    {"callback", "oneshot"},
+    {"trainer"},
+    {"cli"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}
+PURE = {"schedulers", "stats", "patterns", "criteria", "solvers", "allocations"}
+
+
+def room(path):
+    """The module or package right under hf_sparse that a file belongs to; None for hf_sparse/__init__.py."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return None if first in ("__init__", "__main__") else first
+
+
+def imports(path):
+    """The absolute names of all modules that a file imports, wherever in the file."""
+    package = ("hf_sparse", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield module
+            yield from (f"{module}.{name.name}" for name in node.names)
+
+
+def rooms_imported(path):
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "hf_sparse" and len(parts) > 1 and parts[1] in FLOOR and parts[1] != room(path):
+            yield parts[1]
+
+
+@pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def path(request):
+    return request.param
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in FILES} - {None} <= FLOOR.keys(), "add the new room to FLOORS"
+
+
+def test_imports_never_go_up(path):
+    if room(path) is not None:
+        above = [other for other in rooms_imported(path) if FLOOR[other] > FLOOR[room(path)]]
+        assert not above, f"{room(path)} (floor {FLOOR[room(path)]}) imports {above}"
+
+
+def test_rooms_of_one_floor_form_no_cycle():
+    below = {name: set() for name in FLOOR}
+    for path in FILES:
+        if room(path) is not None:
+            below[room(path)].update(rooms_imported(path))
+    while free := [name for name, others in below.items() if not others]:
+        for name in free:
+            del below[name]
+        for others in below.values():
+            others.difference_update(free)
+    assert not below, f"a cycle runs through {below}"
+
+
+def test_transformers_and_ranks_are_known_only_where_they_belong(path):
+    heads = {name.split(".")[0] for name in imports(path)}
+    if room(path) is not None and FLOOR[room(path)] < 5:
+        assert not heads & {"transformers", "datasets", "evaluate", "matplotlib"}
+    if room(path) != "sharding":
+        assert not heads & {"deepspeed", "accelerate"}
+        assert not any(name.startswith("torch.distributed") for name in imports(path))
+        assert "torch.distributed" not in path.read_text()
+    if room(path) in PURE:
+        assert not any(name in ("torch.nn", "torch.optim") for name in imports(path))
+
+
+def test_what_is_never_written(path):
+    tree = ast.parse(path.read_text())
+    assert not any(name.endswith(".*") for name in imports(path)), "glob import"
+    assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "dill", "marshal", "shelve"}
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: an assert is no check of input"
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "torch.load"), f"line {node.lineno}: {name}"
+            unsafe = name.startswith("yaml.") and not name.startswith(("yaml.safe_load", "yaml.SafeLoader."))
+            assert not unsafe, f"line {node.lineno}: {name}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("yaml."):
+            assert node.attr not in ("Loader", "UnsafeLoader", "FullLoader"), f"line {node.lineno}: {node.attr}"
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            silent = all(isinstance(statement, ast.Pass) for statement in node.body)
+            assert not (silent and caught in ("", "Exception", "BaseException")), f"line {node.lineno}: silent"
+
+
+def test_names_of_files():
+    for path in FILES:
+        assert path.stem not in ("utils", "util", "helpers", "common", "misc")
+        assert path.stem == "__init__" or path.stem not in sys.stdlib_module_names, f"{path} hides a standard module"
+
+
+def test_nothing_is_too_long(path):
+    text = path.read_text()
+    assert text.count("\n") <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 70, f"{node.name} has {length} lines"
+
+
+def test_every_file_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("name", hf_sparse.__all__)
+def test_every_public_name_is_documented(name):
+    """By an example, or in so few lines that none is needed."""
+    text = inspect.getdoc(getattr(hf_sparse, name))
+    own = getattr(hf_sparse, name).__dict__.get("__doc__") if inspect.isclass(getattr(hf_sparse, name)) else text
+    assert own, f"{name} has no docstring of its own"
+    assert "Example:" in text or len(text.splitlines()) <= 5
+
+
+def test_the_face_is_names_only_and_complete():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in tree.body)
+    assert hf_sparse.__all__ == sorted(hf_sparse.__all__)
+    assert all(hasattr(hf_sparse, name) for name in hf_sparse.__all__)
+
+
+def test_every_member_of_a_family_is_a_file_that_its_package_imports():
+    for family in PURE & {path.parent.name for path in FILES}:
+        folder = PACKAGE / family
+        imported = {name.rpartition(".")[2] for name in imports(folder / "__init__.py")}
+        imported |= {name for path in folder.glob("*.py") for name in imports_of_own(path)}
+        assert {path.stem for path in folder.glob("*.py")} - {"__init__"} <= imported
+
+
+def imports_of_own(path):
+    return (name.split(".")[2] for name in imports(path) if name.startswith(f"hf_sparse.{path.parent.name}."))
