@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 
-_CHUNK = 131_072  # scores whose temporaries stay in a core's cache
+_CHUNK = 262_144  # scores whose temporaries stay in a core's cache
 _CHUNK_ON_ACCELERATOR = 4_194_304
 _NUMPY_DEVICES = ("cpu",)
 
