@@ -35,8 +35,9 @@ class SparsityCallback(TrainerCallback):
 
     Masks are enforced right after each optimizer step, before logging, evaluation and saving. Evaluation never
     prunes, and only checkpoints at the final sparsity compete for the best. With a stock Trainer the masks are
-    written on `on_save`; `SparseTrainer` writes them ahead of the weights and is the better choice for runs that are
-    resumed or pushed.
+    written on `on_save`, and an `EarlyStoppingCallback` belongs before this one, or it counts the evaluations before
+    the final sparsity. `SparseTrainer` writes the masks ahead of the weights and needs no order: it is the better
+    choice for runs that are resumed, pushed or stopped early.
 
     Args:
         config: what to prune. Left out, the trainer's arguments are taken, if they are `SparseTrainingArguments`.

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,9 +233,7 @@ def test_sparsity_and_target_are_logged_at_each_logging_step(tmp_path, capsys):
     # 0.5 * (1 - (1 - c/4)**3) after prune steps c = 0, 1, 2, 3, 4, which are at 3, 5, 7 and 8.
     expected = {2: 0.0, 4: 0.289062, 6: 0.4375, 8: 0.5, 10: 0.5}
     assert {log["step"]: log["target_sparsity"] for log in logs} == pytest.approx(expected)
-    assert {log["step"]: log["sparsity"] for log in logs} == pytest.approx(
-        {step: seen[step] for step in expected}, abs=1e-6
-    )
+    assert {log["step"]: log["sparsity"] for log in logs} == {step: round(seen[step], 6) for step in expected}
     assert all("sparsity" not in log for log in trainer.state.log_history if "loss" not in log)
 
     lines = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line]
@@ -309,6 +308,21 @@ def test_saving_a_model_into_a_checkpoint_does_not_harm_it(tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path / f"checkpoint-{STEPS}"))
     assert (tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").is_file()
+
+
+def test_masks_are_there_before_the_weights_so_that_an_upload_finds_them(tmp_path):
+    found = []
+
+    class Uploading(Trainer):
+        def save_model(self, output_dir=None, _internal_call=False):
+            found.append(sorted(path.name for path in Path(output_dir).iterdir()))
+            super().save_model(output_dir, _internal_call)
+
+    class SparseUploading(SparseTrainerMixin, Uploading):
+        pass
+
+    make(tmp_path, SparseUploading, target_sparsity=0.5, save_strategy="steps", save_steps=STEPS).train()
+    assert found == [["pruning_config.json", "pruning_report.json", "pruning_state.safetensors"]]
 
 
 def test_a_checkpoint_of_gpt2_has_the_keys_of_the_model(tmp_path):

@@ -6,6 +6,7 @@ import json
 import pickle
 
 import pytest
+import torch
 import yaml
 from tiny import make
 from transformers import HfArgumentParser, TrainingArguments
@@ -24,11 +25,7 @@ RECIPE = {
     "prune_end": 0.6,
     "groups": {
         "attention": {"targets": ["*attention*"], "pattern": "4x1", "target_sparsity": 0.75},
-        "ffn": {
-            "targets": ["re:(intermediate|output).dense", "*pooler*"],
-            "exclude": ["*attention*"],
-            "pattern": "2:4",
-        },
+        "ffn": {"targets": ["re:dense"], "exclude": ["*attention*"], "pattern": "2:4"},
     },
 }
 
@@ -96,11 +93,8 @@ def test_a_recipe_prunes_its_groups(tmp_path):
 
     trainer = make(tmp_path, pruning_config=str(path))
     trainer.train()
-    layers = trainer.sparsity.pruner.report().layers
-    by_pattern = {
-        layer.pattern: {other.sparsity for other in layers if other.pattern == layer.pattern} for layer in layers
-    }
-    assert by_pattern == {"4x1": {0.75}, "2:4": {0.5}}
+    layers = {(layer.group, layer.pattern, layer.sparsity) for layer in trainer.sparsity.pruner.report().layers}
+    assert layers == {("attention", "4x1", 0.75), ("ffn", "2:4", 0.5)}
 
 
 def test_an_unknown_option_of_a_recipe_is_refused_with_the_nearest(tmp_path):
@@ -112,9 +106,8 @@ def test_an_unknown_option_of_a_recipe_is_refused_with_the_nearest(tmp_path):
 
 @pytest.mark.parametrize("cls", [SparseTrainingArguments, SparseSeq2SeqTrainingArguments])
 def test_json_round_trip(cls):
-    args = cls(
-        "out", use_cpu=True, target_sparsity=0.8, exclude=["*.pooler"], groups=RECIPE["groups"], hub_token="secret"
-    )
+    options = {"target_sparsity": 0.8, "exclude": ["*.pooler"], "groups": RECIPE["groups"]}
+    args = cls("out", use_cpu=True, hub_token="secret", **options)
     values = json.loads(args.to_json_string())
     assert {field.name for field in dataclasses.fields(cls) if field.init} == values.keys()
     values = {name: value for name, value in values.items() if not name.endswith("_token")}
@@ -154,15 +147,11 @@ def test_a_registered_scheduler_is_chosen_by_its_name(tmp_path):
 
 
 def test_the_arguments_in_a_checkpoint_are_ours(tmp_path):
-    import torch
-
     make(tmp_path, target_sparsity=0.5, max_steps=2, save_strategy="steps", save_steps=2).train()
     saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert type(saved) is SparseTrainingArguments and saved.target_sparsity == 0.5
 
 
 def test_the_output_folder_may_be_left_out():
-    assert (
-        SparseTrainingArguments(target_sparsity=0.5, use_cpu=True).output_dir
-        == TrainingArguments(use_cpu=True).output_dir
-    )
+    ours = SparseTrainingArguments(target_sparsity=0.5, use_cpu=True)
+    assert ours.output_dir == TrainingArguments(use_cpu=True).output_dir
