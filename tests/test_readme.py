@@ -1,0 +1,109 @@
+"""Everything that the README shows is run here, on tiny models and files under the names that it uses."""
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    TrainingArguments,
+)
+
+from hf_sparse import PruningConfig, SparseTrainingArguments
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a model, data files and the recipe, where the README's commands are run."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "very"]
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    model = tmp_path / "path" / "to" / "model"
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(model)
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(model)
+    rows = [{"sentence": f"a very {word} film", "label": label} for label, word in enumerate(("bad", "good"))] * 16
+    for name in ("train.json", "dev.json"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_blocks_run_in_order(workplace, plots, capsys):
+    model = AutoModelForSequenceClassification.from_pretrained("path/to/model")
+    dataset = [{"input_ids": torch.tensor([2, 8, 9, 5 + label, 7, 3]), "labels": label} for label in (0, 1)] * 8
+    names = {"model": model, "train_dataset": dataset, "eval_dataset": dataset}
+    for block in blocks("python"):
+        block = block.replace("resume_from_checkpoint=True", 'resume_from_checkpoint="out/checkpoint-6"')
+        if "resume_from_checkpoint" in block:
+            # The same arguments, with a checkpoint written on the way.
+            names["args"] = SparseTrainingArguments("out", num_train_epochs=3, target_sparsity=0.8, save_steps=6)
+            names["trainer"] = names["SparseTrainer"](names["model"], names["args"], train_dataset=dataset)
+            names["trainer"].train()
+        exec(block, names)  # noqa: S102 - the README's own code
+    assert names["args"].scheduler == "half_way"
+    assert "selected" in capsys.readouterr().out
+    for name in ("pruning_report.json", "pruning_config.json", "pruning_schedule.png", "pruning_layers.png"):
+        assert (workplace / "out" / name).stat().st_size > 0
+
+
+def commands() -> list[str]:
+    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if "scripts/" in line]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: shlex.split(command)[-1])
+def test_shell_commands_run(workplace, command):
+    words = shlex.split(command)
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"] if words[0] == "accelerate" else []
+    script = words[words.index("launch") + 1 :] if launcher else words[1:]
+    extra = ["--max_steps", "6", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"]
+    done = subprocess.run([sys.executable, *launcher, *script, *extra], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = Path(words[words.index("--output_dir") + 1])
+    report = json.loads((output / "pruning_report.json").read_text())
+    assert report["sparsity_of_selected"] > 0.45
+    AutoModelForSequenceClassification.from_pretrained(output)
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {line.split()[1] for line in "\n".join(blocks("bash")).splitlines() if line.startswith("make ")}
+    assert named == {"demo", "test"}
+    assert named <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_table_of_options_is_the_dataclass():
+    rows = [
+        f"| `{option.name}` | `{option.default}` | {option.metadata['help']} |"
+        for option in dataclasses.fields(PruningConfig)
+    ]
+    missing = [row for row in rows if row not in README]
+    assert not missing, "the README's table of options should have these rows:\n" + "\n".join(missing)
+
+
+def test_no_default_of_training_arguments_is_changed():
+    inherited = {option.name: option.default for option in dataclasses.fields(TrainingArguments)}
+    sparse = {option.name: option.default for option in dataclasses.fields(SparseTrainingArguments)}
+    assert {name: sparse[name] for name in inherited} == inherited
