@@ -4,7 +4,7 @@ VENV ?= .venv
 # The CPU build where an index or folder of wheels offers one; set TORCH=torch for the newest.
 TORCH ?= torch==2.13.0
 RUFF = $(VENV)/bin/ruff
-RUFF_CHECK = check --line-length 119 --select C,E,F,I,W,UP --ignore C901 --config 'lint.isort.lines-after-imports=2'
+RUFF_CHECK = check --line-length 119 --target-version py310 --select C,E,F,I,W,UP --ignore C901 --config 'lint.isort.lines-after-imports=2'
 SOURCES = hf_sparse scripts tests setup.py
 
 .PHONY: demo test slow quality style clean
@@ -20,11 +20,11 @@ slow: $(VENV)/.installed
 
 quality: $(VENV)/.installed
 	$(RUFF) $(RUFF_CHECK) $(SOURCES)
-	$(RUFF) format --check --line-length 119 $(SOURCES)
+	$(RUFF) format --check --line-length 119 --target-version py310 $(SOURCES)
 
 style: $(VENV)/.installed
 	$(RUFF) $(RUFF_CHECK) --fix $(SOURCES)
-	$(RUFF) format --line-length 119 $(SOURCES)
+	$(RUFF) format --line-length 119 --target-version py310 $(SOURCES)
 
 $(VENV)/.installed: setup.cfg setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -11,6 +11,7 @@ import transformers
 import yaml
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingArguments
 
+
 logger = logging.getLogger("scripts.common")
 
 # YAML 1.1 reads 5e-5 as text (it wants 5.0e-5), and a learning rate that is text fails only deep inside training.

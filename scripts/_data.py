@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
+
 logger = logging.getLogger("scripts.data")
 
 # Tab-separated files are read without quoting, as the GLUE files need: a quote character there is part of the text.

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 
+
 logger = logging.getLogger("scripts.metrics")
 
 Metric = Callable[..., dict[str, float]]

@@ -5,8 +5,8 @@
     python scripts/bench.py nm                   # 2:4 masks
     python scripts/bench.py step                 # what a training step costs more than without pruning
 
-Times of rank and nm are medians, divided by the time of one `sum()` of each of the same tensors in the same process: a read. With one
-thread CPU time counts, which other processes disturb less, with more the time that passed.
+Times of rank and nm are medians, divided by the time of one `sum()` of each of the same tensors in the same process:
+a read. With one thread CPU time counts, which other processes disturb less, with more the time that passed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a small vision transformer on scikit-learn's handwritten digits, then fine-tune it while 80% of its weights go.
+"""Train a small vision transformer on scikit-learn's handwritten digits, then fine-tune it while 80% of it goes.
 
     python scripts/demo.py [--target_sparsity 0.8] [--pattern unstructured] [--output_dir runs/demo] ...
 

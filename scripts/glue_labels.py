@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datasets import ClassLabel, Dataset
 from transformers import PretrainedConfig
 
+
 # Label names in the order of their ids; None for the one regression task.
 GLUE_LABELS: dict[str, tuple[str, ...] | None] = {
     "cola": ("unacceptable", "acceptable"),

@@ -8,6 +8,7 @@ import re
 import string
 from collections import Counter
 
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -37,6 +37,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, EvalPrediction, d
 
 from hf_sparse import SparseTrainer, SparseTrainingArguments
 
+
 logger = logging.getLogger("scripts.clm")
 
 # Models state limits of up to millions of tokens; few machines train on blocks of such a length by default.

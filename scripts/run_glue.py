@@ -46,6 +46,7 @@ from transformers import (
 
 from hf_sparse import SparseTrainer, SparseTrainingArguments
 
+
 logger = logging.getLogger("scripts.glue")
 
 TASK_COLUMNS = {

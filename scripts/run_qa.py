@@ -36,6 +36,7 @@ from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding,
 
 from hf_sparse import SparseTrainingArguments
 
+
 logger = logging.getLogger("scripts.qa")
 
 

@@ -75,7 +75,9 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands(), ids=lambda command: shlex.split(command)[-1])
 def test_shell_commands_run(workplace, command):
     words = shlex.split(command)
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"] if words[0] == "accelerate" else []
+    launcher = (
+        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"] if words[0] == "accelerate" else []
+    )
     script = words[words.index("launch") + 1 :] if launcher else words[1:]
     extra = ["--max_steps", "6", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"]
     done = subprocess.run([sys.executable, *launcher, *script, *extra], capture_output=True, text=True, timeout=300)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+
 for variable in ("HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE"):
     os.environ.setdefault(variable, "1")
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -27,6 +28,7 @@ from transformers import (  # noqa: E402
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
 
 GOOD, BAD, FILL = ("good", "great", "fine"), ("bad", "poor", "awful"), ("the", "film", "is", "a", "story", "and")
 PLACES = ("paris", "rome", "oslo", "bonn")

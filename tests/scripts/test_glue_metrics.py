@@ -8,6 +8,7 @@ import _metrics
 import glue_metrics
 import pytest
 
+
 # tp 2, fp 1, fn 1, tn 2
 PREDICTIONS, REFERENCES = [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]
 ACCURACY = 4 / 6

@@ -12,6 +12,7 @@ from glue_labels import GLUE_LABELS, Labels, find_labels
 from glue_metrics import GLUE_METRICS
 from transformers import AutoModelForSequenceClassification, BertConfig
 
+
 # The tiny checkpoint has a head for two labels.
 NEW_HEAD = "--ignore_mismatched_sizes"
 
