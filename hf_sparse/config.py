@@ -66,7 +66,7 @@ Did you mean "magnitude"?
     scope: str | None = _option(
         None,
         "Who competes with whom: row, layer or global. Left out: global, or layer for the channel patterns, whose "
-        "units differ in size.",
+        "units differ in size, and for an allocation other than uniform.",
     )
     allocation: str = _option(
         "uniform", "How the target is shared out over layers with scope row or layer: uniform or erdos_renyi."

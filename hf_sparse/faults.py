@@ -93,6 +93,11 @@ def pattern_faults(options: Any) -> list[str]:
         faults.append(
             f'scope "row" needs several units in a row, but pattern "{options.pattern}" has none: use layer.'
         )
+    if options.scope == "global" and options.allocation != "uniform":
+        faults.append(
+            f'allocation is "{options.allocation}", but with scope "global" nothing is shared out over layers: use '
+            "scope=layer, or leave one of them out."
+        )
     if options.regrow and (not pattern.has_rows or options.scope == "row"):
         faults.append(
             f'regrow is {options.regrow}, but it does not go with pattern "{options.pattern}" and scope '

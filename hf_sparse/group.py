@@ -51,7 +51,8 @@ class Group:
         self.scheduler = get_scheduler(options)
         self.target = options.target or 0.0
         self.stats: dict[str, GradientStat] = {}
-        self.scope = options.scope or ("global" if self.pattern.has_rows else "layer")
+        ranks_all = self.pattern.has_rows and options.allocation == "uniform"
+        self.scope = options.scope or ("global" if ranks_all else "layer")
         self._scattered = self.scope != "row"
         sizes = {layer.numel // self._units(layer) for layer in layers}
         if self.scope == "global" and len(sizes) > 1:

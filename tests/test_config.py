@@ -67,6 +67,10 @@ def test_every_fault_is_told_at_once():
         ({"prune_start": 9, "prune_end": 5}, "prune_start is 9, after prune_end, 5: swap them"),
         ({"target_sparsity": 0.7, "pattern": "2:4"}, 'target_sparsity is 0.7, but pattern "2:4" ends at 0.5'),
         ({"target_sparsity": 0.5, "pattern": "channel", "scope": "row"}, 'scope "row" needs several units in a row'),
+        (
+            {"target_sparsity": 0.5, "scope": "global", "allocation": "erdos_renyi"},
+            "nothing is shared out over layers",
+        ),
         ({"target_sparsity": 0.5, "pattern": "channel", "regrow": 0.1}, 'does not go with pattern "channel"'),
         ({"target_sparsity": 0.5, "scope": "row", "regrow": 0.1}, 'and scope "row"'),
         ({"target_sparsity": 0.5, "keep_zeros": True, "regrow": 0.1}, "regrow brings zeros back to life"),

@@ -213,6 +213,21 @@ def test_movement_and_snip_momentum_by_hand():
         assert drawn(pruner) == [".###" if criterion == "movement" else "###."]
 
 
+@pytest.mark.parametrize(
+    "options, scope",
+    [
+        ({}, "global"),
+        ({"pattern": "4x1"}, "global"),
+        ({"pattern": "channel"}, "layer"),
+        ({"allocation": "erdos_renyi"}, "layer"),
+        ({"allocation": "erdos_renyi", "scope": "row"}, "row"),
+    ],
+)
+def test_the_scope_that_is_left_out(options, scope):
+    (group,) = Pruner(Mixed(), PruningConfig(target_sparsity=0.5, **options)).groups
+    assert group.scope == scope
+
+
 def test_groups_with_their_own_patterns_at_once():
     model = Mixed()
     groups = {

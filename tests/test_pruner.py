@@ -1,5 +1,7 @@
 """Every criterion with every pattern, scope and allocation, on every kind of weight, against the definition."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -117,8 +119,9 @@ def test_channels_are_whole_outputs_or_inputs():
             assert ((share == 0) | (share == 1)).all() and 0 < share.mean() < 1
 
 
-@pytest.mark.parametrize("scope", ["row", "layer", "global"])
-@pytest.mark.parametrize("allocation", ALLOCATIONS.names())
+@pytest.mark.parametrize(
+    "scope, allocation", [("global", "uniform"), *itertools.product(("row", "layer"), ALLOCATIONS.names())]
+)
 def test_floors_and_caps_hold_and_the_total_is_exact(scope, allocation):
     model = Mixed()
     with torch.no_grad():
