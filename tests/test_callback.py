@@ -48,7 +48,7 @@ def test_a_stock_trainer_that_saves_elsewhere_gets_a_warning_and_no_stray_folder
 
 
 def test_one_callback_in_two_trainers_prunes_each_model_by_itself(tmp_path):
-    callback = SparsityCallback(PruningConfig(target_sparsity=0.5))
+    callback = SparsityCallback(PruningConfig(target_sparsity=0.5, scope="layer"))
     first = make(tmp_path, Trainer, callbacks=[callback])
     first.train()
     before = weights(first.model)
@@ -77,7 +77,7 @@ def test_zeros_of_a_checkpoint_are_locked_and_the_rest_is_trained(tmp_path):
 def test_zeros_of_a_checkpoint_count_towards_a_target(tmp_path):
     model = bert()
     model.bert.pooler.dense.weight.data.view(-1)[::3] = 0
-    make(tmp_path, model=model, keep_zeros=True, target_sparsity=0.5).train()
+    make(tmp_path, model=model, keep_zeros=True, target_sparsity=0.5, scope="layer").train()
     pooled = model.bert.pooler.dense.weight
     assert not pooled.view(-1)[::3].any()
     assert int((pooled == 0).sum()) == pooled.numel() / 2

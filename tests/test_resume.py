@@ -364,7 +364,7 @@ CHANGES = {
     "target_sparsity": (0.6, "target_sparsity: 0.5 -> 0.6"),
     "criterion": ("taylor", "criterion: 'snip_momentum' -> 'taylor'"),
     "pattern": ("4x1", "pattern: 'unstructured' -> '4x1'"),
-    "scope": ("global", "scope: 'layer' -> 'global'"),
+    "scope": ("layer", "scope: None -> 'layer'"),
     "sparsity_decay_type": ("linear", "sparsity_decay_type: 'cubic' -> 'linear'"),
     "regrow": (0.1, "regrow: 0.0 -> 0.1"),
     "groups": ({"all": {"targets": ["*.dense", "*.self.*"]}}, "groups: None -> {'all'"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import SCHEDULE, STEPS, arguments, bert, figures, gpt2, make, same, samples, weights
+from tiny import SCHEDULE, STEPS, arguments, bert, figures, gpt2, make, same, samples, weights, zeros
 from transformers import (
     EarlyStoppingCallback,
     Seq2SeqTrainer,
@@ -31,12 +31,6 @@ from hf_sparse import (
     SparsityCallback,
 )
 from hf_sparse.training_args import SparseSeq2SeqTrainingArguments
-
-
-def zeros(model) -> int:
-    """Among the weights of linear layers; the embedding of the padding token is zero from the start."""
-    selected = (weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embeddings" not in name)
-    return sum(int((weight == 0).sum()) for weight in selected)
 
 
 # The trainer that it was

@@ -91,7 +91,7 @@ def test_a_recipe_prunes_its_groups(tmp_path):
     args = parse("--pruning_config", str(path), "--criterion", "snip_momentum")
     assert (args.groups, args.prune_end, args.criterion) == (RECIPE["groups"], 0.6, "snip_momentum")
 
-    trainer = make(tmp_path, pruning_config=str(path))
+    trainer = make(tmp_path, pruning_config=str(path), scope="layer")
     trainer.train()
     layers = {(layer.group, layer.pattern, layer.sparsity) for layer in trainer.sparsity.pruner.report().layers}
     assert layers == {("attention", "4x1", 0.75), ("ffn", "2:4", 0.5)}

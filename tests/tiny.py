@@ -91,6 +91,12 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def zeros(model) -> int:
+    """Among the weights of linear layers; the embedding of the padding token is zero from the start."""
+    selected = (weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embeddings" not in name)
+    return sum(int((weight == 0).sum()) for weight in selected)
+
+
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     """Whether two dicts of tensors are equal, bit for bit."""
     return left.keys() == right.keys() and all(bits_equal(left[name], right[name]) for name in left)
