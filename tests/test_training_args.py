@@ -24,7 +24,7 @@ from hf_sparse.training_args import SparseSeq2SeqTrainingArguments
 RECIPE = {
     "prune_end": 0.6,
     "groups": {
-        "attention": {"targets": ["*attention*"], "pattern": "4x1", "target_sparsity": 0.75},
+        "attention": {"targets": ["*attention*"], "pattern": "4x1", "target_sparsity": 0.75, "scope": "layer"},
         "ffn": {"targets": ["re:dense"], "exclude": ["*attention*"], "pattern": "2:4"},
     },
 }
