@@ -152,7 +152,7 @@ def test_a_damaged_state_is_refused_and_nothing_changes(damage, message):
     first = trained("snip_momentum")
     tensors, values = first.state_dict()
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    second = trained("snip_momentum")
+    second = resumed(first)  # nothing pruned or observed yet
     before_tensors, before_values = second.state_dict()
     before_tensors = {name: tensor.clone() for name, tensor in before_tensors.items()}
     damage(tensors, values)
