@@ -77,6 +77,11 @@ def range_faults(options: Any) -> list[str]:
     start, end = options.prune_start, options.prune_end
     if 0 <= end < start and (start < 1) == (end < 1):
         faults.append(f"prune_start is {start}, after prune_end, {end}: swap them.")
+    if end == 1:
+        faults.append(
+            "prune_end is 1, which is the first optimizer step and not all of training: give 0 for the first step, "
+            "0.9999 for the last, or a number of steps."
+        )
     return faults
 
 

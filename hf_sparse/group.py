@@ -109,6 +109,8 @@ class Group:
         if not self.target:
             return 0.0  # Only the zeros that the weights came with are locked.
         ratio = self.ratio(prune_step, total, masks)
+        if prune_step == 1:
+            self._warn_of_idle()
         scores = [self._scores(layer, parameters, masks) for layer in self.layers]
         floors, caps = self._bounds(scores, ratio)
         units = sum(layer.numel for layer in scores)
@@ -125,6 +127,16 @@ class Group:
         for stat in self.stats.values() if not getattr(self.criterion, "persistent", True) else ():
             stat.renew()
         return ratio
+
+    def _warn_of_idle(self) -> None:
+        """Say which weights have had no gradient: they score 0, and so fall first."""
+        idle = [name for name, stat in self.stats.items() if not stat.count]
+        if idle:
+            logger.warning(
+                'the loss does not reach %s, so criterion "%s" prunes these first: exclude what should stay.',
+                ", ".join(idle),
+                self.options.criterion,
+            )
 
     def _scores(self, layer: Layer, parameters: Mapping[str, torch.Tensor], masks: MaskStore) -> LayerScores:
         stat = self.stats[layer.name].total if layer.name in self.stats else None

@@ -70,8 +70,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     """Every parameter of `model` that can be pruned, in the order of the modules: weights of Linear, GPT-2's Conv1D
     and Conv2d, and fused weights of experts.
 
-    A weight shared by several modules is listed once. Weights tied to an embedding, and everything in a module called
-    after embeddings, are not listed.
+    A weight shared by several modules is listed once, one tied to an embedding not at all. What lies in a module
+    called after embeddings does not count as the model's body.
 
     Example:
         >>> find_layers(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)))
@@ -82,13 +82,13 @@ def find_layers(model: nn.Module) -> list[Layer]:
     body = _body_parameters(model)
     layers = []
     for path, module in model.named_modules():
-        if any("embed" in part for part in path.lower().split(".")):
-            continue
+        embeds = "embed" in path.lower()
         for parameter, kind in _prunable(module):
-            if id(parameter) not in seen and parameter.is_floating_point():
+            # One byte means a quantized weight, whose zero is not the number's.
+            if id(parameter) not in seen and parameter.is_floating_point() and parameter.element_size() > 1:
                 seen.add(id(parameter))
-                shape = tuple(parameter.shape)
-                layers.append(Layer(names[id(parameter)], kind, shape, in_base=id(parameter) in body))
+                in_base = id(parameter) in body and not embeds
+                layers.append(Layer(names[id(parameter)], kind, tuple(parameter.shape), in_base))
     return layers
 
 

@@ -204,3 +204,8 @@ def test_a_type_that_went_wrong_later_is_not_passed_over():
 def test_every_criterion_is_named_in_the_help():
     text = PruningConfig.__dataclass_fields__["criterion"].metadata["help"]
     assert all(name in text for name in CRITERIA.names())
+
+
+def test_prune_end_of_one_is_refused_since_it_is_not_all_of_training():
+    with pytest.raises(PruningConfigError, match="prune_end is 1, .* 0.9999 for the last"):
+        PruningConfig(target_sparsity=0.5, prune_end=1.0)

@@ -244,3 +244,17 @@ def test_groups_with_their_own_patterns_at_once():
     assert np.isin(blocks, (0, 4)).all()
     assert (pruner.masks["experts.up"].view(-1, 4).sum(1) == 2).all()
     assert pruner.target == pytest.approx((0.75 * 224 + 64 + 48) / 448)
+
+
+def test_weights_that_the_loss_does_not_reach_are_named(caplog):
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
+    pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion="snip"))
+    model["used"](torch.ones(1, 4)).sum().backward()
+    pruner.observe()
+    with caplog.at_level("WARNING"):
+        pruner.update(1, 2)
+        pruner.update(2, 2)
+    assert [record.message for record in caplog.records] == [
+        'the loss does not reach idle.weight, so criterion "snip" prunes these first: exclude what should stay.'
+    ]
+    assert pruner.masks.pruned("idle.weight") == 16

@@ -189,3 +189,12 @@ def test_matrices_are_views_of_outputs_positions_and_inputs(kind, shape, matrix_
         "experts_transposed": (1, 2, 4),
     }[kind]
     assert weight[place] == 1 and weight.sum() == 1
+
+
+def test_a_projection_of_embeddings_is_pruned_only_when_named_and_a_one_byte_weight_never():
+    model = nn.ModuleDict({"embeddings_project": nn.Linear(4, 4), "body": nn.Linear(4, 4), "small": nn.Linear(4, 4)})
+    model["small"].weight = nn.Parameter(model["small"].weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    layers = find_layers(model)
+    assert [layer.name for layer in select_layers(layers, None, None)[0]] == ["body.weight"]
+    named = select_layers(layers, ["*embeddings*"], None)[0]
+    assert [layer.name for layer in named] == ["embeddings_project.weight"]
