@@ -1,6 +1,7 @@
 """hf_sparse: pruning inside Hugging Face Trainer."""
 
 from .callback import SparsityCallback
+from .checkpoints import CheckpointError
 from .config import PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
 from .patterns import register_pattern
@@ -15,12 +16,13 @@ from .schedulers import (
     register_scheduler,
 )
 from .trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
-from .training_args import SparseTrainingArguments
+from .training_args import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "Criterion",
     "GradientCriterion",
     "IterativeScheduler",
@@ -30,6 +32,7 @@ __all__ = [
     "PruningConfigError",
     "Scheduler",
     "SparseSeq2SeqTrainer",
+    "SparseSeq2SeqTrainingArguments",
     "SparseTrainer",
     "SparseTrainerMixin",
     "SparseTrainingArguments",
