@@ -182,10 +182,13 @@ class Group:
     def _prune_units(self, scores, wanted: int, floors: list[int], caps: list[int], exchange: float) -> None:
         """Scope global and layer. With `exchange`, that share of the kept units falls on top, and of all that are
         pruned then, as many grow back: those with the largest gradient."""
+        # Scores see to the other bounds: what is pruned is -inf and falls first, what is protected is +inf.
+        least = floors if self.options.min_sparsity_per_layer else None
+        most = caps if self.options.max_sparsity_per_layer is not None else None
         if self.scope == "global":
             units = sum(layer.numel for layer in scores)
             extra = min(round(exchange * (units - wanted)), sum(caps) - wanted)
-            cuts = lowest_together(scores, wanted + extra, floors, caps)
+            cuts = lowest_together(scores, wanted + extra, least, most)
         else:
             counts = self._counts(scores, wanted, floors, caps)
             rooms = zip(scores, counts, caps, strict=True)
@@ -196,7 +199,7 @@ class Group:
         if extra:
             growth = [self._growth(layer) for layer in scores]
             if self.scope == "global":
-                self._write(growth, lowest_together(growth, wanted, floors, caps))
+                self._write(growth, lowest_together(growth, wanted, least, most))
             else:
                 self._write(growth, [lowest(layer, count) for layer, count in zip(growth, counts, strict=True)])
 

@@ -179,7 +179,7 @@ class LayerScores:
             stat = offset + self._salt
         scores = self._scored(weight, stat)
         if self._shrink and self.unit_size == 1:
-            scores.masked_fill_(bits == 0, -torch.inf)
+            _fall(scores, bits)
         scores = self.pattern.pool(scores)
         # Not even a unit that the pattern protects comes back, so that every pruned one counts as fallen.
         if self._shrink and not self.pattern.flat:
@@ -197,3 +197,9 @@ class LayerScores:
         inputs = [tensor.untyped_storage().data_ptr() for tensor in (weight, stat) if tensor is not None]
         copy = scores.untyped_storage().data_ptr() in inputs
         return scores.detach().to(torch.float32, copy=copy)
+
+
+def _fall(scores: torch.Tensor, bits: torch.Tensor) -> None:
+    """Write -inf where `bits` is 0: ANDing and ORing bits is several times faster on CPUs than `masked_fill_`."""
+    minus_infinity = (~bits).to(torch.int32).bitwise_and_(-0x800000)
+    scores.view(torch.int32).bitwise_and_(bits).bitwise_or_(minus_infinity)

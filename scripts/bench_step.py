@@ -81,7 +81,8 @@ def measure(criterion: str, options: argparse.Namespace) -> TimedCallback:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
-        data = [example] * options.batch * 4
+        # One epoch: at the end of one the data loader starts anew, which would fall on steps of one parity.
+        data = [example] * options.batch * options.steps
         SparseTrainer(BertForSequenceClassification(config), args, train_dataset=data, callbacks=[callback]).train()
     start = time.perf_counter()
     callback.pruner.groups[0].prune(1, 2, callback.pruner.parameters, callback.pruner.masks)
