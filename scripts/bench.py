@@ -24,6 +24,7 @@ import torch
 
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
 from hf_sparse.ranking import CHUNK, TensorScores, keep, lowest, lowest_together
+from hf_sparse.threshold import each
 
 
 HIDDEN = 768
@@ -134,15 +135,19 @@ def rank(options: argparse.Namespace) -> None:
         print(f"cat + kthvalue: {ratio:.1f} reads, peak {extra:.0%}")
 
 
-def masks_2_of_4(weight: torch.Tensor) -> torch.Tensor:
-    groups = weight.view(-1, 4)
-    mask = torch.empty(groups.shape, dtype=torch.bool)
+def masks_2_of_4(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    groups, mask = weight.view(-1, 4), mask.view(-1, 4)
     buffer = torch.empty(CHUNK // 4, 4)
     for start in range(0, len(groups), len(buffer)):
         part = groups[start : start + len(buffer)]
         scores = torch.abs(part, out=buffer[: len(part)])
         mask[start : start + len(part)] = keep_n_of_m(scores, 2)
     return mask
+
+
+def all_masks_2_of_4(weights: list[torch.Tensor], masks: list[torch.Tensor]) -> None:
+    """Layer by layer, on as many threads as ranking would take."""
+    each(lambda pair: masks_2_of_4(*pair), list(zip(weights, masks)), min(len(weights), torch.get_num_threads()))
 
 
 def masks_by_topk(weight: torch.Tensor) -> torch.Tensor:
@@ -152,13 +157,14 @@ def masks_by_topk(weight: torch.Tensor) -> torch.Tensor:
 
 
 def nm(options: argparse.Namespace) -> None:
-    constant = masks_2_of_4(torch.ones(1024, 1024))
+    constant = masks_2_of_4(torch.ones(1024, 1024), torch.empty(1024, 1024, dtype=torch.bool))
     assert torch.equal(constant, torch.tensor([False, False, True, True]).expand_as(constant))
     lists = {"110M weights": bert_like(options.millions), "one layer, 4096 x 11008": [torch.randn(4096, 11008)]}
     for name, weights in lists.items():
+        masks = [torch.zeros(weight.shape, dtype=torch.bool) for weight in weights]
         for threads in options.threads:
             torch.set_num_threads(threads)
-            ratio = reads(lambda: [masks_2_of_4(weight) for weight in weights], weights, options.repeats)
+            ratio = reads(lambda: all_masks_2_of_4(weights, masks), weights, options.repeats)
             print(f"{name}, {threads} thread(s): 2:4 masks of |w| in {ratio:.2f} reads")
         if options.side_by_side:
             few = weights[:6]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import local
 from types import ModuleType
 
 import numpy as np
@@ -80,10 +81,9 @@ def _pattern(groups: int, of: int, device: torch.device, library: ModuleType) ->
 
 def _wins(scores: np.ndarray | torch.Tensor, pattern: _Pattern, library: ModuleType) -> np.ndarray | torch.Tensor:
     """How many units of its group each of the flat scores beats."""
-    wins = library.zeros_like(pattern.followers[: len(scores)])
-    wins += pattern.followers[: len(scores)]
-    spare = library.empty_like(wins)
-    higher = library.empty_like(wins, dtype=library.bool)
+    followers = pattern.followers[: len(scores)]
+    wins, spare, higher = (part[: len(scores)] for part in _workspace(followers, library))
+    wins[...] = followers
     for shift, within in enumerate(pattern.within, start=1):
         count = len(scores) - shift
         # the later one wins unless it is lower; the earlier one has one less then of the wins it began with
@@ -92,3 +92,18 @@ def _wins(scores: np.ndarray | torch.Tensor, pattern: _Pattern, library: ModuleT
         library.add(wins[shift:], later, out=wins[shift:])
         library.subtract(wins[:-shift], later, out=wins[:-shift])
     return wins
+
+
+_workspaces = local()
+
+
+def _workspace(like: np.ndarray | torch.Tensor, library: ModuleType) -> tuple:
+    """Three buffers of at least `like`'s length, kept for the thread's next call: fresh memory costs as much as the
+    comparisons do. Only on CPUs, whose chunks are small."""
+    if library is torch:
+        return torch.empty_like(like), torch.empty_like(like), torch.empty_like(like, dtype=torch.bool)
+    held = getattr(_workspaces, "held", None)
+    if held is None or len(held[0]) < len(like) or held[0].dtype != like.dtype:
+        held = np.empty_like(like), np.empty_like(like), np.empty_like(like, dtype=bool)
+        _workspaces.held = held
+    return held
