@@ -36,6 +36,7 @@ DEFAULTS = {
     "--logging_steps": "50",
     "--save_strategy": "no",
     "--report_to": "none",
+    "--dataloader_pin_memory": "False",
 }
 
 
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     dense_args = TrainingArguments(
         output_dir=args.output_dir,
-        num_train_epochs=20,
+        num_train_epochs=args.num_train_epochs,
+        dataloader_pin_memory=False,
         learning_rate=2e-3,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=256,
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"{report.selected:,} selected weights zero"
         f"\nsaved to {folder}: plain {type(reloaded).__name__}.from_pretrained opens it"
         f"\nfigures: {folder / 'pruning_schedule.png'}, {folder / 'pruning_layers.png'}"
-        "\nnext: the same with --pattern 2:4, --pattern 4x1 or --criterion snip_momentum; your own data with "
+        "\nnext: the same with --pattern 2:4, --pattern 4x1 or --criterion magnitude; your own data with "
         "scripts/run_glue.py --help"
     )
     return {"dense": before, "sparse": after, "sparsity": report.sparsity}
