@@ -102,7 +102,7 @@ class Pruner:
             else:
                 raise RuntimeError(
                     f'group "{group.name}" cannot reach its target: criterion "{group.options.criterion}" has seen no '
-                    "finite gradient up to the last prune step. Lower the learning rate or the loss scale, or use a "
+                    "finite gradient up to the last prune step. Prune later (prune_end), lower the loss scale, or use a "
                     "criterion without gradients."
                 )
         self.enforce()
