@@ -14,7 +14,7 @@ from .criteria import CRITERIA, Criterion
 from .layer_scores import LayerScores
 from .masks import MaskStore
 from .patterns import get_pattern
-from .ranking import Cut, lowest, lowest_together
+from .ranking import Cut, lowest_together
 from .schedulers import get_scheduler
 from .stats import GradientStat, all_finite
 from .targets import Layer
@@ -194,14 +194,14 @@ class Group:
             rooms = zip(scores, counts, caps, strict=True)
             more = [min(round(exchange * (layer.numel - count)), cap - count) for layer, count, cap in rooms]
             extra = sum(more)
-            cuts = [lowest(scores[i], counts[i] + more[i]) for i in range(len(scores))]
+            cuts = _each_lowest(scores, [count + plus for count, plus in zip(counts, more, strict=True)])
         self._write(scores, cuts)
         if extra:
             growth = [self._growth(layer) for layer in scores]
             if self.scope == "global":
                 self._write(growth, lowest_together(growth, wanted, least, most))
             else:
-                self._write(growth, [lowest(layer, count) for layer, count in zip(growth, counts, strict=True)])
+                self._write(growth, _each_lowest(growth, counts))
 
     @staticmethod
     def _write(scores: list[LayerScores], cuts: list[Cut]) -> None:
@@ -232,3 +232,8 @@ class Group:
         return LayerScores(
             pruned.layer, _Growth(), self.pattern, pruned.weight, pruned.bits, gradient, self._scattered, shrink=False
         )
+
+
+def _each_lowest(scores: list[LayerScores], counts: list[int]) -> list[Cut]:
+    """Cuts for exactly counts[l] units of each layer l; all layers at once, which shares them out over threads."""
+    return lowest_together(scores, sum(counts), counts, counts)
