@@ -102,8 +102,8 @@ class Pruner:
             else:
                 raise RuntimeError(
                     f'group "{group.name}" cannot reach its target: criterion "{group.options.criterion}" has seen no '
-                    "finite gradient up to the last prune step. Prune later (prune_end), lower the loss scale, or use a "
-                    "criterion without gradients."
+                    "finite gradient up to the last prune step. Prune later (prune_end), lower the loss scale, or use "
+                    "a criterion without gradients."
                 )
         self.enforce()
         return self.report()
