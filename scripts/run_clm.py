@@ -30,6 +30,7 @@ from _common import (
     require_work,
     setup_logging,
     train,
+    use_mean_loss,
 )
 from _data import TABLE_FILES, check_columns, load_files, load_from_hub, need_split
 from datasets import Dataset, IterableDataset
@@ -249,10 +250,9 @@ def build_model(model_args: ClmModelArguments, config, tokenizer):
         logger.info(f"new {model_args.model_type or config.model_type} with {model.num_parameters():,} parameters")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    # GPT2LMHeadModel has no loss_type, for its name does not end in ForCausalLM. It then uses this loss all the same,
-    # but the Trainer divides by one token too many per block, and loss and perplexity come out too small.
-    if getattr(model, "loss_type", None) is None:
-        model.loss_type = "ForCausalLM"
+    # All blocks are of one length, so the mean over them is exact. Dividing by the Trainer's count of tokens is not: it
+    # counts one too many per block in older versions of transformers, and for GPT2LMHeadModel in newer ones too.
+    use_mean_loss(model)
     return model
 
 

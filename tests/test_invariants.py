@@ -172,6 +172,8 @@ FEATURES = {
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_zeros_hold_under_every_feature(tmp_path, feature):
+    if feature == "compiled" and torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 cannot compile the BERT of transformers 5.6, with or without pruning")
     options = {"criterion": "snip_momentum", "save_strategy": "steps", "save_steps": 4} | FEATURES[feature]
     trainer, spy = spied(tmp_path, **options)
     keys = weights(trainer.model).keys()

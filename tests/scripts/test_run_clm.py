@@ -37,7 +37,7 @@ def test_training_reports_loss_perplexity_and_accuracy(tiny_llama, tmp_path, tex
 
 
 def test_evaluation_alone_equals_the_model_called_directly(tiny_gpt2, tmp_path, text):
-    """Blocks of 20 tokens hold 19 predictions; without its loss_type GPT-2's loss would be divided by 20."""
+    """Blocks of 20 tokens hold 19 predictions; the Trainer's own count would divide by 20."""
     parts = ["--validation_file", text, "--do_eval", "--block_size", "20", "--max_eval_samples", "6"]
     run_clm.main(arguments(tiny_gpt2, tmp_path / "out", *parts, per_device_eval_batch_size=3))
     metrics = read_json(tmp_path / "out" / "eval_results.json")
