@@ -250,8 +250,8 @@ def build_model(model_args: ClmModelArguments, config, tokenizer):
         logger.info(f"new {model_args.model_type or config.model_type} with {model.num_parameters():,} parameters")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    # All blocks are of one length, so the mean over them is exact. Dividing by the Trainer's count of tokens is not: it
-    # counts one too many per block in older versions of transformers, and for GPT2LMHeadModel in newer ones too.
+    # All blocks are of one length, so the mean over them is exact. Dividing by the Trainer's count of tokens is not:
+    # it counts one too many per block in older versions of transformers, and for GPT2LMHeadModel in newer ones too.
     use_mean_loss(model)
     return model
 
