@@ -9,7 +9,14 @@ from pathlib import Path
 import datasets
 import transformers
 import yaml
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    TrainingArguments,
+    default_data_collator,
+)
 
 
 logger = logging.getLogger("scripts.common")
@@ -155,6 +162,24 @@ def sequence_length(asked: int, tokenizer) -> int:
             f"max_seq_length {asked} is more than the tokenizer's limit; using {tokenizer.model_max_length}."
         )
     return min(asked, tokenizer.model_max_length)
+
+
+def build_collator(tokenizer, pad_to_max_length: bool, training_args):
+    """Rows of one length need no padding; others are padded per batch, to multiples of 8 for 16-bit hardware."""
+    if pad_to_max_length:
+        return default_data_collator
+    in_16_bit = training_args.fp16 or training_args.bf16
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if in_16_bit else None)
+
+
+def card_kwargs(model_args: ModelArguments, data_args, task: str) -> dict:
+    """What the model card can say about where the model and its data come from."""
+    kwargs = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
+    if data_args.dataset_name is not None:
+        name, config = data_args.dataset_name, data_args.dataset_config_name
+        kwargs |= {"dataset_tags": name, "dataset": f"{name} {config}" if config else name}
+        kwargs |= {"dataset_args": config} if config else {}
+    return kwargs
 
 
 def train(trainer, n_samples: int | None) -> None:

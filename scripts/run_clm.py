@@ -22,6 +22,7 @@ from itertools import chain
 import numpy as np
 from _common import (
     ModelArguments,
+    card_kwargs,
     finish,
     load_config,
     load_tokenizer,
@@ -279,16 +280,6 @@ def evaluate(trainer, n_blocks: int | None) -> None:
     report(trainer, "eval", metrics)
 
 
-def card_kwargs(model_args: ClmModelArguments, data_args: DataTrainingArguments) -> dict:
-    """What the model card can say about where the model comes from."""
-    kwargs = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-generation"}
-    if data_args.dataset_name is not None:
-        name, config = data_args.dataset_name, data_args.dataset_config_name
-        kwargs |= {"dataset_tags": name, "dataset": f"{name} {config}" if config else name}
-        kwargs |= {"dataset_args": config} if config else {}
-    return kwargs
-
-
 def main(argv: list[str] | None = None) -> None:
     classes = (ClmModelArguments, DataTrainingArguments, SparseTrainingArguments)
     model_args, data_args, training_args = parse_args(classes, argv)
@@ -321,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         train(trainer, counts["train"])
     if training_args.do_eval:
         evaluate(trainer, counts["validation"])
-    finish(trainer, card_kwargs(model_args, data_args))
+    finish(trainer, card_kwargs(model_args, data_args, "text-generation"))
 
 
 if __name__ == "__main__":

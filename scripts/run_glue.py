@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from _common import (
     ModelArguments,
+    build_collator,
+    card_kwargs,
     finish,
     load_config,
     load_tokenizer,
@@ -38,9 +40,7 @@ from glue_labels import Labels, check_labels, find_labels, has_labels
 from glue_metrics import load_metric, with_combined_score
 from transformers import (
     AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
     EvalPrediction,
-    default_data_collator,
     set_seed,
 )
 
@@ -221,14 +221,6 @@ def build_metrics(labels: Labels, data_args: DataTrainingArguments, model_args: 
     return compute_metrics
 
 
-def build_collator(tokenizer, data_args: DataTrainingArguments, training_args):
-    """Rows of one length need no padding; others are padded per batch, to multiples of 8 for 16-bit hardware."""
-    if data_args.pad_to_max_length:
-        return default_data_collator
-    in_16_bit = training_args.fp16 or training_args.bf16
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if in_16_bit else None)
-
-
 def suffixed(metrics: dict, split: str) -> dict:
     """MNLI's mismatched figures stand beside the matched ones under names that end in "_mm"."""
     return {f"{name}_mm": value for name, value in metrics.items()} if split.endswith("_mismatched") else metrics
@@ -268,14 +260,12 @@ def write_predictions(path: str, outputs: np.ndarray, labels: Labels) -> None:
     logger.info(f"predictions written to {path}")
 
 
-def card_kwargs(model_args: ModelArguments, data_args: DataTrainingArguments) -> dict:
-    """What the model card can say about where the model comes from."""
-    kwargs = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification"}
+def glue_card_kwargs(model_args: ModelArguments, data_args: DataTrainingArguments) -> dict:
+    """A GLUE task is named as such, whichever files its rows came from."""
+    kwargs = card_kwargs(model_args, data_args, "text-classification")
     if data_args.task_name is not None:
         task = data_args.task_name
         kwargs |= {"language": "en", "dataset_tags": "glue", "dataset_args": task, "dataset": f"GLUE {task.upper()}"}
-    elif data_args.dataset_name is not None:
-        kwargs |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
     return kwargs
 
 
@@ -309,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=data[wanted["eval"][0]] if wanted["eval"] else None,
         compute_metrics=build_metrics(labels, data_args, model_args),
         processing_class=tokenizer,
-        data_collator=build_collator(tokenizer, data_args, training_args),
+        data_collator=build_collator(tokenizer, data_args.pad_to_max_length, training_args),
     )
     if training_args.do_train:
         train(trainer, len(data["train"]))
@@ -317,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluate(trainer, data, wanted["eval"])
     if training_args.do_predict:
         predict(trainer, data, wanted["predict"], labels, data_args.task_name)
-    finish(trainer, card_kwargs(model_args, data_args))
+    finish(trainer, glue_card_kwargs(model_args, data_args))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import qa_metrics
 from _common import (
     ModelArguments,
+    build_collator,
+    card_kwargs,
     finish,
     load_config,
     load_tokenizer,
@@ -32,7 +34,7 @@ from _metrics import load_or_fall_back
 from qa_data import Windows, check_questions, load_qa_files
 from qa_postprocessing import postprocess, write_answers
 from qa_trainer import SparseQuestionAnsweringTrainer
-from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, default_data_collator, set_seed
+from transformers import AutoModelForQuestionAnswering, set_seed
 
 from hf_sparse import SparseTrainingArguments
 
@@ -168,24 +170,6 @@ def build_metrics(data_args: DataTrainingArguments, model_args: ModelArguments):
     return compute_metrics
 
 
-def build_collator(tokenizer, data_args: DataTrainingArguments, training_args):
-    """Windows of one length need no padding; others are padded per batch."""
-    if data_args.pad_to_max_length:
-        return default_data_collator
-    in_16_bit = training_args.fp16 or training_args.bf16
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if in_16_bit else None)
-
-
-def card_kwargs(model_args: ModelArguments, data_args: DataTrainingArguments) -> dict:
-    """What the model card can say about where the model comes from."""
-    kwargs = {"finetuned_from": model_args.model_name_or_path, "tasks": "question-answering"}
-    if data_args.dataset_name is not None:
-        name, config = data_args.dataset_name, data_args.dataset_config_name
-        kwargs |= {"dataset_tags": name, "dataset": f"{name} {config}" if config else name}
-        kwargs |= {"dataset_args": config} if config else {}
-    return kwargs
-
-
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelArguments, DataTrainingArguments, SparseTrainingArguments)
     model_args, data_args, training_args = parse_args(classes, argv)
@@ -209,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=features.get("validation"),
         eval_examples=questions.get("validation"),
         processing_class=tokenizer,
-        data_collator=build_collator(tokenizer, data_args, training_args),
+        data_collator=build_collator(tokenizer, data_args.pad_to_max_length, training_args),
         post_process=build_post_process(data_args, training_args),
         compute_metrics=build_metrics(data_args, model_args),
     )
@@ -220,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     if training_args.do_predict:
         output = trainer.predict(features["test"], questions["test"])
         report(trainer, "test", output.metrics | {"test_samples": len(questions["test"])})
-    finish(trainer, card_kwargs(model_args, data_args))
+    finish(trainer, card_kwargs(model_args, data_args, "question-answering"))
 
 
 if __name__ == "__main__":
