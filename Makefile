@@ -7,13 +7,16 @@ RUFF = $(VENV)/bin/ruff
 RUFF_CHECK = check --line-length 119 --target-version py310 --select C,E,F,I,W,UP --ignore C901 --config 'lint.isort.lines-after-imports=2'
 SOURCES = hf_sparse scripts tests setup.py
 
-.PHONY: demo test quality style clean
+.PHONY: demo test slow quality style clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python scripts/demo.py
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
+
+slow: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m slow
 
 quality: $(VENV)/.installed
 	$(RUFF) $(RUFF_CHECK) $(SOURCES)

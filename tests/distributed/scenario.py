@@ -1,0 +1,127 @@
+"""One training run on one of several ranks, and what it writes for the tests to look at.
+
+A scenario, as `Ranks.run` takes it:
+    mode, world     how and on how many ranks
+    output_dir      of the trainer
+    trainer         "plain" or "sparse"
+    options         of the training arguments
+    seed            of the model's first weights
+    config          of the model, where other than by default
+    raises          whether an error of `train` is a result, written as `error`
+    resume          what `train` gets as resume_from_checkpoint
+    spies           names in `spies.SPIES`, with what each takes
+    export          a folder for `save_model`, or nothing
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+
+import torch
+from modes import MODES, as_on_gpus, build, check
+from safetensors.torch import save_file
+from spies import SPIES, Checks
+from tiny import arguments, figures, samples
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+
+from hf_sparse import SparseTrainer
+
+
+BATCH = 4
+# gloo gives up on a rank that is silent for so long.
+PATIENCE = datetime.timedelta(seconds=60)
+
+
+class _InOrder:
+    """Samples in the order of the dataset, for any number of ranks."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
+
+
+class PlainTrainer(_InOrder, Trainer):
+    pass
+
+
+class SparseInOrder(_InOrder, SparseTrainer):
+    pass
+
+
+def repeated(copies: int, language: bool) -> list[dict]:
+    """Batches, each `copies` times in a row: accelerate deals them out in turn, so each rank gets the batches that a
+    single process would. Gradients are then the same on all ranks, and their mean is exact for 2 and 4 ranks."""
+    rows = samples(24, language)
+    batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    return [row for batch in batches for _ in range(copies) for row in batch]
+
+
+def training_options(options: dict, mode: str) -> dict:
+    """Options under which one and several ranks compute the same."""
+    exact = {
+        "per_device_train_batch_size": BATCH,
+        # The norm of sharded gradients is summed in another order.
+        "max_grad_norm": 0.0,
+        # BERT's loss would be multiplied by the number of ranks, or without this Llama's under TP.
+        "average_tokens_across_devices": MODES[mode].model == "llama",
+        # Fused and foreach optimizers compute the ends of a tensor, which shards have elsewhere, by other instructions.
+        "optim": "adamw_torch",
+    }
+    return exact | MODES[mode].arguments | options
+
+
+def main(scenario: dict, rank: int) -> None:
+    """Train, and write `rank-<r>.json` and, on rank 0, the whole weights."""
+    torch.set_num_threads(1)
+    folder, mode, world = Path(scenario["folder"]), scenario["mode"], scenario["world"]
+    if MODES[mode].kind == "NO":
+        for variable in [name for name in os.environ if name.endswith(("RANK", "WORLD_SIZE")) or "MASTER_" in name]:
+            del os.environ[variable]
+    else:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=PATIENCE
+        )
+    result = {"pid": os.getpid()}
+    sparse = scenario.get("trainer", "sparse") == "sparse"
+    copies = world if MODES[mode].data_parallel else 1
+    with as_on_gpus(mode):
+        args = arguments(
+            scenario.get("output_dir", folder / "out"), **training_options(scenario.get("options", {}), mode)
+        )
+        model = build(mode, scenario.get("seed", 0), world, folder / "dense", **scenario.get("config", {}))
+        data = repeated(copies, MODES[mode].model == "llama")
+        trainer = (SparseInOrder if sparse else PlainTrainer)(model, args, train_dataset=data)
+        trainer.add_callback(Checks(lambda: check(mode, trainer, world)))
+        for name, given in scenario.get("spies", {}).items():
+            trainer.add_callback(SPIES[name](trainer, rank, result, **given))
+        trainer.train(resume_from_checkpoint=scenario.get("resume"))
+        result |= {"log": figures(trainer.state.log_history), "step": trainer.state.global_step}
+        result["from"] = trainer.sparsity and str(trainer.sparsity.resume_from) if sparse else None
+        weights = whole(trainer)
+        if rank == 0:
+            save_file(weights, folder / "weights.safetensors")
+        if scenario.get("export"):
+            trainer.save_model(scenario["export"])
+    (folder / f"rank-{rank}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The weights as one process would hold them, gathered by all ranks."""
+    return {name: _whole(weight) for name, weight in trainer.model.named_parameters()}
+
+
+def _whole(weight: torch.nn.Parameter) -> torch.Tensor:
+    if hasattr(weight, "full_tensor"):
+        return weight.full_tensor().detach().clone()
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight.detach().clone()
