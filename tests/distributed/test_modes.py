@@ -1,0 +1,207 @@
+"""Pruning on several ranks is what it is in one process: same masks, same weights, zeros that hold on every rank."""
+
+import re
+
+import pytest
+import torch
+from accelerate.utils import merge_fsdp_weights
+from modes import MODES, each
+from safetensors.torch import load_file
+from spies import is_selected
+from tiny import PRUNE_STEPS, SCHEDULE, STEPS, same
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_sparse.state_files import read_masks
+
+
+METHODS = {
+    "magnitude": {"scope": "global"},
+    "snip_momentum": {"criterion": "snip_momentum", "scope": "global"},
+    "n_of_m": {"pattern": "2:4"},
+    "blocks": {"pattern": "4x1", "scope": "layer"},
+    "rows": {"scope": "row"},
+    "channels": {"pattern": "channel"},
+}
+SELECTED = {"bert": 4992, "llama": 8704}
+CLASSES = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
+
+
+class Runs:
+    """Pruning runs, each made once."""
+
+    def __init__(self, ranks, folder):
+        self.ranks, self.folder, self.made = ranks, folder, {}
+
+    def __call__(self, mode, method, world=None, **scenario):
+        world = 1 if MODES[mode].kind == "NO" else world or self.ranks.world
+        key = (mode, method, world, *scenario)
+        if key not in self.made:
+            options = {"target_sparsity": 0.5, **SCHEDULE, **METHODS[method], **scenario.pop("options", {})}
+            output_dir = self.folder / f"{mode}-{method}-{world}-{len(self.made)}"
+            if MODES[mode].checkpoints:
+                options |= {"save_strategy": "steps", "save_steps": 6}
+            scenario |= {"spies": {"zeros": {}}, "options": options}
+            run = self.ranks.run(
+                mode, f"{mode}-{method}", world=world, output_dir=output_dir, export=output_dir / "export", **scenario
+            )
+            self.made[key] = run, output_dir
+        return self.made[key]
+
+    def reference(self, mode, method, **scenario):
+        """The same run in one process."""
+        other = MODES[mode].exact_as or f"single_{MODES[mode].model}"
+        return self(other, method, world=1, **scenario)
+
+
+@pytest.fixture(scope="module")
+def runs(ranks, tmp_path_factory):
+    return Runs(ranks, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def runs4(ranks4, tmp_path_factory):
+    return Runs(ranks4, tmp_path_factory.mktemp("runs4"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", each())
+def test_two_ranks_prune_what_one_process_does(runs, mode, method):
+    _check(runs, mode, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", each())
+def test_more_ranks_prune_what_one_process_does(runs4, mode, method, world):
+    """Three ranks hold parts of unequal size, and the mean of three gradients is rounded."""
+    if world == 4 or MODES[mode].exact_as:
+        _check(runs4, mode, method, world)
+
+
+def _check(runs, mode, method, world=None):
+    run, output_dir = runs(mode, method, world)
+    single, _ = runs.reference(mode, method)
+    world, rounded = len(run.ranks), world == 3
+    _zeros_hold(run, single, mode)
+    weights, expected = run.weights, single.weights
+    assert weights.keys() == expected.keys()
+    if MODES[mode].exact_as and not rounded:
+        assert same(weights, expected)
+    exported = _exported(output_dir, mode)
+    assert same(exported, weights)
+    assert (
+        sum(int((exported[name] == 0).sum()) for name in exported if is_selected(name))
+        == SELECTED[MODES[mode].model] // 2
+    )
+
+
+def _exported(output_dir, mode):
+    """The weights that one process reads, from what was saved after training."""
+    if MODES[mode].exports:
+        model = CLASSES[MODES[mode].model].from_pretrained(output_dir / "export")
+        return {name: weight.detach() for name, weight in model.named_parameters()}
+    merge_fsdp_weights(str(output_dir / f"checkpoint-{STEPS}" / "pytorch_model_fsdp_0"), str(output_dir / "merged"))
+    return load_file(output_dir / "merged" / "model.safetensors")
+
+
+def _zeros_hold(run, single, mode):
+    """After every step, on every rank, in every copy; and on all ranks together as many as in one process."""
+    whole = not MODES[mode].sharded and mode != "zero3"
+    expected = [row["zeros"] for row in single.ranks[0]["zeros"]]
+    assert [step for step in range(1, STEPS + 1) if expected[step - 1] > (expected[step - 2] if step > 1 else 0)] == [
+        *PRUNE_STEPS
+    ]
+    for rank in run.ranks:
+        assert [row["step"] for row in rank["zeros"]] == [*range(1, STEPS + 1)]
+        assert not any(row["negative"] or row["revived"] or row["unlike"] for row in rank["zeros"])
+        assert all(bool(row["copies"]) == (MODES[mode].kind == "DEEPSPEED") for row in rank["zeros"])
+        assert not whole or [row["zeros"] for row in rank["zeros"]] == expected
+    if not whole:
+        rows = zip(*(rank["zeros"] for rank in run.ranks), strict=True)
+        assert [sum(row["zeros"] for row in ranks) for ranks in rows] == expected
+
+
+def test_weights_that_ranks_hold_unequal_parts_of(runs):
+    """45 rows: 23 and 22."""
+    odd = {"config": {"intermediate_size": 45}}
+    expected, _ = runs("single", "snip_momentum", **odd)
+    for mode in ("fsdp2", "zero2"):
+        assert same(runs(mode, "snip_momentum", **odd)[0].weights, expected.weights), mode
+
+
+def test_tensor_parallel_ranks_decide_the_masks_of_one_process(runs):
+    """With a learning rate of 0 rounding changes no weight, so that masks can be compared. Rows are cut here."""
+    still = {"options": {"learning_rate": 0.0}}
+    for method in METHODS:
+        assert same(runs("tp", method, **still)[0].weights, runs("single_llama", method, **still)[0].weights), method
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("mode", each(checkpoints=True))
+def test_resumed_on_as_many_ranks_or_others(runs, tmp_path, mode):
+    _resume(runs, tmp_path, mode, [(2, 2), (2, 1), (1, 2)] if MODES[mode].elastic else [(2, 2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", each(checkpoints=True))
+def test_resumed_on_four_ranks_or_fewer(runs4, tmp_path, mode):
+    _resume(runs4, tmp_path, mode, [(4, 4), (4, 2), (2, 4), (4, 1), (1, 4)] if MODES[mode].elastic else [(4, 4)])
+
+
+def _resume(runs, tmp_path, mode, worlds):
+    for before, after in worlds:
+        whole, output_dir = runs(mode, "snip_momentum", world=before)
+        begin = tmp_path / f"begin-{before}-{after}.safetensors"
+        resumed = runs.ranks.run(
+            mode,
+            f"{mode}-{before}-to-{after}",
+            world=after,
+            seed=5,
+            resume=str(output_dir / "checkpoint-6"),
+            spies={"begin": {"path": str(begin)}},
+            options={"target_sparsity": 0.5, **SCHEDULE, **METHODS["snip_momentum"]},
+        )
+        _begins_with(begin, dict(read_masks(output_dir / "checkpoint-6")))
+        assert same(resumed.weights, whole.weights), (before, after)
+
+
+def _begins_with(begin, masks):
+    weights = load_file(begin)
+    assert sum(mask.numel() for mask in masks.values()) == SELECTED["bert"]
+    assert all(torch.equal(weights[name] != 0, mask) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("mode", each(checkpoints=True, elastic=False))
+def test_deepspeed_on_another_number_of_ranks_is_refused(runs, mode):
+    """DeepSpeed cannot do it; the run says so, and does not start anew."""
+    _, output_dir = runs(mode, "snip_momentum")
+    run = runs.ranks.run(
+        mode,
+        f"{mode}-2-to-1",
+        world=1,
+        raises=True,
+        resume=str(output_dir / "checkpoint-6"),
+        options={"target_sparsity": 0.5, **SCHEDULE, **METHODS["snip_momentum"]},
+    )
+    assert "world size" in run.ranks[0]["error"] or "ranks" in run.ranks[0]["error"]
+
+
+# Ranks that disagree
+
+
+def test_ranks_that_disagree_about_a_mask_stop_the_run(ranks):
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    for step in PRUNE_STEPS[1:]:
+        run = ranks.run(
+            "ddp",
+            "tampered",
+            raises=True,
+            spies={"tamper": {"on": 1, "step": step, "name": name}},
+            options={"target_sparsity": 0.5, "scope": "layer", **SCHEDULE},
+        )
+        for rank in run.ranks:
+            assert rank["error"].startswith("RuntimeError") and f'"{name}"' in rank["error"]
+            assert re.search(r"ranks?\b.*\b1\b", rank["error"])
