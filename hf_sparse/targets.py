@@ -71,7 +71,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     and Conv2d, and fused weights of experts.
 
     A weight shared by several modules is listed once, one tied to an embedding not at all. What lies in a module
-    called after embeddings does not count as the model's body.
+    called after embeddings does not count as the model's body. Under PEFT the weights of the base are listed, by the
+    names that they have there (`...base_layer.weight`), and nothing that an adapter adds.
 
     Example:
         >>> find_layers(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)))
@@ -79,11 +80,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    seen |= _adapter_parameters(model)
     body = _body_parameters(model)
     layers = []
     for path, module in model.named_modules():
         embeds = "embed" in path.lower()
         for parameter, kind in _prunable(module):
+            if id(parameter) not in names:  # PEFT makes weights of a MultiheadAttention anew at every look
+                continue
             # One byte means a quantized weight, whose zero is not the number's.
             if id(parameter) not in seen and parameter.is_floating_point() and parameter.element_size() > 1:
                 seen.add(id(parameter))
@@ -95,10 +99,38 @@ def find_layers(model: nn.Module) -> list[Layer]:
 def _body_parameters(model: nn.Module) -> set[int]:
     """The parameters of the model's body: of `base_model` where a transformers model has one, less what computes its
     outputs (`get_output_embeddings`)."""
+    if hasattr(model, "get_base_model"):  # PEFT, whose own `base_model` is the whole model with its head
+        model = model.get_base_model()
     body = getattr(model, "base_model", model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     outputs = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
     return {id(parameter) for parameter in body.parameters()} - outputs
+
+
+def _adapter_parameters(model: nn.Module) -> set[int]:
+    """What PEFT puts beside the weights of the base: the matrices of its adapters, and of each module that it trains
+    as a copy (`modules_to_save`) the original, which the copy stands in for."""
+    found = set()
+    for module in model.modules():
+        if not hasattr(module, "adapter_layer_names"):  # what every layer of PEFT's has
+            continue
+        kept = getattr(module, "modules_to_save", None) or getattr(module, "base_layer", None)
+        base = {id(parameter) for parameter in kept.parameters()} if isinstance(kept, nn.Module) else set()
+        found |= {id(parameter) for parameter in module.parameters()} - base
+    return found
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has without PEFT.
+
+    Example:
+        >>> plain_name("base_model.model.encoder.query.base_layer.weight")
+        'encoder.query.weight'
+        >>> plain_name("base_model.model.score.modules_to_save.default.weight")
+        'score.weight'
+    """
+    name = re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
+    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
 
 
 def _prunable(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
@@ -165,5 +197,7 @@ def _matching(layers: Sequence[Layer], patterns: Sequence[str], field: str, faul
 def _matches(pattern: str, layer: Layer) -> bool:
     if pattern.startswith("re:"):
         return re.search(pattern[3:], layer.name) is not None
-    names = (layer.name, layer.module)
+    # Targets written for the model without an adapter also hold with one.
+    plain = plain_name(layer.name)
+    names = (layer.name, layer.module, plain, plain.rpartition(".")[0])
     return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern) for name in names)
