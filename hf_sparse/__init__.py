@@ -1,5 +1,6 @@
 """hf_sparse: pruning inside Hugging Face Trainer."""
 
+from .adapters import MergeReport, merge_and_unload, merged_adapter
 from .callback import SparsityCallback
 from .checkpoints import CheckpointError
 from .config import PruningConfig, PruningConfigError
@@ -26,6 +27,7 @@ __all__ = [
     "Criterion",
     "GradientCriterion",
     "IterativeScheduler",
+    "MergeReport",
     "OneshotScheduler",
     "Pruner",
     "PruningConfig",
@@ -39,6 +41,8 @@ __all__ = [
     "SparsityCallback",
     "SparsityReport",
     "get_scheduler",
+    "merge_and_unload",
+    "merged_adapter",
     "register_criterion",
     "register_curve",
     "register_pattern",

@@ -19,7 +19,7 @@ FLOORS = [
     {"schedulers", "stats", "patterns", "report"},
     {"criteria", "solvers", "allocations"},
     {"faults", "config", "layer_scores", "group"},
-    {"pruner", "plots", "model_card", "training_args", "checkpoints"},
+    {"pruner", "plots", "model_card", "training_args", "checkpoints", "adapters"},
     {"callback", "oneshot"},
     {"trainer"},
     {"cli"},
