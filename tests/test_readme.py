@@ -1,6 +1,7 @@
 """Everything that the README shows is run here, on tiny models and files under the names that it uses."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shlex
@@ -54,6 +55,9 @@ def test_python_blocks_run_in_order(workplace, plots, capsys):
     dataset = [{"input_ids": torch.tensor([2, 8, 9, 5 + label, 7, 3]), "labels": label} for label in (0, 1)] * 8
     names = {"model": model, "train_dataset": dataset, "eval_dataset": dataset}
     for block in blocks("python"):
+        libraries = re.findall(r"^from (trl|peft) import", block, flags=re.MULTILINE)
+        if not all(importlib.util.find_spec(library) for library in libraries):
+            continue
         block = block.replace("resume_from_checkpoint=True", 'resume_from_checkpoint="out/checkpoint-6"')
         if "resume_from_checkpoint" in block:
             # The same arguments, with a checkpoint written on the way.
