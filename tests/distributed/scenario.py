@@ -69,6 +69,7 @@ def training_options(options: dict, mode: str) -> dict:
         "max_grad_norm": 0.0,
         # BERT's loss would be multiplied by the number of ranks, or without this Llama's under TP.
         "average_tokens_across_devices": MODES[mode].model == "llama",
+        # The fused optimizer computes the last few numbers of a tensor by other instructions, and parts end elsewhere.
         "optim": "adamw_torch",
     }
     return exact | MODES[mode].arguments | options

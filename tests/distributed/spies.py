@@ -95,7 +95,7 @@ class Begin(TrainerCallback):
 
 
 class Tamper(TrainerCallback):
-    """On rank `on`, right before the optimizer step `step`, takes out of a mask the one weight that is sure to stay."""
+    """On rank `on`, right before the optimizer step `step`, masks the one weight of a layer that is sure to stay."""
 
     def __init__(self, trainer: Trainer, rank: int, result: dict, on: int, step: int, name: str):
         self.trainer, self.step, self.name, self.hit = trainer, step, name, rank == on

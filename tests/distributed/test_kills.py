@@ -47,7 +47,7 @@ def _kill_and_go_on(ranks, folder, mode, moment, who, resumed_from):
     expected = f"checkpoint-{resumed_from}"
     assert {rank["from"] for rank in again.ranks} == {expected}, (mode, moment, who)
     assert same(again.weights, _uninterrupted(ranks, mode)), (mode, moment, who)
-    assert not [path for path in Path(folder).rglob(".pruning*")]
+    assert not list(Path(folder).rglob(".pruning*"))
 
 
 @pytest.mark.parametrize("moment, who", KILLS)
