@@ -2,7 +2,6 @@
 
 from .adapters import MergeReport, merge_and_unload, merged_adapter
 from .callback import SparsityCallback
-from .checkpoints import CheckpointError
 from .config import PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
 from .patterns import register_pattern
@@ -16,6 +15,7 @@ from .schedulers import (
     register_curve,
     register_scheduler,
 )
+from .state_files import CheckpointError
 from .trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
 from .training_args import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
 

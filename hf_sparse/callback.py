@@ -10,18 +10,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .checkpoints import (
-    CONFIG_FILE,
-    REPORT_FILE,
-    check_state,
-    restore_state,
-    write_state,
-)
 from .config import PruningConfig
 from .plots import LAYERS_FILE, SCHEDULE_FILE, plot_layers, plot_schedule
 from .pruner import Pruner, build_groups
 from .report import SparsityReport
 from .schedulers import Cadence
+from .sharding import all_processes, is_deepspeed, watch_gradients
+from .state_files import CONFIG_FILE, REPORT_FILE, check_state, restore_state, write_state
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +50,7 @@ class SparsityCallback(TrainerCallback):
         self.pruner: Pruner | None = None
         self.cadence: Cadence | None = None
         self._training = False
+        self._hook = None
         self.resume_from: str | None = None
         """The checkpoint that the next `train` goes on from, where the trainer says so beforehand."""
         self.alone = True
@@ -85,7 +81,7 @@ class SparsityCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.check(args, model)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Build the pruner on the parameters as they are now: wrapping and `model_init` replace them. May come
         twice, after a batch size that did not fit, or with a second `train`."""
         self.check(args, None)
@@ -99,19 +95,47 @@ class SparsityCallback(TrainerCallback):
         pruner = Pruner(model, config)
         if state.global_step > 0:
             directory = self.resume_from or _checkpoint(args, state)
-            check_state(directory, pruner, self.cadence, state.global_step)
+            check_state(directory, model, config, self.cadence, state.global_step)
             restore_state(directory, pruner)
         elif previous is not None:
             _keep_masks(previous, pruner)
-        pruner.enforce()
+        pruner.apply_masks()
         self.pruner = pruner
+        self._watch(optimizer, state)
         if not self._final(state):
             _forget_best(state)
+
+    def _watch(self, optimizer, state) -> None:
+        """DeepSpeed steps inside backward and leaves no gradients for `on_pre_optimizer_step`: look when it steps."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if not is_deepspeed(optimizer):
+            return
+        if not any(shard.strategy for shard in self.pruner.shards.values()):
+            raise NotImplementedError(
+                "DeepSpeed without ZeRO hides the weights that it steps: set zero_optimization.stage to 1, 2 or 3."
+            )
+        error = None
+        try:
+            for shard in self.pruner.shards.values():
+                shard.check()
+        except NotImplementedError as problem:
+            error = problem
+        all_processes().raise_together(error)
+        if any(group.options.regrow for group in self.pruner.groups):
+            raise NotImplementedError("regrow needs gradients at the prune step, which DeepSpeed has deleted by then.")
+        if self.pruner.observes:
+            self._hook = watch_gradients(optimizer, self.pruner.shards.values(), lambda: self._observe(state))
 
     # During training
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Gradients are there, reduced, unscaled and clipped."""
+        if self._hook is None:
+            self._observe(state)
+
+    def _observe(self, state) -> None:
         if self.pruner is None or not self.pruner.observes or self._final(state):
             return
         if not self.pruner.observe():
@@ -163,22 +187,29 @@ class SparsityCallback(TrainerCallback):
     # Saving
 
     def on_save(self, args, state, control, **kwargs):
-        if self.pruner is None or not self.alone or not state.is_world_process_zero:
+        if self.pruner is None or not self.alone:
             return
         directory = Path(_checkpoint(args, state))
-        if directory.is_dir():
-            self.write(directory, state.global_step)
+        if all_processes().any(directory.is_dir() and state.is_world_process_zero):
+            self.write(directory, args.should_save, state.global_step)
         else:
             logger.warning("%s was not found, so no masks were written: use SparseTrainer.", directory)
 
-    def write(self, directory: str | Path, step: int | None = None) -> None:
-        """Write the pruning files: config and report, and with `step`, for a checkpoint, the masks."""
+    def write(self, directory: str | Path, main: bool = True, step: int | None = None) -> None:
+        """Write the pruning files: config and report, and with `step`, for a checkpoint, the masks. All processes call
+        this, and return when everything is written; those that are not `main` write their shards only."""
         if self.pruner is None:
             return
-        if step is not None:
-            write_state(directory, self.pruner, self.cadence, step)
-        self.config_as_run().save(Path(directory) / CONFIG_FILE)
-        self.pruner.report().save(Path(directory) / REPORT_FILE)
+        report, peers, error = self.pruner.report(), all_processes(), None
+        try:
+            if step is not None:
+                write_state(directory, self.pruner, self.cadence, step, main)
+            if main:
+                self.config_as_run().save(Path(directory) / CONFIG_FILE)
+                report.save(Path(directory) / REPORT_FILE)
+        except OSError as problem:
+            error = problem
+        peers.raise_together(error)
 
     def config_as_run(self) -> PruningConfig:
         """The config alone, without what a trainer's arguments add."""
@@ -197,8 +228,8 @@ class SparsityCallback(TrainerCallback):
                 state.global_step,
                 self.cadence.end,
             )
+        report = self.pruner.report()
         if state.is_world_process_zero:
-            report = self.pruner.report()
             print(f"\n{report}\n", flush=True)
             self._write_figures(args.output_dir, report, state)
 
@@ -234,12 +265,20 @@ def _forget_best(state) -> None:
 
 def _keep_masks(previous: Pruner, pruner: Pruner) -> None:
     """What an earlier `train` of the same weights pruned stays pruned: zeros do not come back to life between two
-    runs. Weights that were replaced or reset in between start anew."""
-    if previous.parameters.keys() != pruner.parameters.keys():
+    runs. Weights that were replaced, reset or split otherwise in between start anew."""
+    if pruner.processes.any(not _still_zero(previous, pruner)):
         return
-    for name, weight in pruner.parameters.items():
-        bits = previous.masks.bits(name)
-        if bits.shape != weight.shape or torch.count_nonzero(weight.detach()[bits.to(weight.device) == 0]):
-            return
-    for name in pruner.parameters:
+    for name in pruner.shards:
         pruner.masks.replace(name, previous.masks[name] & pruner.masks[name])
+
+
+def _still_zero(previous: Pruner, pruner: Pruner) -> bool:
+    if previous.shards.keys() != pruner.shards.keys():
+        return False
+    for name, shard in pruner.shards.items():
+        bits, weight = previous.masks.bits(name), shard.tensor
+        if previous.shards[name].own != shard.own or bits.shape != weight.shape:
+            return False
+        if torch.count_nonzero(weight[bits.to(weight.device) == 0]):
+            return False
+    return True

@@ -1,134 +1,15 @@
-"""The pruning files beside the weights, and which checkpoint of a run can be trusted."""
+"""Which checkpoint of a run can be trusted."""
 
 from __future__ import annotations
 
 import json
 import re
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from .config import PruningConfig
-from .pruner import Pruner
-from .schedulers import Cadence
-from .storage import read_tensors, write_tensors
-
-
-STATE_FILE = "pruning_state.safetensors"
-CONFIG_FILE = "pruning_config.json"
-REPORT_FILE = "pruning_report.json"
-
-# Options that act through something else which is compared: the cadence they come to, the weights they select.
-_RESOLVED = ("prune_start", "prune_end", "prune_every", "targets", "exclude")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that pruning cannot go on from: what is wrong, and the remedy."""
-
-
-def write_state(directory: str | Path, pruner: Pruner, cadence: Cadence, step: int) -> None:
-    """Write what a resumed run needs: masks, the criteria's sums, and the config to compare with."""
-    tensors, values = pruner.state_dict()
-    values |= {"config": _identity(pruner.config, cadence), "step": step}
-    values["checksum"] = _checksum(tensors, values)
-    write_tensors(Path(directory) / STATE_FILE, tensors, {"format": "pt", "hf_sparse": json.dumps(values)})
-
-
-def read_state(directory: str | Path) -> tuple[dict, dict[str, Any]]:
-    """The tensors and values that `write_state` wrote.
-
-    Raises:
-        CheckpointError: the file is missing, cut short, or another program's.
-    """
-    path = Path(directory) / STATE_FILE
-    try:
-        tensors, metadata = read_tensors(path)
-        values = json.loads(metadata["hf_sparse"])
-        if not {"shapes", "digest", "counters", "config", "step"} <= set(values):
-            raise ValueError("its description is incomplete")
-        if values.pop("checksum", None) != _checksum(tensors, values):
-            raise ValueError("its checksum is not the one saved with it")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{directory} holds no masks ({STATE_FILE}): it was not saved by a pruning run. Resume from a checkpoint "
-            "that was, or start a new run from its weights with model_name_or_path (and keep_zeros=True to lock the "
-            "zeros they have)."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or foreign: {error}. Resume from an earlier checkpoint.") from error
-    return tensors, values
-
-
-def _checksum(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> int:
-    """One number over everything that is saved: a flipped bit changes it."""
-    checksum = zlib.crc32(json.dumps(values, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
-    return checksum
-
-
-def check_state(directory: str | Path, pruner: Pruner, cadence: Cadence | None, step: int | None = None) -> None:
-    """See that the masks in `directory` fit the run, before anything of it changes.
-
-    Args:
-        cadence: of this run, or None while the number of training steps is not known.
-        step: the optimizer step that the checkpoint must be of, if known.
-
-    Raises:
-        CheckpointError: missing, damaged or foreign masks, or another pruning config: with every field that differs.
-    """
-    _, values = read_state(directory)
-    shapes = {name: list(weight.shape) for name, weight in pruner.parameters.items()}
-    differing = sorted(
-        name for name in shapes.keys() | values["shapes"].keys() if shapes.get(name) != values["shapes"].get(name)
-    )
-    if differing:
-        name = differing[0]
-        raise CheckpointError(
-            f"the masks in {directory} are of other weights than this run selects: {len(differing)} differ, such as "
-            f'"{name}" (saved {values["shapes"].get(name)}, selected {shapes.get(name)}). Use the same model, targets '
-            "and exclude."
-        )
-    saved, wanted = values["config"], _identity(pruner.config, cadence)
-    changes = [f"{key}: {saved.get(key)!r} -> {value!r}" for key, value in wanted.items() if saved.get(key) != value]
-    if changes:
-        raise CheckpointError(
-            f"the pruning config differs from that of {directory}: {'; '.join(changes)}. Resume with the saved "
-            "values, or start a new run from its weights."
-        )
-    if step is not None and values["step"] != step:
-        raise CheckpointError(f"the masks in {directory} are of step {values['step']}, its weights of step {step}.")
-
-
-def restore_state(directory: str | Path, pruner: Pruner) -> None:
-    """Put masks and sums back.
-
-    Raises:
-        CheckpointError: they do not fit the weights.
-    """
-    tensors, values = read_state(directory)
-    try:
-        pruner.load_state_dict(tensors, values)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory}: {error} Resume from another checkpoint.") from error
-
-
-def _identity(config: PruningConfig, cadence: Cadence | None) -> dict[str, Any]:
-    """What must be equal for a run to go on, as JSON values."""
-    identity = {name: value for name, value in PruningConfig.to_dict(config).items() if name not in _RESOLVED}
-    if cadence is not None:
-        steps = {"prune_start": cadence.start, "prune_end": cadence.end, "prune_every": cadence.every}
-        identity |= {f"{name} (steps)": value for name, value in steps.items()}
-    return json.loads(json.dumps(identity))
-
-
-# Which checkpoint can be trusted
+from .state_files import CheckpointError, read_states, state_files
 
 
 def last_complete_checkpoint(output_dir: str | Path, weights_only: bool = False) -> str | None:
@@ -143,7 +24,8 @@ def find_fault(checkpoint: str | Path, weights_only: bool = False) -> str | None
     """Why a run cannot go on from `checkpoint`, or None.
 
     Trainer writes `trainer_state.json` last, so a checkpoint whose saving was cut off has none, or half of one; one
-    whose deletion was cut off lacks other files.
+    whose deletion was cut off lacks other files. Of several processes some may have been slower than the one that
+    writes it, so what each of them writes is looked for too.
 
     Args:
         checkpoint: the folder.
@@ -156,16 +38,45 @@ def find_fault(checkpoint: str | Path, weights_only: bool = False) -> str | None
         return "trainer_state.json is missing or cut short: saving was cut off."
     if re.fullmatch(r"checkpoint-\d+", checkpoint.name) and checkpoint.name != f"checkpoint-{step}":
         return f"trainer_state.json is of step {step}."
-    if not any(_weight_files(checkpoint)):
+    weights = _weight_files(checkpoint)
+    if not weights and not any(any(checkpoint.glob(pattern)) for pattern in _SPLIT_WEIGHTS):
         return "it holds no weights."
-    missing = [path.name for path in _weight_files(checkpoint) if not path.is_file()]
-    if not weights_only:
-        patterns = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
-        missing += [pattern for pattern in patterns if not any(checkpoint.glob(pattern))]
+    missing = [path.name for path in [*weights, *state_files(checkpoint)] if not path.is_file()]
+    if not missing and not weights_only:
+        missing = _missing_for_resume(checkpoint)
     if missing:
         return f"{', '.join(missing)}: missing. It was saved with save_only_model, or its deletion was cut off."
-    damaged = [path.name for path in sorted(checkpoint.iterdir()) if not _opens(path)]
+    damaged = [path.name for path in sorted(checkpoint.rglob("*")) if not _opens(path)]
     return f"{', '.join(damaged)}: cut short." if damaged else None
+
+
+# In the order of: one process or DDP; FSDP, whole and in shards; DeepSpeed.
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata", "global_step*/*optim_states.pt")
+_SPLIT_WEIGHTS = ("pytorch_model_fsdp_*/.metadata", "global_step*/*model_states.pt")
+
+
+def _missing_for_resume(checkpoint: Path) -> list[str]:
+    """The files, or patterns of files, that optimizer, schedule and random numbers need."""
+    found = [sorted(checkpoint.glob(pattern)) for pattern in _OPTIMIZERS]
+    missing = [] if any(found) else [_OPTIMIZERS[0]]
+    processes = processes_of(checkpoint)
+    deepspeed = found[-1]
+    if deepspeed:
+        # An engine leaves no scheduler.pt when it steps its own.
+        missing += [f"{_OPTIMIZERS[-1]} of {processes} processes"] * (len(deepspeed) < processes)
+        missing += ["latest"] * (not (checkpoint / "latest").is_file())
+    elif not (checkpoint / "scheduler.pt").is_file():
+        missing.append("scheduler.pt")
+    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    return missing + [name for name in names if not (checkpoint / name).is_file()]
+
+
+def processes_of(checkpoint: str | Path) -> int:
+    """By how many processes a checkpoint was written."""
+    try:
+        return read_states(checkpoint)[0][1]["processes"]
+    except CheckpointError:
+        return 1
 
 
 def _weight_files(checkpoint: Path) -> list[Path]:
@@ -190,8 +101,8 @@ def _opens(path: Path) -> bool:
 
 def start_checkpoint(directory: str | Path) -> None:
     """Before anything of a checkpoint is written: no `trainer_state.json` of an earlier run vouches for this one, and
-    what a killed run left half-written goes."""
+    what a killed run, or one of more processes, left of its masks goes."""
     directory = Path(directory)
     (directory / "trainer_state.json").unlink(missing_ok=True)
-    for leftover in directory.glob(".pruning_*"):
+    for leftover in (*directory.glob(".pruning_*"), *directory.glob("pruning_state*")):
         leftover.unlink(missing_ok=True)

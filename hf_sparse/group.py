@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from .allocations import ALLOCATIONS, LayerSize, apportion
@@ -16,6 +17,7 @@ from .masks import MaskStore
 from .patterns import get_pattern
 from .ranking import Cut, lowest_together
 from .schedulers import get_scheduler
+from .sharding import ALONE, OneProcess, Shard
 from .stats import GradientStat, all_finite
 from .targets import Layer
 
@@ -44,6 +46,9 @@ class Group:
         ValueError: units of different sizes would compete globally.
     """
 
+    processes: OneProcess = ALONE
+    """Those that hold the weights between them."""
+
     def __init__(self, name: str, options: PruningConfig, layers: list[Layer]):
         self.name, self.options, self.layers = name, options, layers
         self.criterion = CRITERIA[options.criterion]()
@@ -71,18 +76,18 @@ class Group:
         """Whether the criterion sums up gradients."""
         return self.criterion.needs == "gradient" and self.target > 0
 
-    def observe(self, parameters: Mapping[str, torch.Tensor]) -> None:
+    def observe(self, shards: Mapping[str, Shard]) -> None:
         """Add this step's gradients to the criterion's sums. A weight without a gradient adds nothing."""
         for layer in self.layers:
-            weight = parameters[layer.name]
-            stat = self.stats.get(layer.name)
+            shard = shards[layer.name]
+            stat, weight, gradient = self.stats.get(layer.name), shard.tensor, shard.gradient
             if stat is None:
                 stat = self.stats[layer.name] = GradientStat(weight, self.criterion.decay)
-            if weight.grad is not None:
-                stat.observe(weight, weight.grad, self.criterion.saliency)
+            if gradient is not None:
+                stat.observe(weight, gradient, self.criterion.saliency)
 
     def restore(self, name: str, weight: torch.Tensor, total: torch.Tensor, counters: dict[str, int]) -> None:
-        """Take up the sum of the weight `name` from a checkpoint."""
+        """Take up the sum of the weight `name`, as far as this process holds it, from a checkpoint."""
         self.stats[name] = GradientStat(weight, self.criterion.decay)
         self.stats[name].restore(total, counters)
 
@@ -102,16 +107,17 @@ class Group:
 
     def ready(self) -> bool:
         """Whether there is something to rank by."""
-        return not self.observes_gradients or any(stat.count for stat in self.stats.values())
+        seen = any(stat.count for stat in self.stats.values())
+        return not self.observes_gradients or self.processes.any(seen)
 
-    def prune(self, prune_step: int, total: int, parameters: Mapping[str, torch.Tensor], masks: MaskStore) -> float:
-        """Bring the masks to this prune step's sparsity. Returns it."""
+    def prune(self, prune_step: int, total: int, shards: Mapping[str, Shard], masks: MaskStore) -> float:
+        """Bring the masks to this prune step's sparsity, in all processes at once. Returns it."""
         if not self.target:
             return 0.0  # Only the zeros that the weights came with are locked.
         ratio = self.ratio(prune_step, total, masks)
         if prune_step == 1:
             self._warn_of_idle()
-        scores = [self._scores(layer, parameters, masks) for layer in self.layers]
+        scores = [self._scores(layer, shards[layer.name], masks) for layer in self.layers]
         floors, caps = self._bounds(scores, ratio)
         units = sum(layer.numel for layer in scores)
         wanted = sum(caps) if ratio >= self.pattern.max_sparsity - 1e-9 else max(round(ratio * units), sum(floors))
@@ -119,9 +125,10 @@ class Group:
             if self.scope == "row":
                 self._prune_rows(scores, wanted, floors, caps)
             elif wanted:
-                self._prune_units(scores, wanted, floors, caps, self._exchange(prune_step, total, parameters))
+                self._prune_units(scores, wanted, floors, caps, self._exchange(prune_step, total, shards))
         except ValueError as error:
-            broken = [f'"{layer.layer.name}"' for layer in scores if layer.has_nan()]
+            found = self.processes.sum(np.array([layer.has_nan() for layer in scores], dtype=np.int64))
+            broken = [f'"{layer.layer.name}"' for layer, count in zip(scores, found, strict=True) if count]
             reason = f"scores are nan in {', '.join(broken)}" if broken else error
             raise ValueError(f'group "{self.name}", criterion "{self.options.criterion}": {reason}') from error
         for stat in self.stats.values() if not getattr(self.criterion, "persistent", True) else ():
@@ -130,7 +137,7 @@ class Group:
 
     def _warn_of_idle(self) -> None:
         """Say which weights have had no gradient: they score 0, and so fall first."""
-        idle = [name for name, stat in self.stats.items() if not stat.count]
+        idle = [name for name, stat in self.stats.items() if not stat.count and stat.total.numel()]
         if idle:
             logger.warning(
                 'the loss does not reach %s, so criterion "%s" prunes these first: exclude what should stay.',
@@ -138,10 +145,10 @@ class Group:
                 self.options.criterion,
             )
 
-    def _scores(self, layer: Layer, parameters: Mapping[str, torch.Tensor], masks: MaskStore) -> LayerScores:
+    def _scores(self, layer: Layer, shard: Shard, masks: MaskStore) -> LayerScores:
         stat = self.stats[layer.name].total if layer.name in self.stats else None
-        weight, bits = parameters[layer.name], masks.bits(layer.name)
-        return LayerScores(layer, self.criterion, self.pattern, weight, bits, stat, self._scattered)
+        bits, processes = masks.bits(layer.name), self.processes
+        return LayerScores(layer, self.criterion, self.pattern, shard, bits, stat, self._scattered, processes)
 
     # How many units of each layer
 
@@ -151,8 +158,8 @@ class Group:
         least, most = self.options.min_sparsity_per_layer or 0.0, self.options.max_sparsity_per_layer
         least *= ratio / self.target if self.target else 0.0
         floors, caps = [], []
-        for layer in scores:
-            pruned = layer.pruned_units()
+        gone = self.processes.sum(np.array([layer.pruned_units() for layer in scores])).tolist()
+        for layer, pruned in zip(scores, gone, strict=True):
             floors.append(max(pruned, int(least * layer.numel + 1e-9)))
             if self.pattern.max_sparsity < 1:
                 caps.append(int(self._room_by_row(layer).sum()))
@@ -160,11 +167,11 @@ class Group:
                 caps.append(max(pruned, math.ceil((1.0 if most is None else most) * layer.numel - 1e-9)))
         return floors, caps
 
-    def _room_by_row(self, layer: LayerScores) -> torch.Tensor:
+    def _room_by_row(self, layer: LayerScores) -> np.ndarray:
         """How many units of each row may be pruned in all. Only zeros locked from before make rows differ."""
         if self.options.keep_zeros and self.pattern.max_sparsity < 1:
-            return layer.prunable_units_by_row().cpu()
-        return torch.full((layer.rows,), round(self.pattern.max_sparsity * (layer.numel // layer.rows)))
+            return self.processes.sum(layer.prunable_units_by_row())
+        return np.full(layer.rows, round(self.pattern.max_sparsity * (layer.numel // layer.rows)))
 
     def _counts(self, scores: list[LayerScores], wanted: int, floors: list[int], caps: list[int]) -> list[int]:
         """How many units of each layer are to be pruned, `wanted` in all."""
@@ -188,52 +195,58 @@ class Group:
         if self.scope == "global":
             units = sum(layer.numel for layer in scores)
             extra = min(round(exchange * (units - wanted)), sum(caps) - wanted)
-            cuts = lowest_together(scores, wanted + extra, least, most)
+            cuts = lowest_together(scores, wanted + extra, least, most, self.processes)
         else:
             counts = self._counts(scores, wanted, floors, caps)
             rooms = zip(scores, counts, caps, strict=True)
             more = [min(round(exchange * (layer.numel - count)), cap - count) for layer, count, cap in rooms]
             extra = sum(more)
-            cuts = _each_lowest(scores, [count + plus for count, plus in zip(counts, more, strict=True)])
+            cuts = self._each_lowest(scores, [count + plus for count, plus in zip(counts, more, strict=True)])
         self._write(scores, cuts)
         if extra:
             growth = [self._growth(layer) for layer in scores]
             if self.scope == "global":
-                self._write(growth, lowest_together(growth, wanted, least, most))
+                self._write(growth, lowest_together(growth, wanted, least, most, self.processes))
             else:
-                self._write(growth, _each_lowest(growth, counts))
+                self._write(growth, self._each_lowest(growth, counts))
+
+    def _each_lowest(self, scores: list[LayerScores], counts: list[int]) -> list[Cut]:
+        """Cuts for exactly counts[l] units of each layer l; all at once, which shares them out over threads."""
+        return lowest_together(scores, sum(counts), counts, counts, self.processes)
 
     @staticmethod
     def _write(scores: list[LayerScores], cuts: list[Cut]) -> None:
         for layer, cut in zip(scores, cuts, strict=True):
-            layer.write_cut(cut)
+            layer.write_cut(layer.localize(cut))
 
     def _prune_rows(self, scores: list[LayerScores], wanted: int, floors: list[int], caps: list[int]) -> None:
         """Scope row: within a layer every row of units loses the same number, as far as whole units allow."""
         for layer, count in zip(scores, self._counts(scores, wanted, floors, caps), strict=True):
-            pruned, room = layer.pruned_units_by_row().cpu().numpy(), self._room_by_row(layer).numpy()
+            pruned, room = self.processes.sum(layer.pruned_units_by_row()), self._room_by_row(layer)
             rows = apportion(count, [count / layer.rows] * layer.rows, pruned, room)
-            layer.write_rows(torch.from_numpy(rows))
+            error = None
+            try:
+                layer.write_rows(torch.from_numpy(rows))
+            except ValueError as problem:
+                error = problem
+            self.processes.raise_together(error)
 
     # Regrowing
 
-    def _exchange(self, prune_step: int, total: int, parameters: Mapping[str, torch.Tensor]) -> float:
+    def _exchange(self, prune_step: int, total: int, shards: Mapping[str, Shard]) -> float:
         """Which share of the kept units this prune step exchanges."""
         share = self.options.regrow * (1 - prune_step / total)
-        gradients = [parameters[layer.name].grad for layer in self.layers] if share else []
-        if any(gradient is None for gradient in gradients) or not all_finite(gradients):
+        gradients = [shards[layer.name].gradient for layer in self.layers] if share else []
+        unusable = any(gradient is None for gradient in gradients) or not all_finite(gradients)
+        if self.processes.any(unusable):
             logger.warning("prune step %d of group %s regrows nothing: no finite gradients.", prune_step, self.name)
             return 0.0
         return share
 
     def _growth(self, pruned: LayerScores) -> LayerScores:
         """The scores by which pruned units grow back: |gradient|; what is kept stays kept."""
-        gradient = pruned.weight.grad.detach().float().abs().masked_fill_(pruned.bits != 0, torch.inf)
+        gradient = pruned.shard.gradient.detach().float().abs().masked_fill_(pruned.bits != 0, torch.inf)
+        rest = self._scattered, self.processes
         return LayerScores(
-            pruned.layer, _Growth(), self.pattern, pruned.weight, pruned.bits, gradient, self._scattered, shrink=False
+            pruned.layer, _Growth(), self.pattern, pruned.shard, pruned.bits, gradient, *rest, shrink=False
         )
-
-
-def _each_lowest(scores: list[LayerScores], counts: list[int]) -> list[Cut]:
-    """Cuts for exactly counts[l] units of each layer l; all layers at once, which shares them out over threads."""
-    return lowest_together(scores, sum(counts), counts, counts)

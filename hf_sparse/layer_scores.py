@@ -4,26 +4,68 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
 
+import numpy as np
 import torch
 
+from .bands import deal_bands, first_place, holds_bands
 from .criteria import Criterion
 from .patterns import Pattern
 from .ranking import CHUNK, CHUNK_ON_ACCELERATOR, Cut, keep, lowest_per_row, places, spread
+from .sharding import ALONE, OneProcess, Shard, move
 from .targets import Layer
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of one matrix: tensors (R, P, C), and the places of their weights in the layer."""
+
+    weight: torch.Tensor
+    bits: torch.Tensor
+    stat: torch.Tensor | None
+    place: int
+    """Of the first weight."""
+    stride: int
+    """From the first weight of a row to that of the next."""
+    chosen: torch.Tensor | None = None
+    """The places of all the weights, where they follow no stride."""
+
+    def rows(self, first: int, last: int) -> _Part:
+        weight, bits, stat = (
+            tensor[first:last] if tensor is not None else None for tensor in (self.weight, self.bits, self.stat)
+        )
+        return _Part(weight, bits, stat, self.place + first * self.stride, self.stride)
+
+    def places(self) -> torch.Tensor:
+        if self.chosen is not None:
+            return self.chosen
+        rows, *inner = self.weight.shape
+        device = self.weight.device
+        within = torch.arange(torch.Size(inner).numel(), device=device).view(1, *inner)
+        return self.place + torch.arange(rows, device=device)[:, None, None] * self.stride + within
+
+    @property
+    def unbroken(self) -> bool:
+        """Whether no place lies between the rows."""
+        return self.stride == self.weight[0].numel() if len(self.weight) else True
 
 
 class LayerScores:
     """One layer under one criterion and pattern; what `ranking` reads.
 
     A unit that is pruned already scores -inf, so it falls before any other, and one that the pattern protects scores
-    +inf. Nothing of the weight's size is ever stored.
+    +inf. Nothing of the weight's size is ever stored. Where the weight is split, each process reads and decides a part
+    of it.
 
     Args:
         layer: where the weight is and how it is laid out.
-        weight, bits: the weight and its mask (int8, 0 where pruned), of the layer's shape.
-        stat: what the criterion needs of the layer, of its shape; None if nothing.
+        shard, bits: the weight and its mask (int8, 0 where pruned), as far as this process holds them.
+        stat: what the criterion needs of the layer, of the same shape; None if nothing.
         scattered: whether single weights compete whatever their place, so that the layout does not matter.
+        processes: that hold the weight between them.
         shrink: whether masks may only lose weights; if not, pruned weights are ranked like any other.
     """
 
@@ -32,87 +74,173 @@ class LayerScores:
         layer: Layer,
         criterion: Criterion,
         pattern: Pattern,
-        weight: torch.Tensor,
+        shard: Shard,
         bits: torch.Tensor,
         stat: torch.Tensor | None,
         scattered: bool,
+        processes: OneProcess = ALONE,
         shrink: bool = True,
     ):
-        self.layer, self.criterion, self.pattern = layer, criterion, pattern
-        self.weight, self.bits = weight, bits
-        self._shrink = shrink
+        self.layer, self.criterion, self.pattern, self.shard = layer, criterion, pattern, shard
+        self.bits, self._stat, self._shrink, self._processes = bits, stat, shrink, processes
+        self.device = bits.device
         self._scattered = scattered and pattern.flat
-        self._weights, self._bits = self._matrices(weight), self._matrices(bits)
-        self._stats = [None] * len(self._weights) if stat is None else self._matrices(stat)
-        shapes = [pattern.unit_shape(tuple(matrix.shape)) for matrix in self._weights]
-        self.numel = sum(torch.Size(shape).numel() for shape in shapes)
-        self.unit_size = layer.numel // self.numel
-        self.rows = sum(shape[0] for shape in shapes)
         self._salt = zlib.crc32(layer.name.encode()) << 31
+        rows = layer.matrix_shape[0]
+        self._height = pattern.unit_rows(rows)
+        self.matrices = layer.numel // torch.Size(layer.matrix_shape).numel()
+        per_matrix = pattern.unit_shape(layer.matrix_shape)
+        self.numel = self.matrices * torch.Size(per_matrix).numel()
+        self.rows = self.matrices * per_matrix[0]
+        self.unit_size = layer.numel // self.numel
+        self._bands = None
+        if not self._scattered and not holds_bands(layer, shard, self._height):
+            self._bands = deal_bands(layer, self._height, processes.size)
+        own = self._bands[processes.rank] if self._bands else shard.own if shard.first else ()
+        self.held = sum(box.numel for box in own) // self.unit_size
+        self._here = None if self._bands else self._arranged(shard.own, *map(shard.parts, self._tensors()))
 
-    def _matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        tensor = tensor.detach()
-        return [tensor.reshape(-1)[:, None, None]] if self._scattered else self.layer.matrices(tensor)
+    # The weight as this process sees it
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Weight, bits and, if there is one, stat."""
+        tensors = [self.shard.tensor, self.bits, self._stat]
+        return [tensor.detach() for tensor in tensors if tensor is not None]
+
+    def _arranged(self, boxes, weights, bits, stats=None) -> list[_Part]:
+        """The tensors of some boxes as parts, in the order of their places."""
+        parts = []
+        for index, box in enumerate(boxes):
+            tensors = weights[index], bits[index], stats[index] if stats else None
+            if self._scattered:
+                count, length, stride = box.runs(self.layer.shape)
+                shape = (-1, 1, 1) if count == 1 else (count, 1, length)
+                views = (tensor if tensor is None else tensor.reshape(shape) for tensor in tensors)
+                parts.append(_Part(*views, box.place(self.layer.shape), 1 if count == 1 else stride))
+                continue
+            rows, positions, columns = self.layer.matrix_shape
+            place = first_place(self.layer, box)
+            views = (repeat(None) if tensor is None else self.layer.matrices(tensor) for tensor in tensors)
+            for view in zip(*views):
+                parts.append(_Part(*view, place, positions * columns))
+                place += rows * positions * columns
+        return parts
+
+    @contextmanager
+    def _open(self, reading: bool = True, writing: bool = False) -> Iterator[list[_Part]]:
+        """The parts that this process is to look at: for `reading`, no weight twice in all processes; for `writing`,
+        with all that it holds. What was dealt out comes for that long, and masks that were written go back."""
+        if self._here is not None:
+            yield self._here if writing or self.shard.first else []
+            return
+        shard, processes = self.shard, self._processes
+        parts = [
+            move(shard.parts(tensor) if shard.first else [], shard.originals, self._bands, processes, tensor)
+            for tensor in self._tensors()
+        ]
+        try:
+            yield self._arranged(self._bands[processes.rank], *parts)
+        finally:
+            if writing:
+                written = move(parts[1], self._bands, shard.boxes, processes, self.bits)
+                for target, source in zip(shard.parts(self.bits), written, strict=True):
+                    target.copy_(source)
 
     # What ranking reads
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """Scores of the units in position order, 1-D float32."""
-        with torch.no_grad():
-            for part in self._parts():
-                yield self._pooled(*part).reshape(-1)
+        """Scores of the units held, in position order, 1-D float32."""
+        with torch.no_grad(), self._open() as parts:
+            for part in self._cached(parts):
+                yield self._pooled(part).reshape(-1)
 
     def sample(self, count: int) -> torch.Tensor:
-        """About `count` of the scores, from places spread evenly over the layer."""
-        with torch.no_grad():
-            if self._scattered:
-                parts = [self._some_weights(count)]
-            else:
-                share = min(1.0, count / self.numel)
-                parts = [self._some_rows(*matrix, share) for matrix in self._enumerate()]
-            sampled = [self._pooled(*part).reshape(-1) for part in parts]
-        return torch.cat(sampled)
+        """About `count` of the scores held, from places spread evenly over them."""
+        with torch.no_grad(), self._open() as parts:
+            sampled = [self._pooled(part).reshape(-1) for part in self._some(parts, count)] if self.held else []
+        return torch.cat(sampled) if sampled else torch.empty(0, device=self.device)
 
     # What the pruner writes
 
+    def localize(self, cut: Cut) -> Cut:
+        """The same cut with this process's share of the ties."""
+        if self._processes.size == 1 or not cut.ties or cut.ties == self.numel:
+            return cut
+        starts, counts = self._tied(cut.value)
+        told = self._processes.gather(torch.from_numpy(np.stack([starts, counts], axis=1).reshape(-1)))
+        owners = np.repeat(np.arange(len(told)), [len(part) // 2 for part in told])
+        starts, counts = torch.cat(told).view(-1, 2).numpy().T
+        order = np.argsort(starts)
+        before = np.zeros_like(counts)
+        before[order] = np.cumsum(counts[order]) - counts[order]
+        falling = np.clip(cut.ties - before, 0, counts)
+        holder = self._processes.rank if self._bands else self.shard.holder
+        return Cut(cut.value, int(falling[owners == holder].sum()))
+
+    def _tied(self, value: float) -> tuple[np.ndarray, np.ndarray]:
+        """How many units equal `value` in each run of neighbouring places: (places of the first weights, counts)."""
+        found: dict[int, int] = {}
+        with torch.no_grad(), self._open() as parts:
+            for whole in parts:
+                for part in self._cached([whole]):
+                    scores = self._pooled(part)
+                    equal = (scores == value).reshape(len(scores), -1).sum(1)
+                    if whole.unbroken:
+                        found[whole.place] = found.get(whole.place, 0) + int(equal.sum())
+                    else:
+                        found |= {part.place + row * part.stride: count for row, count in enumerate(equal.tolist())}
+        starts = [place for place, count in found.items() if count]
+        return np.array(starts, dtype=np.int64), np.array([found[place] for place in starts], dtype=np.int64)
+
     def write_cut(self, cut: Cut) -> None:
-        """Prune the units that `cut` lets fall, and keep all others."""
+        """Prune the units held that a localized cut lets fall, and keep all others."""
         ties = cut.ties
-        with torch.no_grad():
-            for weight, bits, stat, offset in self._parts():
-                scores = self._pooled(weight, bits, stat, offset)
+        with torch.no_grad(), self._open(writing=True) as parts:
+            for part in self._cached(parts):
+                scores = self._pooled(part)
                 kept, ties = keep(scores.reshape(-1), cut, ties)
-                self._write(bits, kept.view(scores.shape))
+                self._write(part.bits, kept.view(scores.shape))
 
     def write_rows(self, counts: torch.Tensor) -> None:
-        """Prune the lowest counts[r] units of each row r of units."""
-        first = 0
-        with torch.no_grad():
-            for weight, bits, stat, offset in self._parts():
-                scores = self._pooled(weight, bits, stat, offset)
-                rows = scores.flatten(1)
-                kept = lowest_per_row(rows, counts[first : first + len(rows)])
-                self._write(bits, kept.view(scores.shape))
-                first += len(rows)
+        """Prune the lowest counts[r] units of each row r of units of the layer."""
+        with torch.no_grad(), self._open(writing=True) as parts:
+            for part in self._cached(parts):
+                scores = self._pooled(part)
+                first = self._row_of(part)
+                kept = lowest_per_row(scores.flatten(1), counts[first : first + len(scores)])
+                self._write(part.bits, kept.view(scores.shape))
 
-    def prunable_units_by_row(self) -> torch.Tensor:
-        """How many units of each row of units may be pruned in all: those that are, and those not protected."""
-        with torch.no_grad():
-            return torch.cat([(self._pooled(*part) < torch.inf).flatten(1).sum(1) for part in self._parts()])
+    def prunable_units_by_row(self) -> np.ndarray:
+        """How many units of each row of units of the layer may be pruned in all: those that are, and those not
+        protected. 0 for rows that other processes read."""
+        return self._by_row(lambda part: self._pooled(part) < torch.inf)
+
+    def pruned_units_by_row(self) -> np.ndarray:
+        """How many units of each row of units of the layer are pruned already. 0 for rows that others read."""
+        return self._by_row(lambda part: self._pruned(part.bits))
+
+    def _by_row(self, test) -> np.ndarray:
+        counts = np.zeros(self.rows, dtype=np.int64)
+        with torch.no_grad(), self._open() as parts:
+            for part in self._cached(parts):
+                found = test(part).flatten(1).sum(1).cpu().numpy()
+                first = self._row_of(part)
+                counts[first : first + len(found)] = found
+        return counts
+
+    def _row_of(self, part: _Part) -> int:
+        """The number of a part's first row of units among those of the layer."""
+        return part.place // (part.stride * self._height)
 
     def has_nan(self) -> bool:
-        """Whether some score is nan."""
-        return any(bool(torch.isnan(chunk).any()) for chunk in self.chunks())
-
-    def pruned_units_by_row(self) -> torch.Tensor:
-        """How many units of each row of units are pruned already."""
-        with torch.no_grad():
-            return torch.cat([self._pruned(bits).flatten(1).sum(1) for _, bits, _, _ in self._parts()])
+        """Whether some score held is nan."""
+        found = [bool(torch.isnan(chunk).any()) for chunk in self.chunks()]
+        return any(found)
 
     def pruned_units(self) -> int:
-        """How many units are pruned already."""
-        with torch.no_grad():
-            return sum(int(self._pruned(bits).sum()) for _, bits, _, _ in self._parts())
+        """How many of the units held are pruned already."""
+        with torch.no_grad(), self._open() as parts:
+            return sum(int(self._pruned(part.bits).sum()) for part in self._cached(parts))
 
     def _pruned(self, bits: torch.Tensor) -> torch.Tensor:
         """Which units of a part are pruned: those with no weight left."""
@@ -127,63 +255,65 @@ class LayerScores:
         else:
             bits.copy_(mask).neg_()
 
-    # Parts
+    # Parts of parts
 
-    def _enumerate(self) -> Iterator[tuple]:
-        """(weight, bits, stat, position of the first weight) of each matrix."""
-        offset = 0
-        for weight, bits, stat in zip(self._weights, self._bits, self._stats, strict=True):
-            yield weight, bits, stat, offset
-            offset += weight.numel()
-
-    def _parts(self) -> Iterator[tuple]:
-        """The same for each part: as many rows as stay in a core's cache, in whole units."""
-        for weight, bits, stat, offset in self._enumerate():
-            rows, per_row = weight.shape[0], weight[0].numel()
+    def _cached(self, parts: list[_Part]) -> Iterator[_Part]:
+        """As many rows at a time as stay in a core's cache, in whole units."""
+        for part in parts:
+            rows = len(part.weight)
+            if not part.weight.numel():
+                continue
             high = self.pattern.unit_rows(rows)
-            chunk = CHUNK_ON_ACCELERATOR if weight.is_cuda else CHUNK
-            step = max(high, chunk // per_row // high * high)
+            chunk = CHUNK_ON_ACCELERATOR if part.weight.is_cuda else CHUNK
+            step = max(high, chunk // part.weight[0].numel() // high * high)
             for first in range(0, rows, step):
-                last = min(rows, first + step)
-                part = stat[first:last] if stat is not None else None
-                yield weight[first:last], bits[first:last], part, offset + first * per_row
+                yield part.rows(first, min(rows, first + step))
 
-    def _some_weights(self, count: int) -> tuple:
-        """About `count` of the scattered weights, evenly spread, as a part."""
+    def _some(self, parts: list[_Part], count: int) -> Iterator[_Part]:
+        """About `count` of the units, evenly spread."""
+        total = sum(part.weight.numel() for part in parts)
+        for part in parts:
+            if self._scattered and part.stride == 1:
+                yield self._some_weights(part, max(1, round(count * part.weight.numel() / total)))
+            else:
+                yield self._some_rows(part, min(1.0, count / self.held))
+
+    @staticmethod
+    def _some_weights(part: _Part, count: int) -> _Part:
         weight, bits, stat = (
             spread(tensor.reshape(-1), count).reshape(-1, 1, 1) if tensor is not None else None
-            for tensor in (self._weights[0], self._bits[0], self._stats[0])
+            for tensor in (part.weight, part.bits, part.stat)
         )
-        rows, stride, run = places(self.numel, count)
+        rows, stride, run = places(part.weight.numel(), count)
         first = torch.arange(rows, device=weight.device)[:, None] * stride
-        positions = first + torch.arange(run, device=weight.device)
-        return weight, bits, stat, positions.view(-1, 1, 1)
+        chosen = part.place + first + torch.arange(run, device=weight.device)
+        return _Part(weight, bits, stat, part.place, 1, chosen.view(-1, 1, 1))
 
-    def _some_rows(self, weight, bits, stat, offset, share: float) -> tuple:
-        """A share of the rows of units of one matrix, evenly spread, as a part."""
-        rows = weight.shape[0]
+    def _some_rows(self, part: _Part, share: float) -> _Part:
+        """A share of the rows of units, evenly spread."""
+        rows = len(part.weight)
         high = self.pattern.unit_rows(rows)
         bands = rows // high
-        count = max(1, round(share * bands))
-        chosen = torch.linspace(0, bands - 1, count, dtype=torch.float64).round().long()
-        index = (chosen[:, None] * high + torch.arange(high)).reshape(-1).to(weight.device)
-        positions = torch.arange(weight[0].numel(), device=weight.device).view(1, *weight.shape[1:])
-        positions = offset + index[:, None, None] * weight[0].numel() + positions
-        return weight[index], bits[index], stat[index] if stat is not None else None, positions
+        chosen = torch.linspace(0, bands - 1, max(1, round(share * bands)), dtype=torch.float64).round().long()
+        index = (chosen[:, None] * high + torch.arange(high)).reshape(-1).to(part.weight.device)
+        weight, bits, stat = (
+            tensor[index] if tensor is not None else None for tensor in (part.weight, part.bits, part.stat)
+        )
+        inner = torch.arange(part.weight[0].numel(), device=weight.device).view(1, *weight.shape[1:])
+        return _Part(
+            weight, bits, stat, part.place, part.stride, part.place + index[:, None, None] * part.stride + inner
+        )
 
-    def _pooled(self, weight, bits, stat, offset) -> torch.Tensor:
-        """Scores of the units of a part; `offset` is its first position, or the positions of all its weights."""
-        if self.criterion.needs == "position":
-            if not isinstance(offset, torch.Tensor):
-                offset = offset + torch.arange(weight.numel(), device=weight.device).view(weight.shape)
-            stat = offset + self._salt
-        scores = self._scored(weight, stat)
+    def _pooled(self, part: _Part) -> torch.Tensor:
+        """Scores of the units of a part."""
+        stat = part.places() + self._salt if self.criterion.needs == "position" else part.stat
+        scores = self._scored(part.weight, stat)
         if self._shrink and self.unit_size == 1:
-            _fall(scores, bits)
+            _fall(scores, part.bits)
         scores = self.pattern.pool(scores)
         # Not even a unit that the pattern protects comes back, so that every pruned one counts as fallen.
         if self._shrink and not self.pattern.flat:
-            scores.masked_fill_(self._pruned(bits), -torch.inf)
+            scores.masked_fill_(self._pruned(part.bits), -torch.inf)
         return scores
 
     def _scored(self, weight: torch.Tensor, stat: torch.Tensor | None) -> torch.Tensor:

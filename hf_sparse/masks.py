@@ -27,7 +27,9 @@ _CHUNK = 1 << 20
 
 
 class MaskStore(Mapping[str, torch.Tensor]):
-    """Parameter name -> mask (bool, True is kept, of the parameter's shape). Everything is kept at first.
+    """Parameter name -> mask (bool, True is kept). Everything is kept at first.
+
+    A mask has the shape of the parameter, or of the part of it that this process holds.
 
     Args:
         shapes: parameter name -> (shape, device).
@@ -88,8 +90,8 @@ class MaskStore(Mapping[str, torch.Tensor]):
     @torch.no_grad()
     def enforce(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Write +0.0 wherever a weight is pruned; kept weights are not touched, bit for bit."""
-        for name, bits in self._bits.items():
-            weight = parameters[name].detach()
+        for name, weight in parameters.items():
+            weight, bits = weight.detach(), self._bits[name].to(weight.device)
             if not weight.is_contiguous():
                 weight.masked_fill_(bits == 0, 0)
                 continue
@@ -100,41 +102,37 @@ class MaskStore(Mapping[str, torch.Tensor]):
             for part, part_bits in zip(weight.split(_CHUNK), bits.split(_CHUNK), strict=True):
                 part.bitwise_and_(part_bits)
 
-    def packed(self) -> dict[str, torch.Tensor]:
-        """Name -> the mask as uint8, eight weights to the byte, first weight in the highest bit."""
-        return {name: torch.from_numpy(np.packbits(bits.cpu().numpy() != 0)) for name, bits in self._bits.items()}
+    def packed(self, name: str) -> torch.Tensor:
+        """The mask as uint8, eight weights to the byte, the first in the highest bit."""
+        return torch.from_numpy(np.packbits(self._bits[name].cpu().numpy() != 0))
 
-    def unpack(self, packed: Mapping[str, torch.Tensor]) -> None:
-        """The inverse of `packed`.
-
-        Raises:
-            ValueError: a mask is missing, is of no parameter here, or is too long or too short.
-        """
-        missing, foreign = sorted(self._bits.keys() - packed.keys()), sorted(packed.keys() - self._bits.keys())
-        if missing or foreign:
-            raise ValueError(
-                f"masks do not fit the model: missing {missing[:3]}, of no selected weight {foreign[:3]}."
-            )
-        for name, bits in self._bits.items():
-            bytes_needed = -(-bits.numel() // 8)
-            if packed[name].dtype != torch.uint8 or packed[name].shape != (bytes_needed,):
-                raise ValueError(
-                    f'mask of "{name}" is {packed[name].dtype} of shape {tuple(packed[name].shape)}; '
-                    f"for a weight of shape {tuple(bits.shape)} it must be torch.uint8 of ({bytes_needed},)."
-                )
-        for name, bits in self._bits.items():
-            flat = np.unpackbits(packed[name].numpy(), count=bits.numel())
-            bits.copy_(torch.from_numpy(flat.view(np.int8)).view(bits.shape)).neg_()
+    def digest_of(self, name: str) -> int:
+        """A number of 64 bits that changes with the name, the shape and every bit of one mask."""
+        bits = self._bits[name]
+        digest = hashlib.blake2b(f"{name}{tuple(bits.shape)}".encode(), digest_size=8)
+        digest.update(self.packed(name).numpy())
+        return int.from_bytes(digest.digest(), "little", signed=True)
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes and masks: equal on every rank, and in a checkpoint that is not damaged."""
-        return digest_of(self.packed(), {name: tuple(bits.shape) for name, bits in self._bits.items()})
+        """The same of all masks, in whatever order."""
+        numbers = sorted(self.digest_of(name) for name in self._bits)
+        return hashlib.blake2b(str(numbers).encode(), digest_size=16).hexdigest()
 
 
-def digest_of(packed: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The digest of masks in packed form."""
-    digest = hashlib.sha256()
-    for name in sorted(packed):
-        digest.update(f"{name}{tuple(shapes[name])}".encode())
-        digest.update(packed[name].numpy().tobytes())
-    return digest.hexdigest()
+def unpacked(packed: torch.Tensor, numel: int) -> torch.Tensor:
+    """A packed mask as bool, (numel).
+
+    Raises:
+        ValueError: it is not of `numel` weights.
+
+    Example:
+        >>> unpacked(torch.tensor([0b10100000], dtype=torch.uint8), 3)
+        tensor([ True, False,  True])
+    """
+    needed = -(-numel // 8)
+    if packed.dtype != torch.uint8 or packed.shape != (needed,):
+        raise ValueError(
+            f"a mask is {packed.dtype} of shape {tuple(packed.shape)}; for {numel} weights it must be torch.uint8 of "
+            f"({needed},)."
+        )
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=numel).view(np.bool_))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .config import PruningConfig, PruningConfigError
 from .group import Group
-from .masks import MaskStore, digest_of
+from .masks import MaskStore, unpacked
 from .patterns import get_pattern
 from .report import LayerReport, SparsityReport, count_zeros
-from .sharding import check_supported
+from .sharding import Box, Shard, all_processes, assemble, move, place, whole
 from .stats import all_finite
 from .targets import Layer, find_layers, select_layers
 
@@ -50,15 +52,26 @@ class Pruner:
     def __init__(self, model: nn.Module, config: PruningConfig):
         self.model, self.config = model, config
         self.groups, self.skipped = build_groups(model, config)
-        parameters = dict(model.named_parameters())
+        everything, self.processes = place(dict(model.named_parameters()))
         names = [layer.name for group in self.groups for layer in group.layers]
-        self.parameters: dict[str, nn.Parameter] = {name: parameters[name] for name in names}
-        check_supported(self.parameters)
-        self.masks = MaskStore({name: (weight.shape, weight.device) for name, weight in self.parameters.items()})
+        self._everything = everything
+        self.shards = {name: everything[name] for name in names}
+        self.parameters: dict[str, nn.Parameter] = {name: everything[name].parameter for name in names}
+        for group in self.groups:
+            group.processes = self.processes
+        self.masks = self._new_masks()
+        copies = {name: shard.copy for name, shard in self.shards.items()}
+        self._copies = MaskStore(
+            {name: (copy.shape, copy.device) for name, copy in copies.items() if copy is not None}
+        )
         self.refused_observations = 0
         if config.keep_zeros:
-            for name, weight in self.parameters.items():
-                self.masks.replace(name, weight.detach() != 0)
+            for name, shard in self.shards.items():
+                self.masks.replace(name, shard.tensor != 0)
+
+    def _new_masks(self) -> MaskStore:
+        tensors = {name: shard.tensor for name, shard in self.shards.items()}
+        return MaskStore({name: (tensor.shape, tensor.device) for name, tensor in tensors.items()})
 
     # observe -> update -> enforce
 
@@ -74,24 +87,25 @@ class Pruner:
         """
         groups = [group for group in self.groups if group.observes_gradients]
         names = [layer.name for group in groups for layer in group.layers]
-        gradients = [self.parameters[name].grad for name in names]
-        if not all_finite(gradient for gradient in gradients if gradient is not None):
+        gradients = [self.shards[name].gradient for name in names]
+        if self.processes.any(not all_finite(gradient for gradient in gradients if gradient is not None)):
             self.refused_observations += 1
             return False
         for group in groups:
-            group.observe(self.parameters)
+            group.observe(self.shards)
         return True
 
     def update(self, prune_step: int, total: int) -> SparsityReport:
-        """Carry out prune step `prune_step` of `total`: new masks, and their zeros.
+        """Carry out prune step `prune_step` of `total`: new masks, and their zeros. All processes do so at once.
 
         Raises:
-            RuntimeError: at the last prune step, a gradient criterion has never seen a finite gradient.
+            RuntimeError: at the last prune step, a gradient criterion has never seen a finite gradient; or processes
+                have decided differently about the same weights.
             ValueError: scores are nan.
         """
         for group in self.groups:
             if group.ready():
-                group.prune(prune_step, total, self.parameters, self.masks)
+                group.prune(prune_step, total, self.shards, self.masks)
             elif prune_step < total:
                 logger.warning(
                     'prune step %d of %d left out for group "%s": no finite gradient was seen yet.',
@@ -105,12 +119,45 @@ class Pruner:
                     "finite gradient up to the last prune step. Prune later (prune_end), lower the loss scale, or use "
                     "a criterion without gradients."
                 )
-        self.enforce()
+        self._compare()
+        self.apply_masks()
         return self.report()
+
+    def apply_masks(self) -> None:
+        """What follows a change of masks: every process learns those of the whole weights that it has beside its
+        shards, and zeros are written."""
+        for name in self._copies:
+            shard, bits = self.shards[name], self.masks.bits(name)
+            everywhere = [(whole(shard.shape),)] * self.processes.size
+            own = shard.parts(bits) if shard.first else []
+            self._copies.bits(name).copy_(move(own, shard.originals, everywhere, self.processes, bits)[0])
+        self.enforce()
+
+    def _compare(self) -> None:
+        """See that all processes that hold the same weights have the same masks."""
+        peers = all_processes()
+        if peers.size == 1:
+            return
+        names = list(self.shards)
+        told = peers.gather(torch.tensor([self.masks.digest_of(name) for name in names], dtype=torch.int64))
+        for name, digests in zip(names, torch.stack(told, dim=1).tolist(), strict=True):
+            boxes = self.shards[name].boxes
+            masks = set(zip(boxes * peers.size if len(boxes) == 1 else boxes, digests, strict=True))
+            if len(masks) > len(set(boxes)):
+                alike = [[rank for rank in range(peers.size) if digests[rank] == digest] for digest in set(digests)]
+                raise RuntimeError(
+                    f'processes disagree about the masks of "{name}": these ranks have one mask each: '
+                    f"{', '.join(map(str, sorted(alike)))}. Their weights or gradients differ: look for a seed, a "
+                    "device or a data-dependent branch that is not the same on every rank."
+                )
 
     def enforce(self) -> None:
         """Write +0.0 wherever a weight is pruned."""
-        self.masks.enforce(self.parameters)
+        self.masks.enforce({name: shard.tensor for name, shard in self.shards.items()})
+        for name, shard in self.shards.items():
+            for counterpart in shard.counterparts:
+                self.masks.enforce({name: counterpart})
+        self._copies.enforce({name: self.shards[name].copy for name in self._copies})
 
     # Figures
 
@@ -128,12 +175,17 @@ class Pruner:
         return sum(size * figure(group) for size, group in zip(sizes, self.groups, strict=True)) / sum(sizes)
 
     def sparsity(self) -> float:
-        """The share of the selected weights that is zero, counted in the weights."""
-        zeros = sum(count_zeros(weight) for weight in self.parameters.values())
-        return zeros / sum(weight.numel() for weight in self.parameters.values())
+        """The share of the selected weights that is zero, counted in the weights, in all processes at once."""
+        return self._zeros(self.shards).sum() / sum(shard.shape.numel() for shard in self.shards.values())
+
+    def _zeros(self, shards: Mapping[str, Shard]) -> np.ndarray:
+        """How many entries of each parameter are zero."""
+        counts = [count_zeros(shard.tensor) if shard.first else 0 for shard in shards.values()]
+        return self.processes.sum(np.array(counts, dtype=np.int64))
 
     def report(self) -> SparsityReport:
-        """The figures of the model as it is now."""
+        """The figures of the model as it is now, counted in all processes at once."""
+        zeros = dict(zip(self._everything, self._zeros(self._everything).tolist(), strict=True))
         layers = tuple(
             LayerReport(
                 name=layer.name,
@@ -141,67 +193,79 @@ class Pruner:
                 pattern=group.options.pattern,
                 shape=layer.shape,
                 weights=layer.numel,
-                zeros=count_zeros(self.parameters[layer.name]),
+                zeros=zeros[layer.name],
             )
             for group in self.groups
             for layer in group.layers
         )
-        zeros = {layer.name: layer.zeros for layer in layers}
-        everything = dict(self.model.named_parameters())
-        others = sum(count_zeros(weight) for name, weight in everything.items() if name not in zeros)
-        count = sum(weight.numel() for weight in everything.values())
-        return SparsityReport(layers, count, others + sum(zeros.values()), self.target)
+        count = sum(shard.shape.numel() for shard in self._everything.values())
+        return SparsityReport(layers, count, sum(zeros.values()), self.target)
 
     # Saving and resuming
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What a resumed run needs: tensors (packed masks, sums of the criteria) and JSON values."""
-        packed = self.masks.packed()
-        tensors = {f"mask/{name}": mask for name, mask in packed.items()}
+        """What a resumed run needs, as far as this process holds it: tensors (packed masks, sums of the criteria), and
+        JSON values (which part of which weight they are of)."""
+        tensors = {f"mask/{name}": self.masks.packed(name) for name in self.shards}
         counters = {}
         for group in self.groups:
             for name, stat in group.stats.items():
                 tensors[f"stat/{name}"], counters[name] = stat.state()
-        shapes = {name: list(weight.shape) for name, weight in self.parameters.items()}
-        return tensors, {"shapes": shapes, "digest": digest_of(packed, shapes), "counters": counters}
+        shapes = {name: list(shard.shape) for name, shard in self.shards.items()}
+        boxes = {name: [[box.start, box.stop] for box in shard.own] for name, shard in self.shards.items()}
+        return tensors, {"shapes": shapes, "boxes": boxes, "counters": counters}
 
-    def load_state_dict(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`. The weights must be those that the masks were saved with.
+    def load_state_dict(self, *states: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]) -> None:
+        """Take up what was saved, by as many processes as there were: everything that each one's `state_dict` gave.
+        The weights must be those that the masks were saved with.
 
         Raises:
-            ValueError: masks damaged, of other weights, missing or misshapen: what is wrong is named, nothing is
-                changed.
+            ValueError: masks of other weights, missing or misshapen: what is wrong is named, nothing is changed.
         """
-        packed = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("mask/")}
-        masks = MaskStore({name: (weight.shape, weight.device) for name, weight in self.parameters.items()})
-        masks.unpack(packed)
-        if masks.digest() != values["digest"]:
-            raise ValueError("the masks are damaged: their digest is not the one saved with them.")
-        for name, weight in self.parameters.items():
-            alive = int(torch.count_nonzero(weight.detach()[masks.bits(name) == 0]))
+        masks = self._new_masks()
+        for name, shard in self.shards.items():
+            mask = self._assemble("mask", name, states).to(shard.tensor.device)
+            alive = int(torch.count_nonzero(shard.tensor[~mask]))
             if alive:
                 raise ValueError(
                     f'the masks belong to other weights: {alive:,} of the pruned weights of "{name}" are not zero.'
                 )
-        sums = self._check_sums(tensors, values["counters"])
+            masks.replace(name, mask)
+        counters: dict[str, dict] = {}
+        for _, values in states:
+            for name, counts in values["counters"].items():
+                # A process that held nothing of a weight has counted nothing.
+                counters[name] = max(counts, counters.get(name, counts), key=lambda found: found.get("count", 0))
+        sums = {}
+        for layer in (layer for group in self.groups if group.observes_gradients for layer in group.layers):
+            counts = counters.get(layer.name)
+            observed = any(f"stat/{layer.name}" in tensors for tensors, _ in states)
+            if observed and not {"count", "stale"} <= set(counts or ()):
+                raise ValueError(f'the scores of "{layer.name}" are missing or misshapen: they lack their counters.')
+            if counts is not None:
+                sums[layer.name] = self._assemble("stat", layer.name, states), counts
         self.masks = masks
         for group in self.groups:
             group.stats.clear()
-            for layer in group.layers:
-                if layer.name in sums:
-                    group.restore(layer.name, self.parameters[layer.name], *sums[layer.name])
+            for name in [layer.name for layer in group.layers if layer.name in sums]:
+                group.restore(name, self.shards[name].tensor, *sums[name])
 
-    def _check_sums(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, Any]) -> dict[str, tuple]:
-        """The saved sum and counters of every weight that has some."""
-        sums = {}
-        for layer in (layer for group in self.groups if group.observes_gradients for layer in group.layers):
-            total, counts = tensors.get(f"stat/{layer.name}"), counters.get(layer.name)
-            if total is None and counts is None:
-                continue
-            if total is None or tuple(total.shape) != layer.shape or not {"count", "stale"} <= set(counts or ()):
-                raise ValueError(f'the scores of "{layer.name}" are missing or misshapen.')
-            sums[layer.name] = total, counts
-        return sums
+    def _assemble(self, kind: str, name: str, states: Sequence) -> torch.Tensor:
+        """This process's part of a mask, or of the sum of a criterion."""
+        saved = []
+        for tensors, values in states:
+            boxes = [Box(tuple(start), tuple(stop)) for start, stop in values["boxes"].get(name, ())]
+            saved.append((boxes, partial(_read, tensors, kind, name, sum(box.numel for box in boxes))))
+        try:
+            return assemble(self.shards[name], saved, torch.bool if kind == "mask" else torch.float32)
+        except (ValueError, KeyError, RuntimeError) as error:
+            what = 'mask of "{}" is' if kind == "mask" else 'scores of "{}" are'
+            raise ValueError(f"the {what.format(name)} missing or misshapen: {error}") from error
+
+
+def _read(tensors: Mapping[str, torch.Tensor], kind: str, name: str, count: int) -> torch.Tensor:
+    tensor = tensors[f"{kind}/{name}"]
+    return unpacked(tensor, count) if kind == "mask" else tensor
 
 
 def build_groups(model: nn.Module, config: PruningConfig) -> tuple[list[Group], list[str]]:

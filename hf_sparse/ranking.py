@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .threshold import Problem, Scores, array, count_threads, each, search
+from .scores import Scores, array, count_threads, each
+from .sharding import ALONE, OneProcess
+from .threshold import Problem, search
 
 
 __all__ = ["Cut", "Scores", "TensorScores", "keep", "lowest", "lowest_per_row", "lowest_together", "places", "spread"]
@@ -53,7 +55,8 @@ class TensorScores:
     def __init__(self, tensor: torch.Tensor, magnitude: bool = False):
         self.tensor = tensor.detach()
         self.magnitude = magnitude
-        self.numel = tensor.numel()
+        self.numel = self.held = tensor.numel()
+        self.device = tensor.device
 
     def chunks(self) -> Iterator[torch.Tensor]:
         flat = self.tensor.reshape(-1)
@@ -108,7 +111,11 @@ def lowest(scores: Scores, k: int) -> Cut:
 
 
 def lowest_together(
-    layers: Sequence[Scores], k: int, floors: Sequence[int] | None = None, caps: Sequence[int] | None = None
+    layers: Sequence[Scores],
+    k: int,
+    floors: Sequence[int] | None = None,
+    caps: Sequence[int] | None = None,
+    processes: OneProcess = ALONE,
 ) -> list[Cut]:
     """Cuts layers so that exactly the k lowest units of all fall, at least floors[l] and at most caps[l] of layer l.
 
@@ -122,6 +129,7 @@ def lowest_together(
         layers: L layers.
         k: how many units fall.
         floors, caps: (L) least and most units to fall of each layer; 0 and numel if None.
+        processes: which hold the units between them. Each calls this at the same time, and all get the same cuts.
 
     Returns: one cut for each layer.
 
@@ -134,7 +142,7 @@ def lowest_together(
     [Cut(value=1.0, ties=1), Cut(value=10.0, ties=1)]
     """
     problem = _problem(layers, k, floors, caps)
-    return _cuts(layers, problem, range(len(layers)))
+    return _cuts(layers, problem, range(len(layers)), processes)
 
 
 def keep(chunk: torch.Tensor, cut: Cut, ties_left: int) -> tuple[torch.Tensor, int]:
@@ -232,13 +240,13 @@ def _problem(layers: Sequence[Scores], k: int, floors: Sequence[int] | None, cap
     return Problem(int(k), sizes, floors, caps)
 
 
-def _cuts(layers: Sequence[Scores], problem: Problem, names: Sequence[int]) -> list[Cut]:
+def _cuts(layers: Sequence[Scores], problem: Problem, names: Sequence[int], processes: OneProcess) -> list[Cut]:
     if problem.k == problem.floors.sum():
         value, falls = math.nan, problem.floors
     elif problem.k == problem.caps.sum():
         value, falls = math.nan, problem.caps
     else:
-        value, below, equal = search(layers, problem, names)
+        value, below, equal = search(layers, problem, names, processes)
         falls = _share_ties(problem, below, equal)
 
     def cut(index: int) -> Cut:
@@ -250,9 +258,9 @@ def _cuts(layers: Sequence[Scores], problem: Problem, names: Sequence[int]) -> l
         if not math.isnan(value) and below[index] <= fall <= below[index] + equal[index]:
             return Cut(value, fall - int(below[index]))
         layer = [layers[index]]  # held back by its floor or cap
-        return _cuts(layer, _problem(layer, fall, None, None), [names[index]])[0]
+        return _cuts(layer, _problem(layer, fall, None, None), [names[index]], processes)[0]
 
-    return each(cut, range(len(layers)), count_threads(layers, int(problem.sizes.sum())))
+    return each(cut, range(len(layers)), count_threads(layers, processes))
 
 
 def _share_ties(problem: Problem, below: np.ndarray, equal: np.ndarray) -> np.ndarray:

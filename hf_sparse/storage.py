@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read back what `write_tensors` wrote.
+def open_tensors(path: str | Path) -> tuple[Mapping[str, torch.Tensor], dict[str, str]]:
+    """What `write_tensors` wrote: tensors, each read when it is asked for, and text.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -57,7 +57,23 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        file = safe_open(str(path), framework="pt")
+        return _Tensors(file), file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from error
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    def __init__(self, file):
+        self._file, self._names = file, list(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

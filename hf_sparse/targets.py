@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .registry import nearest
+from .sharding import shape_of
 
 
 # Experts of shape (E, I, O) that do not say so by an attribute `is_transposed`.
@@ -47,6 +48,16 @@ class Layer:
     def numel(self) -> int:
         """The number of weights."""
         return torch.Size(self.shape).numel()
+
+    @property
+    def row_dim(self) -> int:
+        """The dimension of the parameter that holds the output rows."""
+        return {"conv1d": 1, "experts": 1, "experts_transposed": 2}.get(self.kind, 0)
+
+    @property
+    def expert_dim(self) -> int | None:
+        """The dimension of the parameter that counts matrices, if there are several."""
+        return 0 if self.kind.startswith("experts") else None
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
@@ -92,7 +103,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
             if id(parameter) not in seen and parameter.is_floating_point() and parameter.element_size() > 1:
                 seen.add(id(parameter))
                 in_base = id(parameter) in body and not embeds
-                layers.append(Layer(names[id(parameter)], kind, tuple(parameter.shape), in_base))
+                layers.append(Layer(names[id(parameter)], kind, tuple(shape_of(parameter)), in_base))
     return layers
 
 
@@ -145,7 +156,7 @@ def _prunable(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
         transposed = getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED_EXPERTS)
         kind = "experts_transposed" if transposed else "experts"
         for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 3:
+            if len(shape_of(parameter)) == 3:
                 yield parameter, kind
 
 

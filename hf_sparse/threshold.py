@@ -5,8 +5,8 @@
 A sample brackets v. One pass counts what lies below the bracket and collects the little that lies inside, and v is
 selected among that. If the bracket missed v the counts tell, and histograms narrow v down instead, each in a pass.
 
-Counts, collected scores and histograms of parts merge by adding or joining; only `_decide` and `_narrowed` draw
-conclusions from them.
+Counts, collected scores and histograms of parts merge by adding or joining, over chunks, threads and processes alike;
+only `_decide` and `_narrowed` draw conclusions from them.
 
 Shapes: L layers, B buckets.
 """
@@ -14,37 +14,19 @@ Shapes: L layers, B buckets.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from .scores import NUMPY_DEVICES, Parts, Scores, array, count_threads, each
+from .sharding import OneProcess
+
 
 _FEW = 4096  # so few scores are collected as they are
-_MANY = 4_000_000  # so many are worth starting threads
 _DEVIATIONS = 5.0  # half-width of the bracket, in standard deviations of the sample's rank
 _BUCKETS = 256  # of a histogram, for each layer
-_NUMPY_DEVICES = ("cpu",)  # where numpy's comparisons and partition are several times faster than torch's
-
-
-class Scores(Protocol):
-    """The scores of one layer's units, computed when asked for, so that none is ever stored.
-
-    Layers are read by several threads, each layer by one, without gradients.
-    """
-
-    numel: int
-    """Number of units."""
-
-    def chunks(self) -> Iterator[torch.Tensor]:
-        """All scores in position order: 1-D float32 tensors that the reader may overwrite and the next may reuse."""
-
-    def sample(self, count: int) -> torch.Tensor:
-        """About `count` of the scores (1-D float32) spread over the layer, the same ones at every call."""
 
 
 @dataclass(frozen=True)
@@ -78,36 +60,6 @@ class _Bracket:
     tied: bool
 
 
-class _Parts:
-    """Scores of each of L layers, in one tensor.
-
-    Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
-    """
-
-    def __init__(self, parts_by_layer: Sequence[list[np.ndarray | torch.Tensor]], names: Sequence[int]):
-        self.values = _join([part for parts in parts_by_layer for part in parts])
-        self.lengths = np.array([sum(map(len, parts)) for parts in parts_by_layer], dtype=np.int64)
-        wrong = self.count(lambda values: values != values)
-        if wrong.any():
-            raise ValueError(
-                f"the scores of layer {names[wrong.argmax()]} must not be NaN, but some are: look at the weights, "
-                "gradients or activations they were computed from"
-            )
-
-    def count(self, test: Callable) -> np.ndarray:
-        """(L) how many scores pass a test."""
-        hits = test(array(self.values)).nonzero()
-        hits = hits[0] if isinstance(hits, tuple) else hits[:, 0].contiguous()
-        ends = self.lengths.cumsum()
-        library = np if isinstance(hits, np.ndarray) else torch
-        before = library.searchsorted(hits, library.asarray(ends))
-        return np.diff(before if library is np else before.cpu().numpy(), prepend=0)
-
-    def owners(self) -> torch.Tensor:
-        """The layer of each score."""
-        return torch.repeat_interleave(torch.from_numpy(self.lengths)).to(self.values.device)
-
-
 @dataclass(frozen=True)
 class _Tally:
     """What a pass found of each layer: counts (L), and the scores inside the bracket that were not counted."""
@@ -116,45 +68,46 @@ class _Tally:
     below: np.ndarray
     at_low: np.ndarray
     at_high: np.ndarray
-    inside: _Parts
+    inside: Parts
 
 
-def search(layers: Sequence[Scores], problem: Problem, names: Sequence[int]) -> tuple[float, np.ndarray, np.ndarray]:
+def search(
+    layers: Sequence[Scores], problem: Problem, names: Sequence[int], processes: OneProcess
+) -> tuple[float, np.ndarray, np.ndarray]:
     """Finds v, for sum(floors) < k < sum(caps).
 
-    Returns: v, and for each layer (L) the number of units below it and equal to it.
+    Returns: v, and for each layer (L) the number of units below it and equal to it, in all processes.
 
     Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
     """
-    total = int(problem.sizes.sum())
-    threads = count_threads(layers, total)
-    tally = _tally(layers, _sampled(layers, problem, names, threads), names, threads, room=2**18 + total // 64)
+    room = 2**18 + int(problem.sizes.sum()) // (64 * processes.size)
+    tally = _tally(layers, _sampled(layers, problem, names, processes), names, processes, room)
     found = tally and _decide(problem, tally)
     if found is None:
-        tally = _tally(layers, _narrowed(layers, problem), names, threads, room=math.inf)
+        tally = _tally(layers, _narrowed(layers, problem, processes), names, processes, math.inf)
         found = _decide(problem, tally)
     return found
 
 
-def array(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
-    """The same memory in the library that is faster on its device."""
-    return tensor.numpy() if tensor.device.type in _NUMPY_DEVICES else tensor
-
-
-def _sampled(layers: Sequence[Scores], problem: Problem, names: Sequence[int], threads: int) -> _Bracket:
+def _sampled(layers: Sequence[Scores], problem: Problem, names: Sequence[int], processes: OneProcess) -> _Bracket:
     total = int(problem.sizes.sum())
     if total <= _FEW:
         return _Bracket(-math.inf, math.inf, tied=False)
     # n^(2/3) balances the cost of the sample and of what its bracket lets inside
     shares = np.diff(np.floor(np.cumsum(problem.sizes) * (2 * total ** (2 / 3) / total)), prepend=0).astype(np.int64)
-    pairs = list(zip(layers, shares.tolist()))
-    sample = _Parts(each(lambda pair: [array(pair[0].sample(pair[1]))] if pair[1] else [], pairs, threads), names)
+
+    def look(index: int) -> list:
+        layer, share = layers[index], int(shares[index])
+        return [array(layer.sample(math.ceil(share * layer.held / layer.numel)))] if share else []
+
+    threads = count_threads(layers, processes)
+    sample = Parts(each(look, range(len(layers)), threads), names, processes)
     low, high = (_bracket_free if problem.free else _bracket_held)(problem, sample)
     at_ends = sample.count(lambda values: (values == low) | (values == high)).sum()
     return _Bracket(low, high, tied=at_ends > len(sample.values) // 64)
 
 
-def _bracket_free(problem: Problem, sample: _Parts) -> tuple[float, float]:
+def _bracket_free(problem: Problem, sample: Parts) -> tuple[float, float]:
     share, count = problem.k / problem.sizes.sum(), len(sample.values)
     half = _DEVIATIONS * math.sqrt(count * share * (1 - share)) + 8
     ranks = math.floor(count * share - half), math.ceil(count * share + half)
@@ -162,7 +115,7 @@ def _bracket_free(problem: Problem, sample: _Parts) -> tuple[float, float]:
     return (inner[0] if ranks[0] >= 1 else -math.inf), (inner[1] if ranks[1] <= count else math.inf)
 
 
-def _bracket_held(problem: Problem, sample: _Parts) -> tuple[float, float]:
+def _bracket_held(problem: Problem, sample: Parts) -> tuple[float, float]:
     """Each layer's counts in the sample are scaled up, so that its floor and cap act as on the whole."""
     scale = problem.sizes / np.maximum(sample.lengths, 1)
     unseen = np.where(sample.lengths == 0, problem.sizes * (problem.k / problem.sizes.sum()), 0.0)
@@ -183,16 +136,18 @@ def _bracket_held(problem: Problem, sample: _Parts) -> tuple[float, float]:
 
 
 def _tally(
-    layers: Sequence[Scores], bracket: _Bracket, names: Sequence[int], threads: int, room: float
+    layers: Sequence[Scores], bracket: _Bracket, names: Sequence[int], processes: OneProcess, room: float
 ) -> _Tally | None:
-    """One pass over all layers; None if more than `room` scores lie inside, for then the sample misled."""
+    """One pass over all layers; None if in some process more than `room` scores lie inside, for then the sample
+    misled."""
     left = [room]
-    found = each(lambda layer: _tally_layer(layer, bracket, left), layers, threads)
-    if left[0] < 0:
+    found = each(lambda layer: _tally_layer(layer, bracket, left), layers, count_threads(layers, processes))
+    if processes.any(left[0] < 0):
         return None
-    below, at_low, at_high, parts = zip(*found)
-    inside = _Parts(parts, names)  # with any NaN, which is neither below nor above
-    return _Tally(bracket, np.array(below), np.array(at_low), np.array(at_high), inside)
+    *counts, parts = zip(*found)
+    below, at_low, at_high = processes.sum(np.array(counts))
+    inside = Parts(parts, names, processes)  # with any NaN, which is neither below nor above
+    return _Tally(bracket, below, at_low, at_high, inside)
 
 
 def _tally_layer(layer: Scores, bracket: _Bracket, left: list[float]) -> tuple[int, int, int, list]:
@@ -241,7 +196,7 @@ def _decide(problem: Problem, tally: _Tally) -> tuple[float, np.ndarray, np.ndar
 def _ranked(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
     """The values of these ascending ranks, counted from 1; may reorder `values`."""
     places = [rank - 1 for rank in ranks]
-    if values.device.type not in _NUMPY_DEVICES:
+    if values.device.type not in NUMPY_DEVICES:
         return values.sort()[0][places].tolist()
     done = 0
     for place in places:  # one after the other is faster than both at once, for the second looks only at the rest
@@ -250,7 +205,7 @@ def _ranked(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
     return values[places].tolist()
 
 
-def _crossing(parts: _Parts, goal: float, total: Callable[[np.ndarray], float]) -> float:
+def _crossing(parts: Parts, goal: float, total: Callable[[np.ndarray], float]) -> float:
     """min{v: total(#{scores <= v} of each layer) >= goal} by quickselect, where total(0) < goal <= total(all)."""
     values, owner, base = parts.values, parts.owners(), np.zeros_like(parts.lengths)
 
@@ -267,14 +222,14 @@ def _crossing(parts: _Parts, goal: float, total: Callable[[np.ndarray], float]) 
         values, owner = values[rest], owner[rest]
 
 
-def _narrowed(layers: Sequence[Scores], problem: Problem) -> _Bracket:
+def _narrowed(layers: Sequence[Scores], problem: Problem, processes: OneProcess) -> _Bracket:
     """A bracket that holds v for certain, and few scores besides, found without a sample."""
     low, high = _key(-math.inf), _key(math.inf)
     base = np.zeros_like(problem.sizes)
     few = 2**18 + int(problem.sizes.sum()) // 64
     while True:
         width = (high - low) // _BUCKETS + 1
-        counts_LB = np.stack([_histogram(layer, low, high, width) for layer in layers])
+        counts_LB = processes.sum(np.stack([_histogram(layer, low, high, width) for layer in layers]))
         upto_LB = base[:, None] + counts_LB.cumsum(1)
         reached = problem.fallen(upto_LB.T).sum(1) >= problem.k
         # NaN, which no bucket takes, may keep all from reaching k; the pass that follows refuses it
@@ -304,45 +259,3 @@ def _key(value: float) -> int:
 
 def _value(key: int) -> float:
     return float(np.int32(key ^ (0x7FFFFFFF if key < 0 else 0)).view(np.float32)) + 0.0
-
-
-def _join(parts: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
-    if len(parts) == 1:
-        return torch.as_tensor(parts[0])
-    if all(isinstance(part, np.ndarray) for part in parts):
-        return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *parts]))
-    parts = [torch.as_tensor(part) for part in parts]
-    device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
-    return torch.cat([part.to(device) for part in parts])
-
-
-def count_threads(layers: Sequence[Scores], total: int) -> int:
-    """Accelerators need one thread: streams belong to the caller's."""
-    if total < _MANY or len(layers) == 1 or layers[0].sample(1).device.type != "cpu":
-        return 1
-    return min(len(layers), torch.get_num_threads())
-
-
-def each(work: Callable, items: Sequence, threads: int) -> list:
-    """work(item) of each item, in order, computed by several threads."""
-    results = [None] * len(items)
-    queue = deque(range(len(items)))
-
-    def run() -> None:
-        with torch.no_grad():  # which threads do not inherit
-            while queue:
-                try:
-                    index = queue.popleft()
-                except IndexError:  # another thread was faster
-                    return
-                results[index] = work(items[index])
-
-    if threads == 1:
-        run()
-        return results
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(run) for _ in range(threads - 1)]
-        run()
-        for other in others:
-            other.result()
-    return results

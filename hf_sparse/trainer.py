@@ -9,9 +9,10 @@ from pathlib import Path
 from transformers import Seq2SeqTrainer, Trainer
 
 from .callback import SparsityCallback
-from .checkpoints import CheckpointError, check_state, find_fault, last_complete_checkpoint, start_checkpoint
+from .checkpoints import find_fault, last_complete_checkpoint, processes_of, start_checkpoint
 from .config import PruningConfig
-from .pruner import Pruner
+from .sharding import all_processes
+from .state_files import CheckpointError, check_state
 
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,17 @@ class SparseTrainerMixin:
         self.sparsity = self._sparsity_callback()
         if self.sparsity is not None:
             self.sparsity.alone = False
+            self._check_export()
+
+    def _check_export(self) -> None:
+        """See that the weights can be saved in the end."""
+        config = self.accelerator.state.deepspeed_plugin.hf_ds_config if self.is_deepspeed_enabled else None
+        option = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        if config is not None and config.is_zero3() and not config.get_value(option):
+            raise ValueError(
+                f"DeepSpeed ZeRO-3 saves no weights that from_pretrained opens while {option} is "
+                f"{config.get_value(option)}: set it to true."
+            )
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -79,9 +91,15 @@ class SparseTrainerMixin:
         fault = find_fault(checkpoint, weights_only)
         if fault:
             raise CheckpointError(f"{checkpoint} is incomplete: {fault} Resume from another one.")
+        if self.is_deepspeed_enabled and processes_of(checkpoint) != self.args.world_size:
+            raise CheckpointError(
+                f"{checkpoint} was written by {processes_of(checkpoint)} processes, and DeepSpeed resumes with as "
+                f"many only, not with {self.args.world_size}: start so many, or start a new run from its weights "
+                "with keep_zeros=True."
+            )
         if weights_only:
             logger.warning("save_only_model is set: %s is resumed without its optimizer, not exactly.", checkpoint)
-        check_state(checkpoint, Pruner(self.model, self.sparsity.config), cadence=None)
+        check_state(checkpoint, self.model, self.sparsity.config, cadence=None)
         return str(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -91,11 +109,24 @@ class SparseTrainerMixin:
             step = self.state.global_step
             is_checkpoint = _internal_call and output_dir is not None and directory.name == f"checkpoint-{step}"
             self.sparsity.release_best(self.state)
-            if self.args.should_save:
-                if is_checkpoint:
-                    start_checkpoint(directory)
-                self.sparsity.write(directory, step if is_checkpoint else None)
+            if is_checkpoint and self.args.should_save:
+                start_checkpoint(directory)
+            all_processes().any(False)  # nobody writes before what is old has gone
+            self.sparsity.write(directory, self.args.should_save, step if is_checkpoint else None)
+            if self.is_fsdp_enabled and not _internal_call and not self._gathers_weights():
+                # Trainer leaves the shards where they are, and so nothing that from_pretrained could open.
+                self._save(str(directory), state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
+
+    def _gathers_weights(self) -> bool:
+        """Whether Trainer saves whole weights under FSDP."""
+        return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Trainer's. The first process goes on, to write `trainer_state.json` and to delete older checkpoints, only
+        when all have written theirs: a checkpoint that looks complete is."""
+        super()._save_rng_state(output_dir)
+        all_processes().any(False)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Trainer's `evaluate`. During training, a metric from before the final sparsity never becomes the best."""

@@ -6,7 +6,7 @@ from tiny import SCHEDULE, bert, make, weights, zeros
 from transformers import Trainer
 
 from hf_sparse import PruningConfig, SparsityCallback
-from hf_sparse.checkpoints import STATE_FILE, read_state
+from hf_sparse.state_files import STATE_FILE, read_states
 
 
 def test_it_takes_a_config_and_nothing_else():
@@ -31,7 +31,7 @@ def test_a_stock_trainer_gets_masks_beside_the_weights(tmp_path):
     callback = SparsityCallback(PruningConfig(target_sparsity=0.5, **SCHEDULE))
     make(tmp_path, Trainer, callbacks=[callback], save_strategy="steps", save_steps=4).train()
     for step in (4, 8):
-        assert read_state(tmp_path / f"checkpoint-{step}")[1]["step"] == step
+        assert read_states(tmp_path / f"checkpoint-{step}")[0][1]["step"] == step
         assert (tmp_path / f"checkpoint-{step}" / "pruning_config.json").is_file()
 
 

@@ -15,11 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # An import goes down, or to another room of the same floor without coming back.
 FLOORS = [
-    {"registry", "ranking", "threshold", "masks", "targets", "sharding", "storage", "recipe"},
+    {"registry", "ranking", "threshold", "scores", "masks", "targets", "sharding", "storage", "recipe"},
     {"schedulers", "stats", "patterns", "report"},
     {"criteria", "solvers", "allocations"},
-    {"faults", "config", "layer_scores", "group"},
-    {"pruner", "plots", "model_card", "training_args", "checkpoints", "adapters"},
+    {"faults", "config", "bands", "layer_scores", "group"},
+    {"pruner", "plots", "model_card", "training_args", "checkpoints", "adapters", "state_files"},
     {"callback", "oneshot"},
     {"trainer"},
     {"cli"},

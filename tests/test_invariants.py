@@ -19,8 +19,7 @@ from transformers import (
 )
 
 from hf_sparse import PruningConfig, SparseTrainer, SparsityCallback
-from hf_sparse.checkpoints import read_state
-from hf_sparse.masks import MaskStore
+from hf_sparse.state_files import read_masks
 
 
 TARGET = 0.5
@@ -108,11 +107,9 @@ def check_files(tmp_path, keys) -> int:
     """Every checkpoint: state-dict keys as ever, pruned weights +0.0 under the masks beside them."""
     checkpoints = sorted(tmp_path.glob("checkpoint-*"))
     for checkpoint in checkpoints:
-        saved, (tensors, values) = load_file(checkpoint / "model.safetensors"), read_state(checkpoint)
+        saved = load_file(checkpoint / "model.safetensors")
         assert saved.keys() == keys
-        masks = MaskStore({name: (torch.Size(shape), "cpu") for name, shape in values["shapes"].items()})
-        masks.unpack({name[5:]: tensor for name, tensor in tensors.items() if name.startswith("mask/")})
-        for name, mask in masks.items():
+        for name, mask in read_masks(checkpoint):
             assert exactly_positive_zero(saved[name], mask), (checkpoint, name)
     return len(checkpoints)
 

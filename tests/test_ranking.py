@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sparse import ranking, threshold
+from hf_sparse import ranking, scores, threshold
 from hf_sparse.ranking import Cut, TensorScores, keep, lowest, lowest_per_row, lowest_together
 
 
@@ -17,14 +17,15 @@ INFINITY = math.inf
 def library(request, monkeypatch):
     """Runs a test with the code for CPU memory and with the code for accelerators."""
     if request.param == "torch":
-        monkeypatch.setattr(threshold, "_NUMPY_DEVICES", ())
+        for module in (scores, threshold):
+            monkeypatch.setattr(module, "NUMPY_DEVICES", ())
 
 
 @pytest.fixture(params=["collected", "sampled", "missed"])
 def path(request, library, monkeypatch):
     """Makes few scores take the ways that many take: small chunks, a sample, and a sample that misled."""
     monkeypatch.setattr(ranking, "CHUNK", 37)
-    monkeypatch.setattr(threshold, "_MANY", 100)
+    monkeypatch.setattr(scores, "_MANY", 100)
     if request.param != "collected":
         monkeypatch.setattr(threshold, "_FEW", 3)
     if request.param == "missed":

@@ -21,8 +21,8 @@ from transformers import Trainer, TrainerCallback
 
 import hf_sparse.storage
 from hf_sparse import PruningConfig, SparsityCallback
-from hf_sparse.checkpoints import STATE_FILE, CheckpointError, read_state
 from hf_sparse.criteria import CRITERIA
+from hf_sparse.state_files import STATE_FILE, CheckpointError, read_states
 
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -325,7 +325,8 @@ def test_truncated_masks_are_refused(tmp_path, copied):
 
 @pytest.mark.parametrize("kind", ["mask", "stat"])
 def test_one_flipped_bit_is_refused(tmp_path, copied, kind):
-    tensors, metadata = hf_sparse.storage.read_tensors(copied / STATE_FILE)
+    tensors, metadata = hf_sparse.storage.open_tensors(copied / STATE_FILE)
+    tensors = dict(tensors)
     name = next(name for name in tensors if name.startswith(f"{kind}/"))
     tensors[name].view(-1).view(torch.uint8)[0] ^= 1
     save_file(tensors, copied / STATE_FILE, metadata=metadata)
@@ -431,6 +432,6 @@ def test_nothing_to_resume_from(tmp_path, nothing):
 
 def test_every_option_is_compared(saved):
     """An option that is added to PruningConfig takes part, without being listed anywhere."""
-    compared = {key.removesuffix(" (steps)") for key in read_state(saved)[1]["config"]}
+    compared = {key.removesuffix(" (steps)") for key in read_states(saved)[0][1]["config"]}
     options = {option.name for option in dataclasses.fields(PruningConfig)}
     assert options - compared == {"pruning_config", "targets", "exclude"}  # the recipe's file name; the weights' names

@@ -5,14 +5,14 @@ import os
 import pytest
 import torch
 
-from hf_sparse.storage import read_tensors, write_atomically, write_json, write_tensors
+from hf_sparse.storage import open_tensors, write_atomically, write_json, write_tensors
 
 
 def test_tensors_and_text_come_back(tmp_path):
     path = tmp_path / "new" / "file.safetensors"
     tensors = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.tensor([1, 2], dtype=torch.uint8)}
     write_tensors(path, tensors, {"note": "ä"})
-    found, metadata = read_tensors(path)
+    found, metadata = open_tensors(path)
     assert metadata == {"note": "ä"} and found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
@@ -42,10 +42,10 @@ def test_files_have_the_usual_permissions(tmp_path):
 def test_damage_is_told(tmp_path):
     path = tmp_path / "file.safetensors"
     with pytest.raises(FileNotFoundError, match=r"file\.safetensors does not exist"):
-        read_tensors(path)
+        open_tensors(path)
     write_tensors(path, {"a": torch.ones(100)}, {})
     whole = path.read_bytes()
     for damaged in (b"", whole[:20], whole[:-1], b"PK" + whole):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"file\.safetensors is damaged or is no safetensors file"):
-            read_tensors(path)
+            open_tensors(path)

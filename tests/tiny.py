@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from hf_sparse import SparseTrainer, SparseTrainingArguments
-from hf_sparse.checkpoints import STATE_FILE
 from hf_sparse.config import OPTIONS
+from hf_sparse.state_files import STATE_FILE
 
 
 STEPS = 10

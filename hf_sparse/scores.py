@@ -1,0 +1,134 @@
+"""Scores as ranking reads them: what a layer offers, and what was read of many layers, by threads and processes.
+
+Shapes: L layers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .sharding import OneProcess
+
+
+NUMPY_DEVICES = ("cpu",)  # where numpy's comparisons and partition are several times faster than torch's
+_MANY = 4_000_000  # so many are worth starting threads
+
+
+class Scores(Protocol):
+    """The scores of one layer's units, computed when asked for, so that none is ever stored.
+
+    Layers are read by several threads, each layer by one, without gradients. Where several processes decide together,
+    each reads a part of every layer, and no part twice.
+    """
+
+    numel: int
+    """Number of units, in all processes."""
+    held: int
+    """Number of units that this process reads."""
+    device: torch.device
+    """Where they are read."""
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """All scores held, in position order: 1-D float32, which the reader may overwrite and the next may reuse."""
+
+    def sample(self, count: int) -> torch.Tensor:
+        """About `count` of the scores held (1-D float32), spread over the layer, the same ones at every call."""
+
+
+class Parts:
+    """Scores of each of L layers, of all processes, in one tensor.
+
+    Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
+    """
+
+    def __init__(
+        self,
+        parts_by_layer: Sequence[list[np.ndarray | torch.Tensor]],
+        names: Sequence[int],
+        processes: OneProcess,
+    ):
+        self.values = join([part for parts in parts_by_layer for part in parts])
+        self.lengths = np.array([sum(map(len, parts)) for parts in parts_by_layer], dtype=np.int64)
+        if processes.size > 1:
+            self._gather(processes)
+        wrong = self.count(lambda values: values != values)
+        if wrong.any():
+            raise ValueError(
+                f"the scores of layer {names[wrong.argmax()]} must not be NaN, but some are: look at the weights, "
+                "gradients or activations they were computed from"
+            )
+
+    def _gather(self, processes: OneProcess) -> None:
+        lengths = [lengths.tolist() for lengths in processes.gather(torch.from_numpy(self.lengths))]
+        values = processes.gather(self.values)
+        pieces = [part.split(sizes) for part, sizes in zip(values, lengths, strict=True)]
+        self.values = torch.cat([piece for layer in zip(*pieces, strict=True) for piece in layer])
+        self.lengths = np.sum(lengths, axis=0, dtype=np.int64)
+
+    def count(self, test: Callable) -> np.ndarray:
+        """(L) how many scores pass a test."""
+        hits = test(array(self.values)).nonzero()
+        hits = hits[0] if isinstance(hits, tuple) else hits[:, 0].contiguous()
+        ends = self.lengths.cumsum()
+        library = np if isinstance(hits, np.ndarray) else torch
+        before = library.searchsorted(hits, library.asarray(ends))
+        return np.diff(before if library is np else before.cpu().numpy(), prepend=0)
+
+    def owners(self) -> torch.Tensor:
+        """The layer of each score."""
+        return torch.repeat_interleave(torch.from_numpy(self.lengths)).to(self.values.device)
+
+
+def array(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
+    """The same memory in the library that is faster on its device."""
+    return tensor.numpy() if tensor.device.type in NUMPY_DEVICES else tensor
+
+
+def join(parts: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return torch.as_tensor(parts[0])
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *parts]))
+    parts = [torch.as_tensor(part) for part in parts]
+    device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
+    return torch.cat([part.to(device) for part in parts])
+
+
+def count_threads(layers: Sequence[Scores], processes: OneProcess) -> int:
+    """Accelerators need one thread, for streams belong to the caller's; so do several processes, which must speak in
+    one order."""
+    few = sum(layer.held for layer in layers) < _MANY or len(layers) == 1
+    if few or processes.size > 1 or layers[0].device.type != "cpu":
+        return 1
+    return min(len(layers), torch.get_num_threads())
+
+
+def each(work: Callable, items: Sequence, threads: int) -> list:
+    """work(item) of each item, in order, computed by several threads."""
+    results = [None] * len(items)
+    queue = deque(range(len(items)))
+
+    def run() -> None:
+        with torch.no_grad():  # which threads do not inherit
+            while queue:
+                try:
+                    index = queue.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                results[index] = work(items[index])
+
+    if threads == 1:
+        run()
+        return results
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(run) for _ in range(threads - 1)]
+        run()
+        for other in others:
+            other.result()
+    return results

@@ -1,0 +1,109 @@
+"""The processes that decide together, and the few things they ever tell each other: sums, and parts of tensors.
+
+Everything is counted in `traffic`, the bytes that this process has received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+class OneProcess:
+    """A process that decides alone: it has every weight whole."""
+
+    rank = 0
+    size = 1
+    traffic = 0
+
+    def sum(self, numbers: np.ndarray) -> np.ndarray:
+        """The sum of every process's int64 array; all have the same shape."""
+        return numbers
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every process's 1-D tensor, of any length each."""
+        return [tensor]
+
+    def exchange(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Send the 1-D tensor tensors[r] to each process r. Returns what each sent to this one."""
+        return list(tensors)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return bool(self.sum(np.array([flag], dtype=np.int64))[0])
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise in all processes when one has an error, so that none waits for another that has stopped."""
+        if self.any(error is not None):
+            raise error or ValueError("another process stopped with an error: its own message says what.")
+
+
+ALONE = OneProcess()
+
+
+class Processes(OneProcess):
+    """All processes of the default group."""
+
+    def __init__(self):
+        import torch.distributed as dist
+
+        self._dist = dist
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.traffic = 0
+        # A group of several backends ("cpu:gloo,cuda:nccl") takes tensors of the CPU, NCCL alone only those of a GPU.
+        on_cpu = (
+            "gloo" in str(dist.get_backend_config())
+            if hasattr(dist, "get_backend_config")
+            else dist.get_backend() == "gloo"
+        )
+        self._device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+    def sum(self, numbers):
+        total = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64)).to(self._device, copy=True)
+        self._dist.all_reduce(total)
+        self.traffic += total.nbytes * (self.size - 1)
+        return total.cpu().numpy()
+
+    def gather(self, tensor):
+        lengths = np.zeros(self.size, dtype=np.int64)
+        lengths[self.rank] = len(tensor)
+        lengths = self.sum(lengths).tolist()
+        size = tensor.element_size()
+        own = torch.zeros(max(lengths) * size, dtype=torch.uint8, device=self._device)
+        own[: len(tensor) * size] = _bytes(tensor)
+        parts = [torch.empty_like(own) for _ in lengths]
+        if len(own):
+            self._dist.all_gather(parts, own)
+        self.traffic += len(own) * (self.size - 1)
+        return [
+            part[: length * size].view(tensor.dtype).to(tensor.device)
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+
+    def exchange(self, tensors):
+        kind, device = tensors[0].dtype, tensors[0].device
+        sent = torch.tensor([tensor.nbytes for tensor in tensors], dtype=torch.int64, device=self._device)
+        received = torch.empty_like(sent)
+        self._dist.all_to_all_single(received, sent)
+        received = received.tolist()
+        source = torch.cat([_bytes(tensor) for tensor in tensors]).to(self._device)
+        target = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
+        self._dist.all_to_all_single(target, source, received, sent.tolist())
+        self.traffic += sum(received) - received[self.rank]
+        return [part.view(kind).to(device) for part in target.split(received)]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    if not len(tensor):  # whose stride may be anything
+        return torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def all_processes() -> OneProcess:
+    """Every process of this run, or this one alone."""
+    dist = getattr(torch, "distributed", None)
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ALONE
+    return Processes()

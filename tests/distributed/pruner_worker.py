@@ -1,0 +1,169 @@
+"""Runs in every process: a pruner whose weights are split, beside one that has them whole. Started by torchrun.
+
+Prints one line for each case in which they disagree, and how many there were.
+"""
+
+import itertools
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from mixed import NAMES, Mixed
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from hf_sparse import PruningConfig
+from hf_sparse.config import PruningConfigError
+from hf_sparse.criteria import CRITERIA
+from hf_sparse.pruner import Pruner
+
+
+# By layout: where each weight of NAMES is cut. With an odd number of rows, or more processes than rows, some processes
+# hold more than others, or nothing.
+LAYOUTS = {
+    "first": [[Shard(0)]] * 5,
+    "second": [[Shard(1)]] * 5,
+    "last": [[Shard(1)], [Shard(1)], [Shard(2)], [Shard(2)], [Shard(2)]],
+    "mixed": [None, [Shard(1)], [Shard(0)], [Shard(0)], [Shard(2)]],
+    "copies": [[Replicate()], [Shard(0)], None, [Replicate()], [Shard(1)]],
+}
+GRIDS = {
+    "grid": [[Shard(0), Shard(1)]] * 5,
+    "hybrid": [[Replicate(), Shard(0)]] * 5,
+}
+PATTERNS = ["unstructured", "2:4", "1:4", "4x1", "2x2", "channel", "channel:in"]
+SCOPES = ["row", "layer", "global"]
+# Few scores are collected as they are; the second lets them go the way that many go.
+SIZES = ((4096, 262_080), (3, 40))
+OTHERS = [
+    {"pattern": "unstructured", "regrow": 0.3, "criterion": "snip"},
+    {"pattern": "4x1", "regrow": 0.3, "scope": "layer", "criterion": "magnitude"},
+    {"pattern": "unstructured", "keep_zeros": True, "criterion": "magnitude"},
+    {"pattern": "2:4", "keep_zeros": True, "criterion": "magnitude", "scope": "row"},
+    {"pattern": "unstructured", "max_sparsity_per_layer": 0.7, "min_sparsity_per_layer": 0.2, "criterion": "taylor"},
+    {"pattern": "unstructured", "allocation": "erdos_renyi", "criterion": "snip_momentum"},
+]
+
+
+def split(model, layout, mesh):
+    """Put DTensors in the place of weights. What every process holds whole stays as it is."""
+    placements = dict(zip(NAMES, layout, strict=True))
+    for name, parameter in list(model.named_parameters()):
+        if placements.get(name) is None:
+            continue
+        path, _, own = name.rpartition(".")
+        weight = distribute_tensor(parameter.data.clone(), mesh, placements[name], src_data_rank=None)
+        setattr(model.get_submodule(path), own, nn.Parameter(weight))
+    return model
+
+
+def give_gradients(model, whole):
+    """The gradients of the whole model, split alike."""
+    gradients = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        gradient = gradients[name].grad
+        if isinstance(parameter, DTensor):
+            gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.grad = gradient
+
+
+def masks(pruner):
+    """Whole masks: the weights that are left, put together from all processes."""
+    found = {}
+    for name, shard in pruner.shards.items():
+        kept = pruner.masks[name].to(torch.float32)
+        if isinstance(shard.parameter, DTensor):
+            parameter = shard.parameter
+            rest = {"shape": parameter.shape, "stride": parameter.stride()}
+            kept = DTensor.from_local(kept, parameter.device_mesh, parameter.placements, run_check=False, **rest)
+            kept = kept.full_tensor()
+        found[name] = kept != 0
+    return found
+
+
+def disagreement(options, layout, mesh, flat):
+    """What differs between the pruner of split weights and the other, or None. With `flat`, all weights are equal."""
+    whole, parted = Mixed(seed=3), Mixed(seed=3)
+    for model in (whole, parted) if flat else ():
+        for parameter in model.parameters():
+            parameter.data.fill_(1.0)
+    if options.get("keep_zeros"):
+        for model in (whole, parted):
+            for name in NAMES:
+                weight = model.get_parameter(name).data
+                weight[weight.abs() < 0.5] = 0.0
+    split(parted, layout, mesh)
+    config = PruningConfig(**options)
+    pruners = [Pruner(whole, config), Pruner(parted, config)]
+    for prune_step in (1, 2, 3):
+        whole.fake_gradients(prune_step)
+        give_gradients(parted, whole)
+        for pruner in pruners:
+            pruner.observe()
+        reports = [pruner.update(prune_step, 3) for pruner in pruners]
+        if reports[0].to_dict() != reports[1].to_dict():
+            return f"reports differ at prune step {prune_step}: {reports[0].zeros}, {reports[1].zeros} zeros"
+        if pruners[0].sparsity() != pruners[1].sparsity():
+            return "sparsities differ"
+        expected, found = pruners[0].masks, masks(pruners[1])
+        for name in NAMES:
+            if not torch.equal(expected[name], found[name]):
+                return f"masks of {name} differ at prune step {prune_step}"
+            local = pruners[1].shards[name].tensor
+            if torch.count_nonzero(local[~pruners[1].masks[name]]) or torch.signbit(local[local == 0]).any():
+                return f"{name} is not +0.0 where it is pruned"
+    return None
+
+
+def cases(world, everything):
+    meshes = {name: init_device_mesh("cpu", (world,)) for name in LAYOUTS}
+    layouts = dict(LAYOUTS)
+    if world == 4:
+        layouts |= GRIDS
+        meshes |= {name: init_device_mesh("cpu", (2, 2)) for name in GRIDS}
+    turn = itertools.count()
+    for layout, pattern, scope in itertools.product(layouts, PATTERNS, SCOPES):
+        criteria = CRITERIA.names()
+        for criterion in criteria if everything else [criteria[next(turn) % len(criteria)]]:
+            options = {"pattern": pattern, "scope": scope, "criterion": criterion}
+            yield options, layouts[layout], meshes[layout], layout, False
+        if everything or layout == "mixed":
+            yield options | {"criterion": "magnitude"}, layouts[layout], meshes[layout], layout, True
+    for layout, options in itertools.product(layouts if everything else ["second", "mixed"], OTHERS):
+        yield options, layouts[layout], meshes[layout], layout, False
+
+
+def main():
+    from hf_sparse import ranking, threshold
+
+    dist.init_process_group("gloo")
+    count = wrong = 0
+    everything = "everything" in sys.argv
+    turn = itertools.cycle(SIZES)
+    for options, layout, mesh, name, flat in cases(dist.get_world_size(), everything):
+        if ":" not in options["pattern"] or options["pattern"] == "channel:in":
+            options = options | {"target_sparsity": 0.6}
+        try:
+            for few, chunk in SIZES if everything else [next(turn)]:
+                threshold._FEW, ranking.CHUNK = few, chunk
+                problem = disagreement(options, layout, mesh, flat)
+                count += 1
+                if problem:
+                    wrong += 1
+                    print(f"WRONG {name} {options} flat={flat} few={few}: {problem}", flush=True)
+        except PruningConfigError:
+            continue  # refused in one process too
+        except Exception:
+            print(f"FAILED {name} {options} flat={flat}", flush=True)
+            traceback.print_exc()
+            sys.exit(1)
+    print(f"{count} cases, {wrong} wrong", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.exit(int(wrong > 0))
+
+
+if __name__ == "__main__":
+    main()
