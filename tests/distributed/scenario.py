@@ -75,8 +75,8 @@ def training_options(options: dict, mode: str) -> dict:
     return exact | MODES[mode].arguments | options
 
 
-def main(scenario: dict, rank: int) -> None:
-    """Train, and write `rank-<r>.json` and, on rank 0, the whole weights."""
+def main(scenario: dict, rank: int) -> Trainer:
+    """Train, and write `rank-<r>.json` and, on rank 0, the whole weights. Returns what had better live on."""
     torch.set_num_threads(1)
     folder, mode, world = Path(scenario["folder"]), scenario["mode"], scenario["world"]
     if MODES[mode].kind == "NO":
@@ -98,9 +98,7 @@ def main(scenario: dict, rank: int) -> None:
         else:
             _finish(scenario, trainer, rank, result)
     (folder / f"rank-{rank}.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    return trainer
 
 
 def _trainer(scenario: dict, rank: int, result: dict) -> Trainer:

@@ -27,7 +27,10 @@ def main(folder: Path, starter: int) -> None:
     for name in ("plot_schedule", "plot_layers"):
         setattr(hf_sparse.callback, name, lambda *args, **kwargs: None)
     if modes.available("zero3"):
-        import deepspeed  # noqa: F401 - slow: once here, not in every child
+        import deepspeed.ops  # slow: once here, not in every child
+
+        # Its own sums over ranks are compiled at first use, wait by spinning, and leave shared memory when killed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gc.freeze()
     (folder / f"ready-{rank}").touch()
     count = 0
@@ -70,7 +73,8 @@ def _child(scenario: dict, rank: int, body) -> int:
     world = str(scenario["world"])
     os.environ |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     try:
-        body(scenario, rank)
+        trainer = body(scenario, rank)  # noqa: F841 - taking DDP and gloo apart was seen to deadlock: never done
+        _farewell(Path(scenario["folder"]), rank, scenario["world"])
         code = 0
     except BaseException:
         import traceback
@@ -80,6 +84,13 @@ def _child(scenario: dict, rank: int, body) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def _farewell(folder: Path, rank: int, world: int) -> None:
+    """Wait for the other ranks without asking gloo: the first to leave would cut off the last."""
+    (folder / f"done-{rank}").touch()
+    while not all((folder / f"done-{other}").exists() for other in range(world)):
+        time.sleep(0.01)
 
 
 def _write(path: Path, text: str) -> None:
