@@ -226,7 +226,8 @@ class Pruner:
         for name, shard in self.shards.items():
             mask = self._assemble("mask", name, states).to(shard.tensor.device)
             alive = int(torch.count_nonzero(shard.tensor[~mask]))
-            if alive:
+            # A checkpoint of an adapter lacks the frozen weights under it: what was pruned of them is pruned again.
+            if alive and shard.parameter.requires_grad:
                 raise ValueError(
                     f'the masks belong to other weights: {alive:,} of the pruned weights of "{name}" are not zero.'
                 )
@@ -325,12 +326,13 @@ def _fitting(
 
 
 def _frozen_faults(model: nn.Module, groups: list[Group]) -> list[str]:
-    parameters = dict(model.named_parameters())
-    return [
-        f'criterion "{group.options.criterion}" needs gradients, but "{layer.name}" is frozen (requires_grad=False): '
-        f'exclude it with exclude=["{layer.module}"] or use criterion="magnitude".'
-        for group in groups
-        if group.observes_gradients or group.options.regrow
-        for layer in group.layers
-        if not parameters[layer.name].requires_grad
-    ]
+    parameters, faults = dict(model.named_parameters()), []
+    for group in groups:
+        frozen = [layer for layer in group.layers if not parameters[layer.name].requires_grad]
+        if frozen and (group.observes_gradients or group.options.regrow):
+            faults.append(
+                f'criterion "{group.options.criterion}" needs gradients, but "{frozen[0].name}" is frozen '
+                f"(requires_grad=False), one of {len(frozen)} such weights of {len(group.layers)}: exclude them, as "
+                f'with exclude=["{frozen[0].module}"], or use criterion="magnitude".'
+            )
+    return faults

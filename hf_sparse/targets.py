@@ -89,7 +89,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
         >>> find_layers(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)))
         [Layer(name='1.weight', kind='linear', shape=(2, 4), in_base=True)]
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())  # kept, so that no other parameter gets the id of one of these
+    names = {id(parameter): name for name, parameter in parameters.items()}
     seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     seen |= _adapter_parameters(model)
     body = _body_parameters(model)

@@ -19,9 +19,9 @@ class ZeroShard(Shard):
     """A parameter whose master weight ZeRO has split.
 
     ZeRO-1 and ZeRO-2 say where by the parameter's `_hp_mapping`, which is None in a process that has none of it;
-    ZeRO-3 keeps the same run of the model's copy in `ds_tensor`. A frozen parameter of ZeRO-3 has no master. Its public
-    `safe_get_local_fp32_param` will not do: with an offloaded optimizer it gives a copy, and zeros written there are
-    lost.
+    ZeRO-3 keeps the same run of the model's copy in `ds_tensor`. A frozen parameter of ZeRO-3 has no master. Its
+    public `safe_get_local_fp32_param` will not do: with an offloaded optimizer it gives a copy, and zeros written
+    there are lost.
     """
 
     strategy = "DeepSpeed ZeRO"
