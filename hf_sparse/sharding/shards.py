@@ -105,14 +105,20 @@ class DTensorShard(Shard):
 
     @property
     def tensor(self):
-        return self.parameter.detach().to_local()
+        return _local(self.parameter)
 
     @property
     def gradient(self):
         gradient = self.parameter.grad
         if gradient is not None and gradient.placements != self.parameter.placements:
             gradient = gradient.redistribute(placements=self.parameter.placements)
-        return None if gradient is None else gradient.to_local()
+        return None if gradient is None else _local(gradient)
+
+
+@torch.no_grad()
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a DTensor that is here, itself: with gradients it would be a view, made by way of the dispatcher."""
+    return tensor.to_local()
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:
