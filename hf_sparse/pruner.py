@@ -51,8 +51,8 @@ class Pruner:
 
     def __init__(self, model: nn.Module, config: PruningConfig):
         self.model, self.config = model, config
-        self.groups, self.skipped = build_groups(model, config)
         everything, self.processes = place(dict(model.named_parameters()))
+        self.groups, self.skipped = build_groups(model, config)
         names = [layer.name for group in self.groups for layer in group.layers]
         self._everything = everything
         self.shards = {name: everything[name] for name in names}
@@ -60,9 +60,8 @@ class Pruner:
         for group in self.groups:
             group.processes = self.processes
         self.masks = self._new_masks()
-        copies = {name: shard.copy for name, shard in self.shards.items()}
         self._copies = MaskStore(
-            {name: (copy.shape, copy.device) for name, copy in copies.items() if copy is not None}
+            {name: (shard.shape, shard.parameter.device) for name, shard in self.shards.items() if shard.has_copy}
         )
         self.refused_observations = 0
         if config.keep_zeros:
@@ -157,7 +156,8 @@ class Pruner:
         for name, shard in self.shards.items():
             for counterpart in shard.counterparts:
                 self.masks.enforce({name: counterpart})
-        self._copies.enforce({name: self.shards[name].copy for name in self._copies})
+        copies = {name: self.shards[name].copy for name in self._copies}
+        self._copies.enforce({name: copy for name, copy in copies.items() if copy is not None})
 
     # Figures
 

@@ -49,9 +49,12 @@ class Shard:
         """Other memory of the same part, which must hold the same zeros."""
         return []
 
+    has_copy = False
+    """Whether, at some time, the whole weight is beside the shard: it must hold the same zeros."""
+
     @property
     def copy(self) -> torch.Tensor | None:
-        """The whole weight beside the shard, which must hold the same zeros; None where there is none."""
+        """That weight; None while it is not there."""
         return None
 
     @property

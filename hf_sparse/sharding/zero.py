@@ -66,10 +66,14 @@ class ZeroShard(Shard):
         return []
 
     @property
+    def has_copy(self):
+        return getattr(self.parameter, "ds_persist", True)
+
+    @property
     def copy(self):
-        # ZeRO-3 keeps small parameters whole in every process.
-        whole = getattr(self.parameter, "ds_persist", True)
-        return self.parameter.detach() if whole else None
+        # ZeRO-3 keeps small parameters whole in every process, from the first step on.
+        weight = self.parameter.detach()
+        return weight if self.has_copy and weight.shape == self.shape else None
 
     def check(self) -> None:
         """See that the master is the weight's.
