@@ -72,7 +72,6 @@ class Mode:
             how numbers are rounded.
         checkpoints: whether Trainer can write one that it can resume from.
         elastic: whether Trainer can resume from one on another number of ranks.
-        exports: whether `save_model` writes a model that opens anywhere.
     """
 
     arguments: dict = field(default_factory=dict)
@@ -85,7 +84,6 @@ class Mode:
     exact_as: str | None = "single"
     checkpoints: bool = True
     elastic: bool = True
-    exports: bool = True
 
 
 # A model that is sharded as it loads cannot resume: transformers refuses to write checkpoints with an optimizer.
@@ -96,7 +94,7 @@ MODES = {
     "ddp": Mode(),
     "fsdp2": Mode(_fsdp("FULL_STATE_DICT"), gpu=True, kind="FSDP", sharded=True),
     # Trainer leaves the parts as they are, in a format of torch's, for `accelerate merge-weights`.
-    "fsdp2_sharded": Mode(_fsdp("SHARDED_STATE_DICT"), gpu=True, kind="FSDP", sharded=True, exports=False),
+    "fsdp2_sharded": Mode(_fsdp("SHARDED_STATE_DICT"), gpu=True, kind="FSDP", sharded=True),
     "fsdp_size": Mode(
         model="llama", load="fsdp_size", sharded=True, exact_as="single_llama", checkpoints=False, elastic=False
     ),

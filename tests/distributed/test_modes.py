@@ -1,16 +1,17 @@
 """Pruning on several ranks is what it is in one process: same masks, same weights, zeros that hold on every rank."""
 
 import re
+import shutil
 
 import pytest
 import torch
-from accelerate.utils import merge_fsdp_weights
 from modes import MODES, each
 from safetensors.torch import load_file
 from spies import is_selected
 from tiny import PRUNE_STEPS, SCHEDULE, STEPS, same
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hf_sparse.checkpoints import find_fault
 from hf_sparse.state_files import read_masks
 
 
@@ -104,11 +105,8 @@ def _check(runs, mode, method, world=None):
 
 def _exported(output_dir, mode):
     """The weights that one process reads, from what was saved after training."""
-    if MODES[mode].exports:
-        model = CLASSES[MODES[mode].model].from_pretrained(output_dir / "export")
-        return {name: weight.detach() for name, weight in model.named_parameters()}
-    merge_fsdp_weights(str(output_dir / f"checkpoint-{STEPS}" / "pytorch_model_fsdp_0"), str(output_dir / "merged"))
-    return load_file(output_dir / "merged" / "model.safetensors")
+    model = CLASSES[MODES[mode].model].from_pretrained(output_dir / "export")
+    return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 def _zeros_hold(run, single, mode):
@@ -193,6 +191,27 @@ def test_deepspeed_on_another_number_of_ranks_is_refused(runs, mode):
         options={"target_sparsity": 0.5, **SCHEDULE, **METHODS["snip_momentum"]},
     )
     assert re.match("CheckpointError: .*2 processes.*not with 1", run.ranks[0]["error"])
+
+
+# By mode: what each rank, or the one that is last, writes into a checkpoint.
+PARTS = {
+    "ddp": ["rng_state_1.pth", "optimizer.pt"],
+    "fsdp2": ["rng_state_1.pth", "optimizer.bin", "pruning_state-00002-of-00002.safetensors"],
+    "fsdp2_sharded": ["rng_state_0.pth", "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"],
+    "zero2": ["global_step6/*rank_1*optim_states.pt", "latest", "pruning_state-00001-of-00002.safetensors"],
+    "zero3": ["global_step6/*rank_1*optim_states.pt", "rng_state_1.pth"],
+}
+
+
+@pytest.mark.parametrize("mode", each(*PARTS))
+def test_a_checkpoint_that_lacks_what_one_rank_wrote_is_not_taken(runs, tmp_path, mode):
+    _, output_dir = runs(mode, "snip_momentum")
+    assert find_fault(output_dir / "checkpoint-6") is None
+    for index, part in enumerate(PARTS[mode]):
+        checkpoint = shutil.copytree(output_dir / "checkpoint-6", tmp_path / str(index) / "checkpoint-6")
+        (path,) = checkpoint.glob(part)
+        path.unlink()
+        assert find_fault(checkpoint), part
 
 
 # Ranks that disagree
