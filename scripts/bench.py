@@ -4,6 +4,7 @@
     python scripts/bench.py rank --millions 350
     python scripts/bench.py nm                   # 2:4 masks
     python scripts/bench.py step                 # what a training step costs more than without pruning
+    python scripts/bench.py dist                 # a prune step of weights that are split over processes
 
 Times of rank and nm are medians, divided by the time of one `sum()` of each of the same tensors in the same process:
 a read. With one thread CPU time counts, which other processes disturb less, with more the time that passed.
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bench_dist
 import bench_step
 import torch
 
@@ -185,6 +187,9 @@ def main() -> None:
     step = benches.add_parser("step", help=bench_step.__doc__.splitlines()[0])
     step.set_defaults(bench=bench_step.run)
     bench_step.add_arguments(step)
+    split = benches.add_parser("dist", help=bench_dist.__doc__.splitlines()[0])
+    split.set_defaults(bench=bench_dist.run)
+    bench_dist.add_arguments(split)
     options = parser.parse_args()
     options.bench(options)
 
