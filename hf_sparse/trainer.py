@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from pathlib import Path
 
 from transformers import Seq2SeqTrainer, Trainer
@@ -31,6 +32,21 @@ class SparseTrainerMixin:
         if self.sparsity is not None:
             self.sparsity.alone = False
             self._check_export()
+            self._check_split()
+
+    def _check_split(self) -> None:
+        """Say so where weights will not be split though that was asked for: accelerate does not, on CPU for one."""
+        runs = self.accelerator.distributed_type.value
+        for name, option in {"FSDP": self.args.fsdp, "DEEPSPEED": self.args.deepspeed}.items():
+            launched = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
+            if (option or launched) and runs.startswith("MULTI_") and self.is_local_process_zero():
+                logger.warning(
+                    "%s was asked for, but accelerate runs %s: DDP, with the whole model in each of %d processes. "
+                    "That is what it does, without a word, where it finds no accelerator, as on CPU.",
+                    name,
+                    runs,
+                    self.args.world_size,
+                )
 
     def _check_export(self) -> None:
         """See that the weights can be saved in the end."""

@@ -1,0 +1,38 @@
+"""What was asked for and what runs: where accelerate leaves weights whole, the log says so."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+from modes import MODES
+from tiny import SCHEDULE
+
+from hf_sparse import SparseTrainer
+
+
+OPTIONS = {"target_sparsity": 0.5, **SCHEDULE}
+
+
+@pytest.mark.parametrize("options", [{}, MODES["fsdp2"].arguments], ids=["ddp", "fsdp"])
+def test_fsdp_that_falls_back_to_ddp_is_said(ranks, options):
+    """Without `as_on_gpus`, as a user on a CPU has it."""
+    log = ranks.run("ddp", "fallback", options=OPTIONS | options).log
+    assert log.count("FSDP was asked for, but accelerate runs MULTI_CPU: DDP") == bool(options)
+
+
+@pytest.mark.parametrize("runs", ["MULTI_GPU", "DEEPSPEED", "NO"])
+@pytest.mark.parametrize("asked", ["argument", "launcher", None])
+def test_so_is_deepspeed(monkeypatch, caplog, runs, asked):
+    if asked == "launcher":
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(distributed_type=DistributedType(runs)),
+        args=SimpleNamespace(
+            fsdp=None, deepspeed={"zero_optimization": {}} if asked == "argument" else None, world_size=2
+        ),
+        is_local_process_zero=lambda: True,
+    )
+    with caplog.at_level(logging.WARNING):
+        SparseTrainer._check_split(trainer)
+    assert ("DEEPSPEED was asked for" in caplog.text) == (runs == "MULTI_GPU" and asked is not None)
