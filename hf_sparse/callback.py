@@ -107,9 +107,7 @@ class SparsityCallback(TrainerCallback):
 
     def _watch(self, optimizer, state) -> None:
         """DeepSpeed steps inside backward and leaves no gradients for `on_pre_optimizer_step`: look when it steps."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._look_away()
         if not is_deepspeed(optimizer):
             return
         if not any(shard.strategy for shard in self.pruner.shards.values()):
@@ -127,6 +125,11 @@ class SparsityCallback(TrainerCallback):
             raise NotImplementedError("regrow needs gradients at the prune step, which DeepSpeed has deleted by then.")
         if self.pruner.observes:
             self._hook = watch_gradients(optimizer, self.pruner.shards.values(), lambda: self._observe(state))
+
+    def _look_away(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     # During training
 
@@ -221,6 +224,7 @@ class SparsityCallback(TrainerCallback):
         if self.pruner is None:
             return
         self._training = False
+        self._look_away()
         self.release_best(state)
         if not self._final(state) and self.pruner.target:
             logger.warning(

@@ -129,7 +129,7 @@ class SparseTrainerMixin:
                 start_checkpoint(directory)
             all_processes().any(False)  # nobody writes before what is old has gone
             self.sparsity.write(directory, self.args.should_save, step if is_checkpoint else None)
-            if self.is_fsdp_enabled and not _internal_call and not self._gathers_weights():
+            if self.is_fsdp_enabled and not is_checkpoint and not self._gathers_weights():
                 # Trainer leaves the shards where they are, and so nothing that from_pretrained could open.
                 self._save(str(directory), state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)

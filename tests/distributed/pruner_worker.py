@@ -54,7 +54,7 @@ def split(model, layout, mesh):
         if placements.get(name) is None:
             continue
         path, _, own = name.rpartition(".")
-        weight = distribute_tensor(parameter.data.clone(), mesh, placements[name], src_data_rank=None)
+        weight = distribute_tensor(parameter.data.clone(), mesh, placements[name])
         setattr(model.get_submodule(path), own, nn.Parameter(weight))
     return model
 
@@ -65,7 +65,7 @@ def give_gradients(model, whole):
     for name, parameter in model.named_parameters():
         gradient = gradients[name].grad
         if isinstance(parameter, DTensor):
-            gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
         parameter.grad = gradient
 
 
