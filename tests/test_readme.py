@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -76,20 +77,36 @@ def commands() -> list[str]:
     return [line for line in joined.splitlines() if "scripts/" in line]
 
 
+# What each program of the README is, on a port that is free.
+LAUNCHERS = {
+    "python": [],
+    "accelerate launch": ["-m", "accelerate.commands.launch", "--main_process_port", "0"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone"],
+}
+
+
 @pytest.mark.parametrize("command", commands(), ids=lambda command: shlex.split(command)[-1])
 def test_shell_commands_run(workplace, command):
     words = shlex.split(command)
-    launcher = (
-        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"] if words[0] == "accelerate" else []
-    )
-    script = words[words.index("launch") + 1 :] if launcher else words[1:]
+    program = "accelerate launch" if words[0] == "accelerate" else words[0]
+    given = words[len(program.split()) :]
     extra = ["--max_steps", "6", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"]
-    done = subprocess.run([sys.executable, *launcher, *script, *extra], capture_output=True, text=True, timeout=300)
+    launcher = LAUNCHERS[program]
+    if program == "accelerate launch" and "--config_file" not in given:
+        launcher = [*launcher, "--cpu", "--num_processes", "1"]
+    several = program == "torchrun" or "--config_file" in given
+    environment = os.environ | ({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} if several else {})
+    command = [sys.executable, *launcher, *given, *extra]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert ("process 0 of 2" in done.stdout) == several
     output = Path(words[words.index("--output_dir") + 1])
     report = json.loads((output / "pruning_report.json").read_text())
     assert report["sparsity_of_selected"] > 0.45
-    AutoModelForSequenceClassification.from_pretrained(output)
+    weights = AutoModelForSequenceClassification.from_pretrained(output).state_dict()
+    zeros = sum(int((weights[layer["name"]] == 0).sum()) for layer in report["layers"])
+    assert zeros == report["selected_zeros"]
+    assert zeros == report["selected_weights"] // 2 or not several
 
 
 def test_make_targets_of_the_readme_exist():
@@ -107,6 +124,37 @@ def test_the_table_of_options_is_the_dataclass():
     ]
     missing = [row for row in rows if row not in README]
     assert not missing, "the README's table of options should have these rows:\n" + "\n".join(missing)
+
+
+# The rows of the README's table of modes, and what the tests of that name are.
+ROWS = {
+    "one process": ("single", "single_llama"),
+    "DDP": ("ddp",),
+    "FSDP2": ("fsdp2",),
+    "FSDP2, sharded checkpoints": ("fsdp2_sharded",),
+    "sharded as it loads": ("fsdp_size",),
+    "tensor parallelism": ("tp",),
+    "ZeRO-1": ("zero1",),
+    "ZeRO-2": ("zero2",),
+    "ZeRO-3": ("zero3",),
+}
+
+
+def test_the_table_of_modes_is_what_is_tested(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "distributed"))
+    from modes import MODES
+
+    assert sorted(name for names in ROWS.values() for name in names) == sorted(MODES)
+    table = README.split("### Processes\n\n")[1].split("\n\n")[0].splitlines()
+    header, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table)
+    rows = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert rows.keys() == ROWS.keys() | {"DataParallel"} and rows["DataParallel"]["tested"] == "no"
+    for row, names in ROWS.items():
+        for mode in (MODES[name] for name in names):
+            resume = "resumes on any number" if mode.elastic else "resumes on as many"
+            assert rows[row]["checkpoint and resume"].startswith(resume if mode.checkpoints else "none"), row
+            assert mode.load is None or f"DistributedConfig({mode.load}=2)" in rows[row]["how to ask for it"], row
+            assert rows[row]["tested"] == ("CPU" if mode.kind == "NO" else "CPU, 2 to 4 processes")
 
 
 def test_no_default_of_training_arguments_is_changed():
