@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from .pattern import Pattern, register_pattern
 
 
@@ -37,12 +39,28 @@ class Block(Pattern):
     def unit_rows(self, rows):
         return self.height
 
+    def unit_columns(self, columns):
+        return self.width
+
     def unit_shape(self, shape_RPC):
         return (shape_RPC[0] // self.height, shape_RPC[1], shape_RPC[2] // self.width)
 
     def pool(self, scores_RPC):
         count, positions, columns = self.unit_shape(scores_RPC.shape)
-        return scores_RPC.reshape(count, self.height, positions, columns, self.width).mean(dim=(1, 4))
+        by_row = _sum(scores_RPC.reshape(count, self.height, positions, -1), 1)
+        return _sum(by_row.view(count, positions, columns, self.width), 3) / (self.height * self.width)
 
     def expand(self, keep_U, shape_RPC):
         return keep_U.repeat_interleave(self.height, dim=0).repeat_interleave(self.width, dim=2)
+
+
+def _sum(scores: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum over `dim`, half added to half. The order in which torch's own sum adds depends on the shape and layout
+    of the tensor, so the same unit would round otherwise in a part of the weight than in the whole."""
+    while scores.shape[dim] > 1:
+        half, odd = divmod(scores.shape[dim], 2)
+        last = scores.select(dim, -1)
+        scores = scores.narrow(dim, 0, half) + scores.narrow(dim, half, half)
+        if odd:
+            scores.select(dim, 0).add_(last)
+    return scores.squeeze(dim)
