@@ -1,10 +1,11 @@
 """Bands: the rows of units of a layer, and which process decides which of them when the weight is split.
 
-Where every process holds whole bands it decides those, and nothing moves. Where the split runs through bands (a block
-across two shards, the inputs of a row on many processes) the bands are dealt out in equal numbers, and what the
-decision needs of the weight moves there and back.
+Where the split runs through no unit, and through no row whose units compete with each other, every process decides
+what it holds, and nothing moves. Elsewhere (a block across two shards, the inputs of a row on many processes) the
+bands are dealt out in equal numbers, and what the decision needs of the weight moves there and back.
 
-Shapes: E matrices of a layer, R rows of each, P positions, C columns; H rows make a band.
+Shapes: E matrices of a layer, R rows of each, P positions, C columns; H rows make a band, and of those W neighbouring
+columns must stay together.
 """
 
 from __future__ import annotations
@@ -13,19 +14,28 @@ from .sharding import Box, Shard, boxes_of_range
 from .targets import Layer
 
 
-def holds_bands(layer: Layer, shard: Shard, height: int) -> bool:
-    """Whether every process holds whole bands only."""
-    return all(_is_whole(layer, box, height) for boxes in shard.boxes for box in boxes)
+def holds_units(layer: Layer, shard: Shard, height: int, width: int) -> bool:
+    """Whether every process holds whole bands only, or such parts of them as can be decided by themselves."""
+    return all(_is_whole(layer, box, height, width) for boxes in shard.boxes for box in boxes)
 
 
-def _is_whole(layer: Layer, box: Box, height: int) -> bool:
+def _is_whole(layer: Layer, box: Box, height: int, width: int) -> bool:
+    column_dim = _column_dim(layer)
     for dim, (start, stop, size) in enumerate(zip(box.start, box.stop, layer.shape, strict=True)):
-        if dim == layer.row_dim:
-            if start % height or (stop % height and stop != size):
+        if dim in (layer.row_dim, column_dim):
+            step = height if dim == layer.row_dim else width
+            if start % step or (stop % step and stop != size):
                 return False
         elif dim != layer.expert_dim and (start, stop) != (0, size):
             return False
     return True
+
+
+def _column_dim(layer: Layer) -> int | None:
+    """The dimension that counts columns; None where positions lie between those of a row and the next."""
+    if layer.kind == "conv2d":
+        return None
+    return next(dim for dim in range(len(layer.shape)) if dim not in (layer.row_dim, layer.expert_dim))
 
 
 def deal_bands(layer: Layer, height: int, processes: int) -> tuple[tuple[Box, ...], ...]:
@@ -51,5 +61,6 @@ def _box(layer: Layer, part: Box, height: int) -> Box:
 def first_place(layer: Layer, box: Box) -> int:
     """The place of a box's first weight when the matrices (R, P, C) are flattened one after the other."""
     rows, positions, columns = layer.matrix_shape
-    matrix = box.start[0] if layer.expert_dim == 0 else 0
-    return (matrix * rows + box.start[layer.row_dim]) * positions * columns
+    matrix, column_dim = box.start[0] if layer.expert_dim == 0 else 0, _column_dim(layer)
+    column = 0 if column_dim is None else box.start[column_dim]
+    return (matrix * rows + box.start[layer.row_dim]) * positions * columns + column

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -161,17 +161,18 @@ class Group:
         gone = self.processes.sum(np.array([layer.pruned_units() for layer in scores])).tolist()
         for layer, pruned in zip(scores, gone, strict=True):
             floors.append(max(pruned, int(least * layer.numel + 1e-9)))
-            if self.pattern.max_sparsity < 1:
-                caps.append(int(self._room_by_row(layer).sum()))
-            else:
-                caps.append(max(pruned, math.ceil((1.0 if most is None else most) * layer.numel - 1e-9)))
+            caps.append(max(pruned, math.ceil((1.0 if most is None else most) * layer.numel - 1e-9)))
+        if self.pattern.max_sparsity < 1:
+            caps = [int(room.sum()) for room in self._rooms_by_row(scores)]
         return floors, caps
 
-    def _room_by_row(self, layer: LayerScores) -> np.ndarray:
-        """How many units of each row may be pruned in all. Only zeros locked from before make rows differ."""
-        if self.options.keep_zeros and self.pattern.max_sparsity < 1:
-            return self.processes.sum(layer.prunable_units_by_row())
-        return np.full(layer.rows, round(self.pattern.max_sparsity * (layer.numel // layer.rows)))
+    def _rooms_by_row(self, scores: list[LayerScores]) -> list[np.ndarray]:
+        """How many units of each row of each layer may be pruned in all. Only zeros locked from before make rows
+        differ."""
+        most = self.pattern.max_sparsity
+        if self.options.keep_zeros and most < 1:
+            return self._sums([layer.prunable_units_by_row() for layer in scores])
+        return [np.full(layer.rows, round(most * (layer.numel // layer.rows))) for layer in scores]
 
     def _counts(self, scores: list[LayerScores], wanted: int, floors: list[int], caps: list[int]) -> list[int]:
         """How many units of each layer are to be pruned, `wanted` in all."""
@@ -214,22 +215,26 @@ class Group:
         """Cuts for exactly counts[l] units of each layer l; all at once, which shares them out over threads."""
         return lowest_together(scores, sum(counts), counts, counts, self.processes)
 
-    @staticmethod
-    def _write(scores: list[LayerScores], cuts: list[Cut]) -> None:
-        for layer, cut in zip(scores, cuts, strict=True):
-            layer.write_cut(layer.localize(cut))
+    def _write(self, scores: list[LayerScores], cuts: list[Cut]) -> None:
+        for layer, cut in zip(scores, _localized(scores, cuts, self.processes), strict=True):
+            layer.write_cut(cut)
 
     def _prune_rows(self, scores: list[LayerScores], wanted: int, floors: list[int], caps: list[int]) -> None:
         """Scope row: within a layer every row of units loses the same number, as far as whole units allow."""
-        for layer, count in zip(scores, self._counts(scores, wanted, floors, caps), strict=True):
-            pruned, room = self.processes.sum(layer.pruned_units_by_row()), self._room_by_row(layer)
-            rows = apportion(count, [count / layer.rows] * layer.rows, pruned, room)
-            error = None
+        counts, rooms = self._counts(scores, wanted, floors, caps), self._rooms_by_row(scores)
+        pruned, error = self._sums([layer.pruned_units_by_row() for layer in scores]), None
+        for layer, count, gone, room in zip(scores, counts, pruned, rooms, strict=True):
+            rows = apportion(count, [count / layer.rows] * layer.rows, gone, room)
             try:
                 layer.write_rows(torch.from_numpy(rows))
-            except ValueError as problem:
-                error = problem
-            self.processes.raise_together(error)
+            except ValueError as problem:  # Go on: others wait for what this process has of the next layers.
+                error = error or problem
+        self.processes.raise_together(error)
+
+    def _sums(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """The sum of every process's array, for several at once."""
+        ends = np.cumsum([len(array) for array in arrays])[:-1]
+        return np.split(self.processes.sum(np.concatenate(arrays)), ends)
 
     # Regrowing
 
@@ -250,3 +255,30 @@ class Group:
         return LayerScores(
             pruned.layer, _Growth(), self.pattern, pruned.shard, pruned.bits, gradient, *rest, shrink=False
         )
+
+
+def _localized(scores: Sequence[LayerScores], cuts: Sequence[Cut], processes: OneProcess) -> list[Cut]:
+    """The same cuts with this process's share of the ties. Runs of units that lie in a row are told of, not units."""
+    split = [
+        index
+        for index, (layer, cut) in enumerate(zip(scores, cuts, strict=True))
+        if processes.size > 1 and 0 < cut.ties < layer.numel and not cut.entire
+    ]
+    if not split:
+        return list(cuts)
+    runs = []
+    for index in split:
+        starts, counts = scores[index].tied(cuts[index].value)
+        runs.append(np.stack([np.full_like(starts, index), starts, counts], axis=1))
+    told = processes.gather(torch.from_numpy(np.concatenate(runs).reshape(-1)))
+    owners = np.repeat(np.arange(len(told)), [len(part) // 3 for part in told])
+    layers, starts, counts = torch.cat(told).view(-1, 3).numpy().T
+    cuts = list(cuts)
+    for index in split:
+        order = np.flatnonzero(layers == index)
+        order = order[np.argsort(starts[order])]
+        before = np.cumsum(counts[order]) - counts[order]
+        falling = np.clip(cuts[index].ties - before, 0, counts[order])
+        own = falling[owners[order] == scores[index].holder].sum()
+        cuts[index] = Cut(cuts[index].value, int(own))
+    return cuts

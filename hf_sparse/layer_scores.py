@@ -11,11 +11,11 @@ from itertools import repeat
 import numpy as np
 import torch
 
-from .bands import deal_bands, first_place, holds_bands
+from .bands import deal_bands, first_place, holds_units
 from .criteria import Criterion
 from .patterns import Pattern
 from .ranking import CHUNK, CHUNK_ON_ACCELERATOR, Cut, keep, lowest_per_row, places, spread
-from .sharding import ALONE, OneProcess, Shard, move
+from .sharding import ALONE, Load, OneProcess, Shard, move
 from .targets import Layer
 
 
@@ -94,8 +94,12 @@ class LayerScores:
         self.rows = self.matrices * per_matrix[0]
         self.unit_size = layer.numel // self.numel
         self._bands = None
-        if not self._scattered and not holds_bands(layer, shard, self._height):
+        columns = layer.matrix_shape[2]
+        width = pattern.unit_columns(columns) if scattered else columns  # or else a whole row competes
+        if not self._scattered and not holds_units(layer, shard, self._height, width):
             self._bands = deal_bands(layer, self._height, processes.size)
+        self.holder = processes.rank if self._bands else shard.holder
+        """The process that reads what this one writes."""
         own = self._bands[processes.rank] if self._bands else shard.own if shard.first else ()
         self.held = sum(box.numel for box in own) // self.unit_size
         self._here = None if self._bands else self._arranged(shard.own, *map(shard.parts, self._tensors()))
@@ -104,8 +108,7 @@ class LayerScores:
 
     def _tensors(self) -> list[torch.Tensor]:
         """Weight, bits and, if there is one, stat."""
-        tensors = [self.shard.tensor, self.bits, self._stat]
-        return [tensor.detach() for tensor in tensors if tensor is not None]
+        return [tensor for tensor in (self.shard.tensor, self.bits, self._stat) if tensor is not None]
 
     def _arranged(self, boxes, weights, bits, stats=None) -> list[_Part]:
         """The tensors of some boxes as parts, in the order of their places."""
@@ -127,22 +130,27 @@ class LayerScores:
         return parts
 
     @contextmanager
-    def _open(self, reading: bool = True, writing: bool = False) -> Iterator[list[_Part]]:
-        """The parts that this process is to look at: for `reading`, no weight twice in all processes; for `writing`,
-        with all that it holds. What was dealt out comes for that long, and masks that were written go back."""
+    def _open(self, writing: bool = False, scoring: bool = True) -> Iterator[list[_Part]]:
+        """The parts that this process is to look at: for reading, no weight twice in all processes; for `writing`,
+        with all that it holds. What was dealt out comes for that long, and masks that were written go back. The
+        weights come only for `scoring`; else masks stand in for them."""
         if self._here is not None:
             yield self._here if writing or self.shard.first else []
             return
         shard, processes = self.shard, self._processes
-        parts = [
-            move(shard.parts(tensor) if shard.first else [], shard.originals, self._bands, processes, tensor)
-            for tensor in self._tensors()
+        tensors = [tensor for tensor in self._tensors() if scoring or tensor is self.bits]
+        own = [shard.parts(tensor) if shard.first else [] for tensor in tensors]
+        loads = [
+            Load(parts, shard.originals, self._bands, tensor, packed=tensor is self.bits)
+            for parts, tensor in zip(own, tensors, strict=True)
         ]
+        parts = move(loads, processes)
+        bits = parts[1] if scoring else parts[0]
         try:
-            yield self._arranged(self._bands[processes.rank], *parts)
+            yield self._arranged(self._bands[processes.rank], parts[0], bits, *parts[2:])
         finally:
             if writing:
-                written = move(parts[1], self._bands, shard.boxes, processes, self.bits)
+                (written,) = move([Load(bits, self._bands, shard.boxes, self.bits, packed=True)], processes)
                 for target, source in zip(shard.parts(self.bits), written, strict=True):
                     target.copy_(source)
 
@@ -160,25 +168,9 @@ class LayerScores:
             sampled = [self._pooled(part).reshape(-1) for part in self._some(parts, count)] if self.held else []
         return torch.cat(sampled) if sampled else torch.empty(0, device=self.device)
 
-    # What the pruner writes
-
-    def localize(self, cut: Cut) -> Cut:
-        """The same cut with this process's share of the ties."""
-        if self._processes.size == 1 or not cut.ties or cut.ties == self.numel:
-            return cut
-        starts, counts = self._tied(cut.value)
-        told = self._processes.gather(torch.from_numpy(np.stack([starts, counts], axis=1).reshape(-1)))
-        owners = np.repeat(np.arange(len(told)), [len(part) // 2 for part in told])
-        starts, counts = torch.cat(told).view(-1, 2).numpy().T
-        order = np.argsort(starts)
-        before = np.zeros_like(counts)
-        before[order] = np.cumsum(counts[order]) - counts[order]
-        falling = np.clip(cut.ties - before, 0, counts)
-        holder = self._processes.rank if self._bands else self.shard.holder
-        return Cut(cut.value, int(falling[owners == holder].sum()))
-
-    def _tied(self, value: float) -> tuple[np.ndarray, np.ndarray]:
-        """How many units equal `value` in each run of neighbouring places: (places of the first weights, counts)."""
+    def tied(self, value: float) -> tuple[np.ndarray, np.ndarray]:
+        """How many of the units held equal `value`, in each run of neighbouring places that this process holds and
+        where some do: (places of the first weights, counts)."""
         found: dict[int, int] = {}
         with torch.no_grad(), self._open() as parts:
             for whole in parts:
@@ -188,9 +180,12 @@ class LayerScores:
                     if whole.unbroken:
                         found[whole.place] = found.get(whole.place, 0) + int(equal.sum())
                     else:
-                        found |= {part.place + row * part.stride: count for row, count in enumerate(equal.tolist())}
+                        step = part.stride * len(part.weight) // len(scores)
+                        found |= {part.place + row * step: count for row, count in enumerate(equal.tolist())}
         starts = [place for place, count in found.items() if count]
         return np.array(starts, dtype=np.int64), np.array([found[place] for place in starts], dtype=np.int64)
+
+    # What the pruner writes
 
     def write_cut(self, cut: Cut) -> None:
         """Prune the units held that a localized cut lets fall, and keep all others."""
@@ -217,15 +212,15 @@ class LayerScores:
 
     def pruned_units_by_row(self) -> np.ndarray:
         """How many units of each row of units of the layer are pruned already. 0 for rows that others read."""
-        return self._by_row(lambda part: self._pruned(part.bits))
+        return self._by_row(lambda part: self._pruned(part.bits), scoring=False)
 
-    def _by_row(self, test) -> np.ndarray:
+    def _by_row(self, test, scoring: bool = True) -> np.ndarray:
         counts = np.zeros(self.rows, dtype=np.int64)
-        with torch.no_grad(), self._open() as parts:
+        with torch.no_grad(), self._open(scoring=scoring) as parts:
             for part in self._cached(parts):
                 found = test(part).flatten(1).sum(1).cpu().numpy()
                 first = self._row_of(part)
-                counts[first : first + len(found)] = found
+                counts[first : first + len(found)] += found
         return counts
 
     def _row_of(self, part: _Part) -> int:
@@ -239,7 +234,7 @@ class LayerScores:
 
     def pruned_units(self) -> int:
         """How many of the units held are pruned already."""
-        with torch.no_grad(), self._open() as parts:
+        with torch.no_grad(), self._open(scoring=False) as parts:
             return sum(int(self._pruned(part.bits).sum()) for part in self._cached(parts))
 
     def _pruned(self, bits: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from .group import Group
 from .masks import MaskStore, unpacked
 from .patterns import get_pattern
 from .report import LayerReport, SparsityReport, count_zeros
-from .sharding import Box, Shard, all_processes, assemble, move, place, whole
+from .sharding import Box, Load, Shard, all_processes, assemble, move, place, whole
 from .stats import all_finite
 from .targets import Layer, find_layers, select_layers
 
@@ -125,11 +125,15 @@ class Pruner:
     def apply_masks(self) -> None:
         """What follows a change of masks: every process learns those of the whole weights that it has beside its
         shards, and zeros are written."""
+        loads = []
         for name in self._copies:
             shard, bits = self.shards[name], self.masks.bits(name)
             everywhere = [(whole(shard.shape),)] * self.processes.size
             own = shard.parts(bits) if shard.first else []
-            self._copies.bits(name).copy_(move(own, shard.originals, everywhere, self.processes, bits)[0])
+            loads.append(Load(own, shard.originals, everywhere, bits, packed=True))
+        if loads:
+            for name, (mask,) in zip(self._copies, move(loads, self.processes), strict=True):
+                self._copies.bits(name).copy_(mask)
         self.enforce()
 
     def _compare(self) -> None:

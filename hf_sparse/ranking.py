@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class Cut:
 
     value: float
     ties: int
+    entire: bool = field(default=False, compare=False, repr=False)
+    """Whether it is known that no others equal `value`: then it cuts every part of the layer alike."""
 
 
 class TensorScores:
@@ -246,21 +248,36 @@ def _cuts(layers: Sequence[Scores], problem: Problem, names: Sequence[int], proc
     elif problem.k == problem.caps.sum():
         value, falls = math.nan, problem.caps
     else:
-        value, below, equal = search(layers, problem, names, processes)
+        value, below, equal = search(layers, [problem], names, processes)[0]
         falls = _share_ties(problem, below, equal)
 
-    def cut(index: int) -> Cut:
-        fall, size = int(falls[index]), int(problem.sizes[index])
-        if fall == 0:
-            return Cut(-math.inf, 0)
-        if fall == size:
-            return Cut(math.inf, size)
-        if not math.isnan(value) and below[index] <= fall <= below[index] + equal[index]:
-            return Cut(value, fall - int(below[index]))
-        layer = [layers[index]]  # held back by its floor or cap
-        return _cuts(layer, _problem(layer, fall, None, None), [names[index]], processes)[0]
+    cuts, held = {}, []
+    for index, (fall, size) in enumerate(zip(falls.tolist(), problem.sizes.tolist(), strict=True)):
+        if fall in (0, size):
+            cuts[index] = Cut(math.inf, size, True) if fall else Cut(-math.inf, 0, True)
+        elif not math.isnan(value) and below[index] <= fall <= below[index] + equal[index]:
+            cuts[index] = _cut(value, fall, int(below[index]), int(equal[index]))
+        else:
+            held.append(index)  # back by its floor or cap
+    # Threads take one layer after the other; processes, which wait for each other at every word, all layers at once.
+    batches = [[index] for index in held] if processes.size == 1 else [held] * bool(held)
 
-    return each(cut, range(len(layers)), count_threads(layers, processes))
+    def cut(batch: list[int]) -> list[Cut]:
+        own = [layers[index] for index in batch]
+        problems = [_problem([layers[index]], falls[index], None, None) for index in batch]
+        found = search(own, problems, [names[index] for index in batch], processes)
+        return [
+            _cut(value, problem.k, int(below.sum()), int(equal.sum()))
+            for problem, (value, below, equal) in zip(problems, found, strict=True)
+        ]
+
+    found = each(cut, batches, count_threads(layers, processes))
+    cuts |= zip(held, (cut for batch in found for cut in batch), strict=True)
+    return [cuts[index] for index in range(len(layers))]
+
+
+def _cut(value: float, fall: int, below: int, equal: int) -> Cut:
+    return Cut(value, fall - below, fall == below + equal)
 
 
 def _share_ties(problem: Problem, below: np.ndarray, equal: np.ndarray) -> np.ndarray:

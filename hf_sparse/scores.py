@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -41,35 +42,12 @@ class Scores(Protocol):
         """About `count` of the scores held (1-D float32), spread over the layer, the same ones at every call."""
 
 
+@dataclass(frozen=True)
 class Parts:
-    """Scores of each of L layers, of all processes, in one tensor.
+    """Some scores of each of L layers in one tensor, layer by layer, and how many of each (L)."""
 
-    Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
-    """
-
-    def __init__(
-        self,
-        parts_by_layer: Sequence[list[np.ndarray | torch.Tensor]],
-        names: Sequence[int],
-        processes: OneProcess,
-    ):
-        self.values = join([part for parts in parts_by_layer for part in parts])
-        self.lengths = np.array([sum(map(len, parts)) for parts in parts_by_layer], dtype=np.int64)
-        if processes.size > 1:
-            self._gather(processes)
-        wrong = self.count(lambda values: values != values)
-        if wrong.any():
-            raise ValueError(
-                f"the scores of layer {names[wrong.argmax()]} must not be NaN, but some are: look at the weights, "
-                "gradients or activations they were computed from"
-            )
-
-    def _gather(self, processes: OneProcess) -> None:
-        lengths = [lengths.tolist() for lengths in processes.gather(torch.from_numpy(self.lengths))]
-        values = processes.gather(self.values)
-        pieces = [part.split(sizes) for part, sizes in zip(values, lengths, strict=True)]
-        self.values = torch.cat([piece for layer in zip(*pieces, strict=True) for piece in layer])
-        self.lengths = np.sum(lengths, axis=0, dtype=np.int64)
+    values: torch.Tensor
+    lengths: np.ndarray
 
     def count(self, test: Callable) -> np.ndarray:
         """(L) how many scores pass a test."""
@@ -83,6 +61,38 @@ class Parts:
     def owners(self) -> torch.Tensor:
         """The layer of each score."""
         return torch.repeat_interleave(torch.from_numpy(self.lengths)).to(self.values.device)
+
+    def split(self, counts: Sequence[int]) -> list[Parts]:
+        """The parts of the first counts[0] layers, of the next counts[1], and so on."""
+        lengths = np.split(self.lengths, np.cumsum(counts)[:-1])
+        values = self.values.split([int(some.sum()) for some in lengths])
+        return [Parts(*both) for both in zip(values, lengths, strict=True)]
+
+
+def collect(
+    parts_by_layer: Sequence[list[np.ndarray | torch.Tensor]], names: Sequence[int], processes: OneProcess
+) -> Parts:
+    """The scores that all processes have read of each of L layers.
+
+    Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
+    """
+    values = join([part for parts in parts_by_layer for part in parts])
+    lengths = np.array([sum(map(len, parts)) for parts in parts_by_layer], dtype=np.int64)
+    if processes.size > 1:
+        told = processes.gather(torch.from_numpy(lengths), [len(lengths)] * processes.size)
+        sizes = [part.tolist() for part in told]
+        gathered = processes.gather(values, [sum(some) for some in sizes])
+        pieces = [part.split(some) for part, some in zip(gathered, sizes, strict=True)]
+        values = torch.cat([piece for layer in zip(*pieces, strict=True) for piece in layer])
+        lengths = np.sum(sizes, axis=0, dtype=np.int64)
+    found = Parts(values, lengths)
+    wrong = found.count(lambda values: values != values)
+    if wrong.any():
+        raise ValueError(
+            f"the scores of layer {names[wrong.argmax()]} must not be NaN, but some are: look at the weights, "
+            "gradients or activations they were computed from"
+        )
+    return found
 
 
 def array(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:

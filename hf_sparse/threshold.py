@@ -2,6 +2,8 @@
 
     v = min{v: sum_l clamp(#{u in l: score(u) <= v}, floor_l, cap_l) >= k}
 
+Several problems, each of layers of its own, are solved side by side, so that processes speak once for all of them.
+
 A sample brackets v. One pass counts what lies below the bracket and collects the little that lies inside, and v is
 selected among that. If the bracket missed v the counts tell, and histograms narrow v down instead, each in a pass.
 
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .scores import NUMPY_DEVICES, Parts, Scores, array, count_threads, each
+from .scores import NUMPY_DEVICES, Parts, Scores, array, collect, count_threads, each
 from .sharding import OneProcess
 
 
@@ -51,6 +53,10 @@ class Problem:
         return self.fallen(counts).sum()
 
 
+Found = tuple[float, np.ndarray, np.ndarray]
+"""v, and for each layer of a problem (L) the number of units below it and equal to it, in all processes."""
+
+
 @dataclass(frozen=True)
 class _Bracket:
     """v is thought to be in low..high; `tied` if many scores equal an end and are better counted than collected."""
@@ -58,6 +64,9 @@ class _Bracket:
     low: float
     high: float
     tied: bool
+
+
+_EVERYTHING = _Bracket(-math.inf, math.inf, tied=False)
 
 
 @dataclass(frozen=True)
@@ -72,36 +81,58 @@ class _Tally:
 
 
 def search(
-    layers: Sequence[Scores], problem: Problem, names: Sequence[int], processes: OneProcess
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Finds v, for sum(floors) < k < sum(caps).
-
-    Returns: v, and for each layer (L) the number of units below it and equal to it, in all processes.
+    layers: Sequence[Scores], problems: Sequence[Problem], names: Sequence[int], processes: OneProcess
+) -> list[Found]:
+    """Finds the v of each problem, for sum(floors) < k < sum(caps). The layers of all come one after the other.
 
     Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
     """
-    room = 2**18 + int(problem.sizes.sum()) // (64 * processes.size)
-    tally = _tally(layers, _sampled(layers, problem, names, processes), names, processes, room)
-    found = tally and _decide(problem, tally)
-    if found is None:
-        tally = _tally(layers, _narrowed(layers, problem, processes), names, processes, math.inf)
-        found = _decide(problem, tally)
+    few = 2**18 if len(problems) == 1 else 2**16
+    rooms = [few + int(problem.sizes.sum()) // (64 * processes.size) for problem in problems]
+    found = _found(layers, problems, _sampled(layers, problems, names, processes), names, processes, rooms)
+    ends = np.cumsum([len(problem.sizes) for problem in problems]).tolist()
+    for index in [index for index, result in enumerate(found) if result is None]:
+        own, problem = slice(ends[index] - len(problems[index].sizes), ends[index]), problems[index]
+        bracket = _narrowed(layers[own], problem, processes)
+        (found[index],) = _found(layers[own], [problem], [bracket], names[own], processes, [math.inf])
     return found
 
 
-def _sampled(layers: Sequence[Scores], problem: Problem, names: Sequence[int], processes: OneProcess) -> _Bracket:
-    total = int(problem.sizes.sum())
-    if total <= _FEW:
-        return _Bracket(-math.inf, math.inf, tied=False)
-    # n^(2/3) balances the cost of the sample and of what its bracket lets inside
-    shares = np.diff(np.floor(np.cumsum(problem.sizes) * (2 * total ** (2 / 3) / total)), prepend=0).astype(np.int64)
+def _found(layers, problems, brackets: Sequence[_Bracket], names, processes, rooms: Sequence[float]) -> list:
+    """What `search` returns; None where the bracket missed v."""
+    tallies = _tally(layers, problems, brackets, names, processes, rooms)
+    return [tally and _decide(problem, tally) for problem, tally in zip(problems, tallies, strict=True)]
+
+
+def _sampled(
+    layers: Sequence[Scores], problems: Sequence[Problem], names: Sequence[int], processes: OneProcess
+) -> list[_Bracket]:
+    shares = np.concatenate([_shares(problem) for problem in problems])
+    if not shares.any():
+        return [_EVERYTHING] * len(problems)
 
     def look(index: int) -> list:
         layer, share = layers[index], int(shares[index])
         return [array(layer.sample(math.ceil(share * layer.held / layer.numel)))] if share else []
 
     threads = count_threads(layers, processes)
-    sample = Parts(each(look, range(len(layers)), threads), names, processes)
+    samples = collect(each(look, range(len(layers)), threads), names, processes)
+    parts = samples.split([len(problem.sizes) for problem in problems])
+    return [_bracket(problem, sample) for problem, sample in zip(problems, parts, strict=True)]
+
+
+def _shares(problem: Problem) -> np.ndarray:
+    """(L) how many scores of each layer to look at; none of few."""
+    total = int(problem.sizes.sum())
+    if total <= _FEW:
+        return np.zeros_like(problem.sizes)
+    # n^(2/3) balances the cost of the sample and of what its bracket lets inside
+    return np.diff(np.floor(np.cumsum(problem.sizes) * (2 * total ** (2 / 3) / total)), prepend=0).astype(np.int64)
+
+
+def _bracket(problem: Problem, sample: Parts) -> _Bracket:
+    if not len(sample.values):
+        return _EVERYTHING
     low, high = (_bracket_free if problem.free else _bracket_held)(problem, sample)
     at_ends = sample.count(lambda values: (values == low) | (values == high)).sum()
     return _Bracket(low, high, tied=at_ends > len(sample.values) // 64)
@@ -136,18 +167,33 @@ def _bracket_held(problem: Problem, sample: Parts) -> tuple[float, float]:
 
 
 def _tally(
-    layers: Sequence[Scores], bracket: _Bracket, names: Sequence[int], processes: OneProcess, room: float
-) -> _Tally | None:
-    """One pass over all layers; None if in some process more than `room` scores lie inside, for then the sample
-    misled."""
-    left = [room]
-    found = each(lambda layer: _tally_layer(layer, bracket, left), layers, count_threads(layers, processes))
-    if processes.any(left[0] < 0):
-        return None
-    *counts, parts = zip(*found)
-    below, at_low, at_high = processes.sum(np.array(counts))
-    inside = Parts(parts, names, processes)  # with any NaN, which is neither below nor above
-    return _Tally(bracket, below, at_low, at_high, inside)
+    layers: Sequence[Scores],
+    problems: Sequence[Problem],
+    brackets: Sequence[_Bracket],
+    names: Sequence[int],
+    processes: OneProcess,
+    rooms: Sequence[float],
+) -> list[_Tally | None]:
+    """One pass over all layers; None for a problem of which in some process more scores than its room lie inside, for
+    then the sample misled."""
+    counts = [len(problem.sizes) for problem in problems]
+    owners = np.repeat(np.arange(len(problems)), counts).tolist()
+    left = [[room] for room in rooms]
+
+    def look(index: int) -> tuple[int, int, int, list]:
+        return _tally_layer(layers[index], brackets[owners[index]], left[owners[index]])
+
+    *numbers, parts = zip(*each(look, range(len(layers)), count_threads(layers, processes)))
+    full = [left[owner][0] < 0 for owner in owners]
+    below, at_low, at_high, full = processes.sum(np.array([*numbers, full]))
+    # with any NaN, which is neither below nor above
+    inside = collect([[] if gone else part for part, gone in zip(parts, full)], names, processes)
+    ends = np.cumsum(counts)[:-1]
+    rest = [np.split(array, ends) for array in (below, at_low, at_high, full)]
+    return [
+        None if gone.any() else _Tally(bracket, *numbers, part)
+        for bracket, *numbers, gone, part in zip(brackets, *rest, inside.split(counts))
+    ]
 
 
 def _tally_layer(layer: Scores, bracket: _Bracket, left: list[float]) -> tuple[int, int, int, list]:
@@ -173,7 +219,7 @@ def _tally_layer(layer: Scores, bracket: _Bracket, left: list[float]) -> tuple[i
     return below, at_low, at_high, parts
 
 
-def _decide(problem: Problem, tally: _Tally) -> tuple[float, np.ndarray, np.ndarray] | None:
+def _decide(problem: Problem, tally: _Tally) -> Found | None:
     """v, and the units of each layer below it and equal to it; None if v is not in the bracket."""
     low, high = tally.bracket.low, tally.bracket.high
     base = tally.below + tally.at_low

@@ -50,6 +50,9 @@ class NOfM(Pattern):
             return f'pattern "{self.keep}:{self.of}" needs the input size divisible by {self.of}'
         return None
 
+    def unit_columns(self, columns):
+        return self.of
+
     def unit_shape(self, shape_RPC):
         return shape_RPC
 

@@ -53,6 +53,10 @@ class Pattern(ABC):
         """How many output rows one unit spans, in a weight with `rows` outputs."""
         return 1
 
+    def unit_columns(self, columns: int) -> int:
+        """How many neighbouring inputs must be seen together to score a unit, of the `columns` that there are."""
+        return columns
+
     @abstractmethod
     def unit_shape(self, shape_RPC: tuple[int, int, int]) -> tuple[int, ...]:
         """The shape of the units of a part: first the rows of units, then the units in each."""

@@ -1,7 +1,7 @@
 """Where weights live: the only room that knows of processes, DTensor and ZeRO."""
 
 from .boxes import Box, boxes_of_range, whole
-from .moves import move
+from .moves import Load, move
 from .processes import ALONE, OneProcess, all_processes
 from .saved import assemble
 from .shards import Shard, place, shape_of
@@ -11,6 +11,7 @@ from .zero import is_deepspeed, watch_gradients
 __all__ = [
     "ALONE",
     "Box",
+    "Load",
     "OneProcess",
     "Shard",
     "all_processes",

@@ -22,12 +22,12 @@ class OneProcess:
         """The sum of every process's int64 array; all have the same shape."""
         return numbers
 
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every process's 1-D tensor, of any length each."""
+    def gather(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Every process's 1-D tensor, of any length each; where all know the `lengths`, they need not be told."""
         return [tensor]
 
-    def exchange(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Send the 1-D tensor tensors[r] to each process r. Returns what each sent to this one."""
+    def exchange(self, tensors: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+        """Send the 1-D tensor tensors[r] to each process r. Returns what each sent to this one, of these lengths."""
         return list(tensors)
 
     def any(self, flag: bool) -> bool:
@@ -66,10 +66,11 @@ class Processes(OneProcess):
         self.traffic += total.nbytes * (self.size - 1)
         return total.cpu().numpy()
 
-    def gather(self, tensor):
-        lengths = np.zeros(self.size, dtype=np.int64)
-        lengths[self.rank] = len(tensor)
-        lengths = self.sum(lengths).tolist()
+    def gather(self, tensor, lengths=None):
+        if lengths is None:
+            lengths = np.zeros(self.size, dtype=np.int64)
+            lengths[self.rank] = len(tensor)
+            lengths = self.sum(lengths).tolist()
         size = tensor.element_size()
         own = torch.zeros(max(lengths) * size, dtype=torch.uint8, device=self._device)
         own[: len(tensor) * size] = _bytes(tensor)
@@ -82,15 +83,12 @@ class Processes(OneProcess):
             for part, length in zip(parts, lengths, strict=True)
         ]
 
-    def exchange(self, tensors):
+    def exchange(self, tensors, lengths):
         kind, device = tensors[0].dtype, tensors[0].device
-        sent = torch.tensor([tensor.nbytes for tensor in tensors], dtype=torch.int64, device=self._device)
-        received = torch.empty_like(sent)
-        self._dist.all_to_all_single(received, sent)
-        received = received.tolist()
+        received = [length * tensors[0].element_size() for length in lengths]
         source = torch.cat([_bytes(tensor) for tensor in tensors]).to(self._device)
         target = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
-        self._dist.all_to_all_single(target, source, received, sent.tolist())
+        self._dist.all_to_all_single(target, source, received, [tensor.nbytes for tensor in tensors])
         self.traffic += sum(received) - received[self.rank]
         return [part.view(kind).to(device) for part in target.split(received)]
 

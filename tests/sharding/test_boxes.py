@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from hf_sparse.bands import deal_bands, first_place, holds_bands
-from hf_sparse.sharding import Box, Shard, assemble, boxes_of_range, move, whole
+from hf_sparse.bands import deal_bands, first_place, holds_units
+from hf_sparse.sharding import Box, Load, Shard, assemble, boxes_of_range, move, whole
 from hf_sparse.sharding.processes import OneProcess
 from hf_sparse.targets import Layer
 
@@ -66,21 +66,28 @@ class Mail:
         class Process(OneProcess):
             size = len(mail.sent)
 
-            def exchange(self, tensors):
+            def exchange(self, tensors, lengths):
                 mail.sent[rank] = tensors
+                assert all(sent is None or len(sent[rank]) == size for sent, size in zip(mail.sent, lengths))
                 return [sent[rank] if sent else tensors[0].new_empty(0) for sent in mail.sent]
 
         Process.rank = rank
         return Process()
 
 
+def mask_of(tensor):
+    return -(tensor % 3 == 0).to(torch.int8)
+
+
 def moved(tensor, sources, targets):
     """What each process gets, when each holds its sources of `tensor`."""
     mail, results = Mail(len(sources)), [None] * len(sources)
+    mask = mask_of(tensor)
     for rank in 2 * list(range(len(sources))):  # the second time everything has been sent
-        parts = [inside(box, tensor) for box in sources[rank]]
+        parts, masks = ([inside(box, entire) for box in sources[rank]] for entire in (tensor, mask))
         try:
-            results[rank] = move(parts, sources, targets, mail.process(rank), tensor)
+            loads = [Load(parts, sources, targets, tensor), Load(masks, sources, targets, mask, packed=True)]
+            results[rank] = move(loads, mail.process(rank))
         except RuntimeError:  # nothing has come yet
             continue
     return results
@@ -97,9 +104,10 @@ def test_what_moves_arrives_and_comes_back(ends, dtype):
     columns[-1] = (Box((0, size - 1), (5, 4)),)
     everywhere = [(whole(shape),)] * size
     for sources, targets in [(ranges, columns), (columns, ranges), (ranges, everywhere), (columns, everywhere)]:
-        for boxes, parts in zip(targets, moved(tensor, sources, targets), strict=True):
-            for box, part in zip(boxes, parts, strict=True):
+        for boxes, (parts, masks) in zip(targets, moved(tensor, sources, targets), strict=True):
+            for box, part, mask in zip(boxes, parts, masks, strict=True):
                 assert part.dtype == dtype and torch.equal(part, inside(box, tensor))
+                assert torch.equal(mask, inside(box, mask_of(tensor)))
 
 
 LAYERS = [
@@ -135,23 +143,25 @@ def test_every_row_is_dealt_to_one_process_whole(layer, height, processes):
     assert max(sizes) - min(sizes) <= height * layer.matrix_shape[1] * layer.matrix_shape[2]
     shard = Shard(torch.empty(layer.shape))
     shard.boxes = bands
-    assert holds_bands(layer, shard, height)
+    assert holds_units(layer, shard, height, layer.matrix_shape[2])
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.kind)
-def test_a_split_through_rows_or_blocks_is_noticed(layer):
-    shard = Shard(torch.empty(layer.shape))
+def test_a_split_through_units_is_noticed(layer):
+    shard, columns = Shard(torch.empty(layer.shape)), layer.matrix_shape[2]
     for height in (1, 2, 3):
-        assert holds_bands(layer, shard, height)
+        assert holds_units(layer, shard, height, columns)
     size = layer.shape[layer.row_dim]
     start, stop = [0] * len(layer.shape), list(layer.shape)
     stop[layer.row_dim] = 3
     shard.boxes = ((Box(tuple(start), tuple(stop)),),)
-    assert holds_bands(layer, shard, 1) and holds_bands(layer, shard, 3) and not holds_bands(layer, shard, 2)
+    assert [holds_units(layer, shard, height, columns) for height in (1, 2, 3)] == [True, False, True]
     inner = next(dim for dim in range(len(layer.shape)) if dim not in (layer.row_dim, layer.expert_dim))
-    stop[layer.row_dim], stop[inner] = size, 1
+    stop[layer.row_dim], start[inner] = size, 1
     shard.boxes = ((Box(tuple(start), tuple(stop)),),)
-    assert not holds_bands(layer, shard, 1)
+    assert not holds_units(layer, shard, 1, 2)
+    # Positions lie between the inputs of a convolution.
+    assert holds_units(layer, shard, 1, 1) == (layer.kind != "conv2d")
 
 
 def test_parts_saved_by_some_are_put_together_by_others():

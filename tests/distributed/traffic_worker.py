@@ -1,0 +1,89 @@
+"""Runs in every process: prune steps of two layers of a million weights each, cut along either dimension, beside a
+pruner that has them whole. Prints what differs, and what came in, in a line for each setting. Started by torchrun."""
+
+import copy
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from hf_sparse import PruningConfig
+from hf_sparse.pruner import Pruner
+
+
+SIZE = 1024
+# The most that collectives may fill, with what each process tells itself, as a share of the weights' bytes.
+SETTINGS = {
+    0.05: [
+        {"pattern": "unstructured", "scope": "global", "target_sparsity": 0.8},
+        {"pattern": "unstructured", "scope": "layer", "target_sparsity": 0.8},
+        {"pattern": "4x1", "scope": "layer", "target_sparsity": 0.8},
+        {"pattern": "2x2", "scope": "global", "target_sparsity": 0.8},
+        {"pattern": "2:4"},
+    ],
+    # Rows that are cut are put together, half of one layer's in each process, and their masks go back.
+    0.30: [{"pattern": "unstructured", "scope": "row", "target_sparsity": 0.8}],
+}
+
+
+def split(model, mesh):
+    for dim, layer in enumerate(model):
+        weight = distribute_tensor(layer.weight.data.clone(), mesh, [Shard(dim)], src_data_rank=None)
+        layer.weight = nn.Parameter(weight)
+    return model
+
+
+def watched(original, seen, *args):
+    """A collective of torch, and the bytes that it fills."""
+    done = original(*args)
+    into = args[0] if isinstance(args[0], list) else [args[0]]
+    seen.append(sum(tensor.nbytes for tensor in into))
+    return done
+
+
+def problem(options, share, mesh):
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False), nn.Linear(SIZE, SIZE, bias=False))
+    parted = split(copy.deepcopy(whole), mesh)
+    config = PruningConfig(criterion="magnitude", **options)
+    expected, pruner = Pruner(whole, config), Pruner(parted, config)
+    for prune_step in (1, 2, 3):
+        expected.update(prune_step, 3)
+        seen, names = [], ("all_reduce", "all_gather", "all_to_all_single")
+        originals = {name: getattr(dist, name) for name in names}
+        for name, original in originals.items():
+            setattr(dist, name, partial(watched, original, seen))
+        try:
+            pruner.update(prune_step, 3)
+        finally:
+            for name, original in originals.items():
+                setattr(dist, name, original)
+        most = share * sum(weight.numel() * 4 for weight in whole.parameters())
+        if sum(seen) > most:
+            return f"{sum(seen)} bytes were filled by {len(seen)} collectives, at most {most:.0f} may"
+        if len(seen) > 20:
+            return f"there were {len(seen)} collectives for two layers"
+        for dim, name in enumerate(pruner.shards):
+            own = expected.masks[name].chunk(dist.get_world_size(), dim)[dist.get_rank()]
+            if not torch.equal(pruner.masks[name], own):
+                return f"masks of {name} differ at prune step {prune_step}"
+    return None
+
+
+def main():
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = [(options, problem(options, share, mesh)) for share, some in SETTINGS.items() for options in some]
+    for options, fault in found:
+        print(f"{options}: {fault or 'as promised'}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.exit(any(fault for _, fault in found))
+
+
+if __name__ == "__main__":
+    main()
