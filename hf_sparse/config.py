@@ -43,8 +43,8 @@ class PruningConfig:
         Traceback (most recent call last):
         ...
         hf_sparse.config.PruningConfigError: the pruning config has 2 faults:
-          - criterion is "magnitud": known are gradient, magnitude, movement, random, snip, snip_momentum, taylor. \
-Did you mean "magnitude"?
+          - criterion is "magnitud": known are gradient, magnitude, movement, random, snip, snip_momentum, taylor, \
+wanda. Did you mean "magnitude"?
           - target_sparsity is 1.5: it must be a number from 0 to 1 (0.8 prunes 80%).
     """
 

@@ -113,6 +113,16 @@ def pattern_faults(options: Any) -> list[str]:
     return faults
 
 
+def input_faults(options: Any) -> list[str]:
+    """What is decided from the inputs of the weights, which training does not observe."""
+    faults, remedy = [], "needs inputs of the weights: use prune_oneshot, or"
+    if CRITERIA[options.criterion].needs == "inputs":
+        faults.append(f'criterion "{options.criterion}" {remedy} magnitude / snip_momentum in training.')
+    if ALLOCATIONS[options.allocation].needs == "outliers":
+        faults.append(f'allocation "{options.allocation}" {remedy} uniform / erdos_renyi in training.')
+    return faults
+
+
 def bound_faults(options: Any) -> list[str]:
     """Sparsities that contradict each other."""
     target = options.target or 0.0

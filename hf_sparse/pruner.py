@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .config import PruningConfig, PruningConfigError
+from .faults import input_faults
 from .group import Group
 from .masks import MaskStore, unpacked
 from .patterns import get_pattern
@@ -273,8 +274,8 @@ def _read(tensors: Mapping[str, torch.Tensor], kind: str, name: str, count: int)
     return unpacked(tensor, count) if kind == "mask" else tensor
 
 
-def build_groups(model: nn.Module, config: PruningConfig) -> tuple[list[Group], list[str]]:
-    """The groups of a config with the layers of a model.
+def build_groups(model: nn.Module, config: PruningConfig, inputs: bool = False) -> tuple[list[Group], list[str]]:
+    """The groups of a config with the layers of a model. `inputs`: whether the inputs of the weights are observed.
 
     Returns: the groups, and the weights left out because their pattern does not divide them.
 
@@ -287,6 +288,7 @@ def build_groups(model: nn.Module, config: PruningConfig) -> tuple[list[Group], 
     for name, options in config.resolve_groups().items():
         where = f'group "{name}": ' if config.groups else ""
         layers, problems = select_layers(everything, options.targets, options.exclude)
+        problems += [] if inputs else input_faults(options)
         faults += [where + problem for problem in problems]
         for layer in layers:
             if layer.name in owners:

@@ -16,13 +16,15 @@ PATTERNS = ["unstructured", "2:4", "1:4", "4x1", "2x2", "channel", "channel:in"]
 CHANNELS = ["channel", "channel:in"]
 TARGET = {"2:4": 0.5, "1:4": 0.75}
 STEPS = 5
+CRITERIA_OF_TRAINING = [name for name in CRITERIA.names() if CRITERIA[name].needs != "inputs"]
+ALLOCATIONS_OF_TRAINING = [name for name in ALLOCATIONS.names() if ALLOCATIONS[name].needs == "sizes"]
 COMBINATIONS = [
     (pattern, scope, allocation, criterion)
     for pattern in PATTERNS
     for scope in ("row", "layer", "global")
-    for criterion in CRITERIA.names()
+    for criterion in CRITERIA_OF_TRAINING
     # sharing out knows nothing of criteria: all of it with one of them
-    for allocation in (ALLOCATIONS.names() if scope != "global" and criterion == "magnitude" else ["uniform"])
+    for allocation in (ALLOCATIONS_OF_TRAINING if scope != "global" and criterion == "magnitude" else ["uniform"])
     if scope == "layer" or pattern not in CHANNELS
 ]
 
@@ -120,7 +122,7 @@ def test_channels_are_whole_outputs_or_inputs():
 
 
 @pytest.mark.parametrize(
-    "scope, allocation", [("global", "uniform"), *itertools.product(("row", "layer"), ALLOCATIONS.names())]
+    "scope, allocation", [("global", "uniform"), *itertools.product(("row", "layer"), ALLOCATIONS_OF_TRAINING)]
 )
 def test_floors_and_caps_hold_and_the_total_is_exact(scope, allocation):
     model = Mixed()

@@ -30,7 +30,7 @@ LAST = f"checkpoint-{STEPS}"
 # Before, inside (right after a prune step) and after the schedule, whose prune steps are 3, 5, 7 and 8.
 RESUMED_AT = (1, 5, 9)
 
-METHODS = {name: {"criterion": name} for name in CRITERIA.names()} | {
+METHODS = {name: {"criterion": name} for name in CRITERIA.names() if CRITERIA[name].needs != "inputs"} | {
     "regrow": {"criterion": "snip_momentum", "regrow": 0.3},
     "regrow_global": {"regrow": 0.5, "scope": "global"},
     "rows": {"scope": "row", "criterion": "taylor"},

@@ -1,7 +1,9 @@
 """How much of the target each layer owes."""
 
-from . import erdos_renyi, uniform
+from . import erdos_renyi, owl, uniform
 from .allocation import ALLOCATIONS, LayerSize, apportion, register_allocation
+from .owl import outlier_share
 
 
-__all__ = ["ALLOCATIONS", "LayerSize", "apportion", "register_allocation", "erdos_renyi", "uniform"]
+__all__ = ["ALLOCATIONS", "LayerSize", "apportion", "outlier_share", "register_allocation"]
+__all__ += ["erdos_renyi", "owl", "uniform"]

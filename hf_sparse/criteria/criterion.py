@@ -1,4 +1,4 @@
-"""The two kinds of criterion: those that look at the weight alone, and those that sum up gradients."""
+"""The kinds of criterion: those that look at the weight, or also at its inputs, and those that sum up gradients."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Criterion(ABC):
     """
 
     needs: str = "nothing"
-    """What `score` gets as `stat`: "nothing" (None), "position" (int64 positions, unique over all layers) or
-    "gradient" (a sum of `GradientCriterion.saliency` over optimizer steps)."""
+    """What `score` gets as `stat`: "nothing" (None), "position" (int64 positions, unique over all layers), "gradient"
+    (a sum of `GradientCriterion.saliency` over optimizer steps) or "inputs" (float32, the norm of each weight's input,
+    of a shape that broadcasts to the weight's: (C,) for a matrix (R, C)). Training does not observe inputs."""
 
     @abstractmethod
     def score(self, weight: torch.Tensor, stat: torch.Tensor | None) -> torch.Tensor:

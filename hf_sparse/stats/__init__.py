@@ -1,6 +1,7 @@
-"""What a criterion observes while the model runs: sums and counts, so that two of them merge by adding."""
+"""What a criterion or a solver observes while the model runs: sums and counts, so that two of them merge by adding."""
 
 from .gradients import GradientStat, all_finite
+from .inputs import Gram, InputNorms
 
 
-__all__ = ["GradientStat", "all_finite"]
+__all__ = ["GradientStat", "Gram", "InputNorms", "all_finite"]

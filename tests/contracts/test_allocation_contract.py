@@ -6,17 +6,17 @@ from hf_sparse.allocations import ALLOCATIONS, LayerSize
 
 
 FREE = [
-    LayerSize("square", 768 * 768, 768, 768),
-    LayerSize("wide", 768 * 3072, 768, 3072),
-    LayerSize("kernel", 64 * 3 * 49, 64, 3, positions=49),
-    LayerSize("tiny", 6, 2, 3),
-    LayerSize("blocks", 768 * 768 // 4, 768, 768),
+    LayerSize("square", 768 * 768, 768, 768, outliers=0.01),
+    LayerSize("wide", 768 * 3072, 768, 3072, outliers=0.02),
+    LayerSize("kernel", 64 * 3 * 49, 64, 3, positions=49, outliers=0.0),
+    LayerSize("tiny", 6, 2, 3, outliers=0.05),
+    LayerSize("blocks", 768 * 768 // 4, 768, 768, outliers=0.01),
 ]
 BOUNDED = [
-    LayerSize("held", 1000, 10, 100, least=0.1, most=0.4),
-    LayerSize("owing", 500, 50, 10, least=0.6),
-    LayerSize("fixed", 300, 30, 10, least=0.5, most=0.5),
-    LayerSize("free", 4000, 400, 10),
+    LayerSize("held", 1000, 10, 100, least=0.1, most=0.4, outliers=0.03),
+    LayerSize("owing", 500, 50, 10, least=0.6, outliers=0.0),
+    LayerSize("fixed", 300, 30, 10, least=0.5, most=0.5, outliers=0.02),
+    LayerSize("free", 4000, 400, 10, outliers=0.01),
 ]
 RATIOS = [0.0, 1e-6, 0.15, 0.3, 0.5, 0.8, 0.97, 1.0]
 

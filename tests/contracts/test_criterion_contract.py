@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import Pruner, PruningConfig
+from hf_sparse import Pruner, PruningConfig, PruningConfigError
 from hf_sparse.criteria import CRITERIA
+from hf_sparse.stats import InputNorms
 
 
 def inputs(criterion, dtype, shape=(6, 1, 8)):
@@ -15,6 +16,10 @@ def inputs(criterion, dtype, shape=(6, 1, 8)):
         return weight, None
     if criterion.needs == "position":
         return weight, torch.arange(weight.numel()).view(shape) + (7 << 40)
+    if criterion.needs == "inputs":
+        norms = InputNorms(shape[-1])
+        norms.observe(torch.randn(20, shape[-1], generator=generator))
+        return weight, norms.norms.expand(shape)
     gradient = torch.randn(shape, generator=generator)
     return weight, criterion.saliency(weight.float(), gradient, torch.empty(shape))
 
@@ -58,3 +63,20 @@ def test_gradients_that_are_not_finite_are_refused_and_add_nothing(name, bad):
     tensors, values = pruner.state_dict()
     assert tensors.keys() == before.keys() and all(torch.equal(tensors[key], before[key]) for key in before)
     assert {counters["count"] for counters in values["counters"].values()} == {1}
+
+
+INPUTS = [name for name in CRITERIA.names() if CRITERIA[name].needs == "inputs"]
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_norms_of_inputs_are_one_for_each_column(name):
+    criterion = CRITERIA[name]()
+    weight, stat = inputs(criterion, torch.float32, (6, 8))
+    scores = criterion.score(weight, stat[0])
+    assert torch.equal(scores, criterion.score(weight, stat)) and scores.shape == weight.shape
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_training_refuses_criteria_that_need_inputs(name):
+    with pytest.raises(PruningConfigError, match=f'criterion "{name}" needs inputs of the weights: use prune_oneshot'):
+        Pruner(nn.Sequential(nn.Linear(4, 3)), PruningConfig(target_sparsity=0.5, criterion=name))

@@ -1,10 +1,10 @@
-"""The laws of a stat, under every registered criterion that has one."""
+"""The laws of a stat: of gradients, under every registered criterion that has one, and of inputs."""
 
 import pytest
 import torch
 
 from hf_sparse.criteria import CRITERIA
-from hf_sparse.stats import GradientStat
+from hf_sparse.stats import GradientStat, Gram, InputNorms
 
 
 NAMES = [name for name in CRITERIA.names() if CRITERIA[name].needs == "gradient"]
@@ -41,3 +41,54 @@ def test_merging_two_halves_is_observing_the_whole(name):
     whole = observed(criterion, pairs)
     assert first.count == whole.count == 6 and torch.allclose(first.total, whole.total, rtol=1e-5, atol=1e-6)
     assert torch.equal(second.total, kept)
+
+
+# Ragged batches (B, T, I), each with the tokens that count.
+def batches(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(2, 9), (1, 5), (3, 1), (2, 12)]
+    inputs = [torch.randn(*size, 10, generator=generator) for size in sizes]
+    return [(x, torch.rand(x.shape[:2], generator=generator) < 0.7) for x in inputs]
+
+
+def observed_inputs(kind, pairs):
+    stat = kind(10)
+    for x, keep in pairs:
+        stat.observe(x, keep)
+    return stat
+
+
+def close(first, second):
+    return first.count == second.count and torch.allclose(first.total, second.total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [InputNorms, Gram])
+def test_batches_one_by_one_are_all_tokens_at_once(kind):
+    pairs = batches(0)
+    tokens = torch.cat([x[keep] for x, keep in pairs])
+    whole = kind(10)
+    whole.observe(tokens)
+    assert close(observed_inputs(kind, pairs), whole) and whole.count == len(tokens)
+    shuffled = kind(10)
+    shuffled.observe(tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1))])
+    assert close(shuffled, whole)
+
+
+@pytest.mark.parametrize("kind", [InputNorms, Gram])
+def test_merging_two_parts_is_observing_all_inputs(kind):
+    pairs = batches(2)
+    first, second = observed_inputs(kind, pairs[:2]), observed_inputs(kind, pairs[2:])
+    kept, count = second.total.clone(), second.count
+    reduced = kind(10)  # what an all-reduce does
+    reduced.total.add_(first.total).add_(second.total)
+    reduced.count = first.count + second.count
+    first.merge(second)
+    assert close(first, observed_inputs(kind, pairs)) and close(first, reduced)
+    assert torch.equal(second.total, kept) and second.count == count
+
+
+@pytest.mark.parametrize("kind", [InputNorms, Gram])
+def test_what_padding_holds_does_not_matter(kind):
+    pairs = batches(3)
+    spoilt = [(x.masked_fill(~keep[..., None], float("nan")), keep) for x, keep in pairs]
+    assert torch.equal(observed_inputs(kind, pairs).total, observed_inputs(kind, spoilt).total)
