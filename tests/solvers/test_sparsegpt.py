@@ -186,6 +186,15 @@ def test_zeros_that_are_there_stay_and_count(text, sparsity):
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("text", ["unstructured", "2x2"])
+def test_zeros_of_the_mask_fall_before_weights_that_are_zero(text):
+    """All scores are 0; what is locked lies last by position, and counts."""
+    locked = torch.ones(4, 8, dtype=torch.bool)
+    locked[2:, 4:] = False
+    _, kept = solver().solve(torch.zeros(4, 8), torch.eye(8), get_pattern(text), 0.5, mask_RC=locked)
+    assert not kept[2:, 4:].any() and int((~kept).sum()) == 16
+
+
 def test_a_mask_with_more_zeros_than_asked_keeps_them():
     mask = random_mask(6, 32, share=0.6)
     _, kept = solver(8).solve(random(6, 32), correlated(32), get_pattern("unstructured"), 0.3, mask_RC=mask)
