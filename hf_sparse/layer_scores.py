@@ -144,7 +144,7 @@ class LayerScores:
             Load(parts, shard.originals, self._bands, tensor, packed=tensor is self.bits)
             for parts, tensor in zip(own, tensors, strict=True)
         ]
-        parts = move(loads, processes)
+        parts = list(move(loads, processes))
         bits = parts[1] if scoring else parts[0]
         try:
             yield self._arranged(self._bands[processes.rank], parts[0], bits, *parts[2:])

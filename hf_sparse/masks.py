@@ -89,8 +89,10 @@ class MaskStore(Mapping[str, torch.Tensor]):
 
     @torch.no_grad()
     def enforce(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Write +0.0 wherever a weight is pruned; kept weights are not touched, bit for bit."""
-        for name, weight in parameters.items():
+        """Write +0.0 wherever a weight is pruned; kept weights are not touched, bit for bit, and parameters without a
+        mask are left alone."""
+        for name in parameters.keys() & self._bits.keys():
+            weight = parameters[name]
             weight, bits = weight.detach(), self._bits[name].to(weight.device)
             if not weight.is_contiguous():
                 weight.masked_fill_(bits == 0, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,14 +78,15 @@ class Load:
         return (data if aligned else data.clone()).view(self.like.dtype)
 
 
-def move(loads: Sequence[Load], processes: OneProcess) -> list[list[torch.Tensor]]:
+def move(loads: Sequence[Load], processes: OneProcess) -> Iterator[list[torch.Tensor]]:
     """Bring parts of tensors to other processes, all in one exchange.
 
-    Returns: of each load, the tensors of this process's boxes in its `targets`.
+    Returns: of each load in turn, so that not all need be unpacked at once, the tensors of this process's boxes in its
+    `targets`.
     """
     rank, ranks = processes.rank, range(processes.size)
     lengths = [[load.incoming(rank, source) for load in loads] for source in ranks]
     outgoing = [torch.cat([load.outgoing(rank, to) for load in loads]) for to in ranks]
     received = processes.exchange(outgoing, [sum(sizes) for sizes in lengths])
     pieces = [data.split(sizes) for data, sizes in zip(received, lengths, strict=True)]
-    return [load.arrived(rank, parts) for load, parts in zip(loads, zip(*pieces, strict=True), strict=True)]
+    return (load.arrived(rank, parts) for load, parts in zip(loads, zip(*pieces, strict=True), strict=True))

@@ -87,7 +87,7 @@ def moved(tensor, sources, targets):
         parts, masks = ([inside(box, entire) for box in sources[rank]] for entire in (tensor, mask))
         try:
             loads = [Load(parts, sources, targets, tensor), Load(masks, sources, targets, mask, packed=True)]
-            results[rank] = move(loads, mail.process(rank))
+            results[rank] = list(move(loads, mail.process(rank)))
         except RuntimeError:  # nothing has come yet
             continue
     return results
