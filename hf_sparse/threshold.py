@@ -244,11 +244,12 @@ def _ranked(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
     places = [rank - 1 for rank in ranks]
     if values.device.type not in NUMPY_DEVICES:
         return values.sort()[0][places].tolist()
-    done = 0
+    found, done = [], 0
     for place in places:  # one after the other is faster than both at once, for the second looks only at the rest
         values.numpy()[done:].partition(place - done)
+        found.append(float(values[place]))  # at once: the next partition may move it
         done = place
-    return values[places].tolist()
+    return found
 
 
 def _crossing(parts: Parts, goal: float, total: Callable[[np.ndarray], float]) -> float:

@@ -127,6 +127,13 @@ def test_many_scores_with_a_misleading_order(library):
         np.testing.assert_array_equal(np.concatenate(masks(layers, lowest_together(layers, k))), expected)
 
 
+def test_values_of_two_ranks_are_read_before_they_move():
+    for seed in range(20):
+        values = torch.randn(5000, generator=torch.Generator().manual_seed(seed))
+        ranks = [2000 + seed, 2000 + 40 * seed]
+        assert threshold._ranked(values.clone(), ranks) == values.sort()[0][[rank - 1 for rank in ranks]].tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_magnitudes_of_every_dtype_leave_the_tensor_alone(library, dtype):
     tensor = torch.randn(300, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
