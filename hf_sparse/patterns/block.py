@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from .pattern import Pattern, register_pattern
+from .pattern import Pattern, added_up, register_pattern
 
 
 @register_pattern("block")
@@ -47,20 +45,8 @@ class Block(Pattern):
 
     def pool(self, scores_RPC):
         count, positions, columns = self.unit_shape(scores_RPC.shape)
-        by_row = _sum(scores_RPC.reshape(count, self.height, positions, -1), 1)
-        return _sum(by_row.view(count, positions, columns, self.width), 3) / (self.height * self.width)
+        by_row = added_up(scores_RPC.reshape(count, self.height, positions, -1), 1)
+        return added_up(by_row.view(count, positions, columns, self.width), 3) / (self.height * self.width)
 
     def expand(self, keep_U, shape_RPC):
         return keep_U.repeat_interleave(self.height, dim=0).repeat_interleave(self.width, dim=2)
-
-
-def _sum(scores: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sum over `dim`, half added to half. The order in which torch's own sum adds depends on the shape and layout
-    of the tensor, so the same unit would round otherwise in a part of the weight than in the whole."""
-    while scores.shape[dim] > 1:
-        half, odd = divmod(scores.shape[dim], 2)
-        last = scores.select(dim, -1)
-        scores = scores.narrow(dim, 0, half) + scores.narrow(dim, half, half)
-        if odd:
-            scores.select(dim, 0).add_(last)
-    return scores.squeeze(dim)

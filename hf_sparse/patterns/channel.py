@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .pattern import Pattern, register_pattern
+from .pattern import Pattern, added_up, register_pattern
 
 
 @register_pattern("channel")
@@ -24,7 +24,7 @@ class Channel(Pattern):
         return shape_RPC[:1]
 
     def pool(self, scores_RPC):
-        return scores_RPC.mean(dim=(1, 2))
+        return added_up(scores_RPC.flatten(1), 1) / scores_RPC[0].numel()
 
     def expand(self, keep_U, shape_RPC):
         return keep_U[:, None, None].expand(shape_RPC)
@@ -52,7 +52,8 @@ class ChannelIn(Pattern):
         return (1, shape_RPC[2])
 
     def pool(self, scores_RPC):
-        return scores_RPC.mean(dim=(0, 1))[None]
+        rows, positions, _ = scores_RPC.shape
+        return added_up(scores_RPC.flatten(0, 1), 0)[None] / (rows * positions)
 
     def expand(self, keep_U, shape_RPC):
         return keep_U[:, None, :].expand(shape_RPC)

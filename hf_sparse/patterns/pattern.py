@@ -95,3 +95,15 @@ def get_pattern(text: str) -> Pattern:
     forms = ", ".join(f"{member.example} ({name})" for name, member in members.items())
     hint = nearest(str(text), [member.example for member in members.values()])
     raise ValueError(f'unknown pattern "{text}": known are {forms}.{hint}')
+
+
+def added_up(scores: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum over `dim`, half added to half. The order in which torch's own sum adds depends on the shape and layout
+    of the tensor, so the same unit would round otherwise in a part of the weight than in the whole."""
+    while scores.shape[dim] > 1:
+        half, odd = divmod(scores.shape[dim], 2)
+        last = scores.select(dim, -1)
+        scores = scores.narrow(dim, 0, half) + scores.narrow(dim, half, half)
+        if odd:
+            scores.select(dim, 0).add_(last)
+    return scores.squeeze(dim)

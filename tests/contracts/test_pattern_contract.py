@@ -33,6 +33,19 @@ def test_expand_is_the_inverse_of_pool(text):
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
+def test_a_unit_scores_the_same_bit_for_bit_in_a_part_of_the_weight_and_in_any_layout(text):
+    """A process that holds a part of a weight, down to one row of units, must decide as one that holds it whole."""
+    pattern = get_pattern(text)
+    scores = torch.randn(24, 3, 48, generator=torch.Generator().manual_seed(0)).exp()
+    whole = pattern.pool(scores.clone())
+    high = pattern.unit_rows(24)
+    for rows in {high, 24} if high == 24 else (high, 2 * high, 24 - high):
+        part = scores[:rows]
+        for layout in (part, part.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
+            assert torch.equal(pattern.pool(layout.clone(memory_format=torch.preserve_format)), whole[: rows // high])
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
 def test_the_score_of_a_unit_is_the_mean_of_its_weights(text):
     pattern = get_pattern(text)
     scores = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
