@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from .pruner import Pruner, build_groups
 from .report import SparsityReport
 from .schedulers import Cadence
 from .sharding import all_processes, is_deepspeed, watch_gradients
-from .state_files import CONFIG_FILE, REPORT_FILE, check_state, restore_state, write_state
+from .state_files import CONFIG_FILE, REPORT_FILE, check_state, clear_states, restore_state, write_state
 
 
 logger = logging.getLogger(__name__)
@@ -203,16 +204,19 @@ class SparsityCallback(TrainerCallback):
         this, and return when everything is written; those that are not `main` write their shards only."""
         if self.pruner is None:
             return
-        report, peers, error = self.pruner.report(), all_processes(), None
-        try:
+        report = self.pruner.report()
+        if step is not None:
+            # Nobody writes before what is old has gone.
+            _together(lambda: clear_states(directory) if main else None)
+
+        def write() -> None:
             if step is not None:
                 write_state(directory, self.pruner, self.cadence, step, main)
             if main:
                 self.config_as_run().save(Path(directory) / CONFIG_FILE)
                 report.save(Path(directory) / REPORT_FILE)
-        except OSError as problem:
-            error = problem
-        peers.raise_together(error)
+
+        _together(write)
 
     def config_as_run(self) -> PruningConfig:
         """The config alone, without what a trainer's arguments add."""
@@ -260,6 +264,16 @@ class SparsityCallback(TrainerCallback):
 
 def _checkpoint(args, state) -> str:
     return str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _together(work: Callable[[], None]) -> None:
+    """Do something with files, wait until all processes have, and raise in all when one could not."""
+    error = None
+    try:
+        work()
+    except OSError as problem:
+        error = problem
+    all_processes().raise_together(error)
 
 
 def _forget_best(state) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .state_files import CheckpointError, read_states, state_files
+from .state_files import CheckpointError, clear_states, read_states, state_files
 
 
 def last_complete_checkpoint(output_dir: str | Path, weights_only: bool = False) -> str | None:
@@ -63,20 +63,22 @@ def _missing_for_resume(checkpoint: Path) -> list[str]:
     deepspeed = found[-1]
     if deepspeed:
         # An engine leaves no scheduler.pt when it steps its own.
-        missing += [f"{_OPTIMIZERS[-1]} of {processes} processes"] * (len(deepspeed) < processes)
+        missing += [f"{_OPTIMIZERS[-1]} of {processes} processes"] * (len(deepspeed) < (processes or 1))
         missing += ["latest"] * (not (checkpoint / "latest").is_file())
     elif not (checkpoint / "scheduler.pt").is_file():
         missing.append("scheduler.pt")
-    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    return missing + [name for name in names if not (checkpoint / name).is_file()]
+    names = [f"rng_state_{rank}.pth" for rank in range(processes or 0)]
+    if processes is None or processes == 1:
+        names = ["rng_state.pth" if processes else "rng_state*.pth"]
+    return missing + [name for name in names if not any(checkpoint.glob(name))]
 
 
-def processes_of(checkpoint: str | Path) -> int:
-    """By how many processes a checkpoint was written."""
+def processes_of(checkpoint: str | Path) -> int | None:
+    """By how many processes a checkpoint was written; None where there are no masks to say so."""
     try:
         return read_states(checkpoint)[0][1]["processes"]
     except CheckpointError:
-        return 1
+        return None
 
 
 def _weight_files(checkpoint: Path) -> list[Path]:
@@ -104,5 +106,4 @@ def start_checkpoint(directory: str | Path) -> None:
     what a killed run, or one of more processes, left of its masks goes."""
     directory = Path(directory)
     (directory / "trainer_state.json").unlink(missing_ok=True)
-    for leftover in (*directory.glob(".pruning_*"), *directory.glob("pruning_state*")):
-        leftover.unlink(missing_ok=True)
+    clear_states(directory)

@@ -62,6 +62,13 @@ def state_files(directory: str | Path) -> list[Path]:
     return [directory / STATE_FILE] if (directory / STATE_FILE).is_file() else []
 
 
+def clear_states(directory: str | Path) -> None:
+    """Remove the masks of an earlier run, perhaps of more processes, and what a killed one left half-written."""
+    for pattern in (".pruning_*", "pruning_state*"):
+        for leftover in Path(directory).glob(pattern):
+            leftover.unlink(missing_ok=True)
+
+
 State = tuple[Mapping[str, torch.Tensor], dict[str, Any]]
 
 

@@ -107,7 +107,7 @@ class SparseTrainerMixin:
         fault = find_fault(checkpoint, weights_only)
         if fault:
             raise CheckpointError(f"{checkpoint} is incomplete: {fault} Resume from another one.")
-        if self.is_deepspeed_enabled and processes_of(checkpoint) != self.args.world_size:
+        if self.is_deepspeed_enabled and processes_of(checkpoint) not in (None, self.args.world_size):
             raise CheckpointError(
                 f"{checkpoint} was written by {processes_of(checkpoint)} processes, and DeepSpeed resumes with as "
                 f"many only, not with {self.args.world_size}: start so many, or start a new run from its weights "
@@ -127,7 +127,6 @@ class SparseTrainerMixin:
             self.sparsity.release_best(self.state)
             if is_checkpoint and self.args.should_save:
                 start_checkpoint(directory)
-            all_processes().any(False)  # nobody writes before what is old has gone
             self.sparsity.write(directory, self.args.should_save, step if is_checkpoint else None)
             if self.is_fsdp_enabled and not is_checkpoint and not self._gathers_weights():
                 # Trainer leaves the shards where they are, and so nothing that from_pretrained could open.

@@ -35,6 +35,16 @@ def test_a_stock_trainer_gets_masks_beside_the_weights(tmp_path):
         assert (tmp_path / f"checkpoint-{step}" / "pruning_config.json").is_file()
 
 
+def test_masks_of_more_processes_do_not_outlive_a_new_run(tmp_path):
+    stale = tmp_path / "checkpoint-4" / "pruning_state-00001-of-00004.safetensors"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of an earlier run")
+    callback = SparsityCallback(PruningConfig(target_sparsity=0.5, **SCHEDULE))
+    make(tmp_path, Trainer, callbacks=[callback], save_strategy="steps", save_steps=4).train()
+    assert [path.name for path in stale.parent.glob("pruning_state*")] == [STATE_FILE]
+    assert len(read_states(stale.parent)) == 1
+
+
 def test_a_stock_trainer_that_saves_elsewhere_gets_a_warning_and_no_stray_folder(tmp_path, caplog):
     class Elsewhere(Trainer):
         def _get_output_dir(self, trial):  # as in a search over hyperparameters

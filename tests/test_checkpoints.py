@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import SCHEDULE, make
 
-from hf_sparse.checkpoints import find_fault, last_complete_checkpoint, start_checkpoint
+from hf_sparse.checkpoints import find_fault, last_complete_checkpoint, processes_of, start_checkpoint
 from hf_sparse.state_files import STATE_FILE, CheckpointError, read_masks, read_states
 
 
@@ -51,6 +51,16 @@ def test_a_file_that_is_missing_is_noticed(run, name):
     assert find_fault(run / "checkpoint-10")
     weights_only_files = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
     assert (find_fault(run / "checkpoint-10", weights_only=True) is None) == (name in weights_only_files)
+
+
+def test_a_dense_checkpoint_of_several_processes_is_whole(run):
+    """What it lacks, masks, is said where they are looked for."""
+    checkpoint = run / "checkpoint-10"
+    (checkpoint / STATE_FILE).unlink()
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    assert processes_of(checkpoint) is None and find_fault(checkpoint) is None
+    (checkpoint / "rng_state_0.pth").unlink()
+    assert "rng_state*.pth" in find_fault(checkpoint)
 
 
 def test_a_missing_shard_is_noticed(run):
