@@ -13,7 +13,12 @@ from .faults import bound_faults, name_faults, pattern_faults, range_faults, typ
 from .patterns import get_pattern
 from .recipe import read_recipe
 from .registry import nearest
+from .solvers import SOLVERS
 from .storage import write_json
+
+
+TRAINING_CRITERION = "snip_momentum"
+"""That of training, where none is named."""
 
 
 class PruningConfigError(ValueError):
@@ -58,18 +63,24 @@ wanda. Did you mean "magnitude"?
         'What falls together: "unstructured", "N:M" (2:4 keeps 2 of every 4), "RxC" blocks (4x1), "channel" (output '
         'rows), "channel:in" (input columns).',
     )
-    criterion: str = _option(
-        "snip_momentum",
-        "What a weight is worth: magnitude, random, gradient, snip, snip_momentum, taylor, movement, or one that you "
-        "registered.",
+    criterion: str | None = _option(
+        None,
+        "What a weight is worth: magnitude, random, gradient, snip, snip_momentum, taylor, movement, one-shot also "
+        "wanda, or one that you registered. Left out: snip_momentum; one-shot wanda, or what the solver chooses.",
+    )
+    solver: str = _option(
+        "zero",
+        "What the weights that survive become: zero leaves them as they are, sparsegpt, one-shot only, makes up for "
+        "those that fall.",
     )
     scope: str | None = _option(
         None,
-        "Who competes with whom: row, layer or global. Left out: global, or layer for the channel patterns, whose "
-        "units differ in size, and for an allocation other than uniform.",
+        "Who competes with whom: row, layer or global. Left out: global, row for wanda, or layer for the channel "
+        "patterns, whose units differ in size, and for an allocation other than uniform.",
     )
     allocation: str = _option(
-        "uniform", "How the target is shared out over layers with scope row or layer: uniform or erdos_renyi."
+        "uniform",
+        "How the target is shared out over layers with scope row or layer: uniform, erdos_renyi, one-shot also owl.",
     )
     scheduler: str | None = _option(
         None,
@@ -190,9 +201,10 @@ wanda. Did you mean "magnitude"?
 
     # Groups
 
-    def resolve_groups(self) -> dict[str, PruningConfig]:
+    def resolve_groups(self, oneshot: bool = False) -> dict[str, PruningConfig]:
         """Group name -> its options, with what it leaves out taken from this config. Without groups, one: "weights".
-        A pattern that implies a target (2:4) is not asked for this config's.
+        A pattern that implies a target (2:4) is not asked for this config's. Criteria that are left out are those of
+        training or of one-shot pruning; there None means that the solver chooses.
 
         Raises:
             PruningConfigError: options were set to what they cannot be since this config was made.
@@ -205,7 +217,11 @@ wanda. Did you mean "magnitude"?
         groups = self._raw_groups()
         if faults := [f'group "{name}": {problem}' for name, (_, problems) in groups.items() for problem in problems]:
             raise PruningConfigError(faults)
-        return {name: group for name, (group, _) in groups.items()}
+        resolved = {name: group for name, (group, _) in groups.items()}
+        for group in resolved.values():
+            left_out = None if SOLVERS[group.solver].chooses else "wanda"
+            group.criterion = group.criterion or (left_out if oneshot else TRAINING_CRITERION)
+        return resolved
 
     def _raw_groups(self) -> dict[str, tuple[PruningConfig, list[str]]]:
         """Group name -> its options as far as they make sense, and the faults of those that do not."""

@@ -13,6 +13,7 @@ from .criteria import CRITERIA
 from .patterns import get_pattern
 from .registry import nearest
 from .schedulers import CURVES, SCHEDULERS
+from .solvers import SOLVERS
 
 
 SCOPES = ("row", "layer", "global")
@@ -43,13 +44,14 @@ def name_faults(options: Any) -> list[str]:
     faults = []
     known = {
         "criterion": CRITERIA,
+        "solver": SOLVERS,
         "allocation": ALLOCATIONS,
         "scheduler": SCHEDULERS,
         "sparsity_decay_type": CURVES,
     }
     for name, registry in known.items():
         value = getattr(options, name)
-        if value not in registry and not (name == "scheduler" and value is None):
+        if value not in registry and not (name in ("criterion", "scheduler") and value is None):
             faults.append(f"{name} is {registry.describe(value)}")
     for name, allowed in (("scope", SCOPES), ("on_indivisible", ON_INDIVISIBLE)):
         value = getattr(options, name)
@@ -116,10 +118,33 @@ def pattern_faults(options: Any) -> list[str]:
 def input_faults(options: Any) -> list[str]:
     """What is decided from the inputs of the weights, which training does not observe."""
     faults, remedy = [], "needs inputs of the weights: use prune_oneshot, or"
+    if SOLVERS[options.solver].needs != "nothing":
+        faults.append(f'solver "{options.solver}" {remedy} zero in training.')
     if CRITERIA[options.criterion].needs == "inputs":
         faults.append(f'criterion "{options.criterion}" {remedy} magnitude / snip_momentum in training.')
     if ALLOCATIONS[options.allocation].needs == "outliers":
         faults.append(f'allocation "{options.allocation}" {remedy} uniform / erdos_renyi in training.')
+    return faults
+
+
+def oneshot_faults(options: Any) -> list[str]:
+    """What means something in training only, and what the solver cannot do."""
+    faults, pattern = [], get_pattern(options.pattern)
+    if options.regrow:
+        faults.append(f"regrow is {options.regrow}, but one prune step regrows nothing: leave it out.")
+    if options.initial_sparsity:
+        faults.append(f"initial_sparsity is {options.initial_sparsity}, but one-shot has one prune step: leave it out.")
+    needs = CRITERIA[options.criterion].needs if options.criterion else "solver"
+    if needs == "solver" and options.scope not in (None, "layer"):
+        faults.append(
+            f'scope is "{options.scope}", but solver "{options.solver}" chooses within a layer: use scope=layer, or '
+            'name a criterion, as in criterion="wanda".'
+        )
+    if options.solver != "zero" and not pattern.has_rows and needs == "solver":
+        faults.append(
+            f'solver "{options.solver}" cannot choose for pattern "{options.pattern}": name a criterion, as in '
+            'criterion="wanda".'
+        )
     return faults
 
 

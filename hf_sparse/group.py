@@ -51,13 +51,13 @@ class Group:
 
     def __init__(self, name: str, options: PruningConfig, layers: list[Layer]):
         self.name, self.options, self.layers = name, options, layers
-        self.criterion = CRITERIA[options.criterion]()
+        self.criterion: Criterion | None = CRITERIA[options.criterion]() if options.criterion else None
+        """None where the solver chooses what falls."""
         self.pattern = get_pattern(options.pattern)
         self.scheduler = get_scheduler(options)
         self.target = options.target or 0.0
         self.stats: dict[str, GradientStat] = {}
-        ranks_all = self.pattern.has_rows and options.allocation == "uniform"
-        self.scope = options.scope or ("global" if ranks_all else "layer")
+        self.scope = options.scope or self._natural_scope()
         self._scattered = self.scope != "row"
         sizes = {layer.numel // self._units(layer) for layer in layers}
         if self.scope == "global" and len(sizes) > 1:
@@ -65,6 +65,13 @@ class Group:
                 f'scope "global" ranks units of one size, but with pattern "{options.pattern}" they hold '
                 f"{sorted(sizes)} weights: use scope=layer, or groups of layers with equal units."
             )
+
+    def _natural_scope(self) -> str:
+        if self.criterion is None or not self.pattern.has_rows:
+            return "layer"
+        if self.criterion.needs == "inputs":  # whose paper compares within each output
+            return "row"
+        return "global" if self.options.allocation == "uniform" else "layer"
 
     def _units(self, layer: Layer) -> int:
         shape = layer.matrix_shape
@@ -74,7 +81,7 @@ class Group:
     @property
     def observes_gradients(self) -> bool:
         """Whether the criterion sums up gradients."""
-        return self.criterion.needs == "gradient" and self.target > 0
+        return self.criterion is not None and self.criterion.needs == "gradient" and self.target > 0
 
     def observe(self, shards: Mapping[str, Shard]) -> None:
         """Add this step's gradients to the criterion's sums. A weight without a gradient adds nothing."""
@@ -119,8 +126,7 @@ class Group:
             self._warn_of_idle()
         scores = [self._scores(layer, shards[layer.name], masks) for layer in self.layers]
         floors, caps = self._bounds(scores, ratio)
-        units = sum(layer.numel for layer in scores)
-        wanted = sum(caps) if ratio >= self.pattern.max_sparsity - 1e-9 else max(round(ratio * units), sum(floors))
+        wanted = self._wanted(ratio, floors, caps)
         try:
             if self.scope == "row":
                 self._prune_rows(scores, wanted, floors, caps)
@@ -155,16 +161,27 @@ class Group:
     def _bounds(self, scores: list[LayerScores], ratio: float) -> tuple[list[int], list[int]]:
         """The fewest and most units of each layer that may be pruned now. A floor grows with the schedule, and what
         is pruned stays pruned."""
-        least, most = self.options.min_sparsity_per_layer or 0.0, self.options.max_sparsity_per_layer
-        least *= ratio / self.target if self.target else 0.0
-        floors, caps = [], []
         gone = self.processes.sum(np.array([layer.pruned_units() for layer in scores])).tolist()
-        for layer, pruned in zip(scores, gone, strict=True):
-            floors.append(max(pruned, int(least * layer.numel + 1e-9)))
-            caps.append(max(pruned, math.ceil((1.0 if most is None else most) * layer.numel - 1e-9)))
+        floors, caps = self._limits(gone, ratio)
         if self.pattern.max_sparsity < 1:
             caps = [int(room.sum()) for room in self._rooms_by_row(scores)]
         return floors, caps
+
+    def _limits(self, gone: list[int], ratio: float) -> tuple[list[int], list[int]]:
+        least, most = self.options.min_sparsity_per_layer or 0.0, self.options.max_sparsity_per_layer
+        least *= ratio / self.target if self.target else 0.0
+        most = min(1.0 if most is None else most, self.pattern.max_sparsity)
+        floors, caps = [], []
+        for layer, pruned in zip(self.layers, gone, strict=True):
+            units = self._units(layer)
+            floors.append(max(pruned, int(least * units + 1e-9)))
+            caps.append(max(pruned, math.ceil(most * units - 1e-9)))
+        return floors, caps
+
+    def _wanted(self, ratio: float, floors: list[int], caps: list[int]) -> int:
+        """How many units are to be pruned in all."""
+        units = sum(map(self._units, self.layers))
+        return sum(caps) if ratio >= self.pattern.max_sparsity - 1e-9 else max(round(ratio * units), sum(floors))
 
     def _rooms_by_row(self, scores: list[LayerScores]) -> list[np.ndarray]:
         """How many units of each row of each layer may be pruned in all. Only zeros locked from before make rows
@@ -174,16 +191,44 @@ class Group:
             return self._sums([layer.prunable_units_by_row() for layer in scores])
         return [np.full(layer.rows, round(most * (layer.numel // layer.rows))) for layer in scores]
 
-    def _counts(self, scores: list[LayerScores], wanted: int, floors: list[int], caps: list[int]) -> list[int]:
+    def _counts(
+        self, wanted: int, floors: list[int], caps: list[int], outliers: Mapping[str, float] | None = None
+    ) -> list[int]:
         """How many units of each layer are to be pruned, `wanted` in all."""
         sizes = []
-        for layer, floor, cap in zip(scores, floors, caps, strict=True):
-            rows, positions, columns = layer.layer.matrix_shape
-            bounds = {"least": floor / layer.numel, "most": cap / layer.numel}
-            sizes.append(LayerSize(layer.layer.name, layer.numel, rows, columns, positions, **bounds))
-        share = wanted / sum(layer.numel for layer in scores)
+        for layer, floor, cap in zip(self.layers, floors, caps, strict=True):
+            rows, positions, columns = layer.matrix_shape
+            units = self._units(layer)
+            known = {"least": floor / units, "most": cap / units, "outliers": (outliers or {}).get(layer.name)}
+            sizes.append(LayerSize(layer.name, units, rows, columns, positions, **known))
+        share = wanted / sum(size.units for size in sizes)
         shares = ALLOCATIONS[self.options.allocation](share, sizes)
         return apportion(wanted, [shares[size.name] * size.units for size in sizes], floors, caps).tolist()
+
+    # One layer at a time, which one-shot pruning does
+
+    def quotas(self, gone: Mapping[str, int], outliers: Mapping[str, float]) -> dict[str, int]:
+        """How many units of each layer are to be pruned in all, where each is decided by itself.
+
+        Args:
+            gone: how many units of a layer are pruned already; 0 where not named.
+            outliers: a layer's share of outliers, where the allocation needs it.
+        """
+        pruned = [gone.get(layer.name, 0) for layer in self.layers]
+        floors, caps = self._limits(pruned, self.target)
+        counts = self._counts(self._wanted(self.target, floors, caps), floors, caps, outliers)
+        return {layer.name: count for layer, count in zip(self.layers, counts, strict=True)}
+
+    def cut_layer(self, scores: LayerScores, count: int) -> None:
+        """Prune the lowest units of one layer, `count` in all or, of N:M, as many as the pattern asks for: of each row
+        as many (scope row), or wherever they are."""
+        rooms = self._rooms_by_row([scores])[0]
+        count = int(rooms.sum()) if self.pattern.max_sparsity < 1 else count
+        if self.scope == "row":
+            gone = scores.pruned_units_by_row()
+            scores.write_rows(torch.from_numpy(apportion(count, [count / scores.rows] * scores.rows, gone, rooms)))
+        else:
+            self._write([scores], self._each_lowest([scores], [count]))
 
     # Which units
 
@@ -198,7 +243,7 @@ class Group:
             extra = min(round(exchange * (units - wanted)), sum(caps) - wanted)
             cuts = lowest_together(scores, wanted + extra, least, most, self.processes)
         else:
-            counts = self._counts(scores, wanted, floors, caps)
+            counts = self._counts(wanted, floors, caps)
             rooms = zip(scores, counts, caps, strict=True)
             more = [min(round(exchange * (layer.numel - count)), cap - count) for layer, count, cap in rooms]
             extra = sum(more)
@@ -221,7 +266,7 @@ class Group:
 
     def _prune_rows(self, scores: list[LayerScores], wanted: int, floors: list[int], caps: list[int]) -> None:
         """Scope row: within a layer every row of units loses the same number, as far as whole units allow."""
-        counts, rooms = self._counts(scores, wanted, floors, caps), self._rooms_by_row(scores)
+        counts, rooms = self._counts(wanted, floors, caps), self._rooms_by_row(scores)
         pruned, error = self._sums([layer.pruned_units_by_row() for layer in scores]), None
         for layer, count, gone, room in zip(scores, counts, pruned, rooms, strict=True):
             rows = apportion(count, [count / layer.rows] * layer.rows, gone, room)

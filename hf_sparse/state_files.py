@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .config import PruningConfig
+from .config import TRAINING_CRITERION, PruningConfig
 from .masks import unpacked
 from .pruner import Pruner, build_groups
 from .schedulers import Cadence
@@ -207,6 +207,7 @@ def read_masks(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _identity(config: PruningConfig, cadence: Cadence | None) -> dict[str, Any]:
     """What must be equal for a run to go on, as JSON values."""
     identity = {name: value for name, value in PruningConfig.to_dict(config).items() if name not in _RESOLVED}
+    identity["criterion"] = identity["criterion"] or TRAINING_CRITERION
     if cadence is not None:
         steps = {"prune_start": cadence.start, "prune_end": cadence.end, "prune_every": cadence.every}
         identity |= {f"{name} (steps)": value for name, value in steps.items()}

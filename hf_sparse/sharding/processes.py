@@ -22,6 +22,9 @@ class OneProcess:
         """The sum of every process's int64 array; all have the same shape."""
         return numbers
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Make `tensor`, of floats, the sum of every process's, bit for bit the same in all of them."""
+
     def gather(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Every process's 1-D tensor, of any length each; where all know the `lengths`, they need not be told."""
         return [tensor]
@@ -65,6 +68,14 @@ class Processes(OneProcess):
         self._dist.all_reduce(total)
         self.traffic += total.nbytes * (self.size - 1)
         return total.cpu().numpy()
+
+    def add_up(self, tensor):
+        # Where the tensor cannot travel as it is, a copy does.
+        total = tensor if tensor.device.type == self._device.type else tensor.to(self._device)
+        self._dist.all_reduce(total)
+        self.traffic += total.nbytes * (self.size - 1)
+        if total is not tensor:
+            tensor.copy_(total)
 
     def gather(self, tensor, lengths=None):
         if lengths is None:
