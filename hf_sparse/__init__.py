@@ -4,6 +4,7 @@ from .adapters import MergeReport, merge_and_unload, merged_adapter
 from .callback import SparsityCallback
 from .config import PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
+from .oneshot import OneshotConfig, ResumeError, prune_oneshot
 from .patterns import register_pattern
 from .pruner import Pruner
 from .report import SparsityReport
@@ -28,10 +29,12 @@ __all__ = [
     "GradientCriterion",
     "IterativeScheduler",
     "MergeReport",
+    "OneshotConfig",
     "OneshotScheduler",
     "Pruner",
     "PruningConfig",
     "PruningConfigError",
+    "ResumeError",
     "Scheduler",
     "SparseSeq2SeqTrainer",
     "SparseSeq2SeqTrainingArguments",
@@ -43,6 +46,7 @@ __all__ = [
     "get_scheduler",
     "merge_and_unload",
     "merged_adapter",
+    "prune_oneshot",
     "register_criterion",
     "register_curve",
     "register_pattern",

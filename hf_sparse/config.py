@@ -30,7 +30,8 @@ class PruningConfigError(ValueError):
         super().__init__(f"the pruning config has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def _option(default: Any, help: str) -> Any:  # noqa: A002 - the name that argument parsers use
+def option(default: Any, help: str) -> Any:  # noqa: A002 - the name that argument parsers use
+    """A field of a config, with its help."""
     return field(default=default, metadata={"help": help})
 
 
@@ -48,79 +49,79 @@ class PruningConfig:
         Traceback (most recent call last):
         ...
         hf_sparse.config.PruningConfigError: the pruning config has 2 faults:
-          - criterion is "magnitud": known are gradient, magnitude, movement, random, snip, snip_momentum, taylor, \
-wanda. Did you mean "magnitude"?
+          - criterion is "magnitud": known are fisher, gradient, magnitude, movement, random, snip, snip_momentum, \
+taylor, wanda. Did you mean "magnitude"?
           - target_sparsity is 1.5: it must be a number from 0 to 1 (0.8 prunes 80%).
     """
 
-    target_sparsity: float | None = _option(
+    target_sparsity: float | None = option(
         None,
         "Share of the selected weights to prune, from 0 to 1. Left out: nothing is pruned, or what the pattern "
         "implies (0.5 for 2:4).",
     )
-    pattern: str = _option(
+    pattern: str = option(
         "unstructured",
         'What falls together: "unstructured", "N:M" (2:4 keeps 2 of every 4), "RxC" blocks (4x1), "channel" (output '
         'rows), "channel:in" (input columns).',
     )
-    criterion: str | None = _option(
+    criterion: str | None = option(
         None,
-        "What a weight is worth: magnitude, random, gradient, snip, snip_momentum, taylor, movement, one-shot also "
-        "wanda, or one that you registered. Left out: snip_momentum; one-shot wanda, or what the solver chooses.",
+        "What a weight is worth: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, one-shot "
+        "also wanda, or one that you registered. Left out: snip_momentum; one-shot wanda, or what the solver chooses.",
     )
-    solver: str = _option(
+    solver: str = option(
         "zero",
         "What the weights that survive become: zero leaves them as they are, sparsegpt, one-shot only, makes up for "
         "those that fall.",
     )
-    scope: str | None = _option(
+    scope: str | None = option(
         None,
         "Who competes with whom: row, layer or global. Left out: global, row for wanda, or layer for the channel "
         "patterns, whose units differ in size, and for an allocation other than uniform.",
     )
-    allocation: str = _option(
+    allocation: str = option(
         "uniform",
         "How the target is shared out over layers with scope row or layer: uniform, erdos_renyi, one-shot also owl.",
     )
-    scheduler: str | None = _option(
+    scheduler: str | None = option(
         None,
         "oneshot, iterative, or one that you registered. Left out: oneshot when prune_start equals prune_end, else "
         "iterative.",
     )
-    sparsity_decay_type: str = _option(
+    sparsity_decay_type: str = option(
         "cubic", "Curve of the iterative scheduler from initial_sparsity to the target: cubic, linear, exp, cos, cube."
     )
-    prune_start: float = _option(
+    prune_start: float = option(
         0.0, "First prune step: an optimizer step, or a fraction of training when below 1. 0 is the first step."
     )
-    prune_end: float = _option(
+    prune_end: float = option(
         0.7, "Last prune step, which reaches the target: an optimizer step, or a fraction of training when below 1."
     )
-    prune_every: float = _option(0.01, "Optimizer steps between prune steps, or a fraction of training when below 1.")
-    initial_sparsity: float = _option(0.0, "Sparsity from which the curve starts, from 0 to target_sparsity.")
-    min_sparsity_per_layer: float | None = _option(None, "The least sparsity that any selected layer ends with.")
-    max_sparsity_per_layer: float | None = _option(None, "The largest sparsity that any selected layer may get.")
-    targets: list[str] | None = _option(
+    prune_every: float = option(0.01, "Optimizer steps between prune steps, or a fraction of training when below 1.")
+    initial_sparsity: float = option(0.0, "Sparsity from which the curve starts, from 0 to target_sparsity.")
+    min_sparsity_per_layer: float | None = option(None, "The least sparsity that any selected layer ends with.")
+    max_sparsity_per_layer: float | None = option(None, "The largest sparsity that any selected layer may get.")
+    targets: list[str] | None = option(
         None,
         "Which parameters: globs, or regular expressions after re:, on parameter or module names. Left out: all "
         "prunable weights of the model's body; no embeddings, no task head.",
     )
-    exclude: list[str] | None = _option(None, "Which of those to leave alone: globs or re: regular expressions.")
-    on_indivisible: str = _option(
+    exclude: list[str] | None = option(None, "Which of those to leave alone: globs or re: regular expressions.")
+    on_indivisible: str = option(
         "error", "What to do with a weight that the pattern does not divide: error, or skip (it is named in the log)."
     )
-    keep_zeros: bool = _option(
+    keep_zeros: bool = option(
         False, "Lock the zeros that the selected weights already have, and keep fine-tuning the others."
     )
-    regrow: float = _option(
+    regrow: float = option(
         0.0,
         "Share of the kept weights that each prune step exchanges for pruned ones with the largest gradient, falling "
         "to 0 at the end (0 to 1). Needs a pattern of single weights or blocks with scope layer or global.",
     )
-    pruning_config: str | None = _option(
+    pruning_config: str | None = option(
         None, "A recipe file (.yaml or .json) that sets any of these options, and groups with options of their own."
     )
-    groups: dict[str, Any] | str | None = _option(
+    groups: dict[str, Any] | str | None = option(
         None,
         "Group name -> options for the weights that its targets name; what a group leaves out is as above. Best "
         "written in a recipe file.",
@@ -148,15 +149,20 @@ wanda. Did you mean "magnitude"?
     # Reading and writing
 
     @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The names of the options of pruning, without what a subclass for training adds."""
+        return OPTIONS
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningConfig:
         """A config from keys and values.
 
         Raises:
             PruningConfigError: an unknown key (the nearest known one is named), or any other fault.
         """
-        unknown = _unknown_keys(values, "")
+        unknown = _unknown_keys(values, "", cls.options())
         try:
-            config = cls(**{name: value for name, value in values.items() if name in OPTIONS})
+            config = cls(**{name: value for name, value in values.items() if name in cls.options()})
         except PruningConfigError as error:
             raise PruningConfigError(unknown + error.faults) from None
         if unknown:
@@ -184,11 +190,12 @@ wanda. Did you mean "magnitude"?
         except ValueError as error:
             faults.append(str(error))
             return
-        allowed = tuple(name for name in OPTIONS if name != "pruning_config")
+        allowed = tuple(name for name in self.options() if name != "pruning_config")
         faults += _unknown_keys(values, f"{path}: ", allowed)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in (name for name in allowed if name in values):
             given, value = getattr(self, name), values[name]
-            if given != _DEFAULTS[name] and given != value:
+            if given != defaults[name] and given != value:
                 faults.append(f"{name} is {given!r} in the arguments but {value!r} in {path}: set it in one of them.")
             setattr(self, name, value)
 

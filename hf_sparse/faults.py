@@ -128,22 +128,22 @@ def input_faults(options: Any) -> list[str]:
 
 
 def oneshot_faults(options: Any) -> list[str]:
-    """What means something in training only, and what the solver cannot do."""
-    faults, pattern = [], get_pattern(options.pattern)
-    if options.regrow:
-        faults.append(f"regrow is {options.regrow}, but one prune step regrows nothing: leave it out.")
-    if options.initial_sparsity:
-        faults.append(f"initial_sparsity is {options.initial_sparsity}, but one-shot has one prune step: leave it out.")
-    needs = CRITERIA[options.criterion].needs if options.criterion else "solver"
-    if needs == "solver" and options.scope not in (None, "layer"):
+    """What one-shot pruning cannot do."""
+    faults, criterion = [], CRITERIA[options.criterion] if options.criterion else None
+    if criterion is None and options.scope not in (None, "layer"):
         faults.append(
             f'scope is "{options.scope}", but solver "{options.solver}" chooses within a layer: use scope=layer, or '
             'name a criterion, as in criterion="wanda".'
         )
-    if options.solver != "zero" and not pattern.has_rows and needs == "solver":
+    if criterion is None and not get_pattern(options.pattern).has_rows:
         faults.append(
-            f'solver "{options.solver}" cannot choose for pattern "{options.pattern}": name a criterion, as in '
-            'criterion="wanda".'
+            f'solver "{options.solver}" cannot choose for pattern "{options.pattern}", which leaves nothing in a row '
+            'to make up for it: name a criterion, as in criterion="wanda".'
+        )
+    if getattr(criterion, "decay", 1.0) < 1:
+        faults.append(
+            f'criterion "{options.criterion}" lets later batches count more, which means nothing while weights stand '
+            'still: use criterion="snip".'
         )
     return faults
 

@@ -219,6 +219,10 @@ class Group:
         counts = self._counts(self._wanted(self.target, floors, caps), floors, caps, outliers)
         return {layer.name: count for layer, count in zip(self.layers, counts, strict=True)}
 
+    def pruned_units(self, layer: Layer, weight: torch.Tensor) -> int:
+        """How many units of a layer are zero."""
+        return sum(int(self.pattern.fallen(matrix != 0).sum()) for matrix in layer.matrices(weight.detach()))
+
     def cut_layer(self, scores: LayerScores, count: int) -> None:
         """Prune the lowest units of one layer, `count` in all or, of N:M, as many as the pattern asks for: of each row
         as many (scope row), or wherever they are."""

@@ -241,7 +241,7 @@ class LayerScores:
         """Which units of a part are pruned: those with no weight left."""
         if self.unit_size == 1:
             return (bits == 0).reshape(self.pattern.unit_shape(tuple(bits.shape)))
-        return self.pattern.pool(bits.float()) == 0
+        return self.pattern.fallen(bits)
 
     def _write(self, bits: torch.Tensor, kept_U: torch.Tensor) -> None:
         mask = self.pattern.expand(kept_U, tuple(bits.shape))

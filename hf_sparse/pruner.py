@@ -285,7 +285,7 @@ def build_groups(model: nn.Module, config: PruningConfig, inputs: bool = False) 
     everything = find_layers(model)
     faults: list[str] = []
     groups, skipped, owners = [], [], {}
-    for name, options in config.resolve_groups().items():
+    for name, options in config.resolve_groups(oneshot=inputs).items():
         where = f'group "{name}": ' if config.groups else ""
         layers, problems = select_layers(everything, options.targets, options.exclude)
         problems += [] if inputs else input_faults(options)

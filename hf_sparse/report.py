@@ -14,7 +14,8 @@ from .storage import write_json
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One selected weight: `zeros` of its `weights` are exactly zero."""
+    """One selected weight: `zeros` of its `weights` are exactly zero. `error` is the relative squared error of its
+    outputs on calibration data, where one-shot pruning has measured it."""
 
     name: str
     group: str
@@ -22,6 +23,7 @@ class LayerReport:
     shape: tuple[int, ...]
     weights: int
     zeros: int
+    error: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -75,12 +77,15 @@ class SparsityReport:
         return self.parameter_zeros / self.parameters if self.parameters else 0.0
 
     def __str__(self) -> str:
-        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity")]
+        measured = any(layer.error is not None for layer in self.layers)
+        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", *(["error"] if measured else []))]
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
-            rows.append((layer.name, shape, layer.pattern, *_figures(layer.zeros, layer.weights)))
-        rows.append(("selected", "", "", *_figures(self.zeros, self.selected)))
-        rows.append(("parameters", "", "", *_figures(self.parameter_zeros, self.parameters)))
+            error = ["" if layer.error is None else f"{layer.error:.4f}"] if measured else []
+            rows.append((layer.name, shape, layer.pattern, *_figures(layer.zeros, layer.weights), *error))
+        rest = [""] if measured else []
+        rows.append(("selected", "", "", *_figures(self.zeros, self.selected), *rest))
+        rows.append(("parameters", "", "", *_figures(self.parameter_zeros, self.parameters), *rest))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         aligned = [
             [
@@ -110,7 +115,7 @@ class SparsityReport:
         """The inverse of `to_dict`."""
         names = ("name", "group", "pattern", "weights", "zeros")
         layers = (
-            LayerReport(**{name: layer[name] for name in names}, shape=tuple(layer["shape"]))
+            LayerReport(**{name: layer[name] for name in names}, shape=tuple(layer["shape"]), error=layer.get("error"))
             for layer in values["layers"]
         )
         return cls(tuple(layers), values["parameters"], values["parameter_zeros"], values["target_sparsity"])

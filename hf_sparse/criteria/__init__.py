@@ -1,8 +1,8 @@
 """What a weight is worth. One small file each; importing it here makes it selectable by name."""
 
-from . import gradient, magnitude, movement, random_scores, snip, snip_momentum, taylor, wanda
+from . import fisher, gradient, magnitude, movement, random_scores, snip, snip_momentum, taylor, wanda
 from .criterion import CRITERIA, Criterion, GradientCriterion, register_criterion
 
 
 __all__ = ["CRITERIA", "Criterion", "GradientCriterion", "register_criterion"]
-__all__ += ["gradient", "magnitude", "movement", "random_scores", "snip", "snip_momentum", "taylor", "wanda"]
+__all__ += ["fisher", "gradient", "magnitude", "movement", "random_scores", "snip", "snip_momentum", "taylor", "wanda"]

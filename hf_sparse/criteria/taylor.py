@@ -9,16 +9,14 @@ from .criterion import GradientCriterion, register_criterion
 class Taylor(GradientCriterion):
     """Sum of (w·g)² since the last prune step: the squared first-order change of the loss.
 
-    While weights stand still, as in one-shot pruning, this is w²·(sum of g²): up to a factor that all weights share,
-    Optimal Brain Damage with the diagonal of the empirical Fisher matrix. That is why there is no criterion "fisher".
+    While weights stand still, as in one-shot pruning, it is `fisher`.
 
     Example:
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
         >>> Taylor().saliency(weight, gradient, torch.empty(3))
         tensor([0.2500, 1.0000, 9.0000])
 
-    Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019, eq. 8; the
-    diagonal Fisher: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018.
+    Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019, eq. 8.
     """
 
     def saliency(self, weight, gradient, out):

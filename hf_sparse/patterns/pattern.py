@@ -65,6 +65,10 @@ class Pattern(ABC):
     def pool(self, scores_RPC: torch.Tensor) -> torch.Tensor:
         """Scores of the units of a part: the mean over each unit's weights."""
 
+    def fallen(self, kept_RPC: torch.Tensor) -> torch.Tensor:
+        """Which units of a part have no weight left, from which weights are kept (bool)."""
+        return self.pool(kept_RPC.float()) == 0
+
     @abstractmethod
     def expand(self, keep_U: torch.Tensor, shape_RPC: tuple[int, int, int]) -> torch.Tensor:
         """The mask of a part, of a shape that broadcasts to `shape_RPC`'s weights, from the decision about units."""

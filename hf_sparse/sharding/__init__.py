@@ -2,6 +2,7 @@
 
 from .boxes import Box, boxes_of_range, whole
 from .moves import Load, move
+from .offload import each_parameter, input_device, is_offloaded, onboard
 from .processes import ALONE, OneProcess, all_processes
 from .saved import assemble
 from .shards import Shard, place, shape_of
@@ -17,8 +18,12 @@ __all__ = [
     "all_processes",
     "assemble",
     "boxes_of_range",
+    "each_parameter",
+    "input_device",
     "is_deepspeed",
+    "is_offloaded",
     "move",
+    "onboard",
     "place",
     "shape_of",
     "watch_gradients",

@@ -203,14 +203,9 @@ def _counts(wanted: Wanted, pattern: Pattern, block: int) -> list[int]:
     locked = [0] * len(units)
     if wanted.mask_RC is not None:
         masks = wanted.mask_RC.split(block, dim=1)
-        locked = [int(_fallen(pattern, mask[:, None, :]).sum()) for mask in masks]
+        locked = [int(pattern.fallen(mask[:, None, :]).sum()) for mask in masks]
     total = max(round(wanted.sparsity * sum(units)), sum(locked))
     return apportion(total, [total * count / sum(units) for count in units], locked, units).tolist()
-
-
-def _fallen(pattern: Pattern, kept_RPC: torch.Tensor) -> torch.Tensor:
-    """Which units have no weight left."""
-    return pattern.pool(kept_RPC.float()) == 0
 
 
 def _choose(
@@ -228,7 +223,7 @@ def _choose(
             scores.masked_fill_(~kept, 0.0)
         scores_U = pattern.pool(scores).float()
         if locked:
-            scores_U = scores_U.masked_fill(_fallen(pattern, kept), -torch.inf)
+            scores_U = scores_U.masked_fill(pattern.fallen(kept), -torch.inf)
         scores_U = scores_U.contiguous()
         cut = lowest(TensorScores(scores_U), count)
         protected = keep(scores_U.view(-1), cut, cut.ties)[0].view(scores_U.shape)

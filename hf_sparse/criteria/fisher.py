@@ -1,0 +1,29 @@
+"""The diagonal of the Fisher information."""
+
+import torch
+
+from .criterion import GradientCriterion, register_criterion
+
+
+@register_criterion("fisher")
+class Fisher(GradientCriterion):
+    """w²·(sum of g² since the last prune step): Optimal Brain Damage with the diagonal of the empirical Fisher matrix
+    in place of the Hessian's, up to a factor that all weights share. While weights stand still, as in one-shot
+    pruning, it is `taylor`.
+
+    Example:
+        >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
+        >>> Fisher().saliency(weight, gradient, torch.empty(3))
+        tensor([0.2500, 0.2500, 1.0000])
+        >>> Fisher().score(weight, torch.tensor([0.25, 0.25, 1.0]))
+        tensor([0.2500, 1.0000, 9.0000])
+
+    Reference: LeCun et al., "Optimal Brain Damage", 1989, eq. 5; Theis et al., "Faster gaze prediction with dense
+    networks and Fisher pruning", 2018, eq. 10.
+    """
+
+    def saliency(self, weight, gradient, out):
+        return torch.square(gradient, out=out)
+
+    def score(self, weight, stat):
+        return weight.detach().float().square().mul_(stat)

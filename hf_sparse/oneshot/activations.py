@@ -1,0 +1,61 @@
+"""What blocks have given for each batch, kept where it does not crowd out the model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from ..storage import open_tensors, write_tensors
+
+
+PLACES = ("device", "cpu", "disk")
+
+
+class Activations:
+    """A list of structures of tensors (what a module returns), one for each batch.
+
+    Args:
+        place: "device", where they were made; "cpu"; or "disk", in a folder for temporary files (TMPDIR) that goes
+            with this object.
+
+    Example:
+        >>> kept = Activations("disk")
+        >>> kept[0] = (torch.tensor([1.0]), None)
+        >>> kept[0]
+        (tensor([1.]), None)
+    """
+
+    def __init__(self, place: str = "cpu"):
+        if place not in PLACES:
+            raise ValueError(f'activations are kept in "{place}": it must be {", ".join(PLACES)}.')
+        self._place = place
+        self._kept: dict[int, tuple] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="hf_sparse-") if place == "disk" else None
+
+    def __setitem__(self, index: int, structure: Any) -> None:
+        leaves, layout = _pytree.tree_flatten(structure)
+        devices = [leaf.device if torch.is_tensor(leaf) else None for leaf in leaves]
+        if self._place == "cpu":
+            leaves = [leaf.to("cpu") if torch.is_tensor(leaf) else leaf for leaf in leaves]
+        elif self._place == "disk":
+            tensors = {str(number): leaf for number, leaf in enumerate(leaves) if torch.is_tensor(leaf)}
+            write_tensors(self._file(index), tensors, {})
+            leaves = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
+        self._kept[index] = leaves, layout, devices
+
+    def __getitem__(self, index: int) -> Any:
+        leaves, layout, devices = self._kept[index]
+        if self._place == "disk":
+            tensors, _ = open_tensors(self._file(index))
+            leaves = [
+                leaf if device is None else tensors[str(n)] for n, (leaf, device) in enumerate(zip(leaves, devices))
+            ]
+        moved = [leaf if device is None else leaf.to(device) for leaf, device in zip(leaves, devices, strict=True)]
+        return _pytree.tree_unflatten(moved, layout)
+
+    def _file(self, index: int) -> Path:
+        return Path(self._folder.name) / f"{index}.safetensors"

@@ -1,0 +1,145 @@
+"""What can be wrong with a one-shot run, told before anything is pruned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..config import PruningConfigError
+from ..group import Group
+from ..sharding import is_offloaded, place
+from ..solvers import SOLVERS
+from ..targets import Layer
+from .batches import count_tokens, is_padded
+from .config import OneshotConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+def decided_on_dense(group: Group) -> bool:
+    """Whether the group's masks are decided for all its layers together."""
+    return group.scope == "global" and group.criterion is not None
+
+
+def looks_at_inputs(group: Group) -> bool:
+    """Whether the group's layers are pruned when what reaches them is known."""
+    if not group.target:
+        return False
+    by_inputs = group.criterion is not None and group.criterion.needs == "inputs" and not decided_on_dense(group)
+    return group.criterion is None or by_inputs or SOLVERS[group.options.solver].needs == "gram"
+
+
+def needs_survey(group: Group) -> bool:
+    """Whether inputs in the dense model matter before anything is pruned."""
+    ranked = decided_on_dense(group) and group.criterion.needs == "inputs"
+    return bool(group.target) and (ranked or group.options.allocation == "owl")
+
+
+def check_run(
+    model: nn.Module, config: OneshotConfig, groups: Sequence[Group], batches: Sequence[Any], processes: int
+) -> None:
+    """Raise with every fault, and warn of too little data.
+
+    Raises:
+        PruningConfigError: all faults together.
+        NotImplementedError: the weights are split over processes.
+    """
+    shards, _ = place(dict(model.named_parameters()))
+    split = next((name for name, shard in shards.items() if shard.strategy is not None), None)
+    if split is not None:
+        raise NotImplementedError(
+            f'"{split}" is split over processes: one-shot pruning takes whole weights, on each process or offloaded.'
+        )
+    faults = []
+    if not any(group.target for group in groups):
+        faults.append("there is nothing to prune: give target_sparsity, or a pattern that implies it.")
+    faults += _data_faults(groups, batches, processes)
+    observed = [layer for group in groups if looks_at_inputs(group) or needs_survey(group) for layer in group.layers]
+    faults += _layer_faults(observed, config, batches)
+    if is_offloaded(model):
+        faults += _offload_faults(groups, config)
+    faults += _rank_faults(config, groups, batches)
+    if faults:
+        raise PruningConfigError(faults)
+
+
+def _data_faults(groups: Sequence[Group], batches: Sequence[Any], processes: int) -> list[str]:
+    for group in groups:
+        if looks_at_inputs(group) or needs_survey(group) or group.observes_gradients:
+            what = f'criterion "{group.options.criterion}"' if group.options.criterion else ""
+            if not what or SOLVERS[group.options.solver].needs == "gram":
+                what = f'solver "{group.options.solver}"'
+            if not batches:
+                return [f"{what} needs calibration data, but there is none: give batches of it."]
+            if len(batches) < processes:
+                return [
+                    f"{len(batches)} calibration batches are too few for {processes} processes: make smaller batches."
+                ]
+    return []
+
+
+def _layer_faults(layers: Sequence[Layer], config: OneshotConfig, batches: Sequence[Any]) -> list[str]:
+    faults = []
+    convolved = [layer.module for layer in layers if layer.kind == "conv2d"]
+    if convolved:
+        faults.append(
+            f'inputs of convolutions are not observed, but "{convolved[0]}" is one: leave it out with '
+            f'exclude=["{convolved[0]}"], or use criterion="magnitude".'
+        )
+    experts = [layer.module for layer in layers if layer.expert_dim is not None]
+    if experts and config.forwards == 1:
+        faults.append("forwards=1 does not go with fused experts, which run one after the other: use forwards=2.")
+    padded = next((index for index, batch in enumerate(batches) if is_padded(batch)), None)
+    if experts and padded is not None:
+        faults.append(
+            f'padding cannot be told from tokens once they are dealt out to experts, as in "{experts[0]}", but '
+            f"calibration batch {padded} has some: cut the data into blocks of one length."
+        )
+    return faults
+
+
+def _offload_faults(groups: Sequence[Group], config: OneshotConfig) -> list[str]:
+    faults = []
+    for group in groups:
+        if group.observes_gradients:
+            faults.append(
+                f'criterion "{group.options.criterion}" needs gradients, but some weights are offloaded: use '
+                'criterion="wanda", or a device that holds the model.'
+            )
+        elif decided_on_dense(group):
+            faults.append('scope "global" needs all weights at once, but some are offloaded: use scope=layer.')
+    if not config.sequential:
+        faults.append("sequential=False needs all weights at once, but some are offloaded: leave it out.")
+    return faults
+
+
+def _rank_faults(config: OneshotConfig, groups: Sequence[Group], batches: Sequence[Any]) -> list[str]:
+    """Too few tokens for a Gram matrix of full rank: what a solver then does is up to the dampening."""
+    solved = [layer for group in groups if _uses_gram(group) for layer in group.layers if layer.expert_dim is None]
+    tokens = sum(count_tokens(batch) for batch in batches)
+    poor = [layer for layer in solved if layer.matrix_shape[2] > tokens > 0]
+    if not poor:
+        return []
+    widest = max(poor, key=lambda layer: layer.matrix_shape[2])
+    columns = widest.matrix_shape[2]
+    text = (
+        f"calibration data of {tokens:,} tokens is too little for Gram matrices of full rank: {len(poor)} weights "
+        f'have more inputs, such as "{widest.name}" with {columns:,}.'
+    )
+    if config.dampening == 0:
+        return [f"{text} Give {columns:,} tokens or more, several times as many for good results, or dampening=0.01."]
+    logger.warning(
+        "%s What it does not show is taken for noise of %g times the mean square of the inputs (dampening), along "
+        "which weights make up for nothing. More data makes the result better.",
+        text,
+        config.dampening,
+    )
+    return []
+
+
+def _uses_gram(group: Group) -> bool:
+    return bool(group.target) and SOLVERS[group.options.solver].needs == "gram"

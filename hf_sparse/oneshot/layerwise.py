@@ -1,0 +1,198 @@
+"""Layers decided and solved one after the other, each from what has been seen of its inputs.
+
+Shapes: R rows, C inputs of a matrix; E experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..allocations import apportion, outlier_share
+from ..criteria import CRITERIA
+from ..group import Group
+from ..layer_scores import LayerScores
+from ..sharding import Shard
+from ..solvers import SOLVERS, Factor, Solver, Wanted
+from ..stats import Gram
+from ..targets import Layer
+from .feeds import Feed
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Layerwise:
+    """Prunes single layers in place.
+
+    Args:
+        groups: name of a layer -> its group.
+        quotas: name of a layer -> how many of its units are to be zero in all.
+        masks: name of a layer -> mask (bool, of the weight's shape) decided before; others are decided here.
+        dampening: see `Factor`.
+        block: columns that a solver settles together.
+        on_unreached: "error", or "magnitude" for matrices that no token has reached.
+    """
+
+    groups: Mapping[str, Group]
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    dampening: float = 0.01
+    block: int = 128
+    on_unreached: str = "error"
+
+    def settle(self, feeds: Sequence[Feed], parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Prune the layers that the feeds feed. The feeds must be all of those layers, and are used up.
+
+        Args:
+            parameters: name of a layer -> its weight, which is written to.
+
+        Returns: of each layer the error ‖XWᵀ - XŴᵀ‖² / ‖XWᵀ‖² of its outputs over the tokens set aside.
+
+        Raises:
+            ValueError: no token has reached a matrix; weights, inputs or sums are not finite; what `Factor` refuses.
+        """
+        self._check_reached(feeds)
+        layers = list(dict.fromkeys(layer for feed in feeds for layer in feed.layers))
+        kept = {layer.name: self._decide(layer, feeds, parameters[layer.name]) for layer in layers}
+        shares = {layer.name: self._shares(layer, kept[layer.name]) for layer in layers}
+        errors = {layer.name: np.zeros(2) for layer in layers}
+        for feed in feeds:
+            self._solve(feed, parameters, kept, shares, errors)
+            feed.stat = feed.sample = None
+        return {name: float(error / size) if size else 0.0 for name, (error, size) in errors.items()}
+
+    def prune(self, layer: Layer, weight: torch.Tensor) -> None:
+        """Prune a layer that needs nothing of its inputs, in place."""
+        kept = self._decide(layer, (), weight)
+        if kept is not None:
+            weight.detach().masked_fill_(~kept, 0.0)
+
+    def outliers(
+        self, feeds: Sequence[Feed], layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]
+    ) -> dict[str, float]:
+        """Each layer's share of outliers: that of all `layers` of its group together."""
+        self._check_reached(feeds)
+        shares, wanda = {}, CRITERIA["wanda"]()
+        for group in dict.fromkeys(self.groups[layer.name] for layer in layers):
+            own = [layer for layer in layers if self.groups[layer.name] is group]
+            scores = [wanda.score(parameters[layer.name], norms_of(layer, feeds)) for layer in own]
+            shares |= dict.fromkeys((layer.name for layer in own), outlier_share(scores))
+        return shares
+
+    def _check_reached(self, feeds: Sequence[Feed]) -> None:
+        idle = [feed for feed in feeds if not feed.stat.count]
+        if idle and self.on_unreached == "error":
+            raise ValueError(
+                f"no token of the calibration data reaches {len(idle)} of {len(feeds)} inputs, such as that of "
+                f'"{idle[0].name}": give more data, set on_unreached="magnitude" to prune these by magnitude, or '
+                f'leave the weight out, as with exclude=["{idle[0].layers[0].module}"].'
+            )
+        for feed in idle:  # with inputs all alike, what is left of any criterion is the weight
+            logger.warning('no token reaches "%s": it is pruned by magnitude.', feed.name)
+            total = feed.stat.total
+            total.copy_(torch.eye(len(total)) if isinstance(feed.stat, Gram) else torch.ones(len(total)))
+            feed.stat.count = len(total)
+
+    # Which weights
+
+    def _decide(self, layer: Layer, feeds: Sequence[Feed], weight: torch.Tensor) -> torch.Tensor | None:
+        """What is kept, bool of the weight's shape; None where the solver chooses and nothing is locked."""
+        group = self.groups[layer.name]
+        if layer.name in self.masks:
+            return self.masks[layer.name].to(weight.device)
+        locked = weight != 0 if group.options.keep_zeros else None
+        if group.criterion is None or not group.target:
+            return locked
+        bits = torch.full(weight.shape, -1, dtype=torch.int8, device=weight.device)
+        if locked is not None:
+            bits.copy_(locked).neg_()
+        stat = None
+        if group.criterion.needs == "inputs":
+            stat = norms_of(layer, feeds).expand(layer.shape)
+        elif group.criterion.needs == "gradient":
+            stat = group.stats[layer.name].total
+        scores = LayerScores(
+            layer, group.criterion, group.pattern, Shard(weight), bits, stat, scattered=group.scope != "row"
+        )
+        group.cut_layer(scores, self.quotas[layer.name])
+        return bits != 0
+
+    def _shares(self, layer: Layer, kept: torch.Tensor | None) -> list[float | None]:
+        """Of each matrix the share of units that the solver is to choose; None where a mask says it all."""
+        group = self.groups[layer.name]
+        matrices = layer.numel // torch.Size(layer.matrix_shape).numel()
+        if group.criterion is not None or layer.name in self.masks or not group.target:
+            return [None] * matrices
+        if group.pattern.max_sparsity < 1:
+            return [group.pattern.max_sparsity] * matrices
+        units = torch.Size(group.pattern.unit_shape(layer.matrix_shape)).numel()
+        locked = (
+            [0] * matrices
+            if kept is None
+            else [int(group.pattern.fallen(part).sum()) for part in layer.matrices(kept)]
+        )
+        total = max(self.quotas[layer.name], sum(locked))
+        return [count / units for count in apportion(total, [total / matrices] * matrices, locked, [units] * matrices)]
+
+    # What becomes of the others
+
+    def _solve(self, feed: Feed, parameters, kept, shares, errors) -> None:
+        """Settle the matrices of one feed, those of one solver together."""
+        number = feed.expert or 0
+        matrices = {layer: layer.matrices(parameters[layer.name])[number][:, 0] for layer in feed.layers}
+        factor = None
+        for name in dict.fromkeys(self.groups[layer.name].options.solver for layer in feed.layers):
+            solver = get_solver(name, self.block)
+            own = [layer for layer in feed.layers if self.groups[layer.name].options.solver == name]
+            wanted = [self._wanted(layer, matrices[layer], kept, shares, number) for layer in own]
+            chosen = [(layer, each) for layer, each in zip(own, wanted, strict=True) if each is not None]
+            if solver.needs == "gram" and chosen and factor is None:
+                factor = self._factor(feed)
+            stat = factor if solver.needs == "gram" else None
+            solved = solver.solve_together([each for _, each in chosen], stat) if chosen else []
+            for (layer, _), (weight, _) in zip(chosen, solved, strict=True):
+                errors[layer.name] += _output_error(matrices[layer], weight, feed.sample)
+                matrices[layer].copy_(weight)
+
+    def _wanted(self, layer: Layer, weight_RC: torch.Tensor, kept, shares, number: int) -> Wanted | None:
+        mask, share = kept[layer.name], shares[layer.name][number]
+        if mask is None and share is None:
+            return None
+        mask_RC = None if mask is None else layer.matrices(mask)[number][:, 0]
+        return Wanted(weight_RC, mask_RC, None if share is None else self.groups[layer.name].pattern, share)
+
+    def _factor(self, feed: Feed) -> Factor:
+        try:
+            factor = Factor(feed.stat, self.dampening)
+        except ValueError as error:
+            raise ValueError(f'inputs of "{feed.name}": {error}') from error
+        feed.stat = None  # its memory is free for the solver
+        return factor
+
+
+def get_solver(name: str, block: int) -> Solver:
+    """The solver of that name, which settles `block` columns together if it asks how many."""
+    solver = SOLVERS[name]
+    return solver(block=block) if "block" in inspect.signature(solver).parameters else solver()
+
+
+def norms_of(layer: Layer, feeds: Sequence[Feed]) -> torch.Tensor:
+    """The norm of each weight's input, of a shape that broadcasts to the weight's."""
+    own = [feed.stat.norms for feed in feeds if layer in feed.layers]
+    norms = torch.stack(own) if layer.expert_dim is not None else own[0]
+    return norms.unsqueeze(layer.row_dim)
+
+
+def _output_error(old_RC: torch.Tensor, new_RC: torch.Tensor, x_TC: torch.Tensor | None) -> np.ndarray:
+    """The squared change of the outputs, and their square."""
+    if x_TC is None:
+        return np.zeros(2)
+    old, new = old_RC.detach().float(), new_RC.float()
+    return np.array([float((x_TC @ (old - new).t()).square().sum()), float((x_TC @ old.t()).square().sum())])

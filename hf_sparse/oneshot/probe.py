@@ -1,0 +1,208 @@
+"""One forward that is looked at before anything is pruned: in which order a model calls its blocks and layers, which
+layers get the same input, and whether the blocks can be gone through one after the other."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from ..targets import Layer
+from .batches import count_tokens, first_row
+from .blocks import Stage, Walk, find_stacks, is_within
+
+
+REMEDY = "Prune all layers at once, from the inputs that they have in the dense model, with sequential=False."
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the forward showed.
+
+    Args:
+        stages: in the order in which they are pruned.
+        leaders: module of a layer -> the first module of the same stage that gets the same input.
+        last: stage -> the module of its layers that is called last, if nothing of the stage is called twice.
+        tokens: how many the forward was of, and the `seconds` that it took.
+    """
+
+    stages: list[Stage]
+    leaders: dict[str, str]
+    last: dict[str, str]
+    tokens: int
+    seconds: float
+
+
+def look(model: nn.Module, layers: Sequence[Layer], batch: Any, sequential: bool) -> Probe:
+    """Run the model once on (the first row of) a batch and, if it is to be gone through block by block, once more in
+    that way, to see that every block gets what it got.
+
+    Raises:
+        ValueError: layers that the forward does not reach; no blocks, blocks that run several times, or that read more
+            than the blocks before them pass on.
+    """
+    batch = first_row(batch)
+    stacks = find_stacks(model, layers) if sequential else {}
+    if sequential and not stacks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks (an nn.ModuleList or nn.Sequential) that hold what is to "
+            f"be pruned. {REMEDY}"
+        )
+    block_of = {block: stack for stack, blocks in stacks.items() for block in blocks}
+    calls = _Calls(model, layers, block_of)
+    with Walk(model, [batch], "device") as walk:
+        with calls:
+            start = time.perf_counter()
+            walk.forward(0)
+            seconds = time.perf_counter() - start
+        _check_reached(layers, calls.count)
+        stages = _stages(layers, calls, block_of)
+        _check_chain(walk, stages, calls)
+    last = {stage.name: _last(stage, calls) for stage in stages}
+    last = {name: module for name, module in last.items() if module is not None}
+    return Probe(stages, calls.leaders(), last, count_tokens(batch), seconds)
+
+
+class _Calls:
+    """Watches a forward: calls of blocks and of modules that hold layers, in order."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], block_of: Mapping[str, str]):
+        self._model, self._block_of = model, block_of
+        self._holders = list(dict.fromkeys(layer.module for layer in layers))
+        self.order: list[str] = []
+        self.count: Counter[str] = Counter()
+        self.fingerprints: dict[str, list] = {}
+        self._seen: dict[tuple, tuple] = {}
+        self._shares: dict[str, str] = {}
+
+    def __enter__(self) -> _Calls:
+        self._handles = ExitStack()
+        for name in dict.fromkeys([*self._block_of, *self._holders]):
+            hook = self._hook(name)
+            handle = self._model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+            self._handles.callback(handle.remove)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._handles.close()
+        self._seen.clear()
+
+    def _hook(self, name: str):
+        holds = name in self._holders
+
+        def called(module, args, kwargs):
+            self.count[name] += 1
+            self.order.append(name)
+            if name in self._block_of:
+                self.fingerprints[name] = fingerprint((args, kwargs))
+            if holds:
+                self._shares[name] = self._first_with(name, next(iter((*args, *kwargs.values()))))
+
+        return called
+
+    def _first_with(self, name: str, x: torch.Tensor) -> str:
+        """The first module of the same block that got the very same numbers."""
+        block = self.block(name)
+        key = (block, x.data_ptr(), x.shape[-1], x.numel())
+        known, version, leader = self._seen.get(key, (None, None, None))
+        if known is not None and known() is not None and version == x._version:
+            return leader
+        self._seen[key] = weakref.ref(x), x._version, name
+        return name
+
+    def block(self, name: str) -> str | None:
+        """The block that a module is in."""
+        return next((block for block in self._block_of if is_within(name, block)), None)
+
+    def leaders(self) -> dict[str, str]:
+        """Whose input is whose; nobody's but its own for what is called twice, or follows such."""
+        twice = {name for name in self._shares if self.count[name] > 1}
+        twice |= {leader for name, leader in self._shares.items() if name in twice}
+        return {name: name if leader in twice or name in twice else leader for name, leader in self._shares.items()}
+
+
+def fingerprint(structure: Any) -> list[tuple]:
+    """A few numbers of each float tensor, by which to know it again."""
+    tensors = [leaf for leaf in _pytree.tree_leaves(structure) if torch.is_tensor(leaf) and leaf.is_floating_point()]
+    found = []
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 64)].double().nan_to_num().clamp(-1e30, 1e30)
+        found.append((tuple(tensor.shape), some.cpu()))  # what is not finite is told where it is summed up
+    return found
+
+
+def _alike(left: list[tuple], right: list[tuple]) -> bool:
+    if [shape for shape, _ in left] != [shape for shape, _ in right]:
+        return False
+    return all(
+        float((one - other).norm()) <= 1e-2 * float(one.norm())
+        for (_, one), (_, other) in zip(left, right, strict=True)
+    )
+
+
+def _check_reached(layers: Sequence[Layer], count: Counter[str]) -> None:
+    idle = [layer.module for layer in layers if not count[layer.module]]
+    if idle:
+        raise ValueError(
+            f"{len(idle)} of {len(layers)} selected weights are never reached by a forward on the calibration data, "
+            f"such as {', '.join(idle[:3])}: nothing is known of their inputs. Leave them out, as with "
+            f'exclude=["{idle[0]}"], or give calibration data that reaches them.'
+        )
+
+
+def _stages(layers: Sequence[Layer], calls: _Calls, block_of: Mapping[str, str]) -> list[Stage]:
+    """Blocks in the order of their calls, up to the last that matters, and before and after them what is outside."""
+    blocks = [name for name in dict.fromkeys(calls.order) if name in block_of]
+    inside: dict[str | None, list[Layer]] = {}
+    for layer in layers:
+        inside.setdefault(calls.block(layer.module), []).append(layer)
+    outside = inside.pop(None, [])
+    if not blocks:
+        return [Stage("the whole model", tuple(outside))]
+    start = calls.order.index(blocks[0])
+    early = [layer for layer in outside if layer.module in calls.order[:start]]
+    late = [layer for layer in outside if layer not in early]
+    stages = [Stage(block, tuple(inside.get(block, ())), block_of[block]) for block in blocks]
+    while not late and not stages[-1].layers:
+        stages.pop()
+    if early:
+        stages.insert(0, Stage("before the blocks", tuple(early), until=blocks[0]))
+    return [*stages, Stage("after the blocks", tuple(late))] if late else stages
+
+
+def _check_chain(walk: Walk, stages: Sequence[Stage], calls: _Calls) -> None:
+    """See that each block of a walk gets what it gets in a forward."""
+    twice = [stage.name for stage in stages if stage.stack is not None and calls.count[stage.name] > 1]
+    if twice:
+        raise ValueError(f'block "{twice[0]}" runs {calls.count[twice[0]]} times in one forward. {REMEDY}')
+    for stage in (stage for stage in stages if stage.stack is not None):
+        got = []
+
+        def watch(module, args, kwargs, got=got):
+            got.append(fingerprint((args, kwargs)))
+
+        handle = walk.model.get_submodule(stage.name).register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            walk.pass_on(stage)
+        finally:
+            handle.remove()
+        if not _alike(calls.fingerprints[stage.name], got[0]):
+            raise ValueError(
+                f'block "{stage.name}" reads more than what the blocks before it pass on to each other. {REMEDY}'
+            )
+
+
+def _last(stage: Stage, calls: _Calls) -> str | None:
+    holders = {layer.module for layer in stage.layers}
+    if not holders or any(calls.count[name] > 1 for name in holders):
+        return None
+    return [name for name in calls.order if name in holders][-1]
