@@ -19,7 +19,7 @@ FLOORS = [
     {"schedulers", "stats", "patterns", "report"},
     {"criteria", "solvers", "allocations"},
     {"faults", "config", "bands", "layer_scores", "group"},
-    {"pruner", "plots", "model_card", "training_args", "checkpoints", "adapters", "state_files"},
+    {"pruner", "plots", "model_card", "training_args", "checkpoints", "adapters", "state_files", "inspection"},
     {"callback", "oneshot"},
     {"trainer"},
     {"cli"},
