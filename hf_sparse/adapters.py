@@ -18,6 +18,7 @@ from torch import nn
 
 from .masks import MaskStore
 from .registry import nearest
+from .report import table
 from .targets import find_layers, plain_name
 
 
@@ -84,10 +85,7 @@ class MergeReport:
             rows.append(
                 (layer.name, f"{layer.zeros:,}", f"{layer.weights:,}", f"{layer.masked:,}", f"{layer.lost:.1%}")
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-        )
+        return table(rows, left=1)
 
 
 def merge_and_unload(

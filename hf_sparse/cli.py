@@ -1,6 +1,6 @@
 """`hf-sparse`: thin commands, whose work lives in the rooms below. Torch is imported when a command needs it."""
 
-from pathlib import Path
+import json
 from typing import Annotated
 
 import typer
@@ -30,14 +30,52 @@ def _commands() -> None:
 
 @app.command()
 def report(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file, or a directory with model.safetensors.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="A .safetensors file, a directory with a checkpoint, or the name of a model on the Hub."),
+    ],
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="A checkpoint made from the first, by fine-tuning say: exit with 1 unless its zeros stayed."
+        ),
+    ] = None,
+    min_sparsity: Annotated[
+        float | None, typer.Option(help="Exit with 1 unless this share of the selected weights is zero, from 0 to 1.")
+    ] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(help="Exit with 1 unless all selected weights hold this pattern: 2:4, 4x1, channel, channel:in."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Exit with 1 unless the weights are as pruning_report.json says.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all tensors.")] = False,
 ) -> None:
-    """Say how much of a checkpoint is zero, without building its model."""
-    from .inspection import count_by_tensor
+    """Say how much of a checkpoint is zero and in which structure, without building its model.
 
-    path = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
-    for name, (zeros, values) in count_by_tensor(path).items():
-        typer.echo(f"{name}: {zeros:,} of {values:,} are zero")
+    Reads safetensors files part by part. Selected are the weights that pruning_report.json beside them names; without
+    one, those that look prunable by name and shape. Exit codes: 0 all is well, 1 a check failed, 2 it cannot be read.
+    """
+    from .inspection import compare_checkpoints, inspect_checkpoint, unmet_expectations
+
+    if compare is not None:
+        if min_sparsity is not None or expect is not None or verify:
+            raise ValueError(
+                "--compare does not go with --min-sparsity, --expect and --verify: run them by themselves."
+            )
+        found = compare_checkpoints(checkpoint, compare, revision)
+        lost = f"{found.total.lost:,} zeros of {checkpoint} are not zero in {compare}."
+        unmet = [] if found.kept_all else [lost]
+    else:
+        found = inspect_checkpoint(checkpoint, revision)
+        unmet = unmet_expectations(found, min_sparsity, expect, verify)
+    typer.echo(json.dumps(found.to_dict() | {"unmet": unmet}, indent=2) if as_json else str(found))
+    for line in unmet:
+        typer.echo(f"hf-sparse: {line}", err=True)
+    if unmet:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,19 +82,11 @@ class SparsityReport:
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
             error = ["" if layer.error is None else f"{layer.error:.4f}"] if measured else []
-            rows.append((layer.name, shape, layer.pattern, *_figures(layer.zeros, layer.weights), *error))
+            rows.append((layer.name, shape, layer.pattern, *figures(layer.zeros, layer.weights), *error))
         rest = [""] if measured else []
-        rows.append(("selected", "", "", *_figures(self.zeros, self.selected), *rest))
-        rows.append(("parameters", "", "", *_figures(self.parameter_zeros, self.parameters), *rest))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        aligned = [
-            [
-                cell.ljust(width) if index < 3 else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(row, widths))
-            ]
-            for row in rows
-        ]
-        return "\n".join("  ".join(row).rstrip() for row in aligned)
+        rows.append(("selected", "", "", *figures(self.zeros, self.selected), *rest))
+        rows.append(("parameters", "", "", *figures(self.parameter_zeros, self.parameters), *rest))
+        return table(rows, left=3)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, the derived figures included."""
@@ -125,9 +117,26 @@ class SparsityReport:
         write_json(path, self.to_dict())
 
 
-def _figures(zeros: int, weights: int) -> tuple[str, str, str]:
+def figures(zeros: int, weights: int) -> tuple[str, str, str]:
+    """Zeros, weights and the share of the one in the other, as they are printed."""
     share = zeros / weights if weights else 0.0
     return f"{zeros:,}", f"{weights:,}", f"{share:.2%}"
+
+
+def table(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Rows in aligned columns, the first `left` of them to the left and the others to the right.
+
+    Example:
+        >>> print(table([("layer", "zeros"), ("a.weight", "8")], left=1))
+        layer     zeros
+        a.weight      8
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = (
+        [cell.ljust(width) if column < left else cell.rjust(width) for column, (cell, width) in enumerate(cells)]
+        for cells in (zip(row, widths, strict=True) for row in rows)
+    )
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def count_zeros(tensor: torch.Tensor) -> int:

@@ -1,12 +1,20 @@
-"""Checkpoints read from their files, tensor by tensor: no model is built."""
+"""Checkpoints read from their safetensors files, part by part and without building the model.
 
-from pathlib import Path
+`files` finds them, `checkpoint` reads their headers, `layouts` says what a tensor is likely to be, `tiles` reads
+values in bounded parts, `structure` sees what zeros have in common; `contents` and `compare` put it together.
+"""
 
-from ..report import count_zeros
-from ..storage import open_tensors
+from .compare import Comparison, compare_checkpoints
+from .contents import CheckpointContents, inspect_checkpoint
+from .expectations import unmet_expectations
+from .files import InspectionError
 
 
-def count_by_tensor(path: Path) -> dict[str, tuple[int, int]]:
-    """The zeros and the values of each tensor in a safetensors file."""
-    tensors, _ = open_tensors(path)
-    return {name: (count_zeros(tensors[name]), tensors[name].numel()) for name in sorted(tensors)}
+__all__ = [
+    "CheckpointContents",
+    "Comparison",
+    "InspectionError",
+    "compare_checkpoints",
+    "inspect_checkpoint",
+    "unmet_expectations",
+]
