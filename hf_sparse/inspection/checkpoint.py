@@ -88,6 +88,13 @@ def open_checkpoint(place: str | Path, revision: str | None = None) -> Checkpoin
                 f"{file} is cut short or is no safetensors file: {error}. Copy or download it again."
             ) from error
     folder = files[0].parent
+    for index in folder.glob("*.index.json") if len(files) > 1 else ():
+        absent = read_json(index).get("weight_map", {}).keys() - tensors.keys()
+        if absent:
+            raise InspectionError(
+                f"{index} names {len(absent)} tensors that are not in its files, such as {min(absent)}: copy or "
+                "download the checkpoint again."
+            )
     return Checkpoint(
         str(place),
         tuple(files),

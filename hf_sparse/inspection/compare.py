@@ -112,12 +112,12 @@ def compare_checkpoints(first: str | Path, second: str | Path, revision: str | N
     one, two = open_checkpoint(first, revision), open_checkpoint(second)
     prefix = _prefix(one, two)
     others = {_renamed(name, prefix): tensor for name, tensor in two.tensors.items()}
-    selected_by, selected = selection(one)
+    selected = selection(one)
     return Comparison(
         one.place,
         two.place,
-        selected_by,
-        tuple(_compare(tensor, others.get(name)) for name, tensor in one.tensors.items() if name in selected),
+        selected.known_by,
+        tuple(_compare(tensor, others.get(name)) for name, tensor in one.tensors.items() if name in selected.names),
         tuple(name for name in one.tensors if name not in others),
         tuple(tensor.name for name, tensor in others.items() if name not in one.tensors),
         prefix,

@@ -14,7 +14,7 @@ import torch
 from ..report import LayerReport, SparsityReport, figures, table
 from ..targets import Layer
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from .layouts import MATRIX_DIMS, layouts, selection, tied_names
+from .layouts import MATRIX_DIMS, Selection, layouts, selection, tied_names
 from .structure import Scan, Structure, readable_pattern
 from .tiles import read_tiles, tiles
 
@@ -215,12 +215,12 @@ def inspect_checkpoint(place: str | Path, revision: str | None = None) -> Checkp
     Memory: a few times 2**21 values, whatever the size of the checkpoint.
     """
     checkpoint = open_checkpoint(place, revision)
-    selected_by, selected = selection(checkpoint)
+    selected = selection(checkpoint)
     kinds = layouts(checkpoint.tensors)
     contents, alike, not_counted = [], defaultdict(list), {}
     for tensor in checkpoint.tensors.values():
         if tensor.is_float:
-            found, digest = _contents_of(tensor, kinds[tensor.name], tensor.name in selected)
+            found, digest = _contents_of(tensor, kinds[tensor.name], tensor.name in selected.names)
             contents.append(found)
             if digest:
                 alike[tensor.dtype, tensor.shape, digest].append(tensor.name)
@@ -230,13 +230,13 @@ def inspect_checkpoint(place: str | Path, revision: str | None = None) -> Checkp
     return CheckpointContents(
         place=checkpoint.place,
         files=checkpoint.files,
-        selected_by=selected_by,
+        selected_by=selected.known_by,
         tensors=tuple(contents),
         not_counted=dict(sorted(not_counted.items())),
         duplicates=tuple(tuple(names) for names in alike.values() if len(names) > 1),
         tied=tied_names(checkpoint),
         stored=checkpoint.report,
-        differences=tuple(_differences(checkpoint, {tensor.name: tensor for tensor in contents})),
+        differences=tuple(_differences(checkpoint, selected, {tensor.name: tensor for tensor in contents})),
     )
 
 
@@ -284,12 +284,14 @@ def _add(scan: Scan, kind: str, live: torch.Tensor, start: tuple[int, ...]) -> N
         scan.add(matrix_RPC.contiguous().numpy(), first + number, row, column)
 
 
-def _differences(checkpoint: Checkpoint, contents: dict[str, TensorContents]) -> list[str]:
+def _differences(checkpoint: Checkpoint, selected: Selection, contents: dict[str, TensorContents]) -> list[str]:
     """Where the report beside the weights and the weights disagree."""
-    found = []
+    found, otherwise = [], []
     for layer in checkpoint.report.layers if checkpoint.report else ():
         tensor = contents.get(layer.name)
-        if tensor is None:
+        if tensor is None and selected.renamed:
+            otherwise.append(layer)
+        elif tensor is None:
             found.append(f"{layer.name} is not in the files, or its zeros cannot be counted.")
         elif tensor.shape != layer.shape:
             found.append(f"{layer.name} is {tensor.shape}, in the report {layer.shape}.")
@@ -297,6 +299,12 @@ def _differences(checkpoint: Checkpoint, contents: dict[str, TensorContents]) ->
             found.append(f"{layer.name} has {tensor.zeros:,} zeros, in the report {layer.zeros:,}.")
         elif _has_another_structure(tensor, layer):
             found.append(f"{layer.name} does not hold {layer.pattern}, its pattern in the report.")
+    counted, reported = sum(contents[name].zeros for name in selected.renamed), sum(layer.zeros for layer in otherwise)
+    if counted != reported:
+        found.append(
+            f"the {len(otherwise)} weights that the report has by other names than the files, such as "
+            f"{otherwise[0].name}, have {counted:,} zeros, in the report {reported:,}."
+        )
     return found
 
 

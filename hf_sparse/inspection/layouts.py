@@ -6,6 +6,7 @@ These are guesses, and named so in what is printed. A report of hf_sparse beside
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..targets import Layer, select_layers
@@ -16,6 +17,7 @@ from .checkpoint import Checkpoint, StoredTensor
 MATRIX_DIMS = {"linear": (0, 1), "conv1d": (1, 0), "conv2d": (0, 1), "experts": (1, 2), "experts_transposed": (2, 1)}
 # Parts of names that embeddings and task heads of Hugging Face models have.
 _EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias")
+_ROUTERS = ("gate", "router")
 _HEADS = ("cls", "head", "heads", "score", "qa_outputs", "vocab_projector", "vocab_transform", "proj_out")
 
 
@@ -50,23 +52,41 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
-def selection(checkpoint: Checkpoint) -> tuple[str, set[str]]:
-    """Which tensors are the weights that pruning selects.
+@dataclass(frozen=True)
+class Selection:
+    """The weights that pruning selects.
 
-    Returns: where that is known from, and their names: "report" (`pruning_report.json` names them), "config"
-    (`pruning_config.json` chooses among those that look prunable) or "guess" (all that look prunable in the body).
+    Args:
+        known_by: "report" (`pruning_report.json` names them), "config" (`pruning_config.json` chooses among those that
+            look prunable) or "guess" (all that look prunable in the body).
+        names: of the tensors.
+        renamed: those among them that the report has by other names: the model's, which are not always the files'.
     """
-    if checkpoint.report is not None:
-        return "report", {layer.name for layer in checkpoint.report.layers} & checkpoint.tensors.keys()
+
+    known_by: str
+    names: frozenset[str]
+    renamed: frozenset[str] = frozenset()
+
+
+def selection(checkpoint: Checkpoint) -> Selection:
+    """Which tensors are the weights that pruning selects, and how that is known."""
     layers = _layers(checkpoint)
-    options = checkpoint.pruning_config
-    if not options:
-        return "guess", {layer.name for layer in layers if layer.in_base}
-    chosen = set()
+    guess = frozenset(layer.name for layer in layers if layer.in_base)
+    if checkpoint.report is not None:
+        reported = {layer.name: layer.weights for layer in checkpoint.report.layers}
+        named = frozenset(reported.keys() & checkpoint.tensors.keys())
+        missing = sum(weights for name, weights in reported.items() if name not in named)
+        # transformers renames and splits weights of some models as it saves them: then they agree in sum.
+        if missing and missing == sum(checkpoint.tensors[name].numel for name in guess - named):
+            return Selection("report", guess | named, guess - named)
+        return Selection("report", named) if named else Selection("guess", guess)
+    if not checkpoint.pruning_config:
+        return Selection("guess", guess)
+    options, chosen = checkpoint.pruning_config, set()
     for group in (options.get("groups") or {"weights": {}}).values():
         own = options | group
         chosen.update(select_layers(layers, own.get("targets"), own.get("exclude"))[0])
-    return "config", {layer.name for layer in chosen}
+    return Selection("config", frozenset(layer.name for layer in chosen))
 
 
 def _layers(checkpoint: Checkpoint) -> list[Layer]:
@@ -80,12 +100,13 @@ def _layers(checkpoint: Checkpoint) -> list[Layer]:
 
 
 def _looks_prunable(tensor: StoredTensor) -> bool:
-    """Floats in 2 or 4 dimensions called weight, or fused experts in 3, that are no embedding, as far as names tell,
-    nor of an adapter."""
+    """Floats in 2 or 4 dimensions called weight, or fused experts in 3, that are no embedding or router, as far as
+    names tell, nor of an adapter."""
     name = tensor.name.lower()
     fused = len(tensor.shape) == 3 and "experts" in name and "bias" not in name
+    other = set(name.split(".")) & set(_EMBEDDINGS) or _leaf(name) in _ROUTERS
     named = fused or (len(tensor.shape) in (2, 4) and name.endswith("weight"))
-    return named and tensor.is_float and "lora_" not in name and not set(name.split(".")) & set(_EMBEDDINGS)
+    return named and tensor.is_float and "lora_" not in name and not other
 
 
 def _in_body(tensor: StoredTensor, vocabulary: set[int]) -> bool:

@@ -24,6 +24,8 @@ GROUPS = (2, 4, 8, 16, 32)
 NEARLY_ALL = 0.99
 # Structure is only what as many zeros, strewn at random, would be expected to break this often.
 _BROKEN_BY_CHANCE = 3
+# In N:M at least this share of the groups keeps all of its N.
+_USED = 0.1
 
 
 class Scan:
@@ -39,6 +41,7 @@ class Scan:
         self._live_rows = np.zeros((matrices, rows), dtype=bool)
         self._live_columns = np.zeros((matrices, columns), dtype=bool)
         self._most_kept = {of: 0 for of in GROUPS if columns % of == 0}
+        self._full_groups = dict(self._most_kept)
         self._in_blocks = {(h, w): 0 for h in SIDES for w in SIDES if rows % h == 0 and columns % w == 0}
 
     def add(self, live_RPC: np.ndarray, matrix: int, row: int, column: int) -> None:
@@ -49,12 +52,18 @@ class Scan:
         kept, width = live_RPC.view(np.uint8), 1  # how many entries live in each part of `width` neighbouring inputs
         while True:
             if width in self._most_kept:
-                self._most_kept[width] = max(self._most_kept[width], int(kept.max()))
+                self._count_full(kept, width)
             self._count_blocks(kept == 0, width)
             width *= 2
             if width > SIDE or self.columns % width:
                 return
             kept = kept[..., 0::2] + kept[..., 1::2]
+
+    def _count_full(self, kept: np.ndarray, of: int) -> None:
+        most = int(kept.max())
+        if most > self._most_kept[of]:
+            self._most_kept[of], self._full_groups[of] = most, 0
+        self._full_groups[of] += int(np.count_nonzero(kept == self._most_kept[of]))
 
     def _count_blocks(self, free: np.ndarray, width: int) -> None:
         height = 1
@@ -79,6 +88,7 @@ class Scan:
             weights=self._live_rows.size * self.positions * self.columns,
             in_lines=int(lines.sum()) * self.positions,
             most_kept=dict(self._most_kept),
+            full_groups=dict(self._full_groups),
             in_blocks=dict(self._in_blocks),
         )
 
@@ -95,6 +105,7 @@ class Structure:
         weights: their number.
         in_lines: the zeros in rows and columns that are entirely zero.
         most_kept: M -> the most weights that are not zero in any M neighbours along the input dimension.
+        full_groups: M -> how many of the groups of M keep that many.
         in_blocks: (R, C) -> the zeros that lie in blocks of R outputs by C inputs that are entirely zero.
     """
 
@@ -106,6 +117,7 @@ class Structure:
     weights: int
     in_lines: int
     most_kept: dict[int, int]
+    full_groups: dict[int, int]
     in_blocks: dict[tuple[int, int], int]
 
     @property
@@ -116,9 +128,14 @@ class Structure:
     @property
     def n_of_m(self) -> tuple[str, ...]:
         """The N:M that hold, each the tightest of its kind: what follows from another (4:8 from 2:4) is left out, and
-        what zeros strewn at random would hold as well."""
+        what zeros strewn at random would hold as well, and what few groups make use of (5:8 where 2:4 holds but for a
+        group)."""
         held = {
-            of: kept for of, kept in self.most_kept.items() if 0 < kept < of and not self._n_of_m_by_chance(kept, of)
+            of: kept
+            for of, kept in self.most_kept.items()
+            if 0 < kept < of
+            and self.full_groups[of] >= _USED * (self.weights // of)
+            and not self._n_of_m_by_chance(kept, of)
         }
         return tuple(
             f"{kept}:{of}"

@@ -1,0 +1,119 @@
+"""Which files a checkpoint is; what is refused, with the remedy. Nothing is downloaded: the cache is made by hand."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from hf_sparse.inspection import InspectionError, inspect_checkpoint
+from hf_sparse.inspection.files import find_weights
+
+
+def save(path, **tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: torch.tensor(values) for name, values in (tensors or {"a": [1.0]}).items()}, path)
+    return path
+
+
+def sharded(folder, names=("x.safetensors", "y.safetensors")):
+    for number, name in enumerate(names):
+        save(folder / name, **{f"t{number}": [0.0, 1.0]})
+    index = {"metadata": {}, "weight_map": {f"t{number}": name for number, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_file_a_directory_an_index(tmp_path):
+    path = save(tmp_path / "one" / "model.safetensors")
+    assert find_weights(path) == find_weights(tmp_path / "one") == [path]
+    folder = sharded(tmp_path)
+    shards = [folder / "x.safetensors", folder / "y.safetensors"]
+    assert find_weights(folder) == find_weights(folder / "model.safetensors.index.json") == shards
+    assert [tensor.name for tensor in inspect_checkpoint(folder).tensors] == ["t0", "t1"]
+
+
+def test_masks_and_optimizers_are_no_weights(tmp_path):
+    for name in ("pruning_state", "pruning_state-00001-of-00002", "optimizer"):
+        save(tmp_path / f"{name}.safetensors")
+    unet = save(tmp_path / "custom.safetensors")
+    assert find_weights(tmp_path) == [unet]
+    adapter = save(tmp_path / "adapter_model.safetensors")
+    assert find_weights(tmp_path) == [adapter]
+
+
+def test_what_is_refused(tmp_path):
+    def refused(place, *words):
+        with pytest.raises(InspectionError) as error:
+            inspect_checkpoint(place)
+        assert all(word in str(error.value) for word in words), error.value
+
+    refused(tmp_path / "gone" / "model.safetensors", "does not exist")
+    refused("a/b/c", "does not exist")
+    refused(tmp_path, "no safetensors file", "save_pretrained")
+    save(tmp_path / "checkpoint-5" / "model.safetensors")
+    refused(tmp_path, f"Did you mean {tmp_path / 'checkpoint-5'}?")
+    (tmp_path / "training_args.bin").touch()
+    refused(tmp_path, "Did you mean")
+    (tmp_path / "pytorch_model.bin").touch()
+    refused(tmp_path, "pickle (pytorch_model.bin)", "run any code", "save_pretrained")
+    refused(tmp_path / "pytorch_model.bin", "pickle")
+    for name in ("p", "q"):
+        save(tmp_path / "two" / f"{name}.safetensors")
+    refused(tmp_path / "two", "several", "p.safetensors, q.safetensors", "Name one")
+
+
+def test_damaged_files_are_told(tmp_path):
+    def refused(folder, words):
+        with pytest.raises(InspectionError, match=words):
+            inspect_checkpoint(folder)
+
+    whole = save(tmp_path / "model.safetensors").read_bytes()
+    for content in (whole[:-2], whole[:5], b"", b"GGUF" + bytes(100)):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        refused(tmp_path, "cut short or is no safetensors file")
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    (tmp_path / "config.json").write_text("{")
+    refused(tmp_path, "config.json is damaged")
+    (tmp_path / "config.json").write_text("[]")
+    refused(tmp_path, "must hold a JSON object, but holds list")
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "pruning_report.json").write_text('{"layers": [{}]}')
+    refused(tmp_path, "pruning_report.json is no report of hf_sparse")
+
+
+def test_damaged_shards_are_told(tmp_path):
+    folder = sharded(tmp_path)
+    (folder / "y.safetensors").unlink()
+    with pytest.raises(InspectionError, match="1 of the 2 files that .* are missing, such as y.safetensors"):
+        inspect_checkpoint(folder)
+    index = folder / "model.safetensors.index.json"
+    for content, words in (
+        ({"weight_map": {"t": "../x.safetensors"}}, "outside its directory"),
+        ({"weight_map": {"t": 3}}, "is damaged"),
+        ({}, "is damaged"),
+    ):
+        index.write_text(json.dumps(content))
+        with pytest.raises(InspectionError, match=words):
+            inspect_checkpoint(folder)
+    sharded(folder)
+    index.write_text(json.dumps({"weight_map": {"t0": "x.safetensors", "t9": "y.safetensors"}}))
+    with pytest.raises(InspectionError, match="1 tensors that are not in its files, such as t9"):
+        inspect_checkpoint(folder)
+
+
+def test_a_repository_in_the_cache(tmp_path, monkeypatch):
+    """Offline, what an earlier download left is read."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--someone--small"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    sharded(snapshot)
+    assert find_weights("someone/small") == [snapshot / "x.safetensors", snapshot / "y.safetensors"]
+    with pytest.raises(InspectionError) as error:
+        find_weights("someone/absent")
+    assert "someone/absent is no file or directory here" in str(error.value)
+    assert "without a network" in str(error.value)
