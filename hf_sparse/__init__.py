@@ -1,54 +1,9 @@
 """hf_sparse: pruning inside Hugging Face Trainer."""
 
-from .adapters import MergeReport, merge_and_unload, merged_adapter
-from .callback import SparsityCallback
-from .config import PruningConfig, PruningConfigError
-from .criteria import Criterion, GradientCriterion, register_criterion
-from .oneshot import OneshotConfig, ResumeError, prune_oneshot
-from .patterns import register_pattern
-from .pruner import Pruner
-from .report import SparsityReport
-from .schedulers import (
-    IterativeScheduler,
-    OneshotScheduler,
-    Scheduler,
-    get_scheduler,
-    register_curve,
-    register_scheduler,
-)
-from .state_files import CheckpointError
-from .trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
-from .training_args import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
+import lazy_loader
 
+
+# A name is imported when it is first asked for: `hf-sparse --help` should not wait for torch and transformers.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "CheckpointError",
-    "Criterion",
-    "GradientCriterion",
-    "IterativeScheduler",
-    "MergeReport",
-    "OneshotConfig",
-    "OneshotScheduler",
-    "Pruner",
-    "PruningConfig",
-    "PruningConfigError",
-    "ResumeError",
-    "Scheduler",
-    "SparseSeq2SeqTrainer",
-    "SparseSeq2SeqTrainingArguments",
-    "SparseTrainer",
-    "SparseTrainerMixin",
-    "SparseTrainingArguments",
-    "SparsityCallback",
-    "SparsityReport",
-    "get_scheduler",
-    "merge_and_unload",
-    "merged_adapter",
-    "prune_oneshot",
-    "register_criterion",
-    "register_curve",
-    "register_pattern",
-    "register_scheduler",
-]

@@ -1,0 +1,53 @@
+# The public names and where they come from: type checkers read this, and __init__.py does.
+from .adapters import MergeReport, merge_and_unload, merged_adapter
+from .callback import SparsityCallback
+from .config import PruningConfig, PruningConfigError
+from .criteria import Criterion, GradientCriterion, register_criterion
+from .oneshot import OneshotConfig, ResumeError, prune_oneshot
+from .patterns import register_pattern
+from .pruner import Pruner
+from .report import SparsityReport
+from .schedulers import (
+    IterativeScheduler,
+    OneshotScheduler,
+    Scheduler,
+    get_scheduler,
+    register_curve,
+    register_scheduler,
+)
+from .state_files import CheckpointError
+from .trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
+from .training_args import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
+
+
+__version__: str
+
+__all__ = [
+    "CheckpointError",
+    "Criterion",
+    "GradientCriterion",
+    "IterativeScheduler",
+    "MergeReport",
+    "OneshotConfig",
+    "OneshotScheduler",
+    "Pruner",
+    "PruningConfig",
+    "PruningConfigError",
+    "ResumeError",
+    "Scheduler",
+    "SparseSeq2SeqTrainer",
+    "SparseSeq2SeqTrainingArguments",
+    "SparseTrainer",
+    "SparseTrainerMixin",
+    "SparseTrainingArguments",
+    "SparsityCallback",
+    "SparsityReport",
+    "get_scheduler",
+    "merge_and_unload",
+    "merged_adapter",
+    "prune_oneshot",
+    "register_criterion",
+    "register_curve",
+    "register_pattern",
+    "register_scheduler",
+]
