@@ -163,7 +163,7 @@ class CheckpointContents:
                 "but perhaps by multiplying weights by a mask."
             )
         for dtype, (tensors, values) in self.not_counted.items():
-            notes.append(f"Not counted: {tensors} tensors of {dtype}, {values:,} values.")
+            notes.append(f"Not counted: {tensors} tensor{'s' * (tensors > 1)} of {dtype}, {values:,} values.")
         notes += [f"The same values: {', '.join(names)}." for names in self.duplicates]
         notes += [f"Tied: {name} is {kept}." for name, kept in self.tied.items()]
         return notes + [f"Differs from the report: {difference}" for difference in self.differences]

@@ -1,0 +1,87 @@
+"""The program: exit codes, what goes where, and that nothing heavy is imported before it is needed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from hf_sparse.cli import app
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    live = torch.rand(16, 8, 4).argsort(-1) < 2
+    weight = torch.randn(16, 32) * live.flatten(1)
+    save_file({"up.weight": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "other").mkdir()
+    save_file({"up.weight": weight + 1e-3}, tmp_path / "other" / "model.safetensors")
+    return tmp_path
+
+
+def run(*words):
+    done = CliRunner().invoke(app, [*map(str, words)])
+    assert not (done.exception and not isinstance(done.exception, SystemExit)), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_report(folder):
+    code, out, err = run("report", folder)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1] == "up.weight   16x32  F32   2:4          256      512    50.00%"
+    code, out, err = run("report", folder, "--json")
+    assert (code, err) == (0, "") and json.loads(out)["sparsity_of_selected"] == 0.5
+    assert json.loads(out)["unmet"] == []
+
+
+def test_checks_decide_the_exit_code(folder):
+    assert run("report", folder, "--min-sparsity", 0.5, "--expect", "2:4")[0] == 0
+    code, out, err = run("report", folder, "--min-sparsity", 0.51, "--expect", "1:4")
+    assert code == 1 and "up.weight" in out
+    assert err.splitlines() == [
+        "hf-sparse: 256 of 512 selected weights are zero (50.0000%), expected at least 51.0000%.",
+        "hf-sparse: 1 of 1 selected weights do not hold 1:4, such as up.weight.",
+    ]
+    code, out, _ = run("report", folder, "--expect", "1:4", "--json")
+    assert code == 1 and len(json.loads(out)["unmet"]) == 1
+
+
+def test_compare_decides_the_exit_code(folder):
+    assert run("report", folder, "--compare", folder)[0] == 0
+    code, out, err = run("report", folder, "--compare", folder / "other", "--json")
+    assert code == 1 and json.loads(out)["kept_all"] is False and json.loads(out)["lost"] == 256
+    assert err == f"hf-sparse: 256 zeros of {folder} are not zero in {folder / 'other'}.\n"
+    # The other way about nothing is lost: there was nothing.
+    assert run("report", folder / "other", "--compare", folder)[0] == 0
+
+
+def test_what_users_can_mend_is_one_line_and_2(folder):
+    for words in (
+        ("report", folder / "absent.safetensors"),
+        ("report", folder, "--expect", "2;4"),
+        ("report", folder, "--min-sparsity", "50"),
+        ("report", folder, "--verify"),
+        ("report", folder, "--compare", folder, "--verify"),
+    ):
+        code, out, err = run(*words)
+        assert code == 2 and out == "" and err.startswith("hf-sparse: ") and err.count("\n") == 1
+    assert run("report")[0] == run("nonsense")[0] == 2
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from hf_sparse.cli import main; sys.argv = ['hf-sparse', '--help']\n"
+        "try: main()\nfinally: print(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "report" in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_the_module_is_the_program(folder):
+    command = [sys.executable, "-m", "hf_sparse", "report", str(folder), "--expect", "1:4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "do not hold 1:4" in done.stderr
