@@ -19,7 +19,6 @@ from .state_files import CheckpointError
 from .trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
 from .training_args import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
 
-
 __version__: str
 
 __all__ = [

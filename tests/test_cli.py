@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from hf_sparse.cli import app
 
@@ -23,13 +22,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(*words):
-    done = CliRunner().invoke(app, [*map(str, words)])
-    assert not (done.exception and not isinstance(done.exception, SystemExit)), done.exception
-    return done.exit_code, done.stdout, done.stderr
+@pytest.fixture
+def run(capsys):
+    def run_program(*words):
+        with pytest.raises(SystemExit) as done:
+            app([*map(str, words)], prog_name="hf-sparse")
+        return done.value.code, *capsys.readouterr()
+
+    return run_program
 
 
-def test_report(folder):
+def test_report(folder, run):
     code, out, err = run("report", folder)
     assert (code, err) == (0, "")
     assert out.splitlines()[1] == "up.weight   16x32  F32   2:4          256      512    50.00%"
@@ -38,7 +41,7 @@ def test_report(folder):
     assert json.loads(out)["unmet"] == []
 
 
-def test_checks_decide_the_exit_code(folder):
+def test_checks_decide_the_exit_code(folder, run):
     assert run("report", folder, "--min-sparsity", 0.5, "--expect", "2:4")[0] == 0
     code, out, err = run("report", folder, "--min-sparsity", 0.51, "--expect", "1:4")
     assert code == 1 and "up.weight" in out
@@ -50,7 +53,7 @@ def test_checks_decide_the_exit_code(folder):
     assert code == 1 and len(json.loads(out)["unmet"]) == 1
 
 
-def test_compare_decides_the_exit_code(folder):
+def test_compare_decides_the_exit_code(folder, run):
     assert run("report", folder, "--compare", folder)[0] == 0
     code, out, err = run("report", folder, "--compare", folder / "other", "--json")
     assert code == 1 and json.loads(out)["kept_all"] is False and json.loads(out)["lost"] == 256
@@ -59,7 +62,7 @@ def test_compare_decides_the_exit_code(folder):
     assert run("report", folder / "other", "--compare", folder)[0] == 0
 
 
-def test_what_users_can_mend_is_one_line_and_2(folder):
+def test_what_users_can_mend_is_one_line_and_2(folder, run):
     for words in (
         ("report", folder / "absent.safetensors"),
         ("report", folder, "--expect", "2;4"),

@@ -20,7 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sparse import PruningConfig, SparseTrainingArguments
+import hf_sparse.cli
+from hf_sparse import Pruner, PruningConfig, SparseTrainingArguments
 
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,26 @@ def test_shell_commands_run(workplace, command):
     zeros = sum(int((weights[layer["name"]] == 0).sum()) for layer in report["layers"])
     assert zeros == report["selected_zeros"]
     assert zeros == report["selected_weights"] // 2 or not several
+
+
+def test_checkpoints_are_inspected(workplace, capsys):
+    """A model in 2:4, a copy, and a folder that stands for the name on the Hub."""
+    model = AutoModelForSequenceClassification.from_pretrained("path/to/model")
+    model.save_pretrained("google-bert/bert-base-uncased")
+    report = Pruner(model, PruningConfig(pattern="2:4", criterion="magnitude")).update(1, 1)
+    for name in ("out", "out-finetuned"):
+        model.save_pretrained(name)
+        report.save(f"{name}/pruning_report.json")
+    lines = [
+        shlex.split(line) for line in "\n".join(blocks("bash")).splitlines() if line.startswith("hf-sparse report")
+    ]
+    assert len(lines) == 4
+    for _, *words in lines:
+        with pytest.raises(SystemExit) as done:
+            hf_sparse.cli.app(words)
+        assert done.value.code == 0, words
+    output = capsys.readouterr().out
+    assert output.count("50.00%") > 20 and '"selected_by": "guess"' in output
 
 
 def test_make_targets_of_the_readme_exist():

@@ -88,13 +88,7 @@ def open_checkpoint(place: str | Path, revision: str | None = None) -> Checkpoin
                 f"{file} is cut short or is no safetensors file: {error}. Copy or download it again."
             ) from error
     folder = files[0].parent
-    for index in folder.glob("*.index.json") if len(files) > 1 else ():
-        absent = read_json(index).get("weight_map", {}).keys() - tensors.keys()
-        if absent:
-            raise InspectionError(
-                f"{index} names {len(absent)} tensors that are not in its files, such as {min(absent)}: copy or "
-                "download the checkpoint again."
-            )
+    _check_index(folder, files, tensors)
     return Checkpoint(
         str(place),
         tuple(files),
@@ -104,6 +98,18 @@ def open_checkpoint(place: str | Path, revision: str | None = None) -> Checkpoin
         _report(folder / REPORT_FILE),
         read_json(folder / CONFIG_FILE),
     )
+
+
+def _check_index(folder: Path, files: list[Path], tensors: dict[str, StoredTensor]) -> None:
+    """See that the files hold what the index that names them says. Others may lie there, of other formats."""
+    for index in folder.glob("*.safetensors.index.json") if len(files) > 1 else ():
+        names = read_json(index).get("weight_map", {})
+        absent = names.keys() - tensors.keys()
+        if absent and set(names.values()) == {file.name for file in files}:
+            raise InspectionError(
+                f"{index} names {len(absent)} tensors that are not in its files, such as {min(absent)}: copy or "
+                "download the checkpoint again."
+            )
 
 
 def _report(path: Path) -> SparsityReport | None:

@@ -83,6 +83,7 @@ class CheckpointContents:
         tensors: those of floats of 16 bits or more.
         not_counted: type -> (tensors, values) of all others: quantised, float8 and whole numbers, whose zeros need
             not be zero weights. They are in no figure.
+        quantised_by: the method that config.json names, if it does.
         duplicates: names of tensors of the same type, shape and values, unless all of these are one number.
         tied: name -> the tensor that it shares memory with, for names that the files leave out.
         stored: the report beside the weights.
@@ -107,6 +108,7 @@ class CheckpointContents:
     not_counted: dict[str, tuple[int, int]]
     duplicates: tuple[tuple[str, ...], ...]
     tied: dict[str, str]
+    quantised_by: str | None = None
     stored: SparsityReport | None = None
     differences: tuple[str, ...] = ()
 
@@ -164,6 +166,7 @@ class CheckpointContents:
             )
         for dtype, (tensors, values) in self.not_counted.items():
             notes.append(f"Not counted: {tensors} tensor{'s' * (tensors > 1)} of {dtype}, {values:,} values.")
+        notes += [f"Quantised by {self.quantised_by}, says config.json."] if self.quantised_by else []
         notes += [f"The same values: {', '.join(names)}." for names in self.duplicates]
         notes += [f"Tied: {name} is {kept}." for name, kept in self.tied.items()]
         return notes + [f"Differs from the report: {difference}" for difference in self.differences]
@@ -196,6 +199,7 @@ class CheckpointContents:
             "not_counted": {
                 dtype: {"tensors": tensors, "values": values} for dtype, (tensors, values) in self.not_counted.items()
             },
+            "quantised_by": self.quantised_by,
             "duplicates": [list(names) for names in self.duplicates],
             "tied": self.tied,
             "differences": list(self.differences),
@@ -235,6 +239,7 @@ def inspect_checkpoint(place: str | Path, revision: str | None = None) -> Checkp
         not_counted=dict(sorted(not_counted.items())),
         duplicates=tuple(tuple(names) for names in alike.values() if len(names) > 1),
         tied=tied_names(checkpoint),
+        quantised_by=(checkpoint.config.get("quantization_config") or {}).get("quant_method"),
         stored=checkpoint.report,
         differences=tuple(_differences(checkpoint, selected, {tensor.name: tensor for tensor in contents})),
     )

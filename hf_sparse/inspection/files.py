@@ -120,11 +120,17 @@ def _downloaded(repo: str, revision: str | None) -> Path:
             folder = snapshot(*sorted(wanted))
             if any((folder / name).is_file() for name in wanted):
                 return folder
-        return snapshot("*.safetensors")
+        folder = snapshot("*.safetensors")
     except OSError as error:
         reason = str(error).strip().splitlines()
         raise InspectionError(
             f"{repo} is no file or directory here, and as a repository of the Hub it could not be read "
             f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Check the name, log in with "
-            f"`hf auth login` if it is private, or, without a network, copy its files here and name their directory."
+            "`hf auth login` if it is private, or, without a network, copy its files here and name their directory."
         ) from error
+    if not list(folder.glob("*.safetensors")):
+        raise InspectionError(
+            f"{repo} holds no safetensors file at its top. If it holds pickle (.bin) and you trust it, load the model "
+            "with from_pretrained, write it with save_pretrained, and inspect what that wrote."
+        )
+    return folder

@@ -36,6 +36,7 @@ def folder(tmp_path):
         "layers.1.down.weight": torch.zeros(4, 2).to(torch.float8_e4m3fn),
     }
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt", "head.weight": "embed_tokens.weight"})
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
     return tmp_path
 
 
@@ -52,6 +53,7 @@ def test_the_table(folder):
         "weights by a mask.",
         "Not counted: 2 tensors of F8_E4M3, 24 values.",
         "Not counted: 1 tensor of I64, 5 values.",
+        "Quantised by fp8, says config.json.",
         "The same values: layers.0.up.weight, layers.1.up.weight.",
         "Tied: head.weight is embed_tokens.weight.",
     ]
@@ -71,6 +73,7 @@ def test_the_json(folder):
         "parameter_zeros": 144,
         "sparsity_of_parameters": 144 / 353,
         "not_counted": {"F8_E4M3": {"tensors": 2, "values": 24}, "I64": {"tensors": 1, "values": 5}},
+        "quantised_by": "fp8",
         "duplicates": [["layers.0.up.weight", "layers.1.up.weight"]],
         "tied": {"head.weight": "embed_tokens.weight"},
         "differences": [],

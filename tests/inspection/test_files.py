@@ -1,6 +1,7 @@
 """Which files a checkpoint is; what is refused, with the remedy. Nothing is downloaded: the cache is made by hand."""
 
 import json
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -98,6 +99,9 @@ def test_damaged_shards_are_told(tmp_path):
         with pytest.raises(InspectionError, match=words):
             inspect_checkpoint(folder)
     sharded(folder)
+    # The index of another format has its own names, which are no concern.
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"gamma": "x.bin"}}))
+    assert len(inspect_checkpoint(folder).tensors) == 2
     index.write_text(json.dumps({"weight_map": {"t0": "x.safetensors", "t9": "y.safetensors"}}))
     with pytest.raises(InspectionError, match="1 tensors that are not in its files, such as t9"):
         inspect_checkpoint(folder)
@@ -117,3 +121,34 @@ def test_a_repository_in_the_cache(tmp_path, monkeypatch):
         find_weights("someone/absent")
     assert "someone/absent is no file or directory here" in str(error.value)
     assert "without a network" in str(error.value)
+
+
+def test_no_more_is_downloaded_than_is_read(tmp_path, monkeypatch):
+    """A Hub that is a folder: other formats of the same weights stay there."""
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    cache.mkdir()
+
+    def snapshot_download(repo, revision, allow_patterns, ignore_patterns):
+        assert (repo, revision) == ("someone/small", "v1")
+        for path in remote.rglob("*"):
+            name = str(path.relative_to(remote))
+            wanted = any(fnmatch(name, pattern) for pattern in allow_patterns) and not fnmatch(name, ignore_patterns)
+            if wanted and path.is_file():
+                (cache / name).write_bytes(path.read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr("hf_sparse.inspection.files.snapshot_download", snapshot_download)
+    save(remote / "onnx" / "model.safetensors")
+    with pytest.raises(InspectionError, match="someone/small holds no safetensors file at its top"):
+        find_weights("someone/small", "v1")
+    save(remote / "consolidated.safetensors")
+    for name in ("config.json", "tokenizer.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (remote / name).write_text("{}")
+    sharded(remote)
+    assert find_weights("someone/small", "v1") == [cache / "x.safetensors", cache / "y.safetensors"]
+    assert {path.name for path in cache.iterdir()} == {
+        "config.json",
+        "model.safetensors.index.json",
+        "x.safetensors",
+        "y.safetensors",
+    }
