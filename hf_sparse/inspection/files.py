@@ -15,8 +15,8 @@ _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 _INDEX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Masks and sums of a pruning run, and the optimizer's state: not the model's weights.
-_NOT_WEIGHTS = ("pruning_", "optimizer", "scheduler")
+# Masks and sums of a pruning run, and what else Trainer saves: not the model's weights.
+_NOT_WEIGHTS = ("pruning_", "optimizer", "scheduler", "scaler", "rng_state", "training_args")
 
 
 class InspectionError(ValueError):
@@ -74,7 +74,7 @@ def _weights_in(folder: Path) -> list[Path]:
     if found:
         names = ", ".join(path.name for path in found)
         raise InspectionError(f"{folder} holds several safetensors files and no index: {names}. Name one of them.")
-    _refuse_pickle(folder, sorted(folder.iterdir()))
+    _refuse_pickle(folder, [path for path in sorted(folder.iterdir()) if not path.name.startswith(_NOT_WEIGHTS)])
     inner = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
     hint = f" Did you mean {folder / inner[-1]}?" if inner else " Save the model with save_pretrained first."
     raise InspectionError(f"{folder} holds no safetensors file.{hint}")
@@ -96,7 +96,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _refuse_pickle(place: Path, paths: list[Path]) -> None:
-    if pickles := [path.name for path in paths if path.suffix in _PICKLES and path.name != "training_args.bin"]:
+    if pickles := [path.name for path in paths if path.suffix in _PICKLES]:
         raise InspectionError(
             f"{place} holds weights as pickle ({pickles[0]}), which can run any code when it is opened. If you trust "
             "it, load the model with from_pretrained, write it with save_pretrained, and inspect what that wrote."

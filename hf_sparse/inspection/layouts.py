@@ -18,7 +18,7 @@ MATRIX_DIMS = {"linear": (0, 1), "conv1d": (1, 0), "conv2d": (0, 1), "experts": 
 # Parts of names that embeddings and task heads of Hugging Face models have.
 _EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias")
 _ROUTERS = ("gate", "router")
-_HEADS = ("cls", "head", "heads", "score", "qa_outputs", "vocab_projector", "vocab_transform", "proj_out")
+_HEADS = ("cls", "head", "heads", "score", "qa_outputs", "vocab_projector", "vocab_transform")
 
 
 def layouts(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[str, ...]]:

@@ -55,7 +55,8 @@ def test_what_is_refused(tmp_path):
     refused(tmp_path, "no safetensors file", "save_pretrained")
     save(tmp_path / "checkpoint-5" / "model.safetensors")
     refused(tmp_path, f"Did you mean {tmp_path / 'checkpoint-5'}?")
-    (tmp_path / "training_args.bin").touch()
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth"):
+        (tmp_path / name).touch()
     refused(tmp_path, "Did you mean")
     (tmp_path / "pytorch_model.bin").touch()
     refused(tmp_path, "pickle (pytorch_model.bin)", "run any code", "save_pretrained")
