@@ -58,7 +58,11 @@ as in criterion="wanda".
         "For solver sparsegpt: share of the mean square of the inputs that is added to each, from 0 to 1. It stands "
         "for what too little calibration data does not show.",
     )
-    solver_block: int = option(128, "For solver sparsegpt: columns of a weight that are settled together.")
+    solver_block: int | None = option(
+        None,
+        "For solver sparsegpt: columns of a weight that choose together. Left out: 128, or an eighth of them if that "
+        "is less.",
+    )
     activations: str = option(
         "cpu", "Where outputs of blocks are kept: cpu, disk (TMPDIR), or device, where they are computed."
     )
@@ -113,7 +117,7 @@ as in criterion="wanda".
             faults.append("forwards=1 prunes while data passes through, and sequential=False does not: choose one.")
         if not isinstance(self.dampening, (int, float)) or not 0 <= self.dampening <= 1:
             faults.append(f"dampening is {self.dampening}: it must be a number from 0 to 1, as in 0.01.")
-        if not isinstance(self.solver_block, int) or self.solver_block < 1:
+        if self.solver_block is not None and (not isinstance(self.solver_block, int) or self.solver_block < 1):
             faults.append(f"solver_block is {self.solver_block}: it must be a whole number, 1 or more.")
         for name, allowed in (("activations", PLACES), ("on_unreached", ON_UNREACHED)):
             value = getattr(self, name)

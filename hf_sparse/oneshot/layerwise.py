@@ -36,7 +36,7 @@ class Layerwise:
         quotas: name of a layer -> how many of its units are to be zero in all.
         masks: name of a layer -> mask (bool, of the weight's shape) decided before; others are decided here.
         dampening: see `Factor`.
-        block: columns that a solver settles together.
+        block: columns that a solver lets choose together; None leaves it to the solver.
         on_unreached: "error", or "magnitude" for matrices that no token has reached.
     """
 
@@ -44,7 +44,7 @@ class Layerwise:
     quotas: Mapping[str, int] = field(default_factory=dict)
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     dampening: float = 0.01
-    block: int = 128
+    block: int | None = None
     on_unreached: str = "error"
 
     def settle(self, feeds: Sequence[Feed], parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -177,8 +177,8 @@ class Layerwise:
         return factor
 
 
-def get_solver(name: str, block: int) -> Solver:
-    """The solver of that name, which settles `block` columns together if it asks how many."""
+def get_solver(name: str, block: int | None) -> Solver:
+    """The solver of that name, told `block` if it can be."""
     solver = SOLVERS[name]
     return solver(block=block) if "block" in inspect.signature(solver).parameters else solver()
 

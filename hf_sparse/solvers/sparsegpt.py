@@ -18,6 +18,7 @@ from .factor import Factor
 from .solver import Solver, Wanted, register_solver
 
 
+BLOCK = 128
 STRIP = 16  # columns whose updates of one another are written out one by one
 
 
@@ -40,7 +41,8 @@ class SparseGPT(Solver):
     A `Factor` that is given instead of a Gram matrix has its own dampening.
 
     Args:
-        block: columns that choose together; a pattern's width rounds it up.
+        block: columns that choose together; a pattern's width rounds it up. If None, the paper's 128, but of narrow
+            weights an eighth: one block of all columns would choose everything before anything is made up for.
 
     Raises:
         ValueError: a pattern whose units span whole rows, which leaves nothing to make up for them; a share that N:M
@@ -55,7 +57,7 @@ class SparseGPT(Solver):
     Reference: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023.
     """
 
-    block: int = 128
+    block: int | None = None
 
     needs = "gram"
     chooses = True
@@ -106,7 +108,7 @@ def _width(pattern: Pattern, rows: int, columns: int) -> int:
 
 
 def _solve_stack(
-    wanted: Sequence[Wanted], factor: Factor, pattern: Pattern | None, block: int
+    wanted: Sequence[Wanted], factor: Factor, pattern: Pattern | None, block: int | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Weights whose rows are solved as one stack; each chooses by itself."""
     like = factor.upper_CC
@@ -117,6 +119,8 @@ def _solve_stack(
     if locked:
         kept_CR = _stacked([_given(each).to(like.device) for each in wanted])
     width = 1 if pattern is None else _width(pattern, *wanted[0].weight_RC.shape)
+    columns = wanted[0].weight_RC.shape[1]
+    block = min(BLOCK, max(STRIP, columns // 8)) if block is None else block
     block = -(-block // width) * width
     strip, choose_block, choose_strip = STRIP, None, None
     if pattern is not None and pattern.max_sparsity < 1:
