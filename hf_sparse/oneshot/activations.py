@@ -16,7 +16,7 @@ PLACES = ("device", "cpu", "disk")
 
 
 class Activations:
-    """A list of structures of tensors (what a module returns), one for each batch.
+    """A list of structures of tensors (what a module returns), one for each batch. What is taken out is a copy.
 
     Args:
         place: "device", where they were made; "cpu"; or "disk", in a folder for temporary files (TMPDIR) that goes
@@ -54,8 +54,12 @@ class Activations:
             leaves = [
                 leaf if device is None else tensors[str(n)] for n, (leaf, device) in enumerate(zip(leaves, devices))
             ]
-        moved = [leaf if device is None else leaf.to(device) for leaf, device in zip(leaves, devices, strict=True)]
-        return _pytree.tree_unflatten(moved, layout)
+        leaves = [
+            # A copy, for blocks may write to what they are given.
+            leaf if device is None else leaf.to(device, copy=True)
+            for leaf, device in zip(leaves, devices, strict=True)
+        ]
+        return _pytree.tree_unflatten(leaves, layout)
 
     def _file(self, index: int) -> Path:
         return Path(self._folder.name) / f"{index}.safetensors"

@@ -86,6 +86,7 @@ class Walk:
         self._passed: dict[str, Activations] = {}
         self._done: dict[str, tuple[nn.Module, Any]] = {}
         self._now = 0
+        self._taken: dict[str, Any] = {}
         self._context: ExitStack | None = None
 
     def __enter__(self) -> Walk:
@@ -107,6 +108,7 @@ class Walk:
                 module.forward = own
         self._done.clear()
         self._passed.clear()
+        self._taken.clear()
 
     def forward(self, index: int) -> Any:
         """Run one batch until something raises `Stop`. Returns what the model gives, if nothing does."""
@@ -115,6 +117,8 @@ class Walk:
             return call(self.model, on_device(self.batches[index], input_device(self.model)))
         except Stop:
             return None
+        finally:
+            self._taken.clear()
 
     def pass_on(self, stage: Stage, before: Callable[[int], None] = lambda index: None) -> None:
         """Run every batch through a block and keep what it gives; `before` is called with each batch's number first.
@@ -149,7 +153,13 @@ class Walk:
         """From now on the block gives what is kept of its stack, without computing."""
         module = self.model.get_submodule(stage.name)
         self._done[stage.name] = module, module.__dict__.get("forward")
-        module.forward = lambda *args, **kwargs: self._passed[stage.stack][self._now]
+        module.forward = lambda *args, **kwargs: self._take(stage.stack)
+
+    def _take(self, stack: str) -> Any:
+        """What is kept of a stack for the batch that runs: brought once, however many of its blocks are done."""
+        if stack not in self._taken:
+            self._taken[stack] = self._passed[stack][self._now]
+        return self._taken[stack]
 
     def __contains__(self, block: str) -> bool:
         """Whether a block gives what is kept."""

@@ -8,6 +8,7 @@ walk      stage by stage: observe inputs, prune, pass on what the pruned block g
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..sharding import all_processes, each_parameter, onboard
 from ..solvers import SOLVERS
 from ..targets import Layer
 from .batches import merged, token_masks
-from .blocks import Stage, Walk
+from .blocks import Stage, Walk, find_stacks, is_within
 from .config import OneshotConfig
 from .dense import decide_on_dense, read_gradients
 from .faults import check_run, decided_on_dense, looks_at_inputs, needs_survey
@@ -82,7 +83,7 @@ def prune_oneshot(
 
 
 class Oneshot:
-    """One run. `plan` in `oneshot_plan` looks at it without pruning."""
+    """One run."""
 
     def __init__(self, model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig):
         self.model, self.config, self.processes = model, config, all_processes()
@@ -124,7 +125,7 @@ class Oneshot:
         norms, outliers = self._survey(probe) if self.surveyed else ({}, {})
         if any(group.observes_gradients for group in self.groups):
             read_gradients(self.model, self.groups, self.own, self.processes)
-        masks = decide_on_dense(self.model, self.dense, norms)
+        masks = decide_on_dense(self.model, self.dense, norms) if self.dense else {}
         settled = Layerwise(
             groups=self.group_of,
             quotas=self._quotas(outliers),
@@ -180,7 +181,8 @@ class Oneshot:
                 with self._onboard(stage):
                     feeds = self._observe(walk, stage, layers, probe, gram=set(), passing=True)
                     owls = [layer for layer in layers if self.group_of[layer.name].options.allocation == "owl"]
-                    outliers |= shares.outliers(feeds, owls, self._weights(owls)) if owls else {}
+                    for block in _by_block(self.model, owls):
+                        outliers |= shares.outliers(feeds, block, self._weights(block))
                     norms |= {layer.name: norms_of(layer, feeds) for layer in layers if layer.name in ranked}
         return norms, outliers
 
@@ -203,6 +205,7 @@ class Oneshot:
                     else:
                         feeds = self._observe(walk, stage, layers, probe, self._gram(layers))
                         new = settled.settle(feeds, self._weights(layers))
+                    self._compare(layers)
                     if finished is not None and number >= finished.count:
                         finished.write(number, self._weights(layers), new)
                     if passing and stage.name not in walk:
@@ -260,6 +263,19 @@ class Oneshot:
             self.processes.add_up(feed.stat.total)
             feed.stat.count = count
 
+    def _compare(self, layers: Sequence[Layer]) -> None:
+        """See that all processes have pruned the same weights."""
+        if self.processes.size == 1 or not layers:
+            return
+        zeros = [zlib.crc32((weight != 0).cpu().numpy()) for weight in self._weights(layers).values()]
+        told = torch.stack(self.processes.gather(torch.tensor(zeros, dtype=torch.int64)))
+        differing = [layer.name for layer, column in zip(layers, told.t()) if len(column.unique()) > 1]
+        if differing:
+            raise RuntimeError(
+                f'processes have pruned different weights of "{differing[0]}": load the same model on every rank, and '
+                "give each the same calibration data."
+            )
+
     def _take(self, layers: Sequence[Layer], weights, errors: dict[str, float]) -> dict[str, float]:
         """The weights of a stage that was finished before."""
         for layer in layers:
@@ -313,3 +329,13 @@ class Oneshot:
         weights = sum(layer.weights for layer in layers)
         target = sum(group.target * layer.numel for group in self.groups for layer in group.layers) / weights
         return SparsityReport(layers, sum(sizes.values()), sum(zeros.values()), target)
+
+
+def _by_block(model: nn.Module, layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers of each block, and those of none, together."""
+    blocks = [block for stack in find_stacks(model, layers).values() for block in stack]
+    parts: dict[str | None, list[Layer]] = {}
+    for layer in layers:
+        block = next((block for block in blocks if is_within(layer.module, block)), None)
+        parts.setdefault(block, []).append(layer)
+    return list(parts.values())
