@@ -3,6 +3,7 @@ from .adapters import MergeReport, merge_and_unload, merged_adapter
 from .callback import SparsityCallback
 from .config import PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
+from .hub import UploadError
 from .oneshot import OneshotConfig, ResumeError, prune_oneshot
 from .patterns import register_pattern
 from .pruner import Pruner
@@ -41,6 +42,7 @@ __all__ = [
     "SparseTrainingArguments",
     "SparsityCallback",
     "SparsityReport",
+    "UploadError",
     "get_scheduler",
     "merge_and_unload",
     "merged_adapter",

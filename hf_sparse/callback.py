@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .config import PruningConfig
+from .hub import hide_token
 from .plots import LAYERS_FILE, SCHEDULE_FILE, plot_layers, plot_schedule
 from .pruner import Pruner, build_groups
 from .report import SparsityReport
@@ -52,6 +53,7 @@ class SparsityCallback(TrainerCallback):
         self.cadence: Cadence | None = None
         self._training = False
         self._hook = None
+        self._saved: SparsityReport | None = None
         self.resume_from: str | None = None
         """The checkpoint that the next `train` goes on from, where the trainer says so beforehand."""
         self.alone = True
@@ -81,14 +83,17 @@ class SparsityCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.check(args, model)
+        hide_token(args)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Build the pruner on the parameters as they are now: wrapping and `model_init` replace them. May come
         twice, after a batch size that did not fit, or with a second `train`."""
         self.check(args, None)
-        previous, self.pruner, self._training = self.pruner, None, True
+        previous, self.pruner, self._training, self._saved = self.pruner, None, True, None
         if not self.config.prunes:
             return
+        if self.alone and args.push_to_hub and "checkpoint" in args.hub_strategy.value:
+            logger.warning("a stock Trainer uploads checkpoints before their masks are written: use SparseTrainer.")
         config = self.config
         self.cadence = Cadence.from_fractions(
             config.prune_start, config.prune_end, config.prune_every, state.max_steps
@@ -204,7 +209,7 @@ class SparsityCallback(TrainerCallback):
         this, and return when everything is written; those that are not `main` write their shards only."""
         if self.pruner is None:
             return
-        report = self.pruner.report()
+        self._saved = report = self.pruner.report()
         if step is not None:
             # Nobody writes before what is old has gone.
             _together(lambda: clear_states(directory) if main else None)
@@ -217,6 +222,15 @@ class SparsityCallback(TrainerCallback):
                 report.save(Path(directory) / REPORT_FILE)
 
         _together(write)
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        """During training Trainer copies the weights of a checkpoint, but not the pruning files, to the folder that it
+        uploads. Only the main process comes here then, and the zeros are as they were counted for the checkpoint."""
+        if self.pruner is None or not self._training or not state.is_world_process_zero:
+            return
+        if self.alone:
+            self._saved = self.pruner.report() if all_processes().size == 1 else None
+        self.write_figures(args, state)
 
     def config_as_run(self) -> PruningConfig:
         """The config alone, without what a trainer's arguments add."""
@@ -236,16 +250,19 @@ class SparsityCallback(TrainerCallback):
                 state.global_step,
                 self.cadence.end,
             )
-        report = self.pruner.report()
+        self._saved = self.pruner.report()
         if state.is_world_process_zero:
-            print(f"\n{report}\n", flush=True)
-            self._write_figures(args.output_dir, report, state)
+            print(f"\n{self._saved}\n", flush=True)
+        if self.alone:
+            self.write_figures(args, state)
 
-    def _write_figures(self, directory: str | None, report: SparsityReport, state) -> None:
-        if not directory:
+    def write_figures(self, args, state) -> None:
+        """Write config, report and figures into the output folder, where nothing may be uploaded from at the time:
+        `SparseTrainer` calls this after training, when its uploads have ended."""
+        if self._saved is None or not args.output_dir or not state.is_world_process_zero:
             return
-        directory, cadence = Path(directory), self.cadence
-        report.save(directory / REPORT_FILE)
+        directory, cadence = Path(args.output_dir), self.cadence
+        self._saved.save(directory / REPORT_FILE)
         self.config_as_run().save(directory / CONFIG_FILE)
         steps = range(1, state.max_steps + 1)
         planned = [
@@ -255,7 +272,7 @@ class SparsityCallback(TrainerCallback):
         ]
         measured = [(log["step"], log["sparsity"]) for log in state.log_history if "sparsity" in log]
         plot_schedule(directory / SCHEDULE_FILE, planned, measured, state.max_steps)
-        plot_layers(directory / LAYERS_FILE, report)
+        plot_layers(directory / LAYERS_FILE, self._saved)
 
     def _final(self, state) -> bool:
         """Whether the last prune step has happened."""

@@ -12,14 +12,16 @@ from transformers import Seq2SeqTrainer, Trainer
 from .callback import SparsityCallback
 from .checkpoints import find_fault, last_complete_checkpoint, processes_of, start_checkpoint
 from .config import PruningConfig
+from .hub import UploadError, hide_token
 from .sharding import all_processes
 from .state_files import CheckpointError, check_state
+from .uploads import UploadMixin
 
 
 logger = logging.getLogger(__name__)
 
 
-class SparseTrainerMixin:
+class SparseTrainerMixin(UploadMixin):
     """Mix it into any Trainer: `class MyTrainer(SparseTrainerMixin, SomeTrainer)`. The signature stays that trainer's.
 
     What to prune is said by the arguments, when they are `SparseTrainingArguments`, or by a `SparsityCallback` among
@@ -28,6 +30,7 @@ class SparseTrainerMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        hide_token(self.args)
         self.sparsity = self._sparsity_callback()
         if self.sparsity is not None:
             self.sparsity.alone = False
@@ -88,7 +91,11 @@ class SparseTrainerMixin:
         if self.sparsity is not None:
             resume_from_checkpoint = self._find_checkpoint(resume_from_checkpoint)
             self.sparsity.resume_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.sparsity is not None:
+            self.sparsity.write_figures(self.args, self.state)
+        self.finish_pushes()
+        return result
 
     def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         if not resume_from_checkpoint:
@@ -119,7 +126,11 @@ class SparseTrainerMixin:
         return str(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's `save_model`, with the pruning files written first, so that an upload finds them."""
+        """Trainer's `save_model`, with the pruning files written first, so that an upload finds them.
+
+        With `push_to_hub=True` Trainer uploads what it saved. Where that fails the model is saved all the same: the
+        log says why, with the remedy, and the run goes on.
+        """
         if self.sparsity is not None:
             directory = Path(output_dir if output_dir is not None else self.args.output_dir)
             step = self.state.global_step
@@ -131,7 +142,10 @@ class SparseTrainerMixin:
             if self.is_fsdp_enabled and not is_checkpoint and not self._gathers_weights():
                 # Trainer leaves the shards where they are, and so nothing that from_pretrained could open.
                 self._save(str(directory), state_dict=self.accelerator.get_state_dict(self.model))
-        super().save_model(output_dir, _internal_call)
+        try:
+            super().save_model(output_dir, _internal_call)
+        except UploadError as error:
+            logger.error("%s", error)
 
     def _gathers_weights(self) -> bool:
         """Whether Trainer saves whole weights under FSDP."""

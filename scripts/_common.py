@@ -18,6 +18,8 @@ from transformers import (
     default_data_collator,
 )
 
+from hf_sparse import UploadError
+
 
 logger = logging.getLogger("scripts.common")
 
@@ -201,8 +203,10 @@ def report(trainer, split: str, metrics: dict) -> None:
 
 
 def finish(trainer, card_kwargs: dict) -> None:
-    """Pushes the model to the Hub where asked, else writes its card."""
-    if trainer.args.push_to_hub:
+    """Pushes the model to the Hub where asked, else writes its card. An upload that fails ends the program with 1."""
+    if not trainer.args.push_to_hub:
+        return trainer.create_model_card(**card_kwargs)
+    try:
         trainer.push_to_hub(**card_kwargs)
-    else:
-        trainer.create_model_card(**card_kwargs)
+    except UploadError as error:
+        sys.exit(str(error))

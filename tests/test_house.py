@@ -19,8 +19,8 @@ FLOORS = [
     {"schedulers", "stats", "patterns", "report"},
     {"criteria", "solvers", "allocations"},
     {"faults", "config", "bands", "layer_scores", "group"},
-    {"pruner", "plots", "model_card", "training_args", "checkpoints", "adapters", "state_files", "inspection"},
-    {"callback", "oneshot"},
+    {"pruner", "plots", "model_card", "training_args", "checkpoints", "adapters", "state_files", "inspection", "hub"},
+    {"callback", "oneshot", "uploads"},
     {"trainer"},
     {"cli"},
 ]
