@@ -24,7 +24,8 @@ IGNORED = ("_*", "checkpoint-*", ".pruning_*")
 WAITS = (2, 10)
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{34}\b")
+# Without an end: in a pickled file, what comes next may be a letter.
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{34}")
 # Files of text or of pickled arguments are small; a token in gigabytes of weights is chance.
 _SEARCHED_BYTES = 2**24
 
@@ -194,6 +195,8 @@ def is_transient(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status in _BUSY
+    if _lacks_xet(error):
+        return False
     return not _has(error, OfflineModeIsEnabled) and _has(error, httpx.TransportError, ConnectionError, TimeoutError)
 
 
@@ -206,7 +209,7 @@ def explain(error: BaseException) -> str:
         return "The Hub wants a valid token (401): log in with `hf auth login`, or set HF_TOKEN."
     if status == 403:
         return "The token may not write there (403): take one with write permission, or another repository."
-    if status == 404 and any("xet-write-token" in str(link) for link in _chain(error)):
+    if _lacks_xet(error):
         return "This Hub does not take uploads by Xet (404): set HF_HUB_DISABLE_XET=1."
     if status == 404:
         return "The Hub knows no such repository or revision, or hides it from this token (404)."
@@ -232,6 +235,11 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status with which the Hub refused, if it answered at all."""
     answers = (getattr(link, "response", None) for link in _chain(error))
     return next((answer.status_code for answer in answers if answer is not None), None)
+
+
+def _lacks_xet(error: BaseException) -> bool:
+    """Whether a Hub that is not huggingface.co has refused a Xet upload; hf_xet says so in words only."""
+    return any("xet-write-token" in str(link) and "404" in str(link) for link in _chain(error))
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 import gc
 import os
 import tempfile
+import time
+import types
 
 
 os.environ |= {
@@ -36,3 +38,21 @@ def no_plots(request, monkeypatch):
     if "plots" not in request.fixturenames:
         for name in ("plot_schedule", "plot_layers"):
             monkeypatch.setattr(f"hf_sparse.callback.{name}", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub of its own, which this process takes for the real one and may write to. Nobody waits between attempts."""
+    import huggingface_hub
+    import huggingface_hub.utils._http as http
+    from hub_server import TOKEN, HubServer, speak_to
+
+    import hf_sparse.hub
+
+    with HubServer() as server:
+        speak_to(server.url, monkeypatch.setattr)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(hf_sparse.hub, "WAITS", (0, 0))
+        monkeypatch.setattr(http, "time", types.SimpleNamespace(**vars(time) | {"sleep": lambda _: None}))
+        yield server
+    huggingface_hub.close_session()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import threading
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -40,8 +40,9 @@ class Repo:
 
     @property
     def sha(self) -> str:
-        """Of the last commit."""
-        return hashlib.sha1(str(len(self.commits)).encode()).hexdigest()
+        """Of the last commit: other content, another name."""
+        content = "".join(f"{path} {_oid(content, path)}\n" for path, content in sorted(self.files.items()))
+        return hashlib.sha1(f"{len(self.commits)}\n{content}".encode()).hexdigest()
 
 
 @dataclass
@@ -51,13 +52,13 @@ class Fault:
     Args:
         status: the answer; 0 cuts the connection after half of the body, and None lets the request through.
         times: how often.
-        delay: seconds to wait before that.
+        until: what to wait for before that.
     """
 
     pattern: str
     status: int | None
     times: float
-    delay: float
+    until: Callable[[], object] | None
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,13 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def fail(self, pattern: str, status: int | None = 503, times: float = float("inf"), delay: float = 0.0) -> None:
+    def fail(self, pattern: str, status: int | None = 503, times: float = float("inf"), until=None) -> None:
         """Add a `Fault`."""
-        self.faults.append(Fault(pattern, status, times, delay))
+        self.faults.append(Fault(pattern, status, times, until))
 
     def refuse(self) -> None:
-        """From now on connections are refused."""
+        """From now on connections are refused, and those that are open lead nowhere."""
+        self.fail("", status=0)
         self.__exit__()
 
     def asked(self, pattern: str) -> list[Request]:
@@ -139,8 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         self.route = unquote(urlsplit(self.path).path)
         fault = self._fault()
-        if fault:
-            time.sleep(fault.delay)
+        if fault and fault.until:
+            fault.until()
         if fault and fault.status == 0:
             self.rfile.read(int(self.headers.get("Content-Length", 2)) // 2)
             self.close_connection = True

@@ -13,6 +13,8 @@ A scenario, as `Ranks.run` takes it:
     kill            a name in `faults.FAULTS`, the step, and the ranks: [name, step, ranks]
     checked         whether the mode is as `modes.check` knows it; true by default
     export          a folder for `save_model`, or nothing
+    hub             the address of a `HubServer`, or nothing
+    push            whether to upload in the end, with what came of it as `pushed`
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import torch
 from faults import FAULTS
+from hub_server import speak_to
 from modes import MODES, as_on_gpus, build, check
 from safetensors.torch import save_file
 from spies import SPIES, Checks
@@ -87,6 +90,8 @@ def main(scenario: dict, rank: int) -> Trainer:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=PATIENCE
         )
+    if scenario.get("hub"):
+        speak_to(scenario["hub"])
     result = {}
     with as_on_gpus(mode):
         trainer = _trainer(scenario, rank, result)
@@ -129,6 +134,8 @@ def _finish(scenario: dict, trainer: Trainer, rank: int, result: dict) -> None:
         save_file(weights, Path(scenario["folder"]) / "weights.safetensors")
     if scenario.get("export"):
         trainer.save_model(scenario["export"])
+    if scenario.get("push"):
+        result["pushed"] = str(trainer.push_to_hub())
 
 
 def whole(trainer: Trainer) -> dict[str, torch.Tensor]:

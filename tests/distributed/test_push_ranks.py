@@ -1,0 +1,44 @@
+"""Several ranks and one Hub: what is uploaded goes up once, from the main one, and all stop where that one must."""
+
+from pathlib import Path
+
+import pytest
+from hub_server import READ_TOKEN, TOKEN, USER
+from huggingface_hub import snapshot_download
+from modes import each
+from safetensors.torch import load
+from tiny import SCHEDULE, same
+
+from hf_sparse.state_files import read_masks
+
+
+OPTIONS = {"target_sparsity": 0.5, "criterion": "magnitude", **SCHEDULE, "push_to_hub": True}
+OPTIONS |= {"hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 10, "report_to": "none"}
+MAIN, OTHER = 0, 1
+
+
+@pytest.mark.parametrize("mode", each("ddp", "fsdp2"))
+def test_one_rank_uploads(ranks, hub, tmp_path, mode):
+    options = OPTIONS | {"hub_token": TOKEN, "hub_model_id": "pruned"}
+    run = ranks.run(mode, f"{mode}-push", output_dir=tmp_path / "out", options=options, hub=hub.url, push=True)
+    repo = hub.repos[f"{USER}/pruned"]
+    step = "Training in progress, step 10"
+    assert [message for message, _ in repo.commits] == [step, f"{step}, checkpoint", "End of training"]
+    assert len(hub.asked("/repos/create")) == 1
+    assert run.ranks[MAIN]["pushed"].startswith(hub.url) and run.ranks[OTHER]["pushed"] == "None"
+    assert same(load(repo.files["model.safetensors"]), run.weights)
+    assert {"README.md", "pruning_config.json", "pruning_report.json"} <= repo.files.keys()
+
+    there = Path(snapshot_download(f"{USER}/pruned", allow_patterns="last-checkpoint/*")) / "last-checkpoint"
+    assert len(list(there.glob("pruning_state*"))) == (1 if mode == "ddp" else 2)
+    for name, mask in read_masks(there):
+        assert not run.weights[name][~mask].any()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_all_stop_where_the_main_one_may_not_upload(ranks, hub, tmp_path):
+    options = OPTIONS | {"hub_token": READ_TOKEN, "hub_model_id": "pruned"}
+    run = ranks.run("ddp", "ddp-no-push", fails=True, output_dir=tmp_path / "out", options=options, hub=hub.url)
+    assert run.exits == [1, 1], run.log
+    assert "UploadError: pruned could not be made or reached on the Hub. The token may not write there" in run.log
+    assert "another process stopped with an error" in run.log
