@@ -60,7 +60,9 @@ class UploadMixin:
             # What the Hub answers, asked for the first time, must not cost the model.
             self.save_model(_internal_call=True)
         try:
-            job = super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+            job = super().push_to_hub(
+                commit_message=commit_message, blocking=blocking, token=token, revision=revision, **kwargs
+            )
         except UploadError:
             raise
         except Exception as error:

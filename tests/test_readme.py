@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import USER
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -24,6 +25,7 @@ import hf_sparse.cli
 from hf_sparse import Pruner, PruningConfig, SparseTrainingArguments
 
 
+PRUNING_FILES = ("pruning_report.json", "pruning_config.json", "pruning_schedule.png", "pruning_layers.png")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -52,7 +54,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_python_blocks_run_in_order(workplace, plots, capsys):
+def test_python_blocks_run_in_order(workplace, plots, capsys, hub):
     model = AutoModelForSequenceClassification.from_pretrained("path/to/model")
     dataset = [{"input_ids": torch.tensor([2, 8, 9, 5 + label, 7, 3]), "labels": label} for label in (0, 1)] * 8
     names = {"model": model, "train_dataset": dataset, "eval_dataset": dataset}
@@ -68,8 +70,10 @@ def test_python_blocks_run_in_order(workplace, plots, capsys):
             names["trainer"].train()
         exec(block, names)  # noqa: S102 - the README's own code
     assert names["args"].scheduler == "half_way"
+    files = {"README.md", "model.safetensors", *PRUNING_FILES}
+    assert files <= hub.repos[f"{USER}/out"].files.keys()
     assert "selected" in capsys.readouterr().out
-    for name in ("pruning_report.json", "pruning_config.json", "pruning_schedule.png", "pruning_layers.png"):
+    for name in PRUNING_FILES:
         assert (workplace / "out" / name).stat().st_size > 0
 
 
@@ -87,7 +91,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: shlex.split(command)[-1])
-def test_shell_commands_run(workplace, command):
+def test_shell_commands_run(workplace, command, hub):
     words = shlex.split(command)
     program = "accelerate launch" if words[0] == "accelerate" else words[0]
     given = words[len(program.split()) :]
@@ -97,6 +101,8 @@ def test_shell_commands_run(workplace, command):
         launcher = [*launcher, "--cpu", "--num_processes", "1"]
     several = program == "torchrun" or "--config_file" in given
     environment = os.environ | ({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} if several else {})
+    if "--push_to_hub" in words:
+        environment |= hub.environment
     command = [sys.executable, *launcher, *given, *extra]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -108,6 +114,9 @@ def test_shell_commands_run(workplace, command):
     zeros = sum(int((weights[layer["name"]] == 0).sum()) for layer in report["layers"])
     assert zeros == report["selected_zeros"]
     assert zeros == report["selected_weights"] // 2 or not several
+    assert ("user/pruned" in hub.repos) == ("--push_to_hub" in words)
+    if "--push_to_hub" in words:
+        assert hub.repos["user/pruned"].files["model.safetensors"] == (output / "model.safetensors").read_bytes()
 
 
 def test_checkpoints_are_inspected(workplace, capsys):

@@ -42,3 +42,14 @@ def test_all_stop_where_the_main_one_may_not_upload(ranks, hub, tmp_path):
     assert run.exits == [1, 1], run.log
     assert "UploadError: pruned could not be made or reached on the Hub. The token may not write there" in run.log
     assert "another process stopped with an error" in run.log
+
+
+@pytest.mark.parametrize("mode", each("fsdp2"))
+def test_push_by_method(ranks, hub, tmp_path, mode):
+    """The main rank asks the Hub for a name, and all save what each holds a part of."""
+    options = {name: value for name, value in OPTIONS.items() if not name.startswith(("push", "hub", "save"))}
+    options |= {"hub_token": TOKEN}
+    run = ranks.run(mode, f"{mode}-by-method", output_dir=tmp_path / "out", options=options, hub=hub.url, push=True)
+    repo = hub.repos[f"{USER}/out"]
+    assert len(hub.asked("/repos/create")) == len(repo.commits) == 1
+    assert same(load(repo.files["model.safetensors"]), run.weights)
