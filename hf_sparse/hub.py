@@ -13,13 +13,13 @@ from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import filter_repo_objects, httpx
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, httpx
 
 
 logger = logging.getLogger(__name__)
 
 # What Trainer does not upload either, and what a killed run may have left of a file that it was writing.
-IGNORED = ("_*", "checkpoint-*", ".pruning_*")
+IGNORED = (*DEFAULT_IGNORE_PATTERNS, "_*", "checkpoint-*", ".pruning_*")
 # Seconds before the second and the third attempt. Within each, huggingface_hub tries most requests again by itself.
 WAITS = (2, 10)
 
@@ -214,7 +214,7 @@ def explain(error: BaseException) -> str:
     if status == 404:
         return "The Hub knows no such repository or revision, or hides it from this token (404)."
     if status is not None:
-        return f"The Hub answered {status}."
+        return f"The Hub answered {status}: {_details(error)}."
     if _has(error, httpx.TransportError, ConnectionError, TimeoutError):
         return f"The Hub could not be reached, or the connection was cut ({_first_line(error)})."
     return f"{_first_line(error)}."
@@ -240,6 +240,12 @@ def _status(error: BaseException) -> int | None:
 def _lacks_xet(error: BaseException) -> bool:
     """Whether a Hub that is not huggingface.co has refused a Xet upload; hf_xet says so in words only."""
     return any("xet-write-token" in str(link) and "404" in str(link) for link in _chain(error))
+
+
+def _details(error: BaseException) -> str:
+    """What the Hub said on its refusal, or what huggingface_hub made of it."""
+    said = getattr(error, "server_message", None) or str(error)
+    return " ".join(said.split()).rstrip(".")
 
 
 def _first_line(error: BaseException) -> str:

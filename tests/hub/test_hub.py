@@ -30,6 +30,8 @@ def folder(tmp_path):
     for name in ("config.json", "pruning_report.json", "_private.json", "checkpoint-1/config.json"):
         write_json(folder / name, {"name": name})
     (folder / ".pruning_report-abc.json").write_text("half of a rep")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text(f"url = https://{USER}:{TOKEN}@hub/pruned")
     return folder
 
 
@@ -84,8 +86,8 @@ FAILURES = {
     "token of nobody": (lambda hub, patch: patch.setenv("HF_TOKEN", "unknown"), r"\(401\): log in"),
     "token to read": (lambda hub, patch: patch.setenv("HF_TOKEN", READ_TOKEN), r"may not write there \(403\)"),
     "no such branch": (lambda hub, patch: hub.fail("/commit/", 404), r"no such repository or revision.*\(404\)"),
-    "always busy": (lambda hub, patch: hub.fail("/commit/", 503), r"The Hub answered 503\."),
-    "no room": (lambda hub, patch: hub.fail("/objects/batch", 413), r"The Hub answered 413\."),
+    "always busy": (lambda hub, patch: hub.fail("/commit/", 503), r"The Hub answered 503: injected 503\."),
+    "no room": (lambda hub, patch: hub.fail("/objects/batch", 413), r"The Hub answered 413: injected 413\."),
     "cut": (lambda hub, patch: hub.fail("PUT ", 0), "could not be reached, or the connection was cut"),
     "refused": (lambda hub, patch: hub.refuse(), "could not be reached, or the connection was cut .*refused"),
     "offline": (lambda hub, patch: patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE"),
@@ -103,6 +105,12 @@ def test_a_failed_upload_says_why_and_how_to_try_again(hub, folder, monkeypatch,
     assert content(folder) == before
     assert not any(repo.commits for repo in hub.repos.values()), "no half of an upload"
     assert TOKEN not in f"{raised.value} {raised.value.__cause__} {caplog.text}"
+
+
+def test_a_card_that_the_hub_cannot_read_is_named(hub, folder):
+    (folder / "README.md").write_text("---\ntags: [sparse\n---\n")
+    with pytest.raises(UploadError, match="The Hub answered 400: Invalid metadata in README.md.*expected ',' or"):
+        push(folder, REPO)
 
 
 def test_only_what_may_pass_is_tried_again(hub, folder):
