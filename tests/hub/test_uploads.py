@@ -138,6 +138,19 @@ def test_the_last_save_reaches_the_hub_though_an_upload_was_under_way(hub, plots
     assert hub.repos[REPO].files == content_of_model(tmp_path / "out")
 
 
+def test_the_end_of_training_does_not_write_into_an_upload(hub, plots, tmp_path, caplog):
+    """The figures of the end differ from those of step 6, whose upload has announced its own, and sends them late."""
+    over = threading.Event()
+    hub.fail("/objects/batch", status=None, times=1, until=over.wait)
+    trainer = pushing(tmp_path, hub_strategy="every_save", save_strategy="steps", save_steps=6)
+    trainer.add_callback(After(over))
+    trainer.train()
+    messages = [message for message, _ in hub.repos[REPO].commits]
+    assert messages == ["Training in progress, step 6", "Training in progress, step 10"]
+    assert "failed" not in caplog.text
+    assert all(FIGURES <= set(added) for _, added in hub.repos[REPO].commits), "they did change"
+
+
 def content_of_model(folder):
     return {name: data for name, data in content(folder).items() if "checkpoint-" not in name}
 
