@@ -1,6 +1,7 @@
 """`hf-sparse`: thin commands, whose work lives in the rooms below. Torch is imported when a command needs it."""
 
 import json
+import os
 from typing import Annotated
 
 import typer
@@ -76,6 +77,39 @@ def report(
         typer.echo(f"hf-sparse: {line}", err=True)
     if unmet:
         raise typer.Exit(1)
+
+
+@app.command()
+def push(
+    directory: Annotated[str, typer.Argument(help="The folder: of a trainer, one of its checkpoints, or any model.")],
+    repo: Annotated[str, typer.Argument(help='"user/name", or "name" under your own. Made where there is none.')],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch to commit to.")] = None,
+    path_in_repo: Annotated[
+        str | None, typer.Option(help="The folder in the repository; its root if left out.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    token_from_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The variable with the token, if not HF_TOKEN or that of `hf auth login`."),
+    ] = None,
+) -> None:
+    """Upload a folder to the Hub and print the address. Checkpoints inside are left out: push them by themselves.
+
+    Tried again where the Hub is busy or out of reach. Exit codes: 0 uploaded, 1 it failed, 2 there is no such folder.
+    """
+    from .hub import UploadError
+    from .hub import push as upload
+
+    token = None if token_from_env is None else os.environ.get(token_from_env)
+    if token_from_env is not None and not token:
+        raise ValueError("--token-from-env: there is no such variable. It takes the name of one, never the token.")
+    where = {"private": private or None, "revision": revision, "path_in_repo": path_in_repo}
+    try:
+        typer.echo(upload(directory, repo, message=message, token=token, **where).repo_url)
+    except UploadError as error:
+        typer.echo(f"hf-sparse: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from transformers import (
     BertTokenizer,
     TrainingArguments,
 )
+from typer.testing import CliRunner
 
 import hf_sparse.cli
 from hf_sparse import Pruner, PruningConfig, SparseTrainingArguments
@@ -137,6 +138,14 @@ def test_checkpoints_are_inspected(workplace, capsys):
         assert done.value.code == 0, words
     output = capsys.readouterr().out
     assert output.count("50.00%") > 20 and '"selected_by": "guess"' in output
+
+
+def test_the_push_command_runs(workplace, hub):
+    line = next(line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-sparse push"))
+    _, command, folder, repo = shlex.split(line)
+    (workplace / "path/to/model").rename(folder)
+    assert CliRunner().invoke(hf_sparse.cli.app, [command, folder, repo]).stdout == f"{hub.url}/{repo}\n"
+    assert "model.safetensors" in hub.repos[repo].files
 
 
 def test_make_targets_of_the_readme_exist():
