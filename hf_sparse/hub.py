@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, get_token
-from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, httpx
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 
 logger = logging.getLogger(__name__)
+
+# `HTTPError` is httpx's or httpx2's, whichever this huggingface_hub uses; one without an answer is of the connection.
 
 # What Trainer does not upload either, and what a killed run may have left of a file that it was writing.
 IGNORED = (*DEFAULT_IGNORE_PATTERNS, "_*", "checkpoint-*", ".pruning_*")
@@ -119,7 +121,7 @@ def push(
 
     try:
         return with_patience(upload)
-    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         command = push_command(directory, repo, private=private, revision=revision, path_in_repo=path_in_repo)
         raise upload_error(error, directory, repo, command) from error
 
@@ -197,7 +199,7 @@ def is_transient(error: BaseException) -> bool:
         return status in _BUSY
     if _lacks_xet(error):
         return False
-    return not _has(error, OfflineModeIsEnabled) and _has(error, httpx.TransportError, ConnectionError, TimeoutError)
+    return not _has(error, OfflineModeIsEnabled) and _has(error, HTTPError, ConnectionError, TimeoutError)
 
 
 def explain(error: BaseException) -> str:
@@ -215,7 +217,7 @@ def explain(error: BaseException) -> str:
         return "The Hub knows no such repository or revision, or hides it from this token (404)."
     if status is not None:
         return f"The Hub answered {status}: {_details(error)}."
-    if _has(error, httpx.TransportError, ConnectionError, TimeoutError):
+    if _has(error, HTTPError, ConnectionError, TimeoutError):
         return f"The Hub could not be reached, or the connection was cut ({_first_line(error)})."
     return f"{_first_line(error)}."
 
