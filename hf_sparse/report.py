@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,6 +116,11 @@ class SparsityReport:
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON."""
         write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparsityReport:
+        """The inverse of `save`."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def figures(zeros: int, weights: int) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ from .config import PruningConfig
 from .hub import UploadError, hide_token
 from .sharding import all_processes
 from .state_files import CheckpointError, check_state
+from .trainer_card import write_trainer_card
 from .uploads import UploadMixin
 
 
@@ -32,6 +33,9 @@ class SparseTrainerMixin(UploadMixin):
         super().__init__(*args, **kwargs)
         hide_token(self.args)
         self.sparsity = self._sparsity_callback()
+        self.dense_metrics: dict[str, float] = {}
+        """Measurements of the dense model, for the model card to compare with: what its `evaluate` returned."""
+        self.saved_metrics: dict[str, float] = {}
         if self.sparsity is not None:
             self.sparsity.alone = False
             self._check_export()
@@ -88,6 +92,7 @@ class SparseTrainerMixin(UploadMixin):
             CheckpointError: the checkpoint is incomplete, or its masks are missing, damaged, of other weights or of
                 another pruning config: what is wrong is said before training starts.
         """
+        self.saved_metrics = {}
         if self.sparsity is not None:
             resume_from_checkpoint = self._find_checkpoint(resume_from_checkpoint)
             self.sparsity.resume_from = resume_from_checkpoint
@@ -164,6 +169,23 @@ class SparseTrainerMixin(UploadMixin):
             # Not before: until here, callbacks such as early stopping compare with the best metric too.
             self.sparsity.hold_best(self.args, self.state)
         return metrics
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Trainer's `save_metrics`. The model card shows what is saved of evaluation and test."""
+        self.saved_metrics |= metrics
+        super().save_metrics(split, metrics, combined)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Trainer's `create_model_card`, with a section on sparsity: what was pruned, how, out of what, what it cost.
+
+        Only that section is written anew next time: what a person changed elsewhere stays.
+        """
+        if self.sparsity is None or self.sparsity.pruner is None or not self.is_world_process_zero():
+            super().create_model_card(*args, **kwargs)
+        else:
+            write_trainer_card(self, super().create_model_card, args, kwargs)
+
+    create_model_card.__signature__ = inspect.signature(Trainer.create_model_card)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Trainer's `log`, with sparsity and target at each logging step, for every reporting integration."""

@@ -1,0 +1,25 @@
+"""The model card of a sparse model: what was pruned, how, out of what, and what it cost.
+
+It is made from files alone, so it can be made again: the report, the config, and `pruning_card.json` beside them.
+"""
+
+from .data import CARD_FILE, SparsityCard, describe, measurements
+from .loading import auto_class
+from .writing import PUBLISHED_FILES, README, Version, published, recount, render_card, rewrite_card, write_card
+
+
+__all__ = [
+    "CARD_FILE",
+    "PUBLISHED_FILES",
+    "README",
+    "SparsityCard",
+    "Version",
+    "auto_class",
+    "describe",
+    "measurements",
+    "published",
+    "recount",
+    "render_card",
+    "rewrite_card",
+    "write_card",
+]

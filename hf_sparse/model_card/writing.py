@@ -1,0 +1,168 @@
+"""Cards are rendered, and written into what others have written: a trainer, a person."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+from ..plots import LAYERS_FILE, SCHEDULE_FILE
+from ..report import SparsityReport, count_zeros
+from ..state_files import CONFIG_FILE, REPORT_FILE
+from ..storage import open_tensors, write_atomically
+from .data import CARD_FILE, SparsityCard, read_json
+from .edits import SECTION, chunks, digests, merge_metadata, merge_text, with_section
+from .escaping import without_secrets
+from .section import IMAGES, template_values
+
+
+logger = logging.getLogger(__name__)
+
+README = "README.md"
+PUBLISHED_FILES = (CARD_FILE, CONFIG_FILE, REPORT_FILE, SCHEDULE_FILE, LAYERS_FILE)
+"""What belongs beside a card wherever it is uploaded."""
+
+TEMPLATE = Path(__file__).with_name("template.md")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A card as it was found somewhere, and what was written there last: by that a person's edits are told."""
+
+    text: str
+    written: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, readme: str | Path, stored: str | Path | None) -> Version | None:
+        """From files; None where there is no card."""
+        if not Path(readme).is_file():
+            return None
+        written = read_json(stored).get("written") if stored is not None and Path(stored).is_file() else None
+        return cls(Path(readme).read_text(encoding="utf-8-sig"), written or {})
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether hf_sparse wrote it, or into it."""
+        return bool(self.written) or SECTION in chunks(self.text)
+
+
+def render_card(card: SparsityCard, images: Sequence[str] = ()) -> ModelCard:
+    """A whole card, by itself.
+
+    Args:
+        card: what is known.
+        images: the names of the figures that lie beside it.
+
+    Example:
+        >>> from hf_sparse import PruningConfig, SparsityReport
+        >>> from hf_sparse.report import LayerReport
+        >>> report = SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5)
+        >>> card = render_card(SparsityCard("my-model", report, PruningConfig(pattern="2:4").to_dict()))
+        >>> card.data["sparsity"]["selected"], "| a.weight | 4x4 | 2:4 | 8 | 16 | 50.00% |" in card.text
+        (0.5, True)
+    """
+    values = template_values(card, images)
+    return ModelCard.from_template(ModelCardData(**card.hub_metadata()), template_path=str(TEMPLATE), **values)
+
+
+def write_card(
+    directory: str | Path,
+    card: SparsityCard,
+    outer: str | None = None,
+    edited: Sequence[Version] | None = None,
+    secrets: Sequence[str | None] = (),
+) -> Path:
+    """Write README.md and, beside it, the files that it is made from.
+
+    What a person wrote into an earlier card stays: all but the section between the marks and the metadata that nobody
+    else has changed. One process does this, where there are several.
+
+    Args:
+        directory: where the model is saved. Figures are shown that lie there.
+        card: what is known.
+        outer: the text of the card that another library has just written, which the section goes into.
+        edited: earlier cards, the most important last. Left out: the one in `directory`.
+        secrets: what must not be in any file.
+
+    Returns: the path of the card.
+    """
+    directory = Path(directory)
+    if edited is None:
+        found = Version.read(directory / README, directory / CARD_FILE)
+        edited = [found] if found is not None else []
+    images = [name for name in IMAGES if (directory / name).is_file()]
+    plain = render_card(card, images)
+    metadata, text, generated = card.hub_metadata(), plain.text, None
+    if outer is not None:
+        text = with_section(_body(outer), chunks(plain.text)[SECTION])
+    elif edited:
+        # What stands around the section is nobody's to write anew.
+        text, generated = (
+            with_section(_body(edited[-1].text), chunks(plain.text)[SECTION]),
+            edited[-1].written.get("text"),
+        )
+    written = {"metadata": metadata, "text": digests(text) if generated is None else generated}
+    for version in edited:
+        theirs = ModelCard(version.text, ignore_metadata_errors=True)
+        metadata = merge_metadata(theirs.data.to_dict(), version.written.get("metadata", {}), metadata)
+        if outer is not None:
+            text = merge_text(theirs.text, version.written.get("text", {}), text)
+    metadata = ModelCardData(**metadata).to_yaml(original_order=list(metadata))
+    content = without_secrets(f"---\n{metadata}\n---\n{text}".rstrip("\n") + "\n", secrets)
+    replace(card, written=written).save(directory, secrets)
+    path = directory / README
+    write_atomically(path, lambda temporary: Path(temporary).write_text(content, encoding="utf-8"))
+    return path
+
+
+def _body(text: str) -> str:
+    return ModelCard(text, ignore_metadata_errors=True).text
+
+
+def rewrite_card(directory: str | Path) -> Path:
+    """Write the card of a saved model anew from the files beside it, with the zeros that its weights have now.
+
+    Raises:
+        FileNotFoundError: the report or the config is missing.
+        ValueError: a file is damaged.
+    """
+    card = SparsityCard.load(directory)
+    return write_card(directory, replace(card, report=recount(directory, card.report)))
+
+
+def recount(directory: str | Path, report: SparsityReport) -> SparsityReport:
+    """`report` with the zeros that the safetensors files in `directory` have, one tensor in memory at a time; as it
+    is where they hold something else than the weights it lists."""
+    files = sorted(path for path in Path(directory).glob("model*.safetensors"))
+    zeros: dict[str, tuple[tuple[int, ...], int]] = {}
+    for file in files:
+        tensors, _ = open_tensors(file)
+        for name in tensors:
+            tensor = tensors[name]
+            zeros[name] = tuple(tensor.shape), count_zeros(tensor)
+    layers = {layer.name: layer for layer in report.layers}
+    if not zeros or any(zeros.get(name, ((), 0))[0] != layer.shape for name, layer in layers.items()):
+        return report
+    counted = tuple(replace(layer, zeros=zeros[layer.name][1]) for layer in report.layers)
+    # Files may hold more than parameters, so the others count as the report says.
+    others = report.parameter_zeros - report.zeros
+    return replace(report, layers=counted, parameter_zeros=others + sum(layer.zeros for layer in counted))
+
+
+def published(repo_id: str, token: str | None = None) -> Version | None:
+    """The card that the Hub has, edited there perhaps; None where it has none, or cannot be reached."""
+    try:
+        readme = hf_hub_download(repo_id, README, token=token)
+    except (OSError, EntryNotFoundError, HTTPError) as error:
+        logger.info("the card of %s was not read: %s", repo_id, error)
+        return None
+    try:
+        stored = hf_hub_download(repo_id, CARD_FILE, token=token)
+    except (OSError, EntryNotFoundError, HTTPError):
+        stored = None
+    return Version.read(readme, stored)
