@@ -16,6 +16,7 @@ from .model_card import (
     Version,
     auto_class,
     describe,
+    measurements,
     published,
     recount,
     write_card,
@@ -35,7 +36,7 @@ def write_trainer_card(trainer: Any, create: Callable, args: tuple, kwargs: dict
     here = Version.read(directory / README, directory / CARD_FILE)
     there = published(trainer.hub_model_id, trainer.args.hub_token) if trainer.hub_model_id else None
     create(*given.args, **given.kwargs)
-    outer = _without_local_base((directory / README).read_text(encoding="utf-8"), given.arguments)
+    outer = _with_true_base((directory / README).read_text(encoding="utf-8"), given.arguments)
     card = _fill(trainer, name, _restore(ModelCard(outer, ignore_metadata_errors=True).data.to_dict(), escaped))
     edited = [version for version in (there, here) if version is not None and version.is_ours]
     write_card(directory, card, outer, edited, secrets=[trainer.args.hub_token])
@@ -85,7 +86,7 @@ def _metrics(trainer: Any) -> dict[str, float]:
     for log in state.log_history:
         if log.get("step") == step:
             found |= {name: value for name, value in log.items() if name.startswith("eval_")}
-    return found | trainer.saved_metrics
+    return measurements(found | trainer.saved_metrics)
 
 
 def _escape_given(trainer: Any, create: Callable, args: tuple, kwargs: dict[str, Any]):
@@ -113,10 +114,13 @@ def _restore(value: Any, escaped: dict[str, str]) -> Any:
     return escaped.get(value, value) if isinstance(value, str) else value
 
 
-def _without_local_base(text: str, given: dict[str, Any]) -> str:
-    """A folder is no page of the Hub: it gets no link, and its place on this machine is nobody's business."""
+def _with_true_base(text: str, given: dict[str, Any]) -> str:
+    """A folder is no page of the Hub: it gets no link, and its place on this machine is nobody's business. And what
+    has no name at all was not fine-tuned from it."""
     base = given.get("finetuned_from")
-    if not isinstance(base, str) or not Path(base).is_dir():
-        return text
-    link = f"[{base}](https://huggingface.co/{base})"
-    return text.replace(link, f"{escape(Path(base).resolve().name)} (a local folder)")
+    if isinstance(base, str) and base and Path(base).is_dir():
+        link = f"[{base}](https://huggingface.co/{base})"
+        return text.replace(link, f"{escape(Path(base).resolve().name)} (a local folder)")
+    return text.replace(
+        "This model is a fine-tuned version of [](https://huggingface.co/) on", "This model was trained on"
+    )

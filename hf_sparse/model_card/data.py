@@ -91,6 +91,9 @@ class SparsityCard:
     written: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        if not all(map(_is_on_the_hub, _listed(self.metadata.get("base_model")))):
+            # A folder: the Hub refuses a card that names one, and it is nobody's business.
+            self.metadata = {name: value for name, value in self.metadata.items() if name != "base_model"}
         if not self.settings:
             groups = PruningConfig.from_dict(self.config).resolve_groups()
             self.settings = describe(Group(name, options, []) for name, options in groups.items())
@@ -139,8 +142,6 @@ class SparsityCard:
         """The metadata for the head of the card: what was given, and what is known of sparsity and results."""
         values = copy.deepcopy(self.metadata)
         values.setdefault("library_name", "transformers")
-        if not all(map(_is_on_the_hub, _listed(values.get("base_model")))):
-            del values["base_model"]  # the Hub refuses a card that names a local folder
         values["tags"] = list(dict.fromkeys([*_listed(values.get("tags")), "sparse", "pruned", *self.patterns]))
         results = self._results()
         if results:
@@ -165,6 +166,8 @@ class SparsityCard:
         }
         for name in ("criterion", "scope", "solver"):
             figures[name] = _one_or_all(list(dict.fromkeys(row[name] for row in self.settings if row.get(name))))
+        if figures["solver"] == "zero":
+            del figures["solver"]  # which changes nothing
         return {name: value for name, value in figures.items() if value is not None} | {"library": "hf_sparse"}
 
     def _results(self) -> list[EvalResult]:
