@@ -63,7 +63,7 @@ class SparsityCard:
     Example:
         >>> from hf_sparse.report import LayerReport
         >>> report = SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5)
-        >>> card = SparsityCard("my-model", report, PruningConfig(pattern="2:4").to_dict())
+        >>> card = SparsityCard("my-model", report, PruningConfig(pattern="2:4").to_dict(), max_steps=100)
         >>> card.hub_metadata()["tags"], card.settings[0]["scope"]
         (['sparse', 'pruned', '2:4'], 'global')
     """
@@ -94,8 +94,9 @@ class SparsityCard:
         if not all(map(_is_on_the_hub, _listed(self.metadata.get("base_model")))):
             # A folder: the Hub refuses a card that names one, and it is nobody's business.
             self.metadata = {name: value for name, value in self.metadata.items() if name != "base_model"}
+        self.config = PruningConfig().to_dict() | self.config  # an earlier version may have had fewer options
         if not self.settings:
-            groups = PruningConfig.from_dict(self.config).resolve_groups()
+            groups = PruningConfig.from_dict(self.config).resolve_groups(oneshot=self.max_steps is None)
             self.settings = describe(Group(name, options, []) for name, options in groups.items())
 
     # Files
@@ -121,14 +122,15 @@ class SparsityCard:
         stored = read_json(directory / CARD_FILE) if (directory / CARD_FILE).is_file() else {}
         if not stored:
             stored = _found_beside(directory)
-        known = {name: value for name, value in stored.items() if name in _STORED}
         try:
-            return cls(
-                report=SparsityReport.from_dict(report),
-                config=config,
-                **{"model_name": directory.resolve().name} | known,
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            values = {"model_name": directory.resolve().name} | {
+                name: stored[name] for name in _STORED if name in stored
+            }
+            wrong = [name for name, value in values.items() if not _fits(name, value)]
+            if wrong or "pattern" not in config:
+                raise ValueError(f"{wrong or CONFIG_FILE} cannot be")
+            return cls(report=SparsityReport.from_dict(report), config=config, **values)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the pruning files in {directory} are damaged: {error!r}.") from error
 
     # Metadata
@@ -196,7 +198,15 @@ class SparsityCard:
 
 
 _APART = ("report", "config")
-_STORED = tuple(option.name for option in fields(SparsityCard) if option.name not in _APART)
+_TYPES = {option.name: str(option.type) for option in fields(SparsityCard) if option.name not in _APART}
+_STORED = tuple(_TYPES)
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a value that was read from a file can be that field's."""
+    kinds = {"str": str, "int": int, "bool": bool, "dict": dict, "list": list}
+    kind = kinds[_TYPES[name].split(" |")[0].split("[")[0]]
+    return isinstance(value, kind) or (value is None and _TYPES[name].endswith("None"))
 
 
 def describe(groups: Iterable[Group]) -> list[dict[str, Any]]:
