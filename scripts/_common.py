@@ -1,5 +1,6 @@
 """What the example scripts share: arguments, logging, loading of models and the train / finish steps."""
 
+import json
 import logging
 import re
 import sys
@@ -48,6 +49,13 @@ class ModelArguments:
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with the checkpoint. Read that code first."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "The model's name on the Hub for the card, if it is loaded from a folder."}
+    )
+    dense_results: str | None = field(
+        default=None,
+        metadata={"help": "all_results.json of a run without pruning, for the model card to compare with."},
     )
 
     def hub_kwargs(self) -> dict:
@@ -107,8 +115,10 @@ def setup_logging(training_args: TrainingArguments) -> None:
     )
 
 
-def require_work(training_args: TrainingArguments) -> None:
-    """Refuses a run that was asked to do nothing."""
+def require_work(training_args: TrainingArguments, model_args: ModelArguments) -> None:
+    """Refuses a run that was asked to do nothing, or to read at its end what is not there."""
+    if model_args.dense_results is not None and not Path(model_args.dense_results).is_file():
+        raise FileNotFoundError(f'dense_results "{model_args.dense_results}" does not exist.')
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("nothing to do: pass --do_train, --do_eval or --do_predict.")
 
@@ -176,7 +186,7 @@ def build_collator(tokenizer, pad_to_max_length: bool, training_args):
 
 def card_kwargs(model_args: ModelArguments, data_args, task: str) -> dict:
     """What the model card can say about where the model and its data come from."""
-    kwargs = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
+    kwargs = {"finetuned_from": model_args.base_model or model_args.model_name_or_path, "tasks": task}
     if data_args.dataset_name is not None:
         name, config = data_args.dataset_name, data_args.dataset_config_name
         kwargs |= {"dataset_tags": name, "dataset": f"{name} {config}" if config else name}
@@ -202,8 +212,10 @@ def report(trainer, split: str, metrics: dict) -> None:
     trainer.save_metrics(split, metrics)
 
 
-def finish(trainer, card_kwargs: dict) -> None:
+def finish(trainer, card_kwargs: dict, model_args: ModelArguments) -> None:
     """Pushes the model to the Hub where asked, else writes its card. An upload that fails ends the program with 1."""
+    if model_args.dense_results is not None:
+        trainer.dense_metrics = json.loads(Path(model_args.dense_results).read_text(encoding="utf-8"))
     if not trainer.args.push_to_hub:
         return trainer.create_model_card(**card_kwargs)
     try:

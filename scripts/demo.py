@@ -88,21 +88,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(f"1. Train a dense vision transformer on {len(train)} images of digits")
     dense = Trainer(model, dense_args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     dense.train()
-    before = dense.evaluate()["eval_accuracy"]
+    dense_metrics = dense.evaluate()
 
     print("2. Fine-tune it and prune it on the way")
     trainer = SparseTrainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
+    trainer.dense_metrics = dense_metrics
     trainer.train()
-    after = trainer.evaluate()["eval_accuracy"]
+    metrics = trainer.evaluate()
     trainer.save_model()
+    trainer.create_model_card(tasks="image-classification", dataset="scikit-learn digits")
 
     reloaded = ViTForImageClassification.from_pretrained(args.output_dir)
     report = trainer.sparsity.pruner.report()
     folder = Path(args.output_dir)
+    before, after = dense_metrics["eval_accuracy"], metrics["eval_accuracy"]
     print(
         f"\naccuracy on {len(test)} test images: {before:.1%} dense, {after:.1%} with {report.sparsity:.1%} of "
         f"{report.selected:,} selected weights zero"
         f"\nsaved to {folder}: plain {type(reloaded).__name__}.from_pretrained opens it"
+        f"\nmodel card: {folder / 'README.md'}"
         f"\nfigures: {folder / 'pruning_schedule.png'}, {folder / 'pruning_layers.png'}"
         "\nnext: the same with --pattern 2:4, --pattern 4x1 or --criterion magnitude; your own data with "
         "scripts/run_glue.py --help"

@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     classes = (ClmModelArguments, DataTrainingArguments, SparseTrainingArguments)
     model_args, data_args, training_args = parse_args(classes, argv)
     training_args.do_predict = False
-    require_work(training_args)
+    require_work(training_args, model_args)
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
         raise ValueError("a stream has no end to count epochs by: pass --max_steps with --streaming.")
     setup_logging(training_args)
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         train(trainer, counts["train"])
     if training_args.do_eval:
         evaluate(trainer, counts["validation"])
-    finish(trainer, card_kwargs(model_args, data_args, "text-generation"))
+    finish(trainer, card_kwargs(model_args, data_args, "text-generation"), model_args)
 
 
 if __name__ == "__main__":

@@ -272,7 +272,7 @@ def glue_card_kwargs(model_args: ModelArguments, data_args: DataTrainingArgument
 def main(argv: list[str] | None = None) -> None:
     classes = (GlueModelArguments, DataTrainingArguments, SparseTrainingArguments)
     model_args, data_args, training_args = parse_args(classes, argv)
-    require_work(training_args)
+    require_work(training_args, model_args)
     setup_logging(training_args)
     set_seed(training_args.seed)
 
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluate(trainer, data, wanted["eval"])
     if training_args.do_predict:
         predict(trainer, data, wanted["predict"], labels, data_args.task_name)
-    finish(trainer, glue_card_kwargs(model_args, data_args))
+    finish(trainer, glue_card_kwargs(model_args, data_args), model_args)
 
 
 if __name__ == "__main__":

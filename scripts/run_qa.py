@@ -173,7 +173,7 @@ def build_metrics(data_args: DataTrainingArguments, model_args: ModelArguments):
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelArguments, DataTrainingArguments, SparseTrainingArguments)
     model_args, data_args, training_args = parse_args(classes, argv)
-    require_work(training_args)
+    require_work(training_args, model_args)
     setup_logging(training_args)
     set_seed(training_args.seed)
 
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     if training_args.do_predict:
         output = trainer.predict(features["test"], questions["test"])
         report(trainer, "test", output.metrics | {"test_samples": len(questions["test"])})
-    finish(trainer, card_kwargs(model_args, data_args, "question-answering"))
+    finish(trainer, card_kwargs(model_args, data_args, "question-answering"), model_args)
 
 
 if __name__ == "__main__":
