@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
 from .model_card import (
     CARD_FILE,
     README,
@@ -17,6 +15,7 @@ from .model_card import (
     auto_class,
     describe,
     measurements,
+    parsed,
     published,
     recount,
     write_card,
@@ -31,15 +30,34 @@ def write_trainer_card(trainer: Any, create: Callable, args: tuple, kwargs: dict
     changed in an earlier one stays, whether here or on the Hub. The main process alone does this, so nothing here may
     wait for the others.
     """
-    directory = Path(trainer.args.output_dir)
+    directory, args_of_run = Path(trainer.args.output_dir), trainer.args
+    tags = _listed(kwargs.get("tags"))
     name, given, escaped = _escape_given(trainer, create, args, kwargs)
     here = Version.read(directory / README, directory / CARD_FILE)
-    there = published(trainer.hub_model_id, trainer.args.hub_token) if trainer.hub_model_id else None
-    create(*given.args, **given.kwargs)
-    outer = _with_true_base((directory / README).read_text(encoding="utf-8"), given.arguments)
-    card = _fill(trainer, name, _restore(ModelCard(outer, ignore_metadata_errors=True).data.to_dict(), escaped))
+    there = None
+    if trainer.hub_model_id:
+        there = published(trainer.hub_model_id, args_of_run.hub_token, getattr(args_of_run, "hub_revision", None))
     edited = [version for version in (there, here) if version is not None and version.is_ours]
-    write_card(directory, card, outer, edited, secrets=[trainer.args.hub_token])
+    try:
+        create(*given.args, **given.kwargs)
+        outer = _with_true_base((directory / README).read_text(encoding="utf-8"), given.arguments)
+        metadata = _restore(parsed(outer).data.to_dict(), escaped)
+        metadata["tags"] = [tag for tag in _listed(metadata.get("tags")) if tag in tags or tag not in _earlier(here)]
+        write_card(directory, _fill(trainer, name, metadata), outer, edited, secrets=[args_of_run.hub_token])
+    except BaseException:
+        if here is not None:  # what a person wrote outlives this too
+            (directory / README).write_text(here.text, encoding="utf-8")
+        raise
+
+
+def _earlier(here: Version | None) -> list[str]:
+    """Our tags of an earlier run, which Trainer takes over from the card that it finds."""
+    metadata = here.written.get("metadata", {}) if here is not None else {}
+    return _listed(metadata.get("sparsity", {}).get("pattern"))
+
+
+def _listed(value: Any) -> list:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _fill(trainer: Any, name: str, metadata: dict[str, Any]) -> SparsityCard:

@@ -143,6 +143,36 @@ def test_edits_stay_and_figures_do_not(tmp_path):
     assert path.read_text() == text
 
 
+def test_tags_of_an_earlier_pattern_go(tmp_path):
+    """Trainer takes tags over from the card that it finds; and a list that it is given is not changed."""
+    trained(tmp_path, pattern="4x1").create_model_card()
+    given = ["mine"]
+    trained(tmp_path, pattern="2:4").create_model_card(tags=given)
+    assert ModelCard.load(tmp_path / "README.md").data.tags == [
+        "generated_from_trainer",
+        "sparse",
+        "pruned",
+        "mine",
+        "2:4",
+    ]
+    assert given == ["mine"]
+
+
+def test_a_card_that_fails_costs_no_words(tmp_path, monkeypatch):
+    run = trained(tmp_path)
+    run.create_model_card()
+    path = tmp_path / "README.md"
+    path.write_text(text := path.read_text() + "\nMy words.\n")
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("hf_sparse.model_card.writing.write_atomically", fail)
+    with pytest.raises(OSError, match="no space left"):
+        run.create_model_card()
+    assert path.read_text() == text
+
+
 def test_names_are_escaped_in_text_and_whole_in_the_metadata(tmp_path):
     name = "a|b <!-- `c` --> {{ d }}"
     run = trained(tmp_path)
@@ -196,7 +226,7 @@ def test_edits_on_the_hub_stay(tmp_path, monkeypatch, ours):
     )
     stored.write_text((tmp_path / "pruning_card.json").read_text() if ours else "{}")
     files = {"README.md": readme, "pruning_card.json": stored}
-    monkeypatch.setattr("hf_sparse.model_card.writing.hf_hub_download", lambda repo, name, token: str(files[name]))
+    monkeypatch.setattr("hf_sparse.model_card.writing.hf_hub_download", lambda repo, name, **_: str(files[name]))
     run.hub_model_id = "user/model"
     run.create_model_card()
     text = (tmp_path / "README.md").read_text()

@@ -5,7 +5,17 @@ It is made from files alone, so it can be made again: the report, the config, an
 
 from .data import CARD_FILE, SparsityCard, describe, measurements
 from .loading import auto_class
-from .writing import PUBLISHED_FILES, README, Version, published, recount, render_card, rewrite_card, write_card
+from .writing import (
+    PUBLISHED_FILES,
+    README,
+    Version,
+    parsed,
+    published,
+    recount,
+    render_card,
+    rewrite_card,
+    write_card,
+)
 
 
 __all__ = [
@@ -17,6 +27,7 @@ __all__ = [
     "auto_class",
     "describe",
     "measurements",
+    "parsed",
     "published",
     "recount",
     "render_card",

@@ -140,11 +140,11 @@ def _schedule(config: dict[str, Any], max_steps: int) -> str:
     start, end, every = (config[name] for name in ("prune_start", "prune_end", "prune_every"))
     cadence = Cadence.from_fractions(start, end, every, max_steps)
     name = config.get("scheduler") or ("oneshot" if start == end else "iterative")
-    curve = f", {config['sparsity_decay_type']} curve" if name == "iterative" else ""
+    curve = f" ({config['sparsity_decay_type']} curve)" if name == "iterative" else ""
     steps = f"{cadence.total} prune steps, after optimizer steps {cadence.start} to {cadence.end}"
     if cadence.total == 1:
         steps = f"one prune step, after optimizer step {cadence.end}"
-    return f"Scheduler: {escape(name + curve)}: {steps} of {max_steps}."
+    return f"Scheduler: {escape(name + curve)}, {steps} of {max_steps}."
 
 
 def _evaluation(card: SparsityCard) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
@@ -42,8 +43,13 @@ class Version:
         """From files; None where there is no card."""
         if not Path(readme).is_file():
             return None
-        written = read_json(stored).get("written") if stored is not None and Path(stored).is_file() else None
-        return cls(Path(readme).read_text(encoding="utf-8-sig"), written or {})
+        written = {}
+        if stored is not None and Path(stored).is_file():
+            try:
+                written = read_json(stored).get("written", {})
+            except ValueError as error:
+                logger.warning("%s So all of %s is taken for written by hand.", error, readme)
+        return cls(Path(readme).read_text(encoding="utf-8-sig"), written)
 
     @property
     def is_ours(self) -> bool:
@@ -99,16 +105,16 @@ def write_card(
     plain = render_card(card, images)
     metadata, text, generated = card.hub_metadata(), plain.text, None
     if outer is not None:
-        text = with_section(_body(outer), chunks(plain.text)[SECTION])
+        text = with_section(parsed(outer).text, chunks(plain.text)[SECTION])
     elif edited:
         # What stands around the section is nobody's to write anew.
         text, generated = (
-            with_section(_body(edited[-1].text), chunks(plain.text)[SECTION]),
+            with_section(parsed(edited[-1].text).text, chunks(plain.text)[SECTION]),
             edited[-1].written.get("text"),
         )
     written = {"metadata": metadata, "text": digests(text) if generated is None else generated}
     for version in edited:
-        theirs = ModelCard(version.text, ignore_metadata_errors=True)
+        theirs = parsed(version.text)
         metadata = merge_metadata(theirs.data.to_dict(), version.written.get("metadata", {}), metadata)
         if outer is not None:
             text = merge_text(theirs.text, version.written.get("text", {}), text)
@@ -120,8 +126,16 @@ def write_card(
     return path
 
 
-def _body(text: str) -> str:
-    return ModelCard(text, ignore_metadata_errors=True).text
+def parsed(text: str) -> ModelCard:
+    """A card that somebody wrote.
+
+    Raises:
+        ValueError: its head is no YAML.
+    """
+    try:
+        return ModelCard(text, ignore_metadata_errors=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the head of {README} is no YAML: mend it, or delete the file. {error}") from error
 
 
 def rewrite_card(directory: str | Path) -> Path:
@@ -154,15 +168,15 @@ def recount(directory: str | Path, report: SparsityReport) -> SparsityReport:
     return replace(report, layers=counted, parameter_zeros=others + sum(layer.zeros for layer in counted))
 
 
-def published(repo_id: str, token: str | None = None) -> Version | None:
+def published(repo_id: str, token: str | None = None, revision: str | None = None) -> Version | None:
     """The card that the Hub has, edited there perhaps; None where it has none, or cannot be reached."""
     try:
-        readme = hf_hub_download(repo_id, README, token=token)
+        readme = hf_hub_download(repo_id, README, token=token, revision=revision)
     except (OSError, EntryNotFoundError, HTTPError) as error:
         logger.info("the card of %s was not read: %s", repo_id, error)
         return None
     try:
-        stored = hf_hub_download(repo_id, CARD_FILE, token=token)
+        stored = hf_hub_download(repo_id, CARD_FILE, token=token, revision=revision)
     except (OSError, EntryNotFoundError, HTTPError):
         stored = None
     return Version.read(readme, stored)

@@ -193,6 +193,18 @@ def test_edits_on_the_hub_and_here_meet_in_a_fresh_card(tmp_path):
     assert write_card(tmp_path, card(), outer.replace("results 1", "results 2"), again).read_text() == text
 
 
+def test_a_damaged_card(tmp_path, caplog):
+    """Without what was written last nothing is lost; a head that nobody can read is told."""
+    path = write_card(tmp_path, card())
+    path.write_text(path.read_text() + "\nMy words.\n")
+    (tmp_path / "pruning_card.json").write_text("{")
+    assert write_card(tmp_path, card()).read_text().endswith("My words.\n")
+    assert "is damaged" in caplog.text
+    path.write_text(path.read_text().replace("license: mit", "license: [mit"))
+    with pytest.raises(ValueError, match="the head of README.md is no YAML: mend it, or delete the file"):
+        write_card(tmp_path, card())
+
+
 def test_no_token_in_any_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "the-token-of-the-environment")
     tokens = ["the-given-token", "the-token-of-the-environment", "hf_" + "a1" * 17]
