@@ -114,6 +114,8 @@ def _escape_given(trainer: Any, create: Callable, args: tuple, kwargs: dict[str,
     name = given.arguments.get("model_name") or Path(trainer.args.output_dir).resolve().name
     if "model_name" in known:
         given.arguments["model_name"] = name
+    if isinstance(given.arguments.get("tags"), list):
+        given.arguments["tags"] = list(given.arguments["tags"])  # Trainer adds to it
     escaped = {}
     for option in ("model_name", "dataset", "dataset_name"):
         value = given.arguments.get(option)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_invariants import Spy, exactly_positive_zero
 from tiny import PRUNE_STEPS, SCHEDULE, STEPS, arguments, content, make, same, weights
@@ -192,6 +193,19 @@ def test_a_mixed_in_trainer_refuses_a_checkpoint_of_another_pruning(tmp_path, li
     with pytest.raises(ValueError, match=r"target_sparsity: 0\.5 -> 0\.6"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert other.sparsity.pruner is None
+
+
+def test_the_card_of_that_library_has_our_section_once(tmp_path, library):
+    trainer = library.make(tmp_path, [SparsityCallback(PruningConfig(**PRUNING))], mixed(library.trainer))
+    trainer.train()
+    trainer.save_model()
+    for _ in range(2):
+        trainer.create_model_card(model_name="a|b")
+        text = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert text.count("## Sparsity") == 1 and text.count("50.00%") >= 1
+        data = ModelCard(text).data
+        assert {"sparse", "pruned", "unstructured"} < set(data.tags) and data["sparsity"]["selected"] == 0.5
+        assert len(data.tags) > 3, "the library's own tags"
 
 
 def test_zeros_hold_in_a_compiled_model_of_the_stock_trainer(tmp_path):
