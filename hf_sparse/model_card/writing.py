@@ -110,13 +110,13 @@ def write_card(
         # What stands around the section is nobody's to write anew.
         text, generated = (
             with_section(parsed(edited[-1].text).text, chunks(plain.text)[SECTION]),
-            edited[-1].written.get("text"),
+            edited[-1].written.get("text", {}),
         )
     written = {"metadata": metadata, "text": digests(text) if generated is None else generated}
     for version in edited:
         theirs = parsed(version.text)
         metadata = merge_metadata(theirs.data.to_dict(), version.written.get("metadata", {}), metadata)
-        if outer is not None:
+        if outer is not None or version is not edited[-1]:
             text = merge_text(theirs.text, version.written.get("text", {}), text)
     metadata = ModelCardData(**metadata).to_yaml(original_order=list(metadata))
     content = without_secrets(f"---\n{metadata}\n---\n{text}".rstrip("\n") + "\n", secrets)
@@ -138,15 +138,24 @@ def parsed(text: str) -> ModelCard:
         raise ValueError(f"the head of {README} is no YAML: mend it, or delete the file. {error}") from error
 
 
-def rewrite_card(directory: str | Path) -> Path:
+def rewrite_card(directory: str | Path, repo_id: str | None = None, token: str | None = None) -> Path:
     """Write the card of a saved model anew from the files beside it, with the zeros that its weights have now.
+
+    Args:
+        directory: where the model is saved.
+        repo_id: where it is going to be uploaded: what a person has changed in the card there is taken over.
+        token: to read it with.
 
     Raises:
         FileNotFoundError: the report or the config is missing.
         ValueError: a file is damaged.
     """
     card = SparsityCard.load(directory)
-    return write_card(directory, replace(card, report=recount(directory, card.report)))
+    card = replace(card, report=recount(directory, card.report), repo_id=repo_id or card.repo_id)
+    here = Version.read(Path(directory) / README, Path(directory) / CARD_FILE)
+    there = published(repo_id, token) if repo_id else None
+    edited = [there] if there is not None and there.is_ours else []
+    return write_card(directory, card, edited=[*edited, *([here] if here is not None else [])], secrets=[token])
 
 
 def recount(directory: str | Path, report: SparsityReport) -> SparsityReport:

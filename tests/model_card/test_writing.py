@@ -193,6 +193,22 @@ def test_edits_on_the_hub_and_here_meet_in_a_fresh_card(tmp_path):
     assert write_card(tmp_path, card(), outer.replace("results 1", "results 2"), again).read_text() == text
 
 
+def test_a_card_that_is_rewritten_for_the_hub_takes_over_what_was_changed_there(tmp_path, monkeypatch):
+    outer = "---\nlicense: mit\n---\n# m\n\n## A\n-\n\n## B\n-\n"
+    path = write_card(tmp_path, card(repo_id=None), outer, [])
+    hub = Version.read(path, tmp_path / "pruning_card.json")
+    hub = replace(hub, text=hub.text.replace("## A\n-", "## A\nfrom the Hub").replace("- sparse", "- sparse\n- there"))
+    path.write_text(path.read_text().replace("## B\n-", "## B\nfrom here").replace("- sparse", "- sparse\n- here"))
+    monkeypatch.setattr("hf_sparse.model_card.writing.published", lambda repo, token: hub)
+    for _ in range(2):
+        text = rewrite_card(tmp_path, "user/m").read_text()
+        assert "## A\nfrom the Hub\n" in text and "## B\nfrom here\n" in text and 'from_pretrained("user/m")' in text
+        assert {"here", "there"} < set(ModelCard(text).data.tags)
+    again = [Version.read(path, tmp_path / "pruning_card.json")]
+    text = write_card(tmp_path, card(), outer, again).read_text()  # still told from what was written
+    assert "from the Hub" in text and "from here" in text
+
+
 def test_a_damaged_card(tmp_path, caplog):
     """Without what was written last nothing is lost; a head that nobody can read is told."""
     path = write_card(tmp_path, card())
