@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..config import PruningConfig
+from ..config import OPTIONS, PruningConfig
 from ..group import Group
 from ..report import SparsityReport
 from ..state_files import CONFIG_FILE, REPORT_FILE
@@ -41,7 +41,7 @@ class SparsityCard:
     Args:
         model_name: any text.
         report: how much is zero, counted in the weights.
-        config: the options of pruning, as `PruningConfig.to_dict` gives them.
+        config: the options of pruning, as `PruningConfig.to_dict` or `OneshotConfig.to_dict` gives them.
         metadata: given by the user: what else the Hub is to know, under its own names (base_model, datasets, language,
             license, ...). See `huggingface_hub.ModelCardData`.
         task: given: what the metrics are of, as the Hub calls it ("text-classification"), for the results in the
@@ -96,7 +96,8 @@ class SparsityCard:
             self.metadata = {name: value for name, value in self.metadata.items() if name != "base_model"}
         self.config = PruningConfig().to_dict() | self.config  # an earlier version may have had fewer options
         if not self.settings:
-            groups = PruningConfig.from_dict(self.config).resolve_groups(oneshot=self.max_steps is None)
+            options = {name: value for name, value in self.config.items() if name in OPTIONS}
+            groups = PruningConfig.from_dict(options).resolve_groups(oneshot=self.max_steps is None)
             self.settings = describe(Group(name, options, []) for name, options in groups.items())
 
     # Files

@@ -11,6 +11,7 @@ from huggingface_hub.utils import yaml_dump
 
 from ..config import PruningConfig
 from ..plots import LAYERS_FILE, SCHEDULE_FILE
+from ..report import SparsityReport
 from ..schedulers import Cadence
 from .data import SparsityCard, measurements
 from .edits import END, START
@@ -48,26 +49,18 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
         ("selected weights", *_figures(report.zeros, report.selected)),
         ("all parameters", *_figures(report.parameter_zeros, report.parameters)),
     ]
-    layers = [
-        (
-            escape(layer.name),
-            "x".join(map(str, layer.shape)),
-            escape(layer.pattern),
-            *_figures(layer.zeros, layer.weights),
-        )
-        for layer in report.layers
-    ]
     return {
         "title": escape(card.model_name),
         "introduction": _introduction(card),
         "start": START,
         "end": END,
         "totals": table(("of", "zeros", "count", "sparsity"), totals, text_columns=1),
-        "layer_count": len(layers),
+        "layer_count": len(report.layers),
         "settings": _settings(card.settings),
         "how": _how(card),
         "images": [{"text": IMAGES[name], "file": name} for name in IMAGES if name in images],
-        "layers": table(("layer", "shape", "pattern", "zeros", "weights", "sparsity"), layers, text_columns=3),
+        "layers": _layers(report),
+        "measured": any(layer.error is not None for layer in report.layers),
         "evaluation": _evaluation(card),
         "compared": bool(card.dense_metrics),
         "loading": _loading(card),
@@ -95,6 +88,20 @@ def table(names: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int
 
 def _figures(zeros: int, count: int) -> tuple[str, str, str]:
     return f"{zeros:,}", f"{count:,}", f"{zeros / count if count else 0:.2%}"
+
+
+def _layers(report: SparsityReport) -> str:
+    names = ["layer", "shape", "pattern", "zeros", "weights", "sparsity"]
+    rows = [
+        [escape(layer.name), "x".join(map(str, layer.shape)), escape(layer.pattern)]
+        + [*_figures(layer.zeros, layer.weights)]
+        for layer in report.layers
+    ]
+    if any(layer.error is not None for layer in report.layers):
+        names.append("error")
+        for layer, row in zip(report.layers, rows, strict=True):
+            row.append("-" if layer.error is None else _number(layer.error))
+    return table(names, rows, text_columns=3)
 
 
 def _introduction(card: SparsityCard) -> str:

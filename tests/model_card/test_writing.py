@@ -14,6 +14,7 @@ from tiny import bert
 from hf_sparse import PruningConfig, SparsityReport
 from hf_sparse.model_card import SparsityCard, Version, recount, render_card, rewrite_card, write_card
 from hf_sparse.model_card.edits import END, START
+from hf_sparse.oneshot import OneshotConfig
 from hf_sparse.report import LayerReport
 
 
@@ -131,6 +132,23 @@ def test_what_others_wrote_changes_no_structure(tmp_path):
     assert text.splitlines().count(START) == text.splitlines().count(END) == 1
     assert write_card(tmp_path, card(**values)).read_text(encoding="utf-8") == text
     assert render_card(SparsityCard.load(tmp_path)).content.rstrip("\n") == text.rstrip("\n")
+
+
+def test_a_card_of_one_shot_pruning(tmp_path):
+    """The criterion that was left out is Wanda's, whose scope is the row."""
+    layers = (
+        LayerReport("a", "weights", "unstructured", (4, 4), 16, 8, 0.125),
+        LayerReport("b", "weights", "x", (1,), 1, 0),
+    )
+    config = OneshotConfig(target_sparsity=0.5, sequential=False).to_dict()
+    calibration = "128 texts of 2,048 tokens"
+    values = {"report": SparsityReport(layers, 40, 8), "config": config, "max_steps": None, "calibration": calibration}
+    text = write_card(tmp_path, card(**values)).read_text()
+    assert "| unstructured | wanda | row | 50% |" in text and "sequential: false" in text
+    assert "Pruned in one shot, without training. What it looked at: 128 texts of 2,048 tokens." in text
+    assert "| a | 4x4 | unstructured | 8 | 16 | 50.00% | 0.1250 |" in text and "relative to the square" in text
+    assert "| b | 1 | x | 0 | 1 | 0.00% | - |" in text
+    assert rewrite_card(tmp_path).read_text() == text
 
 
 def test_a_card_comes_again_from_its_files_alone(tmp_path):
