@@ -31,8 +31,8 @@ def write_trainer_card(trainer: Any, create: Callable, args: tuple, kwargs: dict
     wait for the others.
     """
     directory, args_of_run = Path(trainer.args.output_dir), trainer.args
-    tags = _listed(kwargs.get("tags"))
     name, given, escaped = _escape_given(trainer, create, args, kwargs)
+    tags = _listed(given.arguments.get("tags"))
     here = Version.read(directory / README, directory / CARD_FILE)
     there = None
     if trainer.hub_model_id:

@@ -169,7 +169,7 @@ class SparsityCard:
         }
         for name in ("criterion", "scope", "solver"):
             figures[name] = _one_or_all(list(dict.fromkeys(row[name] for row in self.settings if row.get(name))))
-        if figures["solver"] == "zero":
+        if figures.get("solver") == "zero":
             del figures["solver"]  # which changes nothing
         return {name: value for name, value in figures.items() if value is not None} | {"library": "hf_sparse"}
 
@@ -215,8 +215,12 @@ def describe(groups: Iterable[Group]) -> list[dict[str, Any]]:
     rows = []
     for group in groups:
         options = group.options.to_dict()
-        row = {name: options.get(name) for name in ("pattern", "criterion", "solver", "allocation")}
-        rows.append({"group": group.name, **row, "scope": group.scope, "target": group.target})
+        row = {name: options[name] for name in ("pattern", "criterion", "solver", "allocation")} | {
+            "scope": group.scope
+        }
+        if not group.target:  # its zeros were there before
+            row = dict.fromkeys(row) | {"pattern": group.options.pattern}
+        rows.append({"group": group.name, **row, "target": group.target})
     return rows
 
 

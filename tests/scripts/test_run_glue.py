@@ -10,6 +10,7 @@ from conftest import is_encoder_matrix, read_json, run_script, sentiment_rows, t
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from glue_labels import GLUE_LABELS, Labels, find_labels
 from glue_metrics import GLUE_METRICS
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 
@@ -56,6 +57,17 @@ def test_task_name_and_files_go_together(tiny_bert, tmp_path, files):
     assert (out / "README.md").is_file()
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_the_card_compares_with_a_dense_run_and_names_the_base(tiny_bert, tmp_path, files):
+    (tmp_path / "dense.json").write_text('{"eval_accuracy": 0.75, "epoch": 1.0}')
+    named = ["--base_model", "user/base", "--dense_results", str(tmp_path / "dense.json")]
+    parts = [*files, "--do_train", "--do_eval", "--target_sparsity", "0.5", *named]
+    run_glue.main(arguments(tiny_bert, tmp_path / "out", *parts, max_steps=4))
+    measured = read_json(tmp_path / "out" / "eval_results.json")["eval_accuracy"]
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert f"| eval_accuracy | 0.7500 | {measured:.4f} | {measured - 0.75:+.4f} |" in card.text
+    assert card.data.base_model == "user/base" and tiny_bert not in str(card)
 
 
 def test_own_text_labels_and_a_test_file_without_labels(tiny_bert, tmp_path):
@@ -214,6 +226,11 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tiny_bert, tmp_pat
         (["--train_file", "no.csv", "--do_train"], FileNotFoundError, 'train file "no.csv" does not exist'),
         (["--train_file", "{rows}", "--do_eval"], ValueError, "Pass --validation_file"),
         (["--train_file", "{rows}"], ValueError, "nothing to do: pass --do_train"),
+        (
+            ["--train_file", "{rows}", "--do_train", "--dense_results", "no.json"],
+            FileNotFoundError,
+            'dense_results "no.json" does not exist',
+        ),
         (["--train_file", "{odd}", "--do_train"], ValueError, "must end with one of: .csv, .tsv, .json"),
         (["--train_file", "{nameless}", "--do_train"], ValueError, "no text columns found: the data has words, label"),
         (["--task_name", "mrpc", "--train_file", "{rows}", "--do_train"], ValueError, '"sentence1" and "sentence2"'),
