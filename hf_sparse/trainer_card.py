@@ -73,7 +73,7 @@ def _fill(trainer: Any, name: str, metadata: dict[str, Any]) -> SparsityCard:
         metadata=metadata,
         task=measured["task"]["type"],
         dataset=measured["dataset"],
-        dense_metrics=dict(trainer.dense_metrics),
+        dense_metrics=measurements(trainer.dense_metrics),
         repo_id=trainer.hub_model_id,
         settings=describe(callback.pruner.groups),
         metrics=_metrics(trainer),

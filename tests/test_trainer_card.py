@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -93,7 +94,7 @@ def test_figures_are_shown_where_there_are_some(tmp_path, plots):
 
 def test_dense_and_saved_metrics_are_compared(tmp_path):
     run = trained(tmp_path)
-    run.dense_metrics = {"test_accuracy": 0.75, "test_runtime": 1.0}
+    run.dense_metrics = {"test_accuracy": np.float32(0.75), "test_runtime": 1.0, "test_name": "x"}
     run.save_metrics("test", {"test_accuracy": 0.5, "test_samples": 8})
     run.create_model_card()
     section = section_of((tmp_path / "README.md").read_text())

@@ -7,6 +7,7 @@ import importlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,8 @@ class SparsityCard:
         if not stored:
             stored = _found_beside(directory)
         try:
-            values = {"model_name": directory.resolve().name} | {
-                name: stored[name] for name in _STORED if name in stored
-            }
+            values = {"model_name": directory.resolve().name}
+            values |= {name: stored[name] for name in _STORED if name in stored}
             wrong = [name for name, value in values.items() if not _fits(name, value)]
             if wrong or "pattern" not in config:
                 raise ValueError(f"{wrong or CONFIG_FILE} cannot be")
@@ -231,14 +231,12 @@ def measurements(metrics: Mapping[str, Any]) -> dict[str, float]:
         >>> measurements({"eval_accuracy": 0.5, "eval_runtime": 3.1, "epoch": 2.0, "train_loss": 0.1})
         {'eval_accuracy': 0.5}
     """
-    return {
-        name: value
-        for name, value in metrics.items()
-        if isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and not name.startswith("train_")
-        and not name.endswith(_NO_MEASUREMENTS)
-    }
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, Real) and not isinstance(value, bool):
+            if not name.startswith("train_") and not name.endswith(_NO_MEASUREMENTS):
+                found[name] = int(value) if isinstance(value, Integral) else float(value)  # numpy's too
+    return found
 
 
 def _found_beside(directory: Path) -> dict[str, Any]:
