@@ -80,6 +80,26 @@ def report(
 
 
 @app.command()
+def card(
+    directory: Annotated[
+        str, typer.Argument(help="The folder of a pruned model, with pruning_report.json and pruning_config.json.")
+    ],
+    repo: Annotated[
+        str | None,
+        typer.Option(help="Where it is going to be uploaded: what people changed in the card there is taken over."),
+    ] = None,
+) -> None:
+    """Write the model card of a pruned model anew, from the files beside its weights.
+
+    The zeros are counted in the weights. Only what stands between the two marks of hf_sparse is replaced, and of the
+    metadata what nobody else has changed.
+    """
+    from .model_card import rewrite_card
+
+    typer.echo(rewrite_card(directory, repo))
+
+
+@app.command()
 def push(
     directory: Annotated[str, typer.Argument(help="The folder: of a trainer, one of its checkpoints, or any model.")],
     repo: Annotated[str, typer.Argument(help='"user/name", or "name" under your own. Made where there is none.')],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .inspection import InspectionError
 from .model_card import (
     CARD_FILE,
     README,
@@ -23,6 +25,9 @@ from .model_card import (
 from .model_card.escaping import command_line, escape
 from .report import SparsityReport
 from .state_files import REPORT_FILE
+
+
+logger = logging.getLogger(__name__)
 
 
 def write_trainer_card(trainer: Any, create: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -91,7 +96,12 @@ def _report(trainer: Any) -> SparsityReport:
     if trainer.args.world_size == 1:
         return trainer.sparsity.pruner.report()
     directory = Path(trainer.args.output_dir)
-    return recount(directory, SparsityReport.load(directory / REPORT_FILE))
+    stored = SparsityReport.load(directory / REPORT_FILE)
+    try:
+        return recount(directory, stored)
+    except InspectionError as error:
+        logger.warning("the zeros are counted as in %s: %s", REPORT_FILE, error)
+        return stored
 
 
 def _metrics(trainer: Any) -> dict[str, float]:

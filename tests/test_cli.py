@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from hf_sparse import PruningConfig, SparsityReport
 from hf_sparse.cli import app
+from hf_sparse.report import LayerReport
 
 
 @pytest.fixture
@@ -88,3 +90,21 @@ def test_the_module_is_the_program(folder):
     command = [sys.executable, "-m", "hf_sparse", "report", str(folder), "--expect", "1:4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "do not hold 1:4" in done.stderr
+
+
+def test_card(folder, run):
+    """Of a run that pruned 2:4, whose weights have lost a zero since."""
+    report = SparsityReport((LayerReport("up.weight", "weights", "2:4", (16, 32), 512, 256),), 600, 300, 0.5)
+    report.save(folder / "pruning_report.json")
+    PruningConfig(pattern="2:4").save(folder / "pruning_config.json")
+    weight = load_file(folder / "model.safetensors")["up.weight"]
+    weight[weight == 0] = torch.tensor([1.0, *[0.0] * 255])
+    save_file({"up.weight": weight}, folder / "model.safetensors")
+    code, out, err = run("card", folder)
+    assert (code, out, err) == (0, f"{folder / 'README.md'}\n", "")
+    text = (folder / "README.md").read_text()
+    assert "| selected weights | 255 | 512 | 49.80% |" in text and "| all parameters | 299 | 600 |" in text
+
+    code, out, err = run("card", folder / "other")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"hf-sparse: {folder / 'other' / 'pruning_report.json'} does not exist: a card is made from")

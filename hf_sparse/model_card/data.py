@@ -53,7 +53,8 @@ class SparsityCard:
         repo_id: given: where the model is or will be on the Hub.
         settings: filled while pruning: for each group what `describe` says. Left out: as the config says.
         metrics: filled: measurements of the weights as they are, under the names that `Trainer.evaluate` gives them.
-        max_steps: filled: optimizer steps of the training; None when nothing was trained.
+        oneshot: filled: whether it was pruned without training.
+        max_steps: filled: optimizer steps of the training; None when that is not known.
         processes: filled: how many pruned together.
         command: filled: how to start the same again; None when no command did it.
         auto_class: filled: the class of transformers whose `from_pretrained` opens the model; None when it has none.
@@ -64,7 +65,7 @@ class SparsityCard:
     Example:
         >>> from hf_sparse.report import LayerReport
         >>> report = SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5)
-        >>> card = SparsityCard("my-model", report, PruningConfig(pattern="2:4").to_dict(), max_steps=100)
+        >>> card = SparsityCard("my-model", report, PruningConfig(pattern="2:4").to_dict())
         >>> card.hub_metadata()["tags"], card.settings[0]["scope"]
         (['sparse', 'pruned', '2:4'], 'global')
     """
@@ -82,6 +83,7 @@ class SparsityCard:
 
     settings: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    oneshot: bool = False
     max_steps: int | None = None
     processes: int = 1
     command: str | None = None
@@ -98,7 +100,7 @@ class SparsityCard:
         self.config = PruningConfig().to_dict() | self.config  # an earlier version may have had fewer options
         if not self.settings:
             options = {name: value for name, value in self.config.items() if name in OPTIONS}
-            groups = PruningConfig.from_dict(options).resolve_groups(oneshot=self.max_steps is None)
+            groups = PruningConfig.from_dict(options).resolve_groups(oneshot=self.oneshot)
             self.settings = describe(Group(name, options, []) for name, options in groups.items())
 
     # Files
@@ -123,7 +125,7 @@ class SparsityCard:
         report, config = (read_json(directory / name) for name in (REPORT_FILE, CONFIG_FILE))
         stored = read_json(directory / CARD_FILE) if (directory / CARD_FILE).is_file() else {}
         if not stored:
-            stored = _found_beside(directory)
+            stored = _found_beside(directory) | {"oneshot": bool(config.keys() - set(OPTIONS))}
         try:
             values = {"model_name": directory.resolve().name}
             values |= {name: stored[name] for name in _STORED if name in stored}

@@ -11,7 +11,7 @@ from huggingface_hub.utils import yaml_dump
 
 from ..config import PruningConfig
 from ..plots import LAYERS_FILE, SCHEDULE_FILE
-from ..report import SparsityReport
+from ..report import SparsityReport, figures
 from ..schedulers import Cadence
 from .data import SparsityCard, measurements
 from .edits import END, START
@@ -46,8 +46,8 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
     """What template.md needs beside the metadata. `images` are the names of the figures that lie beside the card."""
     report = card.report
     totals = [
-        ("selected weights", *_figures(report.zeros, report.selected)),
-        ("all parameters", *_figures(report.parameter_zeros, report.parameters)),
+        ("selected weights", *figures(report.zeros, report.selected)),
+        ("all parameters", *figures(report.parameter_zeros, report.parameters)),
     ]
     return {
         "title": escape(card.model_name),
@@ -86,15 +86,11 @@ def table(names: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int
     return "\n".join(["| " + " | ".join(names) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _figures(zeros: int, count: int) -> tuple[str, str, str]:
-    return f"{zeros:,}", f"{count:,}", f"{zeros / count if count else 0:.2%}"
-
-
 def _layers(report: SparsityReport) -> str:
     names = ["layer", "shape", "pattern", "zeros", "weights", "sparsity"]
     rows = [
         [escape(layer.name), "x".join(map(str, layer.shape)), escape(layer.pattern)]
-        + [*_figures(layer.zeros, layer.weights)]
+        + [*figures(layer.zeros, layer.weights)]
         for layer in report.layers
     ]
     if any(layer.error is not None for layer in report.layers):
@@ -130,7 +126,7 @@ def _setting(name: str, value: Any) -> str:
 
 def _how(card: SparsityCard) -> str:
     config, words = card.config, []
-    if card.max_steps is None:
+    if card.oneshot:
         words.append("Pruned in one shot, without training.")
     elif any(row.get("target") for row in card.settings):
         words.append(_schedule(config, card.max_steps))
@@ -143,15 +139,18 @@ def _how(card: SparsityCard) -> str:
     return " ".join(words)
 
 
-def _schedule(config: dict[str, Any], max_steps: int) -> str:
+def _schedule(config: dict[str, Any], max_steps: int | None) -> str:
     start, end, every = (config[name] for name in ("prune_start", "prune_end", "prune_every"))
-    cadence = Cadence.from_fractions(start, end, every, max_steps)
     name = config.get("scheduler") or ("oneshot" if start == end else "iterative")
     curve = f" ({config['sparsity_decay_type']} curve)" if name == "iterative" else ""
-    steps = f"{cadence.total} prune steps, after optimizer steps {cadence.start} to {cadence.end}"
+    words = f"Scheduler: {escape(name + curve)}"
+    if max_steps is None:
+        return f"{words}."
+    cadence = Cadence.from_fractions(start, end, every, max_steps)
     if cadence.total == 1:
-        steps = f"one prune step, after optimizer step {cadence.end}"
-    return f"Scheduler: {escape(name + curve)}, {steps} of {max_steps}."
+        return f"{words}, one prune step, after optimizer step {cadence.end} of {max_steps}."
+    steps = f"{cadence.total} prune steps, after optimizer steps {cadence.start} to {cadence.end}"
+    return f"{words}, {steps} of {max_steps}."
 
 
 def _evaluation(card: SparsityCard) -> str:

@@ -12,10 +12,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
+from ..inspection.checkpoint import StoredTensor, open_checkpoint
+from ..inspection.tiles import read_tiles, tiles
 from ..plots import LAYERS_FILE, SCHEDULE_FILE
 from ..report import SparsityReport, count_zeros
 from ..state_files import CONFIG_FILE, REPORT_FILE
-from ..storage import open_tensors, write_atomically
+from ..storage import write_atomically
 from .data import CARD_FILE, SparsityCard, read_json
 from .edits import SECTION, chunks, digests, merge_metadata, merge_text, with_section
 from .escaping import without_secrets
@@ -159,22 +161,33 @@ def rewrite_card(directory: str | Path, repo_id: str | None = None, token: str |
 
 
 def recount(directory: str | Path, report: SparsityReport) -> SparsityReport:
-    """`report` with the zeros that the safetensors files in `directory` have, one tensor in memory at a time; as it
-    is where they hold something else than the weights it lists."""
-    files = sorted(path for path in Path(directory).glob("model*.safetensors"))
-    zeros: dict[str, tuple[tuple[int, ...], int]] = {}
-    for file in files:
-        tensors, _ = open_tensors(file)
-        for name in tensors:
-            tensor = tensors[name]
-            zeros[name] = tuple(tensor.shape), count_zeros(tensor)
-    layers = {layer.name: layer for layer in report.layers}
-    if not zeros or any(zeros.get(name, ((), 0))[0] != layer.shape for name, layer in layers.items()):
+    """`report` with the zeros that the safetensors files in `directory` have, read in parts of bounded size. As it is
+    where there are none, or where they name their weights otherwise.
+
+    Raises:
+        InspectionError: the files cannot be read.
+    """
+    if not any(Path(directory).glob("*.safetensors")):
         return report
-    counted = tuple(replace(layer, zeros=zeros[layer.name][1]) for layer in report.layers)
+    tensors = open_checkpoint(directory).tensors
+    known = {layer.name: layer.shape for layer in report.layers}
+    if other := [name for name, shape in known.items() if name not in tensors or tensors[name].shape != shape]:
+        logger.warning(
+            "%s does not hold %d of the weights that the report lists, such as %s: its figures are taken as they are.",
+            directory,
+            len(other),
+            other[0],
+        )
+        return report
+    layers = tuple(replace(layer, zeros=_zeros(tensors[layer.name])) for layer in report.layers)
     # Files may hold more than parameters, so the others count as the report says.
     others = report.parameter_zeros - report.zeros
-    return replace(report, layers=counted, parameter_zeros=others + sum(layer.zeros for layer in counted))
+    return replace(report, layers=layers, parameter_zeros=others + sum(layer.zeros for layer in layers))
+
+
+def _zeros(tensor: StoredTensor) -> int:
+    parts = read_tiles(tensor.file, tensor.name, tiles(tensor.shape))
+    return sum(count_zeros(part) for _, part in parts)
 
 
 def published(repo_id: str, token: str | None = None, revision: str | None = None) -> Version | None:

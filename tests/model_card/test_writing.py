@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny import bert
 
 from hf_sparse import PruningConfig, SparsityReport
+from hf_sparse.inspection import InspectionError
 from hf_sparse.model_card import SparsityCard, Version, recount, render_card, rewrite_card, write_card
 from hf_sparse.model_card.edits import END, START
 from hf_sparse.oneshot import OneshotConfig
@@ -82,7 +83,7 @@ def test_what_is_not_known_is_not_said():
     ).text
     assert "difference" not in text and "The dense model was not measured beside it." in text
     assert "```bash" not in text and "from_pretrained" not in text and "![" not in text
-    assert "Pruned in one shot, without training." in text and "processes" not in text
+    assert "Scheduler: iterative (cubic curve).\n" in text and "processes" not in text
     text = render_card(card(metrics={})).text
     assert "were not evaluated" in text and "averages" not in text
     assert "model-index" not in card(metrics={}).hub_metadata()
@@ -142,13 +143,15 @@ def test_a_card_of_one_shot_pruning(tmp_path):
     )
     config = OneshotConfig(target_sparsity=0.5, sequential=False).to_dict()
     calibration = "128 texts of 2,048 tokens"
-    values = {"report": SparsityReport(layers, 40, 8), "config": config, "max_steps": None, "calibration": calibration}
+    values = {"report": SparsityReport(layers, 40, 8), "config": config, "oneshot": True, "calibration": calibration}
     text = write_card(tmp_path, card(**values)).read_text()
     assert "| unstructured | wanda | row | 50% |" in text and "sequential: false" in text
     assert "Pruned in one shot, without training. What it looked at: 128 texts of 2,048 tokens." in text
     assert "| a | 4x4 | unstructured | 8 | 16 | 50.00% | 0.1250 |" in text and "relative to the square" in text
     assert "| b | 1 | x | 0 | 1 | 0.00% | - |" in text
     assert rewrite_card(tmp_path).read_text() == text
+    (tmp_path / "pruning_card.json").unlink()
+    assert "Pruned in one shot" in rewrite_card(tmp_path).read_text()
 
 
 def test_a_card_comes_again_from_its_files_alone(tmp_path):
@@ -247,7 +250,7 @@ def test_no_token_in_any_file(tmp_path, monkeypatch):
         assert not any(token in path.read_text() for token in tokens), path
 
 
-def test_zeros_are_counted_in_the_files(tmp_path):
+def test_zeros_are_counted_in_the_files(tmp_path, caplog):
     """Also of sharded files; files of another model change nothing."""
     weights = {"a.weight": torch.ones(4, 4), "b.weight": torch.ones(4, 4), "c": torch.zeros(8)}
     weights["a.weight"][:2] = 0
@@ -256,13 +259,20 @@ def test_zeros_are_counted_in_the_files(tmp_path):
     assert recount(tmp_path, report) == report
     save_file({"a.weight": weights["a.weight"]}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({name: weights[name] for name in ("b.weight", "c")}, tmp_path / "model-00002-of-00002.safetensors")
+    files = {"a.weight": "model-00001-of-00002.safetensors", "b.weight": "model-00002-of-00002.safetensors"}
+    index = {"weight_map": files | {"c": files["b.weight"]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     found = recount(tmp_path, report)
     assert [layer.zeros for layer in found.layers] == [8, 3] and (found.zeros, found.parameter_zeros) == (11, 13)
     card().save(tmp_path)
     assert "| selected weights | 11 | 32 | 34.38% |" in rewrite_card(tmp_path).read_text()
     assert json.loads((tmp_path / "pruning_report.json").read_text())["selected_zeros"] == 11
-    save_file({"b.weight": torch.ones(2)}, tmp_path / "model-00002-of-00002.safetensors")
+    save_file({"b.weight": torch.ones(2), "c": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
     assert recount(tmp_path, report) == report
+    assert "does not hold 1 of the weights that the report lists, such as b.weight" in caplog.text
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"cut")
+    with pytest.raises(InspectionError, match="cut short"):
+        rewrite_card(tmp_path)
 
 
 def test_any_edit_of_whole_lines_outside_survives(tmp_path):
