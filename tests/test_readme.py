@@ -78,6 +78,21 @@ def test_python_blocks_run_in_order(workplace, plots, capsys, hub):
         assert (workplace / "out" / name).stat().st_size > 0
 
 
+def test_a_card_is_written_anew(workplace):
+    model = AutoModelForSequenceClassification.from_pretrained("path/to/model")
+    config = PruningConfig(pattern="2:4", criterion="magnitude")
+    report = Pruner(model, config).update(1, 1)
+    (command,) = [line for line in "\n".join(blocks("bash")).splitlines() if line.startswith("hf-sparse card")]
+    _, word, folder = shlex.split(command)
+    model.save_pretrained(folder)
+    report.save(f"{folder}/pruning_report.json")
+    config.save(f"{folder}/pruning_config.json")
+    with pytest.raises(SystemExit) as done:
+        hf_sparse.cli.app([word, folder])
+    assert done.value.code == 0
+    assert f"| {report.zeros:,} | {report.selected:,} | 50.00% |" in Path(folder, "README.md").read_text()
+
+
 def commands() -> list[str]:
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
     return [line for line in joined.splitlines() if "scripts/" in line]
@@ -109,6 +124,7 @@ def test_shell_commands_run(workplace, command, hub):
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("process 0 of 2" in done.stdout) == several
     output = Path(words[words.index("--output_dir") + 1])
+    assert (", on 2 processes:" in (output / "README.md").read_text()) == several
     report = json.loads((output / "pruning_report.json").read_text())
     assert report["sparsity_of_selected"] > 0.45
     weights = AutoModelForSequenceClassification.from_pretrained(output).state_dict()
