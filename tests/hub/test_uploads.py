@@ -70,7 +70,10 @@ def test_what_each_strategy_uploads(hub, plots, tmp_path, strategy):
             assert repo.files[path] == local.read_bytes()
 
     trainer.push_to_hub()
-    assert repo.files.keys() == STRATEGIES[strategy] | MODEL | PRUNING_FILES | FIGURES | {"README.md"}
+    assert repo.files.keys() == STRATEGIES[strategy] | MODEL | PRUNING_FILES | FIGURES | {
+        "README.md",
+        "pruning_card.json",
+    }
     top = {name: data for name, data in repo.files.items() if "/" not in name}
     assert top == {name: data for name, data in content(tmp_path / "out").items() if "/" not in name}
 

@@ -1,0 +1,39 @@
+"""What a person writes into a card on the Hub outlives the next push."""
+
+import pytest
+from hub_server import USER
+from huggingface_hub import ModelCard
+from tiny import SCHEDULE, make
+
+from hf_sparse import cli
+from hf_sparse.model_card import PUBLISHED_FILES
+
+
+REPO = f"{USER}/out"
+
+
+@pytest.mark.parametrize("program", [False, True], ids=["trainer", "hf-sparse"])
+def test_edits_on_the_hub_outlive_a_push(hub, plots, tmp_path, program):
+    folder = tmp_path / "out"
+    trainer = make(folder, push_to_hub=True, target_sparsity=0.5, **SCHEDULE)
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.repos[REPO].files
+    assert {"README.md", *PUBLISHED_FILES} < files.keys()
+    text = files["README.md"].decode()
+    assert f'from_pretrained("{REPO}")' in text and "](pruning_layers.png)" in text
+    text = text.replace("## Model description\n", "## Model description\n\nMy words.\n").replace(
+        "- sparse\n", "- sparse\n- mine\n"
+    )
+    files["README.md"] = text.replace("| selected weights |", "| tampered |").encode()
+
+    if program:
+        for words in (["card", str(folder), "--repo", REPO], ["push", str(folder), REPO]):
+            with pytest.raises(SystemExit) as done:
+                cli.app(words)
+            assert done.value.code == 0
+    else:
+        trainer.push_to_hub()
+    text = hub.repos[REPO].files["README.md"].decode()
+    assert text.count("My words.") == 1 and "tampered" not in text and "mine" in ModelCard(text).data.tags
+    assert text == (folder / "README.md").read_text()
