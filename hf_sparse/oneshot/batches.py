@@ -18,9 +18,9 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
-    """A batch whose tensors are on `device`."""
+    """A batch whose tensors are on `device`, copies of the given ones: a model may write to its inputs."""
     if torch.is_tensor(batch):
-        return batch.to(device)
+        return batch.to(device, copy=True)
     if isinstance(batch, Mapping):
         return {name: on_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
