@@ -80,8 +80,12 @@ def identity_of(config: Mapping[str, Any], weights: Iterable[tuple[str, torch.Te
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(_bytes(flat[:: max(1, len(flat) // 256)]))
     for batch in batches:
-        for leaf in _pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
-            digest.update(_bytes(leaf) if torch.is_tensor(leaf) else repr(leaf).encode())
+        leaves, layout = _pytree.tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+        digest.update(str(layout).encode())
+        for leaf in leaves:
+            known = f"{tuple(leaf.shape)}{leaf.dtype}" if torch.is_tensor(leaf) else repr(leaf)
+            digest.update(known.encode())
+            digest.update(_bytes(leaf) if torch.is_tensor(leaf) else b"")
     return digest.hexdigest()
 
 
