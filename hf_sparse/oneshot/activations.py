@@ -42,7 +42,8 @@ class Activations:
         if self._place == "cpu":
             leaves = [leaf.to("cpu") if torch.is_tensor(leaf) else leaf for leaf in leaves]
         elif self._place == "disk":
-            tensors = {str(number): leaf for number, leaf in enumerate(leaves) if torch.is_tensor(leaf)}
+            # each in memory of its own, which safetensors asks for: a block may give the same tensor twice
+            tensors = {str(number): leaf.clone() for number, leaf in enumerate(leaves) if torch.is_tensor(leaf)}
             write_tensors(self._file(index), tensors, {})
             leaves = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
         self._kept[index] = leaves, layout, devices
