@@ -104,7 +104,8 @@ def token_masks(batch: Any, decodes: bool = False) -> list[torch.Tensor]:
 
     Args:
         batch: keyword arguments of the model; of others nothing is known.
-        decodes: whether a decoder beside an encoder gets its tokens from `labels`, where -100 is padding.
+        decodes: whether there is a decoder beside an encoder. It gets its tokens from `decoder_input_ids`, or from
+            `labels`, where -100 is padding.
 
     Example:
         >>> token_masks({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
@@ -113,8 +114,14 @@ def token_masks(batch: Any, decodes: bool = False) -> list[torch.Tensor]:
     if not isinstance(batch, Mapping):
         return []
     masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
-    if decodes and masks[1] is None and torch.is_tensor(batch.get("labels")):
-        masks[1] = batch["labels"] != -100
+    if decodes:
+        ids = [batch.get("input_ids"), batch.get("decoder_input_ids")]
+        if masks[1] is None and torch.is_tensor(batch.get("labels")):
+            masks[1] = batch["labels"] != -100
+        # what has no mask counts, also where it is as long as what has one
+        masks = [
+            torch.ones_like(own) if mask is None and torch.is_tensor(own) else mask for mask, own in zip(masks, ids)
+        ]
     return [mask.bool() for mask in masks if torch.is_tensor(mask) and mask.ndim == 2]
 
 
