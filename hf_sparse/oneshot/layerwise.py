@@ -58,7 +58,7 @@ class Layerwise:
         Raises:
             ValueError: no token has reached a matrix; weights, inputs or sums are not finite; what `Factor` refuses.
         """
-        self._check_reached(feeds)
+        self.check_reached(feeds)
         layers = list(dict.fromkeys(layer for feed in feeds for layer in feed.layers))
         kept = {layer.name: self._decide(layer, feeds, parameters[layer.name]) for layer in layers}
         shares = {layer.name: self._shares(layer, kept[layer.name]) for layer in layers}
@@ -78,7 +78,6 @@ class Layerwise:
         self, feeds: Sequence[Feed], layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]
     ) -> dict[str, float]:
         """Each layer's share of outliers: that of all `layers` of its group together."""
-        self._check_reached(feeds)
         shares, wanda = {}, CRITERIA["wanda"]()
         for group in dict.fromkeys(self.groups[layer.name] for layer in layers):
             own = [layer for layer in layers if self.groups[layer.name] is group]
@@ -86,7 +85,12 @@ class Layerwise:
             shares |= dict.fromkeys((layer.name for layer in own), outlier_share(scores))
         return shares
 
-    def _check_reached(self, feeds: Sequence[Feed]) -> None:
+    def check_reached(self, feeds: Sequence[Feed]) -> None:
+        """Give feeds that no token has reached inputs all alike: what is left of any criterion then is the weight.
+
+        Raises:
+            ValueError: there are such, and that is an error.
+        """
         idle = [feed for feed in feeds if not feed.stat.count]
         if idle and self.on_unreached == "error":
             raise ValueError(
@@ -94,10 +98,11 @@ class Layerwise:
                 f'"{idle[0].name}": give more data, set on_unreached="magnitude" to prune these by magnitude, or '
                 f'leave the weight out, as with exclude=["{idle[0].layers[0].module}"].'
             )
-        for feed in idle:  # with inputs all alike, what is left of any criterion is the weight
+        levels = [_level(feed, feeds) for feed in idle]
+        for feed, level in zip(idle, levels, strict=True):
             logger.warning('no token reaches "%s": it is pruned by magnitude.', feed.name)
             total = feed.stat.total
-            total.copy_(torch.eye(len(total)) if isinstance(feed.stat, Gram) else torch.ones(len(total)))
+            total.copy_(level * (torch.eye(len(total)) if isinstance(feed.stat, Gram) else torch.ones(len(total))))
             feed.stat.count = len(total)
 
     # Which weights
@@ -157,7 +162,9 @@ class Layerwise:
                 factor = self._factor(feed)
             stat = factor if solver.needs == "gram" else None
             solved = solver.solve_together([each for _, each in chosen], stat) if chosen else []
-            for (layer, _), (weight, _) in zip(chosen, solved, strict=True):
+            for (layer, _), (weight, mask) in zip(chosen, solved, strict=True):
+                if stat is not None and bool(stat.dead_C.any()):  # what is kept there does nothing, but is counted
+                    weight = torch.where(mask & stat.dead_C, matrices[layer], weight)
                 errors[layer.name] += _output_error(matrices[layer], weight, feed.sample)
                 matrices[layer].copy_(weight)
 
@@ -188,6 +195,12 @@ def norms_of(layer: Layer, feeds: Sequence[Feed]) -> torch.Tensor:
     own = [feed.stat.norms for feed in feeds if layer in feed.layers]
     norms = torch.stack(own) if layer.expert_dim is not None else own[0]
     return norms.unsqueeze(layer.row_dim)
+
+
+def _level(feed: Feed, feeds: Sequence[Feed]) -> float:
+    """The mean sum of squares of the inputs of the other experts, with which this one may compete."""
+    known = [other.stat.norms.square().mean() for other in feeds if other.layers == feed.layers and other.stat.count]
+    return float(torch.stack(known).mean()) if known else 1.0
 
 
 def _output_error(old_RC: torch.Tensor, new_RC: torch.Tensor, x_TC: torch.Tensor | None) -> np.ndarray:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ class Probe:
         stages: in the order in which they are pruned.
         leaders: module of a layer -> the first module of the same stage that gets the same input.
         last: stage -> the module of its layers that is called last, if nothing of the stage is called twice.
+        repeated: modules of layers that are called more than once.
         tokens: how many the forward was of, and the `seconds` that it took.
     """
 
     stages: list[Stage]
     leaders: dict[str, str]
     last: dict[str, str]
+    repeated: frozenset[str]
     tokens: int
     seconds: float
 
@@ -68,7 +71,8 @@ def look(model: nn.Module, layers: Sequence[Layer], batch: Any, sequential: bool
         _check_chain(walk, stages, calls)
     last = {stage.name: _last(stage, calls) for stage in stages}
     last = {name: module for name, module in last.items() if module is not None}
-    return Probe(stages, calls.leaders(), last, count_tokens(batch), seconds)
+    repeated = frozenset(layer.module for layer in layers if calls.count[layer.module] > 1)
+    return Probe(stages, calls.leaders(), last, repeated, count_tokens(batch), seconds)
 
 
 class _Calls:
@@ -101,7 +105,7 @@ class _Calls:
         def called(module, args, kwargs):
             self.count[name] += 1
             self.order.append(name)
-            if name in self._block_of:
+            if name in self._block_of or self.block(name) is None:
                 self.fingerprints[name] = fingerprint((args, kwargs))
             if holds:
                 self._shares[name] = self._first_with(name, next(iter((*args, *kwargs.values()))))
@@ -153,8 +157,8 @@ def _check_reached(layers: Sequence[Layer], count: Counter[str]) -> None:
     idle = [layer.module for layer in layers if not count[layer.module]]
     if idle:
         raise ValueError(
-            f"{len(idle)} of {len(layers)} selected weights are never reached by a forward on the calibration data, "
-            f"such as {', '.join(idle[:3])}: nothing is known of their inputs. Leave them out, as with "
+            f"{len(idle)} of {len(layers)} selected weights are never reached by a forward on the first row of the "
+            f"calibration data, such as {', '.join(idle[:3])}: nothing is known of their inputs. Leave them out, as with "
             f'exclude=["{idle[0]}"], or give calibration data that reaches them.'
         )
 
@@ -184,21 +188,32 @@ def _check_chain(walk: Walk, stages: Sequence[Stage], calls: _Calls) -> None:
     twice = [stage.name for stage in stages if stage.stack is not None and calls.count[stage.name] > 1]
     if twice:
         raise ValueError(f'block "{twice[0]}" runs {calls.count[twice[0]]} times in one forward. {REMEDY}')
-    for stage in (stage for stage in stages if stage.stack is not None):
-        got = []
-
-        def watch(module, args, kwargs, got=got):
-            got.append(fingerprint((args, kwargs)))
-
-        handle = walk.model.get_submodule(stage.name).register_forward_pre_hook(watch, with_kwargs=True)
-        try:
-            walk.pass_on(stage)
-        finally:
-            handle.remove()
-        if not _alike(calls.fingerprints[stage.name], got[0]):
+    blocks = [stage for stage in stages if stage.stack is not None]
+    for stage in blocks:
+        if _changed(walk, [stage.name], calls, partial(walk.pass_on, stage)):
             raise ValueError(
                 f'block "{stage.name}" reads more than what the blocks before it pass on to each other. {REMEDY}'
             )
+    if blocks and stages[-1].stack is None:
+        late = list(dict.fromkeys(layer.module for layer in stages[-1].layers))
+        changed = _changed(walk, late, calls, partial(walk.run_to, stages[-1]))
+        if changed:
+            raise ValueError(f'"{changed[0]}" reads what blocks before the last one pass on. {REMEDY}')
+
+
+def _changed(walk: Walk, names: Sequence[str], calls: _Calls, run: Callable[[], None]) -> list[str]:
+    """Which of these modules get other inputs while `run` runs than in a forward."""
+    got = {}
+    with ExitStack() as handles:
+        for name in names:
+
+            def watch(module, args, kwargs, name=name):
+                got[name] = fingerprint((args, kwargs))
+
+            handle = walk.model.get_submodule(name).register_forward_pre_hook(watch, with_kwargs=True)
+            handles.callback(handle.remove)
+        run()
+    return [name for name in names if not _alike(calls.fingerprints[name], got.get(name, []))]
 
 
 def _last(stage: Stage, calls: _Calls) -> str | None:

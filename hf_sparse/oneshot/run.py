@@ -122,6 +122,7 @@ class Oneshot:
         probe = None
         if watched := list(dict.fromkeys([*self.surveyed, *self.seen])):
             probe = look(self.model, watched, self.batches[0], self.config.sequential)
+            self._check_calls(probe)
         norms, outliers = self._survey(probe) if self.surveyed else ({}, {})
         if any(group.observes_gradients for group in self.groups):
             read_gradients(self.model, self.groups, self.own, self.processes)
@@ -139,6 +140,14 @@ class Oneshot:
         if self.seen:
             errors = self._walk(probe, settled, finished, progress)
         return self._report(errors)
+
+    def _check_calls(self, probe: Probe) -> None:
+        repeated = [layer.module for layer in self.seen if layer.module in probe.repeated]
+        if repeated and self.config.forwards == 1:
+            raise ValueError(
+                f'forwards=1 prunes a weight when its inputs come, but those of "{repeated[0]}" come several times in '
+                "one forward: use forwards=2."
+            )
 
     def _finished(self, state_dir: str | Path | None) -> FinishedStages | None:
         if state_dir is None:
@@ -180,6 +189,7 @@ class Oneshot:
                 layers = [layer for layer in stage.layers if layer.name in wanted]
                 with self._onboard(stage):
                     feeds = self._observe(walk, stage, layers, probe, gram=set(), passing=True)
+                    shares.check_reached(feeds)
                     owls = [layer for layer in layers if self.group_of[layer.name].options.allocation == "owl"]
                     for block in _by_block(self.model, owls):
                         outliers |= shares.outliers(feeds, block, self._weights(block))
