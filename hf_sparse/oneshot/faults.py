@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -65,6 +65,17 @@ def check_run(
     faults += _rank_faults(config, groups, batches)
     if faults:
         raise PruningConfigError(faults)
+
+
+def check_once(config: OneshotConfig, layers: Sequence[Layer], repeated: Collection[str]) -> None:
+    """Raise a ValueError where forwards=1 would prune a weight before all its inputs have come. `repeated`: modules
+    that are called more than once in a forward."""
+    often = [layer.module for layer in layers if layer.module in repeated]
+    if often and config.forwards == 1:
+        raise ValueError(
+            f'forwards=1 prunes a weight when its inputs come, but those of "{often[0]}" come several times in one '
+            "forward: use forwards=2."
+        )
 
 
 def _data_faults(groups: Sequence[Group], batches: Sequence[Any], processes: int) -> list[str]:

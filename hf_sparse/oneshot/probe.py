@@ -158,8 +158,8 @@ def _check_reached(layers: Sequence[Layer], count: Counter[str]) -> None:
     if idle:
         raise ValueError(
             f"{len(idle)} of {len(layers)} selected weights are never reached by a forward on the first row of the "
-            f"calibration data, such as {', '.join(idle[:3])}: nothing is known of their inputs. Leave them out, as with "
-            f'exclude=["{idle[0]}"], or give calibration data that reaches them.'
+            f"calibration data, such as {', '.join(idle[:3])}: nothing is known of their inputs. Leave them out, as "
+            f'with exclude=["{idle[0]}"], or give calibration data that reaches them.'
         )
 
 

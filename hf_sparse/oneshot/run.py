@@ -30,7 +30,7 @@ from .batches import merged, token_masks
 from .blocks import Stage, Walk, find_stacks, is_within
 from .config import OneshotConfig
 from .dense import decide_on_dense, read_gradients
-from .faults import check_run, decided_on_dense, looks_at_inputs, needs_survey
+from .faults import check_once, check_run, decided_on_dense, looks_at_inputs, needs_survey
 from .feeds import Feed, Feeds
 from .layerwise import Layerwise, norms_of
 from .probe import Probe, look
@@ -122,7 +122,7 @@ class Oneshot:
         probe = None
         if watched := list(dict.fromkeys([*self.surveyed, *self.seen])):
             probe = look(self.model, watched, self.batches[0], self.config.sequential)
-            self._check_calls(probe)
+            check_once(self.config, self.seen, probe.repeated)
         norms, outliers = self._survey(probe) if self.surveyed else ({}, {})
         if any(group.observes_gradients for group in self.groups):
             read_gradients(self.model, self.groups, self.own, self.processes)
@@ -140,14 +140,6 @@ class Oneshot:
         if self.seen:
             errors = self._walk(probe, settled, finished, progress)
         return self._report(errors)
-
-    def _check_calls(self, probe: Probe) -> None:
-        repeated = [layer.module for layer in self.seen if layer.module in probe.repeated]
-        if repeated and self.config.forwards == 1:
-            raise ValueError(
-                f'forwards=1 prunes a weight when its inputs come, but those of "{repeated[0]}" come several times in '
-                "one forward: use forwards=2."
-            )
 
     def _finished(self, state_dir: str | Path | None) -> FinishedStages | None:
         if state_dir is None:

@@ -11,8 +11,6 @@ from torch import nn
 
 from hf_sparse import OneshotConfig, prune_oneshot
 from hf_sparse.config import PruningConfigError
-from hf_sparse.criteria import CRITERIA
-from hf_sparse.oneshot import blocks
 from hf_sparse.oneshot.layerwise import Layerwise
 
 
@@ -28,7 +26,7 @@ def pruned(model, batches, **options):
         config = OneshotConfig(**options)
         return prune_oneshot(model, batches, config, progress=False)
     except PruningConfigError as error:
-        assert len(METHODS) and "scope" in str(error) or "cannot choose" in str(error) or "allocation" in str(error)
+        assert any(word in str(error) for word in ("scope", "cannot choose", "allocation")), error
         return None
 
 
@@ -89,11 +87,14 @@ def check(model, before, report, options):
 @pytest.mark.parametrize("criterion, solver", METHODS)
 def test_every_method_with_every_pattern_scope_and_allocation(criterion, solver, forwards):
     """Options go through in turn with the patterns, so that all pairs with the method are met, not all products."""
-    scopes, allocations = itertools.cycle(["row", "layer", "global", None]), itertools.cycle(["uniform", "owl"])
+    turn = METHODS.index((criterion, solver)) + forwards
+    scopes = itertools.islice(itertools.cycle(["row", "layer", "global", None]), turn, None)
+    allocations = itertools.cycle(["uniform", "owl"])
     architecture, count = ARCHITECTURES["gpt2"], 0
     language = architecture.batches(4)
-    for pattern, keep_zeros, scope in itertools.product(PATTERNS, [False, True], ["row", "layer", "global", None]):
-        if scope != next(scopes) or (keep_zeros and pattern not in ("unstructured", "2:4", "1:4")):
+    for pattern, keep_zeros in itertools.product(PATTERNS, [False, True]):
+        scope = next(scopes)
+        if keep_zeros and pattern not in ("unstructured", "2:4", "1:4"):
             continue
         options = {"pattern": pattern, "criterion": criterion, "solver": solver, "scope": scope}
         options |= {"keep_zeros": keep_zeros, "forwards": forwards, "allocation": next(allocations)}
@@ -107,7 +108,7 @@ def test_every_method_with_every_pattern_scope_and_allocation(criterion, solver,
         if report is not None:
             check(model, before, report, options)
             count += 1
-    assert count >= 4
+    assert count >= 3
 
 
 def test_groups_prune_what_they_name_and_nothing_else():
@@ -178,20 +179,21 @@ def _after(calls, real):
     return spy
 
 
-def test_a_forward_of_the_model_in_the_middle_ends_no_run(monkeypatch):
-    """An output of hidden states and attentions makes transformers wrap forwards; nothing of it is left behind."""
+def test_what_transformers_does_to_give_hidden_states_changes_nothing():
+    """It puts hooks on blocks, which forwards that stop half-way must not upset."""
     architecture = ARCHITECTURES["bert"]
     plain, wrapped = architecture.model(), architecture.model()
     wrapped.config.output_hidden_states = True
     wrapped.set_attn_implementation("eager")
     wrapped.config.output_attentions = True
+    hidden = wrapped(**architecture.batches()[0]).hidden_states
     before = state_of(wrapped)
     for model in (plain, wrapped):
         prune_oneshot(model, architecture.batches(), OneshotConfig(target_sparsity=0.5), progress=False)
     assert state_of(wrapped) == before
-    assert all(
-        torch.equal((wrapped.state_dict()[name] == 0), plain.state_dict()[name] == 0) for name in weights(plain)
-    )
+    assert all(torch.equal(wrapped.state_dict()[name] == 0, plain.state_dict()[name] == 0) for name in weights(plain))
+    again = wrapped(**architecture.batches()[0]).hidden_states
+    assert len(again) == len(hidden) == 3 and not torch.equal(again[2], hidden[2])
 
 
 # How data are cut up does not matter
@@ -276,7 +278,3 @@ def test_blocks_that_write_to_their_input_see_it_unchanged_the_second_time(kind)
     prune_oneshot(model, batches, OneshotConfig(target_sparsity=0.5), progress=False)
     assert all(torch.equal(left, right) for left, right in zip(batches, kept, strict=True)), "the data changed"
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
-
-
-def test_what_is_found_by_structure_is_all_that_is_needed():
-    assert CRITERIA["wanda"].needs == "inputs" and blocks.find_stacks(nn.Linear(2, 2), []) == {}
