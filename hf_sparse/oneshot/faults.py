@@ -48,7 +48,9 @@ def check_run(
         PruningConfigError: all faults together.
         NotImplementedError: the weights are split over processes.
     """
-    shards, _ = place(dict(model.named_parameters()))
+    offloaded = is_offloaded(model)  # such weights are on the meta device, and whole
+    present = {name: weight for name, weight in model.named_parameters() if not (offloaded and weight.is_meta)}
+    shards, _ = place(present)
     split = next((name for name, shard in shards.items() if shard.strategy is not None), None)
     if split is not None:
         raise NotImplementedError(
@@ -60,7 +62,7 @@ def check_run(
     faults += _data_faults(groups, batches, processes)
     observed = [layer for group in groups if looks_at_inputs(group) or needs_survey(group) for layer in group.layers]
     faults += _layer_faults(observed, config, batches)
-    if is_offloaded(model):
+    if offloaded:
         faults += _offload_faults(groups, config)
     faults += _rank_faults(config, groups, batches)
     if faults:

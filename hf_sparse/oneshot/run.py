@@ -212,8 +212,8 @@ class Oneshot:
                         finished.write(number, self._weights(layers), new)
                     if passing and stage.name not in walk:
                         walk.pass_on(stage)
+                    bar.set_postfix_str(self._told(layers, new))
                 errors |= new
-                bar.set_postfix_str(self._told(layers, new))
         return errors
 
     def _observe(
