@@ -1,0 +1,30 @@
+"""Prunes a tiny model and is killed on the way. Arguments: the state's folder, how many stages to finish first."""
+
+import os
+import signal
+import sys
+
+from architectures import ARCHITECTURES
+
+from hf_sparse import OneshotConfig, prune_oneshot
+from hf_sparse.oneshot.state import FinishedStages
+
+
+def main():
+    folder, stages = sys.argv[1], int(sys.argv[2])
+    real, written = FinishedStages.write, []
+
+    def write(self, *arguments):
+        if len(written) == stages:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, *arguments)
+        written.append(arguments)
+
+    FinishedStages.write = write
+    architecture = ARCHITECTURES["bert"]
+    config = OneshotConfig(target_sparsity=0.5, solver="sparsegpt")
+    prune_oneshot(architecture.model(), architecture.batches(), config, folder, progress=False)
+
+
+if __name__ == "__main__":
+    main()
