@@ -72,6 +72,16 @@ def is_within(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(outer + ".")
 
 
+def by_block(model: nn.Module, layers: Sequence[Layer]) -> list[list[Layer]]:
+    """The layers of each block, and those of none, together."""
+    blocks = [block for stack in find_stacks(model, layers).values() for block in stack]
+    parts: dict[str | None, list[Layer]] = {}
+    for layer in layers:
+        block = next((block for block in blocks if is_within(layer.module, block)), None)
+        parts.setdefault(block, []).append(layer)
+    return list(parts.values())
+
+
 class Walk:
     """Runs a model over batches. Within `with walk:` the model is in evaluation mode, without gradients and cache.
 

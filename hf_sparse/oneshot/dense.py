@@ -63,7 +63,7 @@ def read_gradients(model: nn.Module, groups: Sequence[Group], batches: Sequence[
         try:
             for index, batch in enumerate(batches):
                 _observe(model, groups, shards, batch, index)
-        except ValueError as problem:
+        except Exception as problem:  # whatever it is, the other processes must not wait
             error = problem
         finally:
             model.zero_grad(set_to_none=True)

@@ -27,7 +27,7 @@ from ..sharding import all_processes, each_parameter, onboard
 from ..solvers import SOLVERS
 from ..targets import Layer
 from .batches import merged, token_masks
-from .blocks import Stage, Walk, find_stacks, is_within
+from .blocks import Stage, Walk, by_block
 from .config import OneshotConfig
 from .dense import decide_on_dense, read_gradients
 from .faults import check_once, check_run, decided_on_dense, looks_at_inputs, needs_survey
@@ -183,7 +183,7 @@ class Oneshot:
                     feeds = self._observe(walk, stage, layers, probe, gram=set(), passing=True)
                     shares.check_reached(feeds)
                     owls = [layer for layer in layers if self.group_of[layer.name].options.allocation == "owl"]
-                    for block in _by_block(self.model, owls):
+                    for block in by_block(self.model, owls):
                         outliers |= shares.outliers(feeds, block, self._weights(block))
                     norms |= {layer.name: norms_of(layer, feeds) for layer in layers if layer.name in ranked}
         return norms, outliers
@@ -236,7 +236,7 @@ class Oneshot:
                 else:
                     walk.run_to(stage, announce)
                 found = feeds.all(lambda layer: self.model.get_parameter(layer.name).device)
-            except ValueError as problem:
+            except Exception as problem:  # whatever it is, the other processes must not wait
                 error = problem
         self.processes.raise_together(error)
         self._add_up(found)
@@ -247,16 +247,26 @@ class Oneshot:
     ) -> dict[str, float]:
         """Prune each layer when its inputs come, all batches at once, and let them go on through what is left."""
         errors: dict[str, float] = {}
+        waiting, problem = True, None
 
         def ready(feed: Feed, error: Exception | None) -> None:
+            nonlocal waiting
+            waiting = False  # if this raises, the others know
             self.processes.raise_together(error)
+            waiting = True
             self._add_up([feed])
             errors.update(settled.settle([feed], self._weights(feed.layers)))
 
         last = None if passing else probe.last.get(stage.name)
         with Feeds(self.model, layers, probe.leaders, self._gram(layers), last, ready) as feeds:
             feeds.masks = token_masks(self.own[0], self._decodes)
-            walk.pass_on(stage) if passing else walk.run_to(stage)
+            try:
+                walk.pass_on(stage) if passing else walk.run_to(stage)
+            except Exception as error:
+                if not waiting:
+                    raise
+                problem = error
+        self.processes.raise_together(problem)
         return errors
 
     def _add_up(self, feeds: Sequence[Feed]) -> None:
@@ -331,13 +341,3 @@ class Oneshot:
         weights = sum(layer.weights for layer in layers)
         target = sum(group.target * layer.numel for group in self.groups for layer in group.layers) / weights
         return SparsityReport(layers, sum(sizes.values()), sum(zeros.values()), target)
-
-
-def _by_block(model: nn.Module, layers: Sequence[Layer]) -> list[list[Layer]]:
-    """The layers of each block, and those of none, together."""
-    blocks = [block for stack in find_stacks(model, layers).values() for block in stack]
-    parts: dict[str | None, list[Layer]] = {}
-    for layer in layers:
-        block = next((block for block in blocks if is_within(layer.module, block)), None)
-        parts.setdefault(block, []).append(layer)
-    return list(parts.values())

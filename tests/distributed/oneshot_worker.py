@@ -1,0 +1,152 @@
+"""Runs in every process: one-shot pruning of tiny models with the data shared out, beside the same in one process.
+Started by torchrun; the argument is a folder for states. Prints a line for each disagreement, and how many there were.
+"""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from architectures import ARCHITECTURES
+from tiny import same, weights
+from torch import nn
+
+from hf_sparse import OneshotConfig, prune_oneshot
+from hf_sparse.config import PruningConfigError
+from hf_sparse.sharding import ALONE
+from hf_sparse.stats import InputNorms
+
+
+RUNS = {
+    "wanda": {},
+    "wanda 2:4": {"pattern": "2:4"},
+    "sparsegpt": {"solver": "sparsegpt"},
+    "owl": {"allocation": "owl"},
+    "global": {"scope": "global"},
+    "snip": {"criterion": "snip"},
+    "fisher and sparsegpt": {"criterion": "fisher", "solver": "sparsegpt"},
+    "one forward": {"forwards": 1, "solver": "sparsegpt"},
+    "magnitude": {"criterion": "magnitude"},
+}
+FAMILIES = {"llama": [*RUNS], "t5": ["wanda", "sparsegpt", "owl"], "qwen3_moe": ["wanda", "owl"]}
+
+
+def prune(model, batches, folder=None, **options):
+    if options.get("pattern") is None:
+        options["target_sparsity"] = 0.5
+    return prune_oneshot(model, batches, OneshotConfig(on_unreached="magnitude", **options), folder, progress=False)
+
+
+def differing(name, options, batches):
+    """What is not as in one process, or None. Three batches of two processes: one has more."""
+    architecture = ARCHITECTURES[name]
+    found, alone = architecture.model(), architecture.model()
+    report = prune(found, batches, **options)
+    with mock.patch("hf_sparse.oneshot.run.all_processes", lambda: ALONE):
+        expected = prune(alone, batches, **options)
+    if report.zeros != expected.zeros:
+        return "reports"
+    for key, weight in weights(alone).items():
+        other = found.state_dict()[key]
+        if not torch.equal(other == 0, weight == 0):
+            return f"the mask of {key}"
+        if not torch.allclose(other, weight, rtol=1e-3, atol=1e-4):
+            return key
+        told = [torch.empty_like(other) for _ in range(dist.get_world_size())]
+        dist.all_gather(told, other.contiguous())
+        if not all(torch.equal(part, other) for part in told):
+            return f"{key} from process to process"
+    return None
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+    def forward(self, x):
+        if x.max() > 1e6:
+            raise RuntimeError("this one is too much")
+        return x + self.up(x)
+
+
+def raised(batches, seed=0, **options):
+    """The error of a run, and whether no process has pruned anything."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(Block(), Block())
+    before = weights(model)
+    try:
+        prune(model, batches, **options)
+    except (ValueError, RuntimeError) as error:
+        return type(error), str(error), same(weights(model), before)
+    return None, "", False
+
+
+def refusals(rank):
+    """(name, whether it is as it should be) of what all processes raise together."""
+    torch.manual_seed(1)
+    batches = [torch.randn(4, 6) for _ in range(4)]
+    for forwards in (1, 2):
+        broken = [batch.clone() for batch in batches]
+        broken[3][0, 0] = torch.nan  # in the share of process 1
+        kind, text, untouched = raised(broken, forwards=forwards)
+        words = 'inputs of "0.up.weight": inputs must be finite' if rank == 1 else "another process stopped"
+        yield f"nan, {forwards} forwards: {text}", kind is ValueError and words in text and untouched
+        broken[3][0, 0] = 1e7
+        kind, text, untouched = raised(broken, forwards=forwards)
+        words = "this one is too much" if rank == 1 else "another process stopped"
+        yield f"what a model raises, {forwards} forwards: {text}", words in text and untouched
+    kind, text, untouched = raised(batches[:1])
+    yield "few batches", kind is PruningConfigError and "1 calibration batches are too few for 2 processes" in text
+    kind, text, _ = raised(batches, seed=rank)
+    yield f"other weights: {text}", kind is RuntimeError and 'pruned different weights of "0.up.weight"' in text
+
+
+def resumed(folder, rank):
+    """Whether a run that all processes leave after its first block goes on to the same weights."""
+    architecture = ARCHITECTURES["llama"]
+    batches, cut, again, alone = architecture.batches(), *(architecture.model() for _ in range(3))
+    real, calls = InputNorms.__init__, []
+
+    def observe(self, *arguments):
+        calls.append(self)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        real(self, *arguments)
+
+    with mock.patch.object(InputNorms, "__init__", observe):
+        try:
+            prune(cut, batches, folder)
+        except KeyboardInterrupt:
+            pass
+    dist.barrier()
+    written = sorted(path.name for path in Path(folder).iterdir())
+    prune(again, batches, folder)
+    prune(alone, batches)
+    return written == ["stage-00000.safetensors"] and same(weights(again), weights(alone))
+
+
+def main():
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, wrong = dist.get_rank(), 0
+    checks = []
+    for name, runs in FAMILIES.items():
+        for kind in runs:
+            problem = differing(name, dict(RUNS[kind]), ARCHITECTURES[name].batches(3))
+            checks.append((f"{name}, {kind}: {problem}", problem is None))
+    checks += refusals(rank)
+    checks.append(("resume", resumed(sys.argv[1], rank)))
+    for name, right in checks:
+        if not right:
+            wrong += 1
+            print(f"WRONG on {rank}: {name}", flush=True)
+    print(f"{len(checks)} checks, {wrong} wrong", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.exit(int(wrong > 0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Under several processes one-shot pruning takes the data in shares and decides as one process does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+HERE = Path(__file__).parent
+
+
+def _run(processes, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    paths = [HERE.parents[1], HERE.parent, HERE.parent / "oneshot"]
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": ":".join(map(str, paths))}
+    done = subprocess.run(
+        [*command, str(HERE / "oneshot_worker.py"), str(folder)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_prune_as_one(tmp_path):
+    assert _run(2, tmp_path / "state").count(" checks, 0 wrong") == 2
+
+
+@pytest.mark.slow
+def test_three_processes_prune_as_one(tmp_path):
+    assert _run(3, tmp_path / "state").count(" checks, 0 wrong") == 3
