@@ -49,8 +49,8 @@ def look(model: nn.Module, layers: Sequence[Layer], batch: Any, sequential: bool
     that way, to see that every block gets what it got.
 
     Raises:
-        ValueError: layers that the forward does not reach; no blocks, blocks that run several times, or that read more
-            than the blocks before them pass on.
+        ValueError: layers that the forward does not reach; no blocks, or some that are not called themselves, that run
+            several times, or that read more than the blocks before them pass on.
     """
     batch = first_row(batch)
     stacks = find_stacks(model, layers) if sequential else {}
@@ -170,6 +170,12 @@ def _stages(layers: Sequence[Layer], calls: _Calls, block_of: Mapping[str, str])
     for layer in layers:
         inside.setdefault(calls.block(layer.module), []).append(layer)
     outside = inside.pop(None, [])
+    uncalled = [block for block in inside if block not in blocks]
+    if uncalled:
+        raise ValueError(
+            f'"{uncalled[0]}" is one of several like it that hold what is to be pruned, but no block: the model calls '
+            f"its parts, and not itself. {REMEDY}"
+        )
     if not blocks:
         return [Stage("the whole model", tuple(outside))]
     start = calls.order.index(blocks[0])
