@@ -20,7 +20,7 @@ FLOORS = [
     {"criteria", "solvers", "allocations"},
     {"faults", "config", "bands", "layer_scores", "group"},
     {"pruner", "plots", "model_card", "training_args", "checkpoints", "adapters", "state_files", "inspection", "hub"},
-    {"callback", "oneshot", "uploads", "trainer_card"},
+    {"callback", "data_files", "oneshot", "uploads", "trainer_card"},
     {"trainer"},
     {"cli"},
 ]

@@ -143,6 +143,11 @@ def matching(masks: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor | N
     return None if bool(fitting[0].all()) else fitting[0].reshape(shape)
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether it is a language model that predicts each token from those before it, by the name of its class."""
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def with_labels(model: nn.Module, batch: Any) -> Any:
     """A batch for a causal language model with its own tokens as labels, where it has none; padding is left out.
 
@@ -152,8 +157,7 @@ def with_labels(model: nn.Module, batch: Any) -> Any:
         >>> with_labels(TinyForCausalLM(), batch)["labels"]
         tensor([[   7, -100]])
     """
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    if not causal or not isinstance(batch, Mapping) or "labels" in batch or "input_ids" not in batch:
+    if not is_causal(model) or not isinstance(batch, Mapping) or "labels" in batch or "input_ids" not in batch:
         return batch
     labels = batch["input_ids"].clone()
     if torch.is_tensor(batch.get("attention_mask")):

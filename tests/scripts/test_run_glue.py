@@ -1,6 +1,5 @@
 """Runs run_glue.py on a tiny BERT and small files."""
 
-import _data
 import pytest
 import run_glue
 import torch
@@ -12,6 +11,8 @@ from glue_labels import GLUE_LABELS, Labels, find_labels
 from glue_metrics import GLUE_METRICS
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, BertConfig
+
+from hf_sparse import data_files
 
 
 # The tiny checkpoint has a head for two labels.
@@ -135,7 +136,7 @@ def mnli(*name, **kwargs) -> DatasetDict:
 
 def test_mnli_is_evaluated_and_predicted_twice(tiny_bert, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(_data, "load_dataset", lambda *name, **kwargs: asked.append(name) or mnli())
+    monkeypatch.setattr(data_files, "load_dataset", lambda *name, **kwargs: asked.append(name) or mnli())
     out = tmp_path / "out"
     parts = ["--task_name", "mnli", "--do_train", "--do_eval", "--do_predict", "--max_eval_samples", "7"]
     run_glue.main(arguments(tiny_bert, out, *parts, NEW_HEAD))
