@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,24 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def write_folder_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder beside `path`, then rename it. What was at `path` before is removed then, and so is
+    what a writing that was killed has left."""
+    path = Path(path)
+    new, old = (path.with_name(f".{path.name}-{end}") for end in ("new", "old"))
+    for rest in (new, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        write(new)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

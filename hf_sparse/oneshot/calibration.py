@@ -98,6 +98,8 @@ class TextReader:
         self._batch_size, self._same_length = batch_size, same_length
         self._text_column, self._label_column = text_column, label_column
         self.per_row = not is_causal(model) if per_row is None else per_row
+        tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # which one does not matter: it is masked
+        self._padding = next(token for token in tokens if token is not None)
         self._labels = Labels(tokenizer, model, length)
         for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
             if value < least:
@@ -174,6 +176,7 @@ class TextReader:
             texts = self._text(row)
             if texts is not None:
                 sample = dict(self._tokenizer(*texts, truncation=True, max_length=self._length))
+                sample.setdefault("attention_mask", [1] * len(sample["input_ids"]))
                 if self._target is not None:
                     sample["labels"] = self._labels.read(row[self._target])
                 samples.append(sample)
@@ -224,17 +227,14 @@ class TextReader:
 
     def _batch(self, samples: list[dict[str, Any]], longest: int | None) -> dict[str, torch.Tensor]:
         labels = [sample.pop("labels") for sample in samples if "labels" in sample]
-        lengths = {len(sample["input_ids"]) for sample in samples} | ({longest} if longest else set())
-        if len(lengths) == 1:
-            batch = {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
-        elif self._tokenizer.pad_token is None:
-            raise ValueError(
-                "rows of different length need padding, but the tokenizer has no padding token: set "
-                "tokenizer.pad_token, or batch_size=1."
-            )
-        else:
-            how = {"padding": "max_length", "max_length": longest} if longest else {"padding": True}
-            batch = dict(self._tokenizer.pad(samples, padding_side="right", return_tensors="pt", **how))
+        width = longest or max(len(sample["input_ids"]) for sample in samples)
+        batch = {
+            name: torch.tensor([sample[name] + [0] * (width - len(sample[name])) for sample in samples])
+            for name in samples[0]
+        }
+        if self.per_row:
+            padding = ~batch["attention_mask"].bool()
+            batch["input_ids"].masked_fill_(padding, self._padding)
         return batch | ({"labels": self._labels.stack(labels)} if labels else {})
 
 

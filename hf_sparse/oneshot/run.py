@@ -150,10 +150,10 @@ class Oneshot:
     def _quotas(self, outliers: dict[str, float]) -> dict[str, int]:
         quotas: dict[str, int] = {}
         for group in (group for group in self.groups if group.target and not decided_on_dense(group)):
-            quotas |= group.quotas(self._gone(group), outliers)
+            quotas |= group.quotas(self.gone(group), outliers)
         return quotas
 
-    def _gone(self, group: Group) -> dict[str, int]:
+    def gone(self, group: Group) -> dict[str, int]:
         """How many units of each layer are zero already, where they are locked."""
         if not self.config.keep_zeros:
             return {}

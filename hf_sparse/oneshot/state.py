@@ -62,14 +62,25 @@ class FinishedStages:
 
     def clear(self) -> None:
         """Remove everything: the run is complete and its result is elsewhere."""
-        if self._main and self._folder.is_dir():
-            for path in self._folder.glob("*stage-*.safetensors"):
-                path.unlink()
-            if not any(self._folder.iterdir()):
-                self._folder.rmdir()
+        if self._main:
+            remove_finished(self._folder)
 
     def _file(self, stage: int) -> Path:
         return self._folder / f"stage-{stage:05d}.safetensors"
+
+
+def count_finished(folder: str | Path) -> int:
+    """How many stages have been finished there, of whatever run."""
+    return sum(1 for _ in Path(folder).glob("stage-*.safetensors"))
+
+
+def remove_finished(folder: str | Path) -> None:
+    """Remove what finished stages have left there, and the folder when it is empty then."""
+    folder = Path(folder)
+    for path in folder.glob("*stage-*.safetensors"):
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def identity_of(config: Mapping[str, Any], weights: Iterable[tuple[str, torch.Tensor]], batches: Iterable[Any]) -> str:

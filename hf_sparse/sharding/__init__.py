@@ -3,7 +3,7 @@
 from .boxes import Box, boxes_of_range, whole
 from .moves import Load, move
 from .offload import each_parameter, input_device, is_offloaded, onboard
-from .processes import ALONE, OneProcess, all_processes
+from .processes import ALONE, OneProcess, all_processes, join_processes
 from .saved import assemble
 from .shards import Shard, place, shape_of
 from .zero import is_deepspeed, watch_gradients
@@ -22,6 +22,7 @@ __all__ = [
     "input_device",
     "is_deepspeed",
     "is_offloaded",
+    "join_processes",
     "move",
     "onboard",
     "place",

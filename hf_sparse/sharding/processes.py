@@ -5,6 +5,7 @@ Everything is counted in `traffic`, the bytes that this process has received.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -116,3 +117,21 @@ def all_processes() -> OneProcess:
     if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return ALONE
     return Processes()
+
+
+def join_processes(device: str | None = None) -> torch.device:
+    """Join the processes that a launcher has started, if one has.
+
+    Args:
+        device: of this process; "cpu" also makes the processes talk over the CPU. Left out: the GPU that is this
+            process's, or the CPU where there is none.
+
+    Returns: where this process computes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        shared = PartialState(cpu=device == "cpu").device
+    else:
+        shared = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device) if device else shared

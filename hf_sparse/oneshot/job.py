@@ -1,0 +1,237 @@
+"""A one-shot run from one checkpoint to another: load, measure, prune, measure, save. What `hf-sparse prune` and
+`scripts/run_oneshot.py` do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..report import SparsityReport
+from ..sharding import all_processes, join_processes
+from ..state_files import CONFIG_FILE, REPORT_FILE
+from ..storage import write_folder_atomically, write_json
+from .batches import count_tokens
+from .calibration import TextReader
+from .config import OneshotConfig
+from .evaluation import evaluate_model, measure_of
+from .job_options import OneshotJob
+from .loading import load_model, load_tokenizer
+from .plan import OneshotPlan, plan_oneshot
+from .run import prune_oneshot
+from .state import count_finished, remove_finished
+from .text_rows import load_texts
+
+
+RESULTS_FILE = "oneshot_results.json"
+DENSE_FILE = "dense_results.json"
+
+# What the measurements of the dense model depend on: the same run, started again, does not make them again.
+_MEASURED_BY = (
+    "model_name_or_path",
+    "model_revision",
+    "tokenizer_name",
+    "dtype",
+    "validation_file",
+    "dataset_name",
+    "dataset_config_name",
+    "validation_split",
+    "max_eval_samples",
+    "text_column",
+    "label_column",
+    "per_row",
+    "length",
+)
+
+
+def run_job(
+    job: OneshotJob, config: OneshotConfig, say: Callable[[str], None] = print
+) -> SparsityReport | OneshotPlan:
+    """Do it. Killed at any moment and started again, it goes on after the last block that was finished; what is in
+    `output_dir` is whole or not there.
+
+    Args:
+        say: gets lines for people, in the first process only.
+
+    Returns: the report, or the plan of a dry run.
+
+    Raises:
+        OSError, ValueError: what the user can mend.
+    """
+    device = join_processes(job.device)
+    run = _Run(job, config, device, say)
+    if job.dry_run:
+        return run.plan()
+    try:
+        return run.prune()
+    except KeyboardInterrupt:
+        run.tell("interrupted", "Started again in the same way, the run goes on from there.")
+        raise
+
+
+class _Run:
+    def __init__(self, job: OneshotJob, config: OneshotConfig, device: torch.device, say: Callable[[str], None]):
+        self._job, self._config, self._device = job, config, device
+        self._processes = all_processes()
+        self._main = self._processes.rank == 0
+        self._say = say if self._main else _say_nothing
+        self._state = None if job.dry_run else job.unfinished
+
+    def plan(self) -> OneshotPlan:
+        self._load()
+        plan = plan_oneshot(self._model, self._calibration(), self._config)
+        self._say(str(plan))
+        return plan
+
+    def prune(self) -> SparsityReport:
+        self._processes.raise_together(_fault_of_output(self._job) if self._main else None)
+        self._load()
+        held_out = self._held_out() if self._job.eval else []
+        batches = self._calibration()
+        self.tell("going on")
+        dense = self._measure_dense(held_out) if held_out else {}
+        report = prune_oneshot(self._model, batches, self._config, state_dir=self._state)
+        self._say(str(report))
+        sparse = evaluate_model(self._model, held_out) if held_out else {}
+        if held_out:
+            self._say(f"before: {_told(dense)}\nafter:  {_told(sparse)}")
+        self._processes.raise_together(self._save(report, batches, dense, sparse) if self._main else None)
+        self._say(f"saved to {self._job.output_dir}")
+        return report
+
+    def tell(self, what: str, then: str = "") -> None:
+        """Say how many blocks are finished, if any."""
+        if count := count_finished(self._state):
+            self._say(f"{what}: {count} blocks are finished in {self._state}. {then}".rstrip())
+
+    # What goes in
+
+    def _load(self) -> None:
+        """The model, and the tokenizer where it is needed or there is one."""
+        job = self._job
+        self._say(f"loading {job.model_name_or_path}")
+        self._model = load_model(
+            job.model_name_or_path, job.dtype, self._device, job.device_map, job.offload_folder, **job.hub_options()
+        )
+        if job.eval:
+            measure_of(self._model)  # refuses what cannot be measured
+        own = {} if job.tokenizer_name is None else {"revision": "main"}
+        try:
+            self._tokenizer = load_tokenizer(job.tokenizer_name or job.model_name_or_path, **job.hub_options() | own)
+        except OSError:
+            if job.reads_texts:
+                raise
+            self._tokenizer = None
+        self._reader = None
+        if job.reads_texts:
+            columns = {"text_column": job.text_column, "label_column": job.label_column}
+            same_length = self._config.forwards == 1
+            self._reader = TextReader(
+                self._tokenizer,
+                self._model,
+                job.length,
+                job.batch_size,
+                per_row=job.per_row,
+                same_length=same_length,
+                **columns,
+            )
+
+    def _calibration(self) -> list[dict[str, torch.Tensor]] | None:
+        job = self._job
+        if not (job.calibration_file or job.dataset_name):
+            return None
+        hub = {"cache_dir": job.cache_dir, "token": job.token}
+        name, config = job.dataset_name, job.dataset_config_name
+        texts = load_texts(job.calibration_file, name, config, job.dataset_split, job.streaming, **hub)
+        batches = self._reader.sample(texts, job.samples, job.seed)
+        tokens = sum(map(count_tokens, batches))
+        self._facts = {
+            "data": job.calibration_file or " ".join(filter(None, [name, config, job.dataset_split])),
+            "samples": job.samples,
+            "unit": "rows" if self._reader.per_row else "blocks",
+            "length": job.length,
+            "seed": job.seed,
+            "tokens": tokens,
+        }
+        most = "at most " if self._reader.per_row else ""
+        self._say(
+            f"calibration: {job.samples} {self._facts['unit']} of {most}{job.length} tokens out of "
+            f"{self._facts['data']}, {tokens:,} tokens (--samples, --length)"
+        )
+        return batches
+
+    def _held_out(self) -> list[dict[str, torch.Tensor]]:
+        job = self._job
+        named = () if job.validation_file else (job.dataset_name, job.dataset_config_name)
+        hub = {"cache_dir": job.cache_dir, "token": job.token, "what": "validation", "split": job.validation_split}
+        texts = load_texts(job.validation_file, *named, streaming=job.streaming, **hub)
+        return self._reader.first(texts, job.max_eval_samples)
+
+    def _measure_dense(self, held_out: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Before pruning; once, however often the run is started."""
+        asked = {name: getattr(self._job, name) for name in _MEASURED_BY}
+        path = self._state / DENSE_FILE
+        known = {}
+        if self._main and path.is_file():
+            known = json.loads(path.read_text(encoding="utf-8"))
+        if self._processes.any(known.get("asked") == asked):
+            return known.get("metrics", {})
+        metrics = evaluate_model(self._model, held_out)
+        if self._main:
+            write_json(path, {"asked": asked, "metrics": metrics})
+        self._say(f"before pruning: {_told(metrics)}")
+        return metrics
+
+    # What comes out
+
+    def _save(
+        self, report: SparsityReport, batches: list | None, dense: dict[str, float], sparse: dict[str, float]
+    ) -> Exception | None:
+        results = {"model": self._job.model_name_or_path, "calibration": self._facts if batches else None}
+        results |= {f"dense_{name}": value for name, value in dense.items()}
+        results |= {f"eval_{name}": value for name, value in sparse.items()}
+
+        def write(folder: Path) -> None:
+            self._model.save_pretrained(folder)
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(folder)
+            report.save(folder / REPORT_FILE)
+            self._config.save(folder / CONFIG_FILE)
+            write_json(folder / RESULTS_FILE, results)
+
+        try:
+            write_folder_atomically(self._job.output_dir, write)
+        except OSError as error:
+            return error
+        for path in self._state.glob(f"*{Path(DENSE_FILE).stem}*"):
+            path.unlink()
+        remove_finished(self._state)
+        return None
+
+
+def _say_nothing(text: str) -> None:
+    """Of other processes than the first."""
+
+
+def _told(metrics: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" for name, value in metrics.items()
+    )
+
+
+def _fault_of_output(job: OneshotJob) -> OSError | None:
+    """Why the result cannot go where it is to go."""
+    output = Path(job.output_dir)
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not output.is_dir():
+        return NotADirectoryError(f"output_dir {output} is a file: name a folder.")
+    if not job.overwrite:
+        return FileExistsError(f"output_dir {output} is not empty: name another folder, or pass --overwrite.")
+    if Path(job.model_name_or_path).is_dir() and output.samefile(job.model_name_or_path):
+        return FileExistsError(f"output_dir {output} is the model that is to be pruned: name another folder.")
+    if not (output / "config.json").is_file():
+        return FileExistsError(f"output_dir {output} holds no model (config.json), so it is not replaced: remove it.")
+    return None
