@@ -132,6 +132,31 @@ def push(
         raise typer.Exit(1) from error
 
 
+# Options come from dataclasses that need torch, so they are read when the command is called.
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def prune(context: typer.Context) -> None:
+    """Prune a pretrained model without training, from calibration data."""
+    from .command_options import as_dashed, dataclass_command
+    from .oneshot import OneshotConfig, OneshotJob, run_job
+
+    def run(job: OneshotJob, config: OneshotConfig) -> None:
+        """Prune a pretrained model without training, from calibration data, block by block.
+
+        Wanda, unless a criterion or a solver says otherwise; SparseGPT with --solver sparsegpt. Killed and started
+        again in the same way, it goes on after the last finished block. Exit codes: 0 done, 2 it cannot be done.
+        """
+        run_job(job, config, say=typer.echo)
+
+    whole = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    whole.command(context_settings={"token_normalize_func": as_dashed})(
+        dataclass_command((OneshotJob, OneshotConfig), run, ("model_name_or_path", "output_dir"))
+    )
+    code = typer.main.get_command(whole).main(
+        context.args, prog_name=context.command_path, standalone_mode=False, windows_expand_args=False
+    )
+    raise typer.Exit(code or 0)
+
+
 def main() -> None:
     """The program `hf-sparse`."""
     app(prog_name="hf-sparse")

@@ -22,7 +22,7 @@ FLOORS = [
     {"pruner", "plots", "model_card", "training_args", "checkpoints", "adapters", "state_files", "inspection", "hub"},
     {"callback", "data_files", "oneshot", "uploads", "trainer_card"},
     {"trainer"},
-    {"cli"},
+    {"cli", "command_options"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}
 PURE = {"schedulers", "stats", "patterns", "criteria", "solvers", "allocations"}

@@ -36,7 +36,7 @@ def calibration_batches(
     seed: int = 0,
     text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
-    per_row: bool | None = None,
+    per_row: bool = False,
     same_length: bool = False,
 ) -> list[Any]:
     """Batches for `prune_oneshot`.
@@ -54,7 +54,7 @@ def calibration_batches(
             "sentence", or the only column of texts.
         label_column: labels of a classifier, or the target texts of an encoder with a decoder. Left out: "label" or
             "labels", for classifiers, where there is one.
-        per_row: whether each text is a sample of its own. Left out: not for causal models.
+        per_row: take each text for a sample of its own; so it always is for other than causal models.
         same_length: pad all batches to one length, which forwards=1 needs.
 
     Raises:
@@ -91,13 +91,13 @@ class TextReader:
         batch_size: int = 8,
         text_column: str | Sequence[str] | None = None,
         label_column: str | None = None,
-        per_row: bool | None = None,
+        per_row: bool = False,
         same_length: bool = False,
     ):
         self._tokenizer, self._model, self._length = tokenizer, model, length
         self._batch_size, self._same_length = batch_size, same_length
         self._text_column, self._label_column = text_column, label_column
-        self.per_row = not is_causal(model) if per_row is None else per_row
+        self.per_row = per_row or not is_causal(model)
         tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # which one does not matter: it is masked
         self._padding = next(token for token in tokens if token is not None)
         self._labels = Labels(tokenizer, model, length)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from ..criteria import CRITERIA
 from ..report import SparsityReport
 from ..sharding import all_processes, join_processes
+from ..solvers import SOLVERS
 from ..state_files import CONFIG_FILE, REPORT_FILE
 from ..storage import write_folder_atomically, write_json
 from .batches import count_tokens
@@ -80,6 +82,7 @@ class _Run:
         self._state = None if job.dry_run else job.unfinished
 
     def plan(self) -> OneshotPlan:
+        self._read_texts()
         self._load()
         plan = plan_oneshot(self._model, self._calibration(), self._config)
         self._say(str(plan))
@@ -87,8 +90,9 @@ class _Run:
 
     def prune(self) -> SparsityReport:
         self._processes.raise_together(_fault_of_output(self._job) if self._main else None)
+        self._read_texts()
         self._load()
-        held_out = self._held_out() if self._job.eval else []
+        held_out = self._reader.first(self._validation, self._job.max_eval_samples) if self._job.eval else []
         batches = self._calibration()
         self.tell("going on")
         dense = self._measure_dense(held_out) if held_out else {}
@@ -107,6 +111,21 @@ class _Run:
             self._say(f"{what}: {count} blocks are finished in {self._state}. {then}".rstrip())
 
     # What goes in
+
+    def _read_texts(self) -> None:
+        """First, as a model takes long to load."""
+        job = self._job
+        hub = {"cache_dir": job.cache_dir, "token": job.token, "streaming": job.streaming}
+        named = (job.dataset_name, job.dataset_config_name)
+        self._texts = self._validation = None
+        if job.calibration_file or job.dataset_name:
+            self._texts = load_texts(job.calibration_file, *named, job.dataset_split, **hub)
+        elif needing := needs_data(self._config):
+            raise ValueError(f"{needing} needs calibration data: pass calibration_file or dataset_name.")
+        if job.eval:
+            named = () if job.validation_file else named
+            hub |= {"split": job.validation_split, "what": "validation"}
+            self._validation = load_texts(job.validation_file, *named, **hub)
 
     def _load(self) -> None:
         """The model, and the tokenizer where it is needed or there is one."""
@@ -140,34 +159,24 @@ class _Run:
 
     def _calibration(self) -> list[dict[str, torch.Tensor]] | None:
         job = self._job
-        if not (job.calibration_file or job.dataset_name):
+        if self._texts is None:
             return None
-        hub = {"cache_dir": job.cache_dir, "token": job.token}
-        name, config = job.dataset_name, job.dataset_config_name
-        texts = load_texts(job.calibration_file, name, config, job.dataset_split, job.streaming, **hub)
-        batches = self._reader.sample(texts, job.samples, job.seed)
-        tokens = sum(map(count_tokens, batches))
+        batches = self._reader.sample(self._texts, job.samples, job.seed)
+        named = (job.dataset_name, job.dataset_config_name, job.dataset_split)
         self._facts = {
-            "data": job.calibration_file or " ".join(filter(None, [name, config, job.dataset_split])),
+            "data": job.calibration_file or " ".join(filter(None, named)),
             "samples": job.samples,
             "unit": "rows" if self._reader.per_row else "blocks",
             "length": job.length,
             "seed": job.seed,
-            "tokens": tokens,
+            "tokens": sum(map(count_tokens, batches)),
         }
-        most = "at most " if self._reader.per_row else ""
+        at_most = "at most " if self._reader.per_row else ""
         self._say(
-            f"calibration: {job.samples} {self._facts['unit']} of {most}{job.length} tokens out of "
-            f"{self._facts['data']}, {tokens:,} tokens (--samples, --length)"
+            f"calibration: {{samples}} {{unit}} of {at_most}{{length}} tokens out of {{data}}, {{tokens:,}} tokens "
+            "(--samples, --length)".format(**self._facts)
         )
         return batches
-
-    def _held_out(self) -> list[dict[str, torch.Tensor]]:
-        job = self._job
-        named = () if job.validation_file else (job.dataset_name, job.dataset_config_name)
-        hub = {"cache_dir": job.cache_dir, "token": job.token, "what": "validation", "split": job.validation_split}
-        texts = load_texts(job.validation_file, *named, streaming=job.streaming, **hub)
-        return self._reader.first(texts, job.max_eval_samples)
 
     def _measure_dense(self, held_out: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Before pruning; once, however often the run is started."""
@@ -209,6 +218,23 @@ class _Run:
             path.unlink()
         remove_finished(self._state)
         return None
+
+
+def needs_data(config: OneshotConfig) -> str | None:
+    """What of a config looks at calibration data; None if nothing does.
+
+    Example:
+        >>> needs_data(OneshotConfig(target_sparsity=0.5)), needs_data(OneshotConfig(criterion="magnitude"))
+        ('criterion "wanda"', None)
+    """
+    for group in config.resolve_groups(oneshot=True).values():
+        if SOLVERS[group.solver].needs == "gram":
+            return f'solver "{group.solver}"'
+        if CRITERIA[group.criterion].needs != "nothing":
+            return f'criterion "{group.criterion}"'
+        if group.allocation == "owl":
+            return 'allocation "owl"'
+    return None
 
 
 def _say_nothing(text: str) -> None:

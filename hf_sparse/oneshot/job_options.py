@@ -36,10 +36,10 @@ class OneshotJob:
     samples: int = option(128, "How many blocks or rows to calibrate on, from all over the data.")
     length: int = option(512, "Tokens of a block, or at most of a row. Never more than the model has positions.")
     batch_size: int = option(8, "Blocks or rows that go through the model together.")
-    per_row: bool | None = option(
-        None,
-        "Take each text for a sample of its own, padded, in place of blocks cut out of joined texts. Left out: not "
-        "for causal language models.",
+    per_row: bool = option(
+        False,
+        "Take each text for a sample of its own, padded, in place of blocks cut out of joined texts. So it always is "
+        "for other than causal language models.",
     )
     seed: int = option(0, "Which blocks or rows are chosen.")
 

@@ -62,7 +62,10 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f'dtype is "{dtype}": it must be one of {", ".join(DTYPES)}.')
-    config = transformers.AutoConfig.from_pretrained(name, **hub_options)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **hub_options)
+    except (OSError, ValueError) as error:
+        raise OSError(f'"{name}" is no model that can be opened, neither a folder nor on the Hub: {error}') from error
     spread = {}
     if device_map is not None:
         spread = {"device_map": _read_map(device_map)} | ({"offload_folder": offload_folder} if offload_folder else {})

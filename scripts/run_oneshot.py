@@ -1,0 +1,34 @@
+"""Prunes a pretrained model without training, from calibration data, block by block: Wanda, SparseGPT and others.
+
+    python run_oneshot.py --model_name_or_path openai-community/gpt2 --dataset_name Salesforce/wikitext \
+        --dataset_config_name wikitext-2-raw-v1 --target_sparsity 0.5 --solver sparsegpt --eval --output_dir out/gpt2
+
+and then, with its zeros kept:
+
+    python run_clm.py --model_name_or_path out/gpt2 --dataset_name Salesforce/wikitext \
+        --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval --keep_zeros --output_dir out/gpt2-tuned
+
+Own texts: --calibration_file and --validation_file. `--dry_run` says what it would do, and what that takes. Killed and
+started again, it goes on after the last finished block. The options are those of `hf-sparse prune`; one .json or .yaml
+file with them also does. Runs under `accelerate launch` and `torchrun` as well.
+"""
+
+import sys
+
+from _common import parse_args
+
+from hf_sparse.oneshot import OneshotConfig, OneshotJob, run_job
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_job(*parse_args((OneshotJob, OneshotConfig), argv))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"run_oneshot.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
