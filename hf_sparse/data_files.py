@@ -66,6 +66,8 @@ def load_files(
     splits = {}
     for split, path in check_files(files, extensions).items():
         builder, options = BUILDERS[extension(path)]
+        if not path.stat().st_size:
+            raise ValueError(f'{split} file "{path}" is empty.')
         try:
             splits[split] = load_dataset(
                 builder, data_files=str(path), split="train", cache_dir=cache_dir, **options, **kwargs

@@ -42,7 +42,7 @@ class Labels:
 
     def read(self, value: Any) -> Any:
         """One row's label: a number, or token ids."""
-        known = getattr(self._config, "label2id", None) or {}
+        known = {name: number for number, name in (getattr(self._config, "id2label", None) or {}).items()}
         if isinstance(value, str) and self.are_texts and not self._of_classes:
             return self._tokenizer(text_target=value, truncation=True, max_length=self._length)["input_ids"]
         if isinstance(value, str) and value in known:

@@ -38,9 +38,8 @@ def load_texts(
     if file is not None:
         extra = {"keep_linebreaks": True} if str(file).lower().endswith(".txt") else {}
         return load_files({what: file}, (*TABLE_FILES, "txt"), cache_dir, **extra)[what]
-    data = load_from_hub(
-        dataset_name, dataset_config_name, cache_dir, token, remedy, split=split, **({"streaming": True} * streaming)
-    )
+    options = {"split": split} | ({"streaming": True} if streaming else {})
+    data = load_from_hub(dataset_name, dataset_config_name, cache_dir, token, remedy, **options)
     return Dataset.from_list(list(data.take(STREAMED))) if isinstance(data, IterableDataset) else data
 
 
