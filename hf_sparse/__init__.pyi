@@ -4,7 +4,7 @@ from .callback import SparsityCallback
 from .config import PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
 from .hub import UploadError
-from .oneshot import OneshotConfig, ResumeError, prune_oneshot
+from .oneshot import OneshotConfig, ResumeError, calibration_batches, evaluate_model, plan_oneshot, prune_oneshot
 from .patterns import register_pattern
 from .pruner import Pruner
 from .report import SparsityReport
@@ -43,9 +43,12 @@ __all__ = [
     "SparsityCallback",
     "SparsityReport",
     "UploadError",
+    "calibration_batches",
+    "evaluate_model",
     "get_scheduler",
     "merge_and_unload",
     "merged_adapter",
+    "plan_oneshot",
     "prune_oneshot",
     "register_criterion",
     "register_curve",

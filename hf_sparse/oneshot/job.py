@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,6 @@ from ..criteria import CRITERIA
 from ..report import SparsityReport
 from ..sharding import all_processes, join_processes
 from ..solvers import SOLVERS
-from ..state_files import CONFIG_FILE, REPORT_FILE
 from ..storage import write_folder_atomically, write_json
 from .batches import count_tokens
 from .calibration import TextReader
@@ -22,12 +22,12 @@ from .evaluation import evaluate_model, measure_of
 from .job_options import OneshotJob
 from .loading import load_model, load_tokenizer
 from .plan import OneshotPlan, plan_oneshot
+from .result import OneshotResult, told
 from .run import prune_oneshot
 from .state import count_finished, remove_finished
 from .text_rows import load_texts
 
 
-RESULTS_FILE = "oneshot_results.json"
 DENSE_FILE = "dense_results.json"
 
 # What the measurements of the dense model depend on: the same run, started again, does not make them again.
@@ -80,6 +80,7 @@ class _Run:
         self._main = self._processes.rank == 0
         self._say = say if self._main else _say_nothing
         self._state = None if job.dry_run else job.unfinished
+        self._facts: dict[str, Any] = {}
 
     def plan(self) -> OneshotPlan:
         self._read_texts()
@@ -101,7 +102,7 @@ class _Run:
         sparse = evaluate_model(self._model, held_out) if held_out else {}
         if held_out:
             self._say(f"before: {_told(dense)}\nafter:  {_told(sparse)}")
-        self._processes.raise_together(self._save(report, batches, dense, sparse) if self._main else None)
+        self._processes.raise_together(self._save(report, dense, sparse) if self._main else None)
         self._say(f"saved to {self._job.output_dir}")
         return report
 
@@ -115,7 +116,7 @@ class _Run:
     def _read_texts(self) -> None:
         """First, as a model takes long to load."""
         job = self._job
-        hub = {"cache_dir": job.cache_dir, "token": job.token, "streaming": job.streaming}
+        hub = {"cache_dir": job.cache_dir, "streaming": job.streaming}
         named = (job.dataset_name, job.dataset_config_name)
         self._texts = self._validation = None
         if job.calibration_file or job.dataset_name:
@@ -171,11 +172,7 @@ class _Run:
             "seed": job.seed,
             "tokens": sum(map(count_tokens, batches)),
         }
-        at_most = "at most " if self._reader.per_row else ""
-        self._say(
-            f"calibration: {{samples}} {{unit}} of {at_most}{{length}} tokens out of {{data}}, {{tokens:,}} tokens "
-            "(--samples, --length)".format(**self._facts)
-        )
+        self._say(f"calibration: {told(self._facts)} (--samples, --length, --seed)")
         return batches
 
     def _measure_dense(self, held_out: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -195,23 +192,22 @@ class _Run:
 
     # What comes out
 
-    def _save(
-        self, report: SparsityReport, batches: list | None, dense: dict[str, float], sparse: dict[str, float]
-    ) -> Exception | None:
-        results = {"model": self._job.model_name_or_path, "calibration": self._facts if batches else None}
-        results |= {f"dense_{name}": value for name, value in dense.items()}
-        results |= {f"eval_{name}": value for name, value in sparse.items()}
-
-        def write(folder: Path) -> None:
-            self._model.save_pretrained(folder)
-            if self._tokenizer is not None:
-                self._tokenizer.save_pretrained(folder)
-            report.save(folder / REPORT_FILE)
-            self._config.save(folder / CONFIG_FILE)
-            write_json(folder / RESULTS_FILE, results)
-
+    def _save(self, report: SparsityReport, dense: dict[str, float], sparse: dict[str, float]) -> Exception | None:
+        job = self._job
+        result = OneshotResult(
+            Path(job.output_dir).resolve().name,
+            job.model_name_or_path,
+            report,
+            self._config,
+            self._facts,
+            job.dataset_name,
+            None if job.validation_file else job.dataset_name,
+            dense,
+            sparse,
+            self._processes.size,
+        )
         try:
-            write_folder_atomically(self._job.output_dir, write)
+            write_folder_atomically(job.output_dir, lambda folder: result.save(folder, self._model, self._tokenizer))
         except OSError as error:
             return error
         for path in self._state.glob(f"*{Path(DENSE_FILE).stem}*"):

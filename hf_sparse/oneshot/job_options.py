@@ -61,7 +61,6 @@ class OneshotJob:
     tokenizer_name: str | None = option(None, "Folder or Hub name of the tokenizer, if it is not the model's own.")
     model_revision: str = option("main", "Branch, tag or commit of the model.")
     cache_dir: str | None = option(None, "Where downloads and prepared data are kept.")
-    token: str | None = option(None, "Hub access token; the one stored by `hf auth login` if left out.")
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint. Read that code first.")
 
     dry_run: bool = option(False, "Say what would be pruned, and what memory and time it takes. Nothing is written.")
@@ -86,7 +85,7 @@ class OneshotJob:
 
     def hub_options(self) -> dict[str, Any]:
         """What every `from_pretrained` shares."""
-        names = {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
+        names = {"revision": self.model_revision, "cache_dir": self.cache_dir}
         return names | {"trust_remote_code": self.trust_remote_code}
 
     @property

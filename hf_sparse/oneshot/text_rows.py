@@ -22,7 +22,6 @@ def load_texts(
     split: str = "train",
     streaming: bool = False,
     cache_dir: str | None = None,
-    token: str | None = None,
     what: str = "calibration",
 ) -> Dataset:
     """Rows of a file (.txt: lines; .json, .jsonl, .csv, .tsv, .parquet), or of a data set of the Hub.
@@ -39,7 +38,7 @@ def load_texts(
         extra = {"keep_linebreaks": True} if str(file).lower().endswith(".txt") else {}
         return load_files({what: file}, (*TABLE_FILES, "txt"), cache_dir, **extra)[what]
     options = {"split": split} | ({"streaming": True} if streaming else {})
-    data = load_from_hub(dataset_name, dataset_config_name, cache_dir, token, remedy, **options)
+    data = load_from_hub(dataset_name, dataset_config_name, cache_dir, None, remedy, **options)
     return Dataset.from_list(list(data.take(STREAMED))) if isinstance(data, IterableDataset) else data
 
 

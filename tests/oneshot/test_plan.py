@@ -1,0 +1,128 @@
+"""The plan is what the run then does; nothing changes; memory is counted as by hand."""
+
+import copy
+
+import pytest
+import torch
+from tiny_texts import WORDS, llama
+
+from hf_sparse import OneshotConfig, PruningConfigError, plan_oneshot, prune_oneshot
+from hf_sparse.oneshot import costs
+
+
+BATCHES = [
+    {"input_ids": torch.randint(len(WORDS), (4, 8), generator=torch.Generator().manual_seed(seed))}
+    for seed in range(6)
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_sparsity": 0.3},
+        {"pattern": "2:4", "solver": "sparsegpt"},
+        {"pattern": "4x1", "criterion": "magnitude", "scope": "layer", "target_sparsity": 0.5},
+        {"layer_sparsity": {"*.q_proj": 0.25, "*.mlp.*": 0.75}},
+        {"target_sparsity": 0.5, "forwards": 1},
+        {"target_sparsity": 0.5, "sequential": False},
+    ],
+)
+def test_what_is_planned_is_done(options):
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    plan = plan_oneshot(model, BATCHES, OneshotConfig(**options))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    report = prune_oneshot(model, BATCHES, OneshotConfig(**options), progress=False)
+    size = 4 if options.get("pattern") == "4x1" else 1
+    assert [(layer.name, layer.falling * size) for layer in plan.layers] == [
+        (layer.name, layer.zeros) for layer in report.layers
+    ]
+    assert plan.tokens == 6 * 4 * 8
+
+
+def test_stages():
+    plan = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5))
+    assert plan.stages == 3 and {layer.stage for layer in plan.layers} == {f"model.layers.{n}" for n in range(3)}
+    assert plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, sequential=False)).stages == 1
+    unseen = plan_oneshot(llama(), None, OneshotConfig(target_sparsity=0.5, criterion="magnitude", scope="layer"))
+    assert unseen.stages == unseen.tokens == unseen.costs.activations == unseen.costs.statistics == 0
+    assert {layer.stage for layer in unseen.layers} == {None}
+
+
+@pytest.mark.parametrize("options", [{"allocation": "owl"}, {"criterion": "taylor", "scope": "global"}])
+def test_what_is_decided_later_is_not_said(options):
+    plan = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, **options))
+    assert {layer.falling for layer in plan.layers} == {None} and "ranked" in str(plan)
+
+
+def test_locked_zeros_are_counted():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[:3] = 0
+    groups = {"pruned": {"targets": ["*.1.mlp.down_proj"], "target_sparsity": 0.5}, "kept": {"targets": ["*.up_proj"]}}
+    plan = plan_oneshot(model, BATCHES, OneshotConfig(keep_zeros=True, groups=groups))
+    assert [(layer.group, layer.falling) for layer in plan.layers] == [
+        ("pruned", 256),
+        ("kept", 0),
+        ("kept", 3 * 16),
+        ("kept", 0),
+    ]
+
+
+def test_memory_by_hand():
+    """A block of 16 wide, 32 within: q, k, v and o are 16x16, gate and up 32x16, down 16x32, two norms of 16. Inputs:
+    that of q, k and v; of o; of gate and up, 16 wide each; of down, 32 wide. 128 tokens of each are set aside."""
+    aside = 128 * (3 * 16 + 32)
+    block = 4 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16)
+    outputs = 4 * (6 * 4 * 8 * 16)
+
+    def memory(**options):
+        found = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, **options)).costs
+        return found.block, found.statistics, found.solving, found.activations
+
+    # Norms are a vector each; masks of gate and up take a byte as they are chosen, and another as bool.
+    assert memory() == (block, 4 * (3 * 16 + 32 + aside), 2 * 16 * 64, outputs)
+    # Gram matrices; down has the largest factor: it and its source, and weights before and after.
+    assert memory(solver="sparsegpt") == (
+        block,
+        4 * (3 * 16 * 16 + 32 * 32 + aside),
+        max(8 * (32 * 32 + 32 * 16), 8 * (16 * 16 + 16 * 64)),
+        outputs,
+    )
+    # One input at a time.
+    assert memory(forwards=1)[1] == 4 * (32 + 128 * 32)
+
+
+def test_time_grows_with_the_data_and_the_forwards():
+    """By arithmetic alone: seconds of a body, and of what is before the blocks."""
+    run = costs.Oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5))
+    probe = costs.look(run.model, run.seen, BATCHES[0], sequential=True)
+    # Three blocks: two of them twice, the last once; five times up to the first block.
+    assert costs._passes(run, probe, 3.0, 1.0) == pytest.approx(5 * 1.0 + 5 * 1.0)
+    run.config.forwards = 1
+    assert costs._passes(run, probe, 3.0, 1.0) == pytest.approx(3.0 + 3 * 1.0)
+    small, large = (costs._Input("block", 64, 32, gram=True).operations(tokens) for tokens in (1000, 3000))
+    assert large[0] == 3 * small[0] == 3 * 1000 * 64 * 64 and large[1] == small[1]
+
+
+def test_what_a_run_refuses_a_plan_refuses():
+    with pytest.raises(PruningConfigError, match='criterion "wanda" needs calibration data'):
+        plan_oneshot(llama(), None, OneshotConfig(target_sparsity=0.5))
+
+
+def test_it_is_printed():
+    lines = str(plan_oneshot(llama(1), BATCHES, OneshotConfig(target_sparsity=0.5))).splitlines()
+    assert lines[1].split() == [
+        "model.layers.0.self_attn.q_proj.weight",
+        "16x16",
+        "unstructured",
+        "model.layers.0",
+        "256",
+        "128",
+    ]
+    assert lines[-3] == "7 weights of 2,560 in all, 1 stages, 192 tokens"
+    assert lines[-2].startswith(
+        "memory: largest block 10.4 kB, its sums 41.3 kB, solving 2.0 kB; activations 12.3 kB on cpu"
+    )
+    assert lines[-1].startswith("time: about ")
