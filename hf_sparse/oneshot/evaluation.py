@@ -25,6 +25,14 @@ def evaluate_model(model: nn.Module, batches: Sequence[Any]) -> dict[str, float]
 
     Raises:
         ValueError: another kind of model, or batches without labels.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 4, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 4}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=8, **sizes))
+        >>> model.classifier.bias.data[1] = 9.0  # it always answers 1
+        >>> evaluate_model(model, [{"input_ids": torch.tensor([[2], [3]]), "labels": torch.tensor([1, 0])}])
+        {'accuracy': 0.5, 'samples': 2}
     """
     measure = measure_of(model)
     processes = all_processes()
