@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import USER
+from tiny_texts import llama, save, texts, word_tokenizer, write_rows
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -23,7 +25,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import hf_sparse.cli
-from hf_sparse import Pruner, PruningConfig, SparseTrainingArguments
+from hf_sparse import OneshotConfig, Pruner, PruningConfig, SparseTrainingArguments
 
 
 PRUNING_FILES = ("pruning_report.json", "pruning_config.json", "pruning_schedule.png", "pruning_layers.png")
@@ -95,7 +97,7 @@ def test_a_card_is_written_anew(workplace):
 
 def commands() -> list[str]:
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [line for line in joined.splitlines() if "scripts/" in line]
+    return [line for line in joined.splitlines() if "scripts/" in line and "pruned" not in shlex.split(line)]
 
 
 # What each program of the README is, on a port that is free.
@@ -164,6 +166,34 @@ def test_the_push_command_runs(workplace, hub):
     assert "model.safetensors" in hub.repos[repo].files
 
 
+def test_models_are_pruned_without_training_and_then_trained(workplace, capsys):
+    """The commands in their order, each with what makes it small."""
+    save(Path("path/to/llm"), llama(), word_tokenizer())
+    for name, count in (("train.jsonl", 60), ("dev.jsonl", 20)):
+        write_rows(Path(name), [{"text": text} for text in texts(count)])
+    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    lines = [shlex.split(line) for line in joined.splitlines() if "path/to/llm" in line or "pruned-tuned" in line]
+    assert [line[:2] for line in lines] == [
+        ["python", "scripts/run_oneshot.py"],
+        ["python", "scripts/run_clm.py"],
+        ["hf-sparse", "prune"],
+        ["hf-sparse", "prune"],
+    ]
+    small = ["--length", "16", "--samples", "8", "--device", "cpu"]
+    train = ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--block_size", "16", "--save_strategy", "no"]
+    for (_, script, *words), extra in zip(lines[:2], (small, train), strict=True):
+        done = subprocess.run([sys.executable, script, *words, *extra], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for _, *words in lines[2:]:
+        with pytest.raises(SystemExit) as done:
+            hf_sparse.cli.app([*words, *small])
+        assert done.value.code == 0
+    assert "time: about" in capsys.readouterr().out
+    for name in ("pruned", "pruned-tuned", "pruned-2of4"):
+        weight = AutoModelForCausalLM.from_pretrained(name).model.layers[0].mlp.up_proj.weight
+        assert (weight == 0).sum() == weight.numel() // 2
+
+
 def test_make_targets_of_the_readme_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {line.split()[1] for line in "\n".join(blocks("bash")).splitlines() if line.startswith("make ")}
@@ -172,10 +202,11 @@ def test_make_targets_of_the_readme_exist():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_table_of_options_is_the_dataclass():
+@pytest.mark.parametrize("config", [PruningConfig, OneshotConfig])
+def test_the_table_of_options_is_the_dataclass(config):
     rows = [
         f"| `{option.name}` | `{option.default}` | {option.metadata['help']} |"
-        for option in dataclasses.fields(PruningConfig)
+        for option in dataclasses.fields(config)
     ]
     missing = [row for row in rows if row not in README]
     assert not missing, "the README's table of options should have these rows:\n" + "\n".join(missing)
