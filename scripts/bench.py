@@ -5,6 +5,7 @@
     python scripts/bench.py nm                   # 2:4 masks
     python scripts/bench.py step                 # what a training step costs more than without pruning
     python scripts/bench.py dist                 # a prune step of weights that are split over processes
+    python scripts/bench.py oneshot              # pruning from calibration data, without training
 
 Times of rank and nm are medians, divided by the time of one `sum()` of each of the same tensors in the same process:
 a read. With one thread CPU time counts, which other processes disturb less, with more the time that passed.
@@ -13,16 +14,16 @@ a read. With one thread CPU time counts, which other processes disturb less, wit
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import bench_dist
+import bench_oneshot
 import bench_step
 import torch
+from bench_memory import extra_bytes
 
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
 from hf_sparse.ranking import CHUNK, TensorScores, keep, lowest, lowest_together
@@ -54,20 +55,6 @@ def reads(work: Callable[[], object], weights: list[torch.Tensor], repeats: int)
 def read(weights: list[torch.Tensor]) -> None:
     for weight in weights:
         weight.sum()
-
-
-def extra_bytes(work: Callable[[], object]) -> int:
-    """What `work` needs at its peak beyond what the process holds already (Linux)."""
-
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-    ctypes.CDLL(None).malloc_trim(0)  # memory that is free but still held would hide what is needed
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident("VmRSS")
-    work()
-    return resident("VmHWM") - before
 
 
 def bert_like(millions: int) -> list[torch.Tensor]:
@@ -190,6 +177,9 @@ def main() -> None:
     split = benches.add_parser("dist", help=bench_dist.__doc__.splitlines()[0])
     split.set_defaults(bench=bench_dist.run)
     bench_dist.add_arguments(split)
+    oneshot = benches.add_parser("oneshot", help=bench_oneshot.__doc__.splitlines()[0])
+    oneshot.set_defaults(bench=bench_oneshot.run)
+    bench_oneshot.add_arguments(oneshot)
     options = parser.parse_args()
     options.bench(options)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bench_memory import extra_bytes
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from hf_sparse import PruningConfig
@@ -190,16 +190,7 @@ def peak(work: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # memory that is free but still held would hide what is needed
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _resident("VmRSS")
-    work()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return extra_bytes(work)
 
 
 def seconds(work: Callable[[], object], device: str) -> float:

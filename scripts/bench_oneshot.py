@@ -1,0 +1,284 @@
+"""One-shot pruning of a Llama with random weights: `python scripts/bench.py oneshot`.
+
+For each method, in both forms (two forwards per block, or one), and for the method written down plainly
+(`bench_oneshot_plain.py`), in one process and on the same data, by turns:
+
+    forwards    time in units of one forward of all calibration data through the dense model's blocks, which is taken
+                (of a part of the data) just before and just after: in all, and what of it went into statistics and
+                into choosing and solving; the rest are forwards
+    peak        memory beyond what was held before, in units of the model, and the most of it while solving
+    plain       the plain way's time over this one's
+
+Times are medians over `--repeats`, by CPU time with one thread, else by the clock on the wall. First, on a small
+model, both ways must give the same masks of Wanda, and errors of SparseGPT that are close. `prototype` is what quick
+prototypes of the methods took for 16 x 512 tokens: time and peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import bench_oneshot_plain as plain
+import torch
+from bench_memory import give_back, resident, restart_peak
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_sparse.oneshot import OneshotConfig, prune_oneshot
+from hf_sparse.oneshot.feeds import Feed
+from hf_sparse.oneshot.layerwise import Layerwise
+
+
+PHASES = ("forward", "statistics", "solve")
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Method:
+    """Options of the package, and of the plain way; prototypes' time and peak for two forwards and for one."""
+
+    options: dict[str, Any]
+    plain: dict[str, bool] | None = None
+    prototypes: dict[int, str] = field(default_factory=dict)
+
+
+METHODS = {
+    "magnitude": Method({"criterion": "magnitude"}),
+    "wanda": Method(
+        {"criterion": "wanda"},
+        {"solves": False, "by_wanda": True, "of_four": False},
+        {2: "2.10 0.2x", 1: "1.50 0.8x"},
+    ),
+    "sparsegpt": Method(
+        {"solver": "sparsegpt"},
+        {"solves": True, "by_wanda": False, "of_four": False},
+        {2: "2.75 0.5x", 1: "1.95 0.9x"},
+    ),
+    "wanda+sparsegpt": Method(
+        {"criterion": "wanda", "solver": "sparsegpt"}, {"solves": True, "by_wanda": True, "of_four": False}
+    ),
+    "wanda 2:4": Method(
+        {"criterion": "wanda", "pattern": "2:4"}, {"solves": False, "by_wanda": True, "of_four": True}
+    ),
+    "sparsegpt 2:4": Method(
+        {"solver": "sparsegpt", "pattern": "2:4"}, {"solves": True, "by_wanda": False, "of_four": True}
+    ),
+}
+
+
+class Meter:
+    """Seconds and memory of phases, of which one is always on: "forward" unless another is said to be."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.peak = dict.fromkeys(PHASES, 0)
+        self._now = PHASES[0]
+
+    def measure(self, work: Callable[[], object]) -> Meter:
+        give_back()
+        self._before = resident()
+        restart_peak()
+        self._since = clock()
+        work()
+        self._switch(PHASES[0])
+        return self
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, name: str) -> str:
+        before, self._now = self._now, name
+        self.seconds[before] += clock() - self._since
+        self.peak[before] = max(self.peak[before], resident("VmHWM") - self._before)
+        restart_peak()
+        self._since = clock()
+        return before
+
+    def watched(self, name: str, function: Callable) -> Callable:
+        def called(*args, **kwargs):
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return called
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def build(layers: int, hidden: int, intermediate: int, vocabulary: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    heads = max(1, hidden // 64)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=intermediate,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def calibration(samples: int, length: int, batch: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": part} for part in ids.split(batch)]
+
+
+class Bench:
+    """A model that is dense again before each run."""
+
+    def __init__(self, model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]]):
+        self.model, self.batches = model, batches
+        self._dense = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    @property
+    def bytes(self) -> int:
+        return sum(weight.nbytes for weight in self._dense.values())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, weight in self.model.named_parameters():
+            weight.data = weight.data.copy_(self._dense[name])
+
+    @torch.no_grad()
+    def outputs(self, batches: Sequence[dict[str, torch.Tensor]]) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            yield self.model.model(**batch, use_cache=False)[0]
+
+    def forward(self) -> float:
+        """Seconds of one forward of everything through all blocks, from every fourth batch."""
+        self.restore()
+        part = self.batches[::4]
+        start = clock()
+        for _ in self.outputs(part):
+            pass
+        return (clock() - start) * len(self.batches) / len(part)
+
+    def prune(self, method: Method, form: int | str) -> Meter:
+        """The dense model pruned with one or two forwards per block, or in the plain way."""
+        self.restore()
+        meter = Meter()
+        if form == PLAIN:
+            return meter.measure(lambda: plain.prune(self.model, self.batches, meter, **method.plain))
+        config = OneshotConfig(target_sparsity=0.5, forwards=form, **method.options)
+        watched = {(Feed, "observe"): "statistics", (Layerwise, "settle"): "solve", (Layerwise, "prune"): "solve"}
+        patches = [
+            patch.object(owner, name, meter.watched(phase, getattr(owner, name)))
+            for (owner, name), phase in watched.items()
+        ]
+        with patches[0], patches[1], patches[2]:
+            return meter.measure(lambda: prune_oneshot(self.model, self.batches, config, progress=False))
+
+
+def forms(method: Method, options: argparse.Namespace) -> list[int | str]:
+    if method.plain is None:
+        return [2]  # no forwards at all
+    return [*options.forwards, *([] if options.alone else [PLAIN])]
+
+
+# The same result
+
+
+def check() -> None:
+    """Both ways give the same masks and errors."""
+    bench = Bench(build(2, 128, 256, 1000), calibration(8, 128, 2, 1000))
+    dense = torch.cat(list(bench.outputs(bench.batches)))
+    print("on a small model       masks that differ   error ‖Y - Ŷ‖²/‖Y‖²: two forwards, one, plain")
+    for name, method in METHODS.items():
+        if method.plain is None:
+            continue
+        zeros, errors = {}, {}
+        for form in (2, 1, PLAIN):
+            bench.prune(method, form)
+            zeros[form] = torch.cat([layer.weight.eq(0).flatten() for layer in _linears(bench.model)])
+            difference = torch.cat(list(bench.outputs(bench.batches))) - dense
+            errors[form] = float(difference.square().sum() / dense.square().sum())
+        differ = float((zeros[2] != zeros[PLAIN]).float().mean())
+        print(f"{name:22s} {differ:17.4%}   {errors[2]:.4f}, {errors[1]:.4f}, {errors[PLAIN]:.4f}")
+        assert abs(errors[2] / errors[PLAIN] - 1) < 0.02
+        assert differ < 1e-3 or method.options.get("solver")
+
+
+def _linears(model: LlamaForCausalLM) -> Iterator[torch.nn.Linear]:
+    return (module for module in model.model.modules() if isinstance(module, torch.nn.Linear))
+
+
+# The measurement
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--forwards", type=int, nargs="+", choices=(1, 2), default=[2, 1])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=768, help="a multiple of 64")
+    parser.add_argument("--intermediate", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--batch", type=int, default=1, help="samples of a forward")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--alone", action="store_true", help="without the plain way, which takes long")
+
+
+def run(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    check()
+    model = build(options.layers, options.hidden, options.intermediate, options.vocabulary)
+    bench = Bench(model, calibration(options.samples, options.length, options.batch, options.vocabulary))
+    weights = sum(layer.weight.numel() for layer in _linears(model))
+    bench.forward()
+    before = bench.forward()
+    found: dict[tuple[str, int | str], list[tuple[float, Meter]]] = {}
+    for repeat in range(options.repeats):
+        for name in options.methods:
+            order = forms(METHODS[name], options)
+            for form in order if repeat % 2 == 0 else order[::-1]:
+                meter, after = bench.prune(METHODS[name], form), bench.forward()
+                found.setdefault((name, form), []).append(((before + after) / 2, meter))
+                before = after
+    unit = statistics.median(unit for runs in found.values() for unit, _ in runs)
+    print(
+        f"\n{weights / 1e6:.0f}M weights to prune to 50% in a model of {bench.bytes / 1e6:.0f} MB, {options.samples} x "
+        f"{options.length} tokens in batches of {options.batch}, {options.threads} thread(s), one forward {unit:.1f} s"
+    )
+    print("method           form     seconds  forwards = forward + stats + solve   peak  solving  plain  prototype")
+    for name in options.methods:
+        for form in forms(METHODS[name], options):
+            _print(name, form, bench.bytes, found[name, form], found.get((name, PLAIN)))
+
+
+def _print(name: str, form: int | str, size: int, runs, plainly) -> None:
+    def median(value: Callable[[float, Meter], float]) -> float:
+        return statistics.median(value(unit, meter) for unit, meter in runs)
+
+    shares = [median(lambda unit, meter, phase=phase: meter.seconds[phase] / unit) for phase in PHASES]
+    against = ""
+    if plainly is not None and form != PLAIN:
+        pairs = zip(plainly, runs, strict=True)
+        against = f"{statistics.median(other.total / own.total for (_, other), (_, own) in pairs):.2f}x"
+    peak = median(lambda _, meter: max(meter.peak.values())) / size
+    solving = median(lambda _, meter: meter.peak["solve"]) / size
+    print(
+        f"{name:16s} {form!s:7} {median(lambda _, meter: meter.total):8.1f}  "
+        f"{median(lambda unit, meter: meter.total / unit):8.2f} = {shares[0]:7.2f} + {shares[1]:5.2f} + {shares[2]:5.2f}"
+        f"  {peak:5.2f}x   {solving:5.2f}x {against:>6}  {METHODS[name].prototypes.get(form, '')}",
+        flush=True,
+    )

@@ -1,0 +1,187 @@
+"""Wanda and SparseGPT written down as their papers describe them: each layer by itself, no sharing, no shortcuts.
+
+`bench_oneshot.py` compares with these. They are for decoders of transformers that keep their blocks in `model.layers`.
+
+Shapes: R rows, C inputs of a weight; T tokens.
+
+Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023; Frantar & Alistarh,
+"SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+BLOCK = 128
+DAMPENING = 0.01
+
+
+class Phases(Protocol):
+    def phase(self, name: str) -> AbstractContextManager: ...
+
+
+class _Stop(Exception):
+    """The first block has been reached."""
+
+
+class Norms:
+    """(C) mean squares of the inputs."""
+
+    def __init__(self, columns: int):
+        self.mean_C, self.count = torch.zeros(columns), 0
+
+    def add(self, x: torch.Tensor) -> None:
+        x_TC = x.reshape(-1, x.shape[-1])
+        total = self.count + len(x_TC)
+        self.mean_C = self.mean_C * (self.count / total) + x_TC.square().sum(0) / total
+        self.count = total
+
+    @property
+    def norms_C(self) -> torch.Tensor:
+        return self.mean_C.sqrt()
+
+
+class Hessian:
+    """(C, C) means of products of the inputs, doubled."""
+
+    def __init__(self, columns: int):
+        self.mean_CC, self.count = torch.zeros(columns, columns), 0
+
+    def add(self, x: torch.Tensor) -> None:
+        x_TC = x.reshape(-1, x.shape[-1])
+        total = self.count + len(x_TC)
+        self.mean_CC *= self.count / total
+        scaled_TC = x_TC * (2 / total) ** 0.5
+        self.mean_CC += scaled_TC.t() @ scaled_TC
+        self.count = total
+
+    @property
+    def norms_C(self) -> torch.Tensor:
+        return (self.mean_CC.diagonal() / 2).sqrt()
+
+
+def wanda_mask(weight_RC: torch.Tensor, norms_C: torch.Tensor, sparsity: float, of_four: bool) -> torch.Tensor:
+    """(R, C) bool, True is kept: the lowest of each row fall, or two of every four."""
+    scores_RC = weight_RC.abs() * norms_C
+    kept_RC = torch.ones_like(weight_RC, dtype=torch.bool)
+    if of_four:
+        lowest = scores_RC.view(-1, 4).topk(2, dim=1, largest=False)[1]
+        kept_RC.view(-1, 4).scatter_(1, lowest, False)
+        return kept_RC
+    order_RC = scores_RC.sort(dim=1, stable=True)[1]
+    return kept_RC.scatter_(1, order_RC[:, : round(sparsity * weight_RC.shape[1])], False)
+
+
+def sparsegpt(
+    weight_RC: torch.Tensor, hessian: Hessian, sparsity: float, of_four: bool, mask_RC: torch.Tensor | None
+) -> torch.Tensor:
+    """(R, C) the new weights. Each column that falls is made up for by those to its right, one after the other."""
+    weight_RC, hessian_CC = weight_RC.clone(), hessian.mean_CC.clone()
+    columns = weight_RC.shape[1]
+    dead_C = hessian_CC.diagonal() == 0
+    hessian_CC[dead_C, dead_C] = 1
+    weight_RC[:, dead_C] = 0
+    hessian_CC.diagonal().add_(DAMPENING * hessian_CC.diagonal().mean())
+    inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(hessian_CC))
+    upper_CC = torch.linalg.cholesky(inverse_CC, upper=True)
+    for start in range(0, columns, BLOCK):
+        stop = min(columns, start + BLOCK)
+        part_RB, upper_BB = weight_RC[:, start:stop].clone(), upper_CC[start:stop, start:stop]
+        error_RB = torch.zeros_like(part_RB)
+        falls_RB = torch.zeros_like(part_RB, dtype=torch.bool)
+        if mask_RC is not None:
+            falls_RB = ~mask_RC[:, start:stop]
+        elif not of_four:
+            scores_RB = part_RB.square() / upper_BB.diagonal().square()
+            cut = scores_RB.flatten().sort()[0][round(sparsity * scores_RB.numel()) - 1]
+            falls_RB = scores_RB <= cut
+        for j in range(stop - start):
+            if mask_RC is None and of_four and j % 4 == 0:
+                scores = part_RB[:, j : j + 4].square() / upper_BB.diagonal()[j : j + 4].square()
+                falls_RB.scatter_(1, j + scores.topk(2, dim=1, largest=False)[1], True)
+            old_R = part_RB[:, j]
+            new_R = torch.where(falls_RB[:, j], 0.0, old_R)
+            error_RB[:, j] = (old_R - new_R) / upper_BB[j, j]
+            part_RB[:, j:] -= error_RB[:, j : j + 1] @ upper_BB[j : j + 1, j:]
+            part_RB[:, j] = new_R
+        weight_RC[:, start:stop] = part_RB
+        weight_RC[:, stop:] -= error_RB @ upper_CC[start:stop, stop:]
+    return weight_RC
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    phases: Phases,
+    solves: bool,
+    by_wanda: bool,
+    of_four: bool,
+    sparsity: float = 0.5,
+) -> None:
+    """Prune `model` in place, block by block: every batch through the block with hooks on all of its layers, then
+    prune, then every batch through it again.
+
+    Args:
+        phases: told of "statistics" and "solve" when they begin and end.
+        solves: whether SparseGPT makes up for what falls.
+        by_wanda: whether Wanda chooses what falls.
+        of_four: two of every four fall, instead of a share of each row or block.
+    """
+    hidden, rest = _first_inputs(model, batches)
+    for block in model.model.layers:
+        layers = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        kind = Hessian if solves else Norms
+        stats = {name: kind(module.in_features) for name, module in layers.items()}
+
+        def add(module, args, output, stat):
+            with phases.phase("statistics"):
+                stat.add(args[0])
+
+        handles = [
+            module.register_forward_hook(lambda *call, stat=stats[name]: add(*call, stat=stat))
+            for name, module in layers.items()
+        ]
+        for x, others in zip(hidden, rest, strict=True):
+            _output(block(x, **others))
+        for handle in handles:
+            handle.remove()
+        with phases.phase("solve"):
+            for name, module in layers.items():
+                weight, mask = module.weight.data, None
+                if by_wanda:
+                    mask = wanda_mask(weight, stats[name].norms_C, sparsity, of_four)
+                if solves:
+                    module.weight.data = sparsegpt(weight, stats[name], sparsity, of_four, mask)
+                else:
+                    weight[~mask] = 0
+        hidden = [_output(block(x, **others)) for x, others in zip(hidden, rest, strict=True)]
+
+
+def _first_inputs(model: nn.Module, batches) -> tuple[list[torch.Tensor], list[dict]]:
+    """What the first block is called with for each batch."""
+    hidden, rest = [], []
+
+    def take(module, args, kwargs):
+        hidden.append(args[0])
+        rest.append(kwargs)
+        raise _Stop
+
+    handle = model.model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+    for batch in batches:
+        try:
+            model(**batch, use_cache=False)
+        except _Stop:
+            pass
+    handle.remove()
+    return hidden, rest
+
+
+def _output(output: torch.Tensor | tuple) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
