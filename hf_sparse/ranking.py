@@ -196,12 +196,13 @@ def lowest_per_row(scores_RU: torch.Tensor, k_R: torch.Tensor | int) -> torch.Te
         if torch.isnan(scores.amax()):
             raise ValueError("scores must not be NaN, but a row has some: look at the data or loss they came from")
         value = _row_values(scores, k)[:, None]
-        ties = k[:, None] - (scores < value).sum(1, keepdim=True)
-        equal = scores == value
-        late = (equal.sum(1) > ties[:, 0]).nonzero()[:, 0]  # rows with more ties than may fall: mostly none
-        keep_RU[start : start + step] = (scores > value) | ((k == 0)[:, None])
+        kept = torch.gt(scores, value, out=keep_RU[start : start + step])
+        missing = units - k - kept.sum(1)  # of those equal to the value, which are the last ones by position
+        late = missing.nonzero()[:, 0]  # mostly none
         if len(late):
-            keep_RU[start + late] |= equal[late] & (equal[late].cumsum(1) > ties[late])
+            equal = scores[late] == value[late]
+            ties = equal.sum(1) - missing[late]
+            kept[late] |= equal & (equal.cumsum(1) > ties[:, None])
     return keep_RU
 
 

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from .scores import array
 from .storage import write_json
 
 
@@ -147,4 +149,6 @@ def table(rows: Sequence[Sequence[str]], left: int) -> str:
 
 def count_zeros(tensor: torch.Tensor) -> int:
     """How many entries of `tensor` are exactly zero."""
-    return tensor.numel() - int(torch.count_nonzero(tensor.detach()))
+    # Counting in floats branches at each, several times slower where half of them are zero.
+    zeros = array(tensor.detach() == 0)
+    return int(np.count_nonzero(zeros) if isinstance(zeros, np.ndarray) else torch.count_nonzero(zeros))

@@ -56,18 +56,20 @@ METHODS = {
         {2: "2.10 0.2x", 1: "1.50 0.8x"},
     ),
     "sparsegpt": Method(
-        {"solver": "sparsegpt"},
+        {"solver": "sparsegpt", "solver_block": plain.BLOCK},
         {"solves": True, "by_wanda": False, "of_four": False},
         {2: "2.75 0.5x", 1: "1.95 0.9x"},
     ),
     "wanda+sparsegpt": Method(
-        {"criterion": "wanda", "solver": "sparsegpt"}, {"solves": True, "by_wanda": True, "of_four": False}
+        {"criterion": "wanda", "solver": "sparsegpt", "solver_block": plain.BLOCK},
+        {"solves": True, "by_wanda": True, "of_four": False},
     ),
     "wanda 2:4": Method(
         {"criterion": "wanda", "pattern": "2:4"}, {"solves": False, "by_wanda": True, "of_four": True}
     ),
     "sparsegpt 2:4": Method(
-        {"solver": "sparsegpt", "pattern": "2:4"}, {"solves": True, "by_wanda": False, "of_four": True}
+        {"solver": "sparsegpt", "pattern": "2:4", "solver_block": plain.BLOCK},
+        {"solves": True, "by_wanda": False, "of_four": True},
     ),
 }
 
@@ -256,8 +258,9 @@ def run(options: argparse.Namespace) -> None:
                 before = after
     unit = statistics.median(unit for runs in found.values() for unit, _ in runs)
     print(
-        f"\n{weights / 1e6:.0f}M weights to prune to 50% in a model of {bench.bytes / 1e6:.0f} MB, {options.samples} x "
-        f"{options.length} tokens in batches of {options.batch}, {options.threads} thread(s), one forward {unit:.1f} s"
+        f"\n{weights / 1e6:.0f}M weights to prune to 50% in a model of {bench.bytes / 1e6:.0f} MB, {options.samples} "
+        f"x {options.length} tokens in batches of {options.batch}, {options.threads} thread(s), one forward "
+        f"{unit:.1f} s"
     )
     print("method           form     seconds  forwards = forward + stats + solve   peak  solving  plain  prototype")
     for name in options.methods:
@@ -274,11 +277,10 @@ def _print(name: str, form: int | str, size: int, runs, plainly) -> None:
     if plainly is not None and form != PLAIN:
         pairs = zip(plainly, runs, strict=True)
         against = f"{statistics.median(other.total / own.total for (_, other), (_, own) in pairs):.2f}x"
+    seconds, total = median(lambda _, meter: meter.total), median(lambda unit, meter: meter.total / unit)
     peak = median(lambda _, meter: max(meter.peak.values())) / size
     solving = median(lambda _, meter: meter.peak["solve"]) / size
     print(
-        f"{name:16s} {form!s:7} {median(lambda _, meter: meter.total):8.1f}  "
-        f"{median(lambda unit, meter: meter.total / unit):8.2f} = {shares[0]:7.2f} + {shares[1]:5.2f} + {shares[2]:5.2f}"
-        f"  {peak:5.2f}x   {solving:5.2f}x {against:>6}  {METHODS[name].prototypes.get(form, '')}",
-        flush=True,
+        f"{name:16s} {form!s:7} {seconds:8.1f}  {total:8.2f} = {shares[0]:7.2f} + {shares[1]:5.2f} + {shares[2]:5.2f}"
+        f"  {peak:5.2f}x   {solving:5.2f}x {against:>6}  {METHODS[name].prototypes.get(form, '')}"
     )

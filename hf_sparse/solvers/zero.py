@@ -1,5 +1,7 @@
 """Zero: what survives stays as it is."""
 
+import torch
+
 from .solver import Solver, register_solver
 
 
@@ -8,7 +10,6 @@ class Zero(Solver):
     """ŵ = w where the mask is True, 0 elsewhere.
 
     Example:
-        >>> import torch
         >>> Zero().solve(torch.tensor([[1.0, 2.0]]), mask_RC=torch.tensor([[True, False]]))
         (tensor([[1., 0.]]), tensor([[ True, False]]))
     """
@@ -16,4 +17,4 @@ class Zero(Solver):
     def solve_together(self, wanted, stat=None):
         if any(each.sparsity is not None for each in wanted):
             raise ValueError('solver "zero" chooses nothing by itself: give it a mask, made by a criterion')
-        return [(each.weight_RC.detach().masked_fill(~each.mask_RC, 0.0), each.mask_RC.clone()) for each in wanted]
+        return [(torch.where(each.mask_RC, each.weight_RC.detach(), 0.0), each.mask_RC.clone()) for each in wanted]
