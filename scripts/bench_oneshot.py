@@ -10,7 +10,7 @@ For each method, in both forms (two forwards per block, or one), and for the met
     plain       the plain way's time over this one's
 
 Times are medians over `--repeats`, by CPU time with one thread, else by the clock on the wall. First, on a small
-model, both ways must give the same masks of Wanda, and errors of SparseGPT that are close. `prototype` is what quick
+model, both ways must give the same masks, up to rounding, and errors that are close. `prototype` is what quick
 prototypes of the methods took for 16 x 512 tokens: time and peak.
 """
 
@@ -200,7 +200,7 @@ def forms(method: Method, options: argparse.Namespace) -> list[int | str]:
 
 def check() -> None:
     """Both ways give the same masks and errors."""
-    bench = Bench(build(2, 128, 256, 1000), calibration(8, 128, 2, 1000))
+    bench = Bench(build(2, 192, 320, 1000), calibration(4, 96, 2, 1000))
     dense = torch.cat(list(bench.outputs(bench.batches)))
     print("on a small model       masks that differ   error ‖Y - Ŷ‖²/‖Y‖²: two forwards, one, plain")
     for name, method in METHODS.items():
@@ -214,8 +214,10 @@ def check() -> None:
             errors[form] = float(difference.square().sum() / dense.square().sum())
         differ = float((zeros[2] != zeros[PLAIN]).float().mean())
         print(f"{name:22s} {differ:17.4%}   {errors[2]:.4f}, {errors[1]:.4f}, {errors[PLAIN]:.4f}")
-        assert abs(errors[2] / errors[PLAIN] - 1) < 0.02
-        assert differ < 1e-3 or method.options.get("solver")
+        # Rounding decides where scores are almost equal, and what follows in a row or a block depends on it.
+        assert differ < 1e-3
+        assert abs(errors[2] / errors[PLAIN] - 1) < 0.01
+        assert abs(errors[1] / errors[PLAIN] - 1) < 0.2
 
 
 def _linears(model: LlamaForCausalLM) -> Iterator[torch.nn.Linear]:
