@@ -46,7 +46,7 @@ def decide_on_dense(
         if group.criterion.needs == "inputs":
             group.stats = {name: _Known(norms[name].expand(shards[name].shape)) for name in names}
         group.prune(1, 1, shards, store)
-        masks |= {name: store[name] for name in names}
+        masks |= {name: store.bits(name).neg_().view(torch.bool) for name in names}  # in the store's memory
     return masks
 
 
