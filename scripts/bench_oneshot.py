@@ -250,24 +250,22 @@ def run(options: argparse.Namespace) -> None:
     weights = sum(layer.weight.numel() for layer in _linears(model))
     bench.forward()
     before = bench.forward()
-    found: dict[tuple[str, int | str], list[tuple[float, Meter]]] = {}
-    for repeat in range(options.repeats):
-        for name in options.methods:
-            order = forms(METHODS[name], options)
-            for form in order if repeat % 2 == 0 else order[::-1]:
-                meter, after = bench.prune(METHODS[name], form), bench.forward()
-                found.setdefault((name, form), []).append(((before + after) / 2, meter))
-                before = after
-    unit = statistics.median(unit for runs in found.values() for unit, _ in runs)
     print(
         f"\n{weights / 1e6:.0f}M weights to prune to 50% in a model of {bench.bytes / 1e6:.0f} MB, {options.samples} "
         f"x {options.length} tokens in batches of {options.batch}, {options.threads} thread(s), one forward "
-        f"{unit:.1f} s"
+        f"{before:.1f} s"
     )
     print("method           form     seconds  forwards = forward + stats + solve   peak  solving  plain  prototype")
     for name in options.methods:
-        for form in forms(METHODS[name], options):
-            _print(name, form, bench.bytes, found[name, form], found.get((name, PLAIN)))
+        order = forms(METHODS[name], options)
+        found: dict[int | str, list[tuple[float, Meter]]] = {form: [] for form in order}
+        for repeat in range(options.repeats):
+            for form in order if repeat % 2 == 0 else order[::-1]:
+                meter, after = bench.prune(METHODS[name], form), bench.forward()
+                found[form].append(((before + after) / 2, meter))
+                before = after
+        for form in order:
+            _print(name, form, bench.bytes, found[form], found.get(PLAIN))
 
 
 def _print(name: str, form: int | str, size: int, runs, plainly) -> None:
@@ -284,5 +282,6 @@ def _print(name: str, form: int | str, size: int, runs, plainly) -> None:
     solving = median(lambda _, meter: meter.peak["solve"]) / size
     print(
         f"{name:16s} {form!s:7} {seconds:8.1f}  {total:8.2f} = {shares[0]:7.2f} + {shares[1]:5.2f} + {shares[2]:5.2f}"
-        f"  {peak:5.2f}x   {solving:5.2f}x {against:>6}  {METHODS[name].prototypes.get(form, '')}"
+        f"  {peak:5.2f}x   {solving:5.2f}x {against:>6}  {METHODS[name].prototypes.get(form, '')}",
+        flush=True,
     )
