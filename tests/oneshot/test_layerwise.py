@@ -1,0 +1,140 @@
+"""Single layers: how many fall, how solvers share a factor, the error of the outputs, inputs that never came."""
+
+import pytest
+import torch
+
+from hf_sparse import OneshotConfig
+from hf_sparse.group import Group
+from hf_sparse.oneshot import layerwise
+from hf_sparse.oneshot.feeds import Feed
+from hf_sparse.oneshot.layerwise import Layerwise, get_solver, norms_of
+from hf_sparse.solvers import SOLVERS
+from hf_sparse.stats import Gram, InputNorms
+from hf_sparse.targets import Layer
+
+
+def setting(layers, **options):
+    """One group of these layers, and Layerwise of it."""
+    (config,) = OneshotConfig(**options).resolve_groups(oneshot=True).values()
+    group = Group("weights", config, layers)
+    groups = {layer.name: group for layer in layers}
+    return Layerwise(groups, group.quotas({}, {}))
+
+
+def fed(layers, x, kind=InputNorms, expert=None):
+    feed = Feed(kind(x.shape[-1]), layers, expert)
+    feed.observe(x, None)
+    return feed
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+LINEAR = Layer("a.weight", "linear", (4, 8))
+
+
+@pytest.mark.parametrize("kind, shape", [("linear", (4, 8)), ("conv1d", (8, 4)), ("experts", (3, 4, 8))])
+@pytest.mark.parametrize("target", [0.0625, 0.3, 0.97, 1.0])
+@pytest.mark.parametrize("solver", ["zero", "sparsegpt"])
+def test_the_exact_number_of_the_group_falls(kind, shape, target, solver):
+    """Also where it is no whole number in each row, matrix or layer."""
+    layers = [Layer(f"{name}.weight", kind, shape) for name in "ab"]
+    weights = {layer.name: random(*shape, seed=number) for number, layer in enumerate(layers)}
+    gram = Gram if solver == "sparsegpt" else InputNorms
+    experts = range(3) if kind == "experts" else [None]
+    feeds = [fed([layer], random(40, 8, seed=9 + (e or 0)), gram, e) for layer in layers for e in experts]
+    setting(layers, target_sparsity=target, solver=solver).settle(feeds, weights)
+    total = sum(weight.numel() for weight in weights.values())
+    assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(target * total)
+
+
+def test_errors_are_those_of_the_outputs_on_the_sample():
+    weight, x = random(4, 8), random(30, 8, seed=1)
+    parameters = {LINEAR.name: weight.clone()}
+    errors = setting([LINEAR], target_sparsity=0.5).settle([fed([LINEAR], x)], parameters)
+    change = parameters[LINEAR.name] - weight
+    expected = float((x @ change.t()).square().sum() / (x @ weight.t()).square().sum())
+    assert errors == {LINEAR.name: pytest.approx(expected, rel=1e-5)}
+
+
+def test_errors_of_experts_are_those_of_all_together():
+    layer = Layer("e.weight", "experts", (2, 4, 8))
+    weight, inputs = random(2, 4, 8), [random(10, 8, seed=1), 5 * random(20, 8, seed=2)]
+    parameters = {layer.name: weight.clone()}
+    feeds = [fed([layer], x, expert=expert) for expert, x in enumerate(inputs)]
+    errors = setting([layer], target_sparsity=0.5).settle(feeds, parameters)
+    pairs = [(x @ (parameters[layer.name] - weight)[e].t(), x @ weight[e].t()) for e, x in enumerate(inputs)]
+    expected = sum(float(change.square().sum()) for change, _ in pairs) / sum(
+        float(output.square().sum()) for _, output in pairs
+    )
+    assert errors[layer.name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_factor_for_all_weights_of_an_input(monkeypatch):
+    made = []
+    real = layerwise.Factor
+    monkeypatch.setattr(layerwise, "Factor", lambda *args: made.append(args) or real(*args))
+    layers = [Layer(f"{name}.weight", "linear", (4, 8)) for name in "qkv"]
+    parameters = {layer.name: random(4, 8, seed=number) for number, layer in enumerate(layers)}
+    alone = {name: weight.clone() for name, weight in parameters.items()}
+    x = random(40, 8, seed=5)
+    feed = fed(layers, x, Gram)
+    setting(layers, pattern="2:4", solver="sparsegpt").settle([feed], parameters)
+    assert len(made) == 1 and feed.stat is None and feed.sample is None
+    for layer in layers:
+        setting([layer], pattern="2:4", solver="sparsegpt").settle([fed([layer], x, Gram)], alone)
+    assert all(torch.allclose(alone[name], parameters[name], rtol=1e-5, atol=1e-6) for name in alone)
+
+
+def test_masks_that_were_decided_before_are_taken():
+    parameters, mask = {LINEAR.name: random(4, 8)}, random(4, 8, seed=3) > 0
+    expected = parameters[LINEAR.name] * mask
+    given = setting([LINEAR], target_sparsity=0.5)
+    given = Layerwise(given.groups, given.quotas, {LINEAR.name: mask})
+    given.prune(LINEAR, parameters[LINEAR.name])
+    assert torch.equal(parameters[LINEAR.name], expected)
+
+
+def test_inputs_that_never_came(caplog):
+    parameters = {LINEAR.name: random(4, 8)}
+    before = parameters[LINEAR.name].clone()
+    for kind, options in ((InputNorms, {}), (Gram, {"solver": "sparsegpt"})):
+        given = setting([LINEAR], target_sparsity=0.5, **options)
+        with pytest.raises(ValueError, match=r'reaches 1 of 1 inputs, such as that of "a.weight": .*exclude=\["a"\]'):
+            given.settle([Feed(kind(8), [LINEAR])], parameters)
+        assert torch.equal(parameters[LINEAR.name], before)
+        parameters[LINEAR.name] = before.clone()
+        given.on_unreached = "magnitude"
+        errors = given.settle([Feed(kind(8), [LINEAR])], parameters)
+        kept = before.abs() > before.abs().flatten().kthvalue(16)[0]
+        if not options:
+            kept = before.abs() > before.abs().kthvalue(4, dim=1, keepdim=True)[0]
+        assert torch.allclose(parameters[LINEAR.name], before * kept) and errors == {LINEAR.name: 0.0}
+        parameters[LINEAR.name] = before.clone()
+    assert caplog.text.count('no token reaches "a.weight": it is pruned by magnitude') == 2
+
+
+def test_sums_that_no_factor_can_be_made_of_name_the_weight():
+    given = setting([LINEAR], target_sparsity=0.5, solver="sparsegpt")
+    given.dampening = 0
+    with pytest.raises(ValueError, match='inputs of "a.weight": the Gram matrix is not positive definite'):
+        given.settle([fed([LINEAR], random(2, 8), Gram)], {LINEAR.name: random(4, 8)})
+
+
+def test_norms_broadcast_to_the_weight():
+    x, y = random(5, 8), random(6, 8, seed=1)
+    norms = x.norm(dim=0)
+    for kind, shape, expected in (
+        ("linear", (4, 8), norms.view(1, 8)),
+        ("conv1d", (8, 4), norms.view(8, 1)),
+        ("experts", (2, 4, 8), torch.stack([norms, y.norm(dim=0)]).view(2, 1, 8)),
+        ("experts_transposed", (2, 8, 4), torch.stack([norms, y.norm(dim=0)]).view(2, 8, 1)),
+    ):
+        layer = Layer("w", kind, shape)
+        feeds = [fed([layer], x), fed([layer], y)] if len(shape) == 3 else [fed([layer], x)]
+        assert torch.allclose(norms_of(layer, feeds), expected)
+
+
+def test_solvers_are_told_their_block_if_they_ask():
+    assert get_solver("sparsegpt", 32).block == 32 and isinstance(get_solver("zero", 32), SOLVERS["zero"])
