@@ -13,10 +13,10 @@ HERE = Path(__file__).parent
 
 def _run(processes, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    paths = [HERE.parents[1], HERE.parent, HERE.parent / "oneshot"]
+    paths = [HERE.parents[1], HERE.parent]
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": ":".join(map(str, paths))}
     done = subprocess.run(
-        [*command, str(HERE / "oneshot_worker.py"), str(folder)],
+        [*command, str(HERE / "oneshot_processes_worker.py"), str(folder)],
         env=os.environ | environment,
         capture_output=True,
         text=True,

@@ -87,8 +87,8 @@ def test_interrupted_while_a_stage_is_written(monkeypatch, tmp_path):
 
 
 def test_killed(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
-    command = [sys.executable, str(HERE / "oneshot_worker.py"), str(tmp_path / "state"), "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}"}
+    command = [sys.executable, str(HERE / "cut_off_worker.py"), str(tmp_path / "state"), "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert len(stages_in(tmp_path / "state")) == 2
