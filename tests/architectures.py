@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.functional import silu
+from transformers.models.vit import modeling_vit
 
 
 SIZES = {
@@ -127,6 +128,8 @@ def llama4(args, module):
 
 
 MOE = {"num_experts_per_tok": 2}
+# Older versions of transformers have a module for the encoder.
+VIT = "vit.encoder.layer" if hasattr(modeling_vit, "ViTEncoder") else "vit.layers"
 DECODER = ("model.layers.0.", "model.layers.1.")
 ARCHITECTURES = {
     "bert": Architecture(
@@ -209,7 +212,7 @@ ARCHITECTURES = {
         "ViTConfig",
         {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
         | {"image_size": 8, "patch_size": 4},
-        ("vit.layers.0.", "vit.layers.1."),
+        (f"{VIT}.0.", f"{VIT}.1."),
         data="images",
     ),
     "mamba": Architecture(

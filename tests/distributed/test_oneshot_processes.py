@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 
 HERE = Path(__file__).parent
 
@@ -29,8 +27,3 @@ def _run(processes, folder):
 
 def test_two_processes_prune_as_one(tmp_path):
     assert _run(2, tmp_path / "state").count(" checks, 0 wrong") == 2
-
-
-@pytest.mark.slow
-def test_three_processes_prune_as_one(tmp_path):
-    assert _run(3, tmp_path / "state").count(" checks, 0 wrong") == 3
