@@ -37,7 +37,8 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes and seconds of one process.
+    """Bytes and seconds of one process. What a forward takes is not counted: of one batch, or with forwards=1 of
+    all calibration data.
 
     Args:
         place: where activations are kept.
@@ -45,6 +46,7 @@ class Costs:
         statistics: of the sums for one block, at most.
         solving: of factors and copies while weights that share an input are solved, at most.
         activations: of what blocks have given for the calibration data.
+        whole: of what is held for all blocks: gradients and their sums, masks that are decided over all layers.
         forwards: seconds of forwards (and backwards).
         summing: seconds of making the sums.
         pruning: seconds of choosing weights and solving for others.
@@ -55,6 +57,7 @@ class Costs:
     statistics: int
     solving: int
     activations: int
+    whole: int
     forwards: float
     summing: float
     pruning: float
@@ -67,6 +70,7 @@ class Costs:
     def __str__(self) -> str:
         memory = f"largest block {size(self.block)}, its sums {size(self.statistics)}, solving {size(self.solving)}"
         kept = f"activations {size(self.activations)} on {self.place}"
+        kept += f", for all blocks {size(self.whole)}" if self.whole else ""
         parts = f"forwards {span(self.forwards)}, sums {span(self.summing)}, pruning {span(self.pruning)}"
         return f"memory: {memory}; {kept}\ntime: about {span(self.seconds)} ({parts})"
 
@@ -130,7 +134,7 @@ def costs_of(run: Oneshot) -> tuple[Probe | None, Costs]:
     known = set(layers)
     pruning += RANKING * sum(layer.numel for group in run.groups for layer in group.layers if layer not in known)
     memory = _memory(run, probe, inputs)
-    return probe, Costs(run.config.activations, *memory, kept, seconds, summing / speed, pruning / speed)
+    return probe, Costs(run.config.activations, *memory, kept, _whole(run), seconds, summing / speed, pruning / speed)
 
 
 def _sample(model: nn.Module, batch: Any) -> Any:
@@ -227,6 +231,14 @@ def _memory(run: Oneshot, probe: Probe | None, inputs: list[_Input]) -> tuple[in
         weights = (parameter for name in names for parameter in run.model.get_submodule(name).parameters())
         blocks.append(sum(weight.nbytes for weight in weights))
     return max(blocks), max(sums.values(), default=0), max((each.solving for each in inputs), default=0)
+
+
+def _whole(run: Oneshot) -> int:
+    """Bytes of gradients, of a float32 sum for each weight scored by them, and of a mask, made as int8 and as bool."""
+    learning = [group for group in run.groups if group.observes_gradients]
+    total = sum(weight.nbytes for weight in run.model.parameters()) if learning else 0
+    total += sum(_FLOAT * layer.numel for group in learning for layer in group.layers)
+    return total + sum(2 * layer.numel for group in run.dense for layer in group.layers)
 
 
 def size(count: int) -> str:

@@ -90,6 +90,11 @@ def test_memory_by_hand():
         max(8 * (32 * 32 + 32 * 16), 8 * (16 * 16 + 16 * 64)),
         outputs,
     )
+    # Gradients of all parameters, sums and masks of 3 blocks' matrices.
+    model, matrices = llama(), 3 * (4 * 16 * 16 + 3 * 16 * 32)
+    found = plan_oneshot(model, BATCHES, OneshotConfig(target_sparsity=0.5, criterion="taylor", scope="global")).costs
+    assert found.whole == 4 * model.num_parameters() + 4 * matrices + 2 * matrices
+    assert (found.statistics, found.activations) == (0, 0)
     # One input at a time.
     assert memory(forwards=1)[1] == 4 * (32 + 128 * 32)
 
