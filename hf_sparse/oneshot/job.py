@@ -109,7 +109,7 @@ class _Run:
     def tell(self, what: str, then: str = "") -> None:
         """Say how many blocks are finished, if any."""
         if count := count_finished(self._state):
-            self._say(f"{what}: {count} blocks are finished in {self._state}. {then}".rstrip())
+            self._say(f"{what}: finished blocks in {self._state}: {count}. {then}".rstrip())
 
     # What goes in
 
@@ -208,7 +208,7 @@ class _Run:
         )
         try:
             write_folder_atomically(job.output_dir, lambda folder: result.save(folder, self._model, self._tokenizer))
-        except OSError as error:
+        except Exception as error:  # the other processes wait to hear of it
             return error
         for path in self._state.glob(f"*{Path(DENSE_FILE).stem}*"):
             path.unlink()

@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on(run, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "evaluate_model", lambda *args: measured.append(1) or measure(*args))
     monkeypatch.setattr(FinishedStages, "write", lambda self, n, *rest: written.append(n) or write(self, n, *rest))
     said = run(options, eval=True, validation_file=inputs["held_out"])
-    assert f"going on: 2 blocks are finished in {state}." in said
+    assert f"going on: finished blocks in {state}: 2." in said
     assert written == [2] and len(measured) == 1  # what the dense model is worth was known
     assert "before: loss" in said
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
@@ -184,9 +184,7 @@ def test_ctrl_c_says_how_to_go_on(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(FinishedStages, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert run.said[-1].startswith(
-        f"interrupted: 1 blocks are finished in {tmp_path / 'out'}.unfinished. Started again"
-    )
+    assert run.said[-1].startswith(f"interrupted: finished blocks in {tmp_path / 'out'}.unfinished: 1. Started again")
 
 
 def test_what_another_run_has_finished_is_refused(run, tmp_path, monkeypatch):
@@ -196,7 +194,7 @@ def test_what_another_run_has_finished_is_refused(run, tmp_path, monkeypatch):
             run()
     with pytest.raises(ResumeError, match=r"another model, config or calibration data.* remove .*out\.unfinished"):
         run({"target_sparsity": 0.6})
-    assert "going on: 3 blocks" in run()
+    assert "out.unfinished: 3." in run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
