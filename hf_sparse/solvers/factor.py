@@ -61,7 +61,9 @@ class Factor:
         dead = diagonal == 0
         self.dead_C = dead.flip(0)
         self.dampening = dampening
-        self.upper_CC = self._factorized(reverse, diagonal, dead).flip(0, 1)
+        lower = self._factorized(reverse, diagonal, dead)
+        del reverse  # as large as what follows
+        self.upper_CC = lower.flip(0, 1)
 
     def _factorized(self, reverse: torch.Tensor, diagonal: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
         mean = diagonal.sum() / (~dead).sum().clamp(min=1)
