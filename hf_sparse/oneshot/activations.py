@@ -49,15 +49,23 @@ class Activations:
         self._kept[index] = leaves, layout, devices
 
     def __getitem__(self, index: int) -> Any:
-        leaves, layout, devices = self._kept[index]
+        return self._brought(self._kept[index], index, copy=True)
+
+    def pop(self, index: int) -> Any:
+        """What is kept for a batch, which is kept no longer."""
+        return self._brought(self._kept.pop(index), index, copy=False)
+
+    def _brought(self, kept: tuple, index: int, copy: bool) -> Any:
+        """A structure where it was made."""
+        leaves, layout, devices = kept
         if self._place == "disk":
             tensors, _ = open_tensors(self._file(index))
             leaves = [
                 leaf if device is None else tensors[str(n)] for n, (leaf, device) in enumerate(zip(leaves, devices))
             ]
         leaves = [
-            # A copy, for blocks may write to what they are given.
-            leaf if device is None else leaf.to(device, copy=True)
+            # Blocks may write to what they are given.
+            leaf if device is None else leaf.to(device, copy=copy)
             for leaf, device in zip(leaves, devices, strict=True)
         ]
         return _pytree.tree_unflatten(leaves, layout)

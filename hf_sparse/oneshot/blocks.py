@@ -97,6 +97,7 @@ class Walk:
         self._done: dict[str, tuple[nn.Module, Any]] = {}
         self._now = 0
         self._taken: dict[str, Any] = {}
+        self._used_up: str | None = None
         self._context: ExitStack | None = None
 
     def __enter__(self) -> Walk:
@@ -133,9 +134,13 @@ class Walk:
     def pass_on(self, stage: Stage, before: Callable[[int], None] = lambda index: None) -> None:
         """Run every batch through a block and keep what it gives; `before` is called with each batch's number first.
         From then on the block gives that without computing."""
-        for index in range(len(self.batches)):
-            before(index)
-            self.keep(stage, index, self.output(stage.name, index))
+        self._used_up = stage.stack  # what a block gives takes the place of what it got
+        try:
+            for index in range(len(self.batches)):
+                before(index)
+                self.keep(stage, index, self.output(stage.name, index))
+        finally:
+            self._used_up = None
         self.finish(stage)
 
     def output(self, block: str, index: int) -> Any:
@@ -168,7 +173,8 @@ class Walk:
     def _take(self, stack: str) -> Any:
         """What is kept of a stack for the batch that runs: brought once, however many of its blocks are done."""
         if stack not in self._taken:
-            self._taken[stack] = self._passed[stack][self._now]
+            kept = self._passed[stack]
+            self._taken[stack] = kept.pop(self._now) if stack == self._used_up else kept[self._now]
         return self._taken[stack]
 
     def __contains__(self, block: str) -> bool:

@@ -76,3 +76,13 @@ def test_files_go_with_the_object(tmp_path, monkeypatch):
 def test_no_other_place():
     with pytest.raises(ValueError, match='activations are kept in "ram": it must be device, cpu, disk'):
         Activations("ram")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_popped_is_handed_over_and_kept_no_longer(place):
+    kept, tensor = Activations(place), torch.randn(2, 3)
+    kept[0] = (tensor, None)
+    (found, _) = kept.pop(0)
+    assert bits_equal(found, tensor) and (found is tensor) == (place != "disk")
+    with pytest.raises(KeyError):
+        kept[0]
