@@ -9,6 +9,7 @@ from .writing import (
     PUBLISHED_FILES,
     README,
     Version,
+    has_card,
     parsed,
     published,
     recount,
@@ -20,6 +21,7 @@ from .writing import (
 
 __all__ = [
     "CARD_FILE",
+    "has_card",
     "PUBLISHED_FILES",
     "README",
     "SparsityCard",

@@ -140,6 +140,11 @@ def parsed(text: str) -> ModelCard:
         raise ValueError(f"the head of {README} is no YAML: mend it, or delete the file. {error}") from error
 
 
+def has_card(directory: str | Path) -> bool:
+    """Whether the files that a card is made from are there."""
+    return all((Path(directory) / name).is_file() for name in (CARD_FILE, REPORT_FILE, CONFIG_FILE))
+
+
 def rewrite_card(directory: str | Path, repo_id: str | None = None, token: str | None = None) -> Path:
     """Write the card of a saved model anew from the files beside it, with the zeros that its weights have now.
 
