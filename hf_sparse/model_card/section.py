@@ -63,6 +63,7 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
         "measured": any(layer.error is not None for layer in report.layers),
         "evaluation": _evaluation(card),
         "compared": bool(card.dense_metrics),
+        "oneshot": card.oneshot,
         "loading": _loading(card),
         "tuning": _tuning(card),
         "version": escape(card.version),
@@ -121,6 +122,8 @@ def _settings(rows: Sequence[dict[str, Any]]) -> str:
 def _setting(name: str, value: Any) -> str:
     if name == "target":
         return f"{value:.2%}".replace(".00%", "%") if value else "the zeros it had"
+    if name == "criterion" and value is None:
+        return "the solver's own"
     return "-" if value is None else escape(value)
 
 
