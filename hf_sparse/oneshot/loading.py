@@ -10,23 +10,14 @@ import torch
 import transformers
 from torch import nn
 
+from ..model_card import auto_class
+
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-# By the end of the class's name; remote code has its Auto classes by the same ends.
-_AUTO_CLASSES = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMultipleChoice": "AutoModelForMultipleChoice",
-}
-
 
 def auto_class_of(config: Any) -> str:
-    """The name of the Auto class that opens a checkpoint with its head.
+    """The name of the class of transformers that opens a checkpoint with its head.
 
     Example:
         >>> from transformers import BertConfig
@@ -34,9 +25,12 @@ def auto_class_of(config: Any) -> str:
         ('AutoModelForMaskedLM', 'AutoModel')
     """
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    if architecture.endswith("ForConditionalGeneration"):
-        return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForImageTextToText"
-    return next((name for end, name in _AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
+    if known := auto_class(architecture):
+        return known
+    # Code that comes with a checkpoint says which classes it has; the longest end that fits is the head's.
+    own = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    fitting = [name for name in own if architecture.endswith(name.removeprefix("AutoModel"))]
+    return max(fitting, key=len, default="AutoModel")
 
 
 def load_model(
