@@ -39,7 +39,7 @@ def score_of(pruner, name):
     weight = pruner.parameters[name].detach()
     if criterion.needs == "nothing":
         return weight.abs()
-    return pruner.groups[0].stats[name].total.clone() if criterion.needs == "gradient" else None
+    return criterion.score(weight, pruner.groups[0].stats[name].total) if criterion.needs == "gradient" else None
 
 
 def competitors(scope, pattern, arrays):
