@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from .scores import array
-from .storage import write_json
+from .storage import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class SparsityReport:
     @classmethod
     def load(cls, path: str | Path) -> SparsityReport:
         """The inverse of `save`."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls.from_dict(read_json(path))
 
 
 def figures(zeros: int, weights: int) -> tuple[str, str, str]:

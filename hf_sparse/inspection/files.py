@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+
+from .. import storage
 
 
 # What models and adapters are saved as, in the order in which they are looked for.
@@ -54,12 +55,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return storage.read_json(path)
     except ValueError as error:
-        raise InspectionError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise InspectionError(f"{path} must hold a JSON object, but holds {type(values).__name__}.")
-    return values
+        raise InspectionError(f"{error}") from error
 
 
 def _weights_in(folder: Path) -> list[Path]:

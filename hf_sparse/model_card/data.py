@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .. import storage
 from ..config import OPTIONS, PruningConfig
 from ..group import Group
 from ..report import SparsityReport
@@ -262,13 +263,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
             f"{path} does not exist: a card is made from the files that pruning writes beside the weights, "
             f"{REPORT_FILE} and {CONFIG_FILE}."
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(values).__name__}, not names and values.")
-    return values
+    return storage.read_json(path)
 
 
 def _is_on_the_hub(name: Any) -> bool:

@@ -67,7 +67,7 @@ class Stages:
             for stage in self._probe.stages:
                 own = [layer for layer in stage.layers if layer.name in wanted]
                 with self._onboard(stage):
-                    feeds = self._observe(walk, stage, own, gram=set(), passing=True)
+                    feeds = self._observe(walk, stage, own, set(), passing=stage is not self._probe.stages[-1])
                     shares.check_reached(feeds)
                     owls = [layer for layer in own if self._groups[layer.name].options.allocation == "owl"]
                     for block in by_block(self._model, owls):
