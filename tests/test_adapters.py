@@ -82,7 +82,7 @@ def test_the_bases_body_is_selected_and_nothing_of_an_adapter(adapter):
 
 def test_an_adapter_inside_a_model_of_transformers_is_not_selected_either():
     model = bert()
-    model.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), model)
     assert [name.replace(".base_layer", "") for name in selected(model)] == selected(bert())
 
 
