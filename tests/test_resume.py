@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 
 import hf_sparse.storage
 from hf_sparse import PruningConfig, SparsityCallback
+from hf_sparse.checkpoints import last_complete_checkpoint
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.state_files import STATE_FILE, CheckpointError, read_states
 
@@ -184,13 +186,33 @@ KILLS = {
 }
 
 
-def run(folder: str, options: dict, kill, resume: bool) -> None:
+class DiesAnywhere(TrainerCallback):
+    """Dies a number of calls of functions after its second step has begun, wherever that is, and at the latest as the
+    run's last step begins: Trainer trains a step more when it resumes from the last checkpoint of a finished run."""
+
+    def __init__(self, calls: int):
+        self.calls, self.begun = calls, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun += 1
+        if state.global_step == STEPS - 1:
+            die()
+        if self.begun == 2:  # the first imports a lot, and would be all that is ever interrupted
+            sys.setprofile(self._count)
+
+    def _count(self, frame, event, value):
+        self.calls -= event in ("call", "c_call")
+        if self.calls < 0:
+            die()
+
+
+def run(folder: str, options: dict, kill, resume: bool, callbacks=None) -> None:
     """A training run, in a process of its own; `kill(4)` arranges its death at the checkpoint of step 4."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     if kill is not None:
         kill(4)
-    make(folder, model=bert(seed=3), **options).train(resume_from_checkpoint=resume)
+    make(folder, model=bert(seed=3), callbacks=callbacks, **options).train(resume_from_checkpoint=resume)
 
 
 @pytest.fixture(scope="module")
@@ -230,22 +252,17 @@ def test_killed_during_a_save(tmp_path, processes, uninterrupted, kill):
     assert leftovers(tmp_path) == []
 
 
-def test_killed_again_and_again_at_any_time(tmp_path, processes, uninterrupted):
-    chance, kills, resume = random.Random(0), 0, False
-    while kills < 5:
-        process = processes.Process(target=run, args=(str(tmp_path), KILL_OPTIONS | TWO_KEPT, None, resume))
+def test_killed_again_and_again_anywhere(tmp_path, processes, uninterrupted):
+    chance, options, reached = random.Random(0), KILL_OPTIONS | TWO_KEPT, []
+    for start in range(5):
+        calls = chance.randrange(60_000)  # a step and its checkpoint take 45,000
+        arguments = str(tmp_path), options, None, start > 0, [DiesAnywhere(calls)]
+        process = processes.Process(target=run, args=arguments)
         process.start()
-        seen = len(list(tmp_path.glob("checkpoint-*/trainer_state.json")))
-        while process.is_alive() and len(list(tmp_path.glob("checkpoint-*/trainer_state.json"))) <= seen < 2:
-            process.join(timeout=0.01)
-        process.join(timeout=chance.uniform(0, 0.5))
-        process.kill()
-        if not killed(process):
-            break
-        kills += 1
-        resume = hf_sparse.checkpoints.last_complete_checkpoint(tmp_path) is not None
-    assert kills > 0
-    make(tmp_path, model=bert(seed=3), **KILL_OPTIONS | TWO_KEPT).train(resume_from_checkpoint=resume)
+        assert killed(process)
+        reached.append(Path(last_complete_checkpoint(tmp_path)).name)
+    assert len(set(reached)) > 1 and LAST not in reached
+    make(tmp_path, model=bert(seed=3), **options).train(resume_from_checkpoint=True)
     assert content(tmp_path / LAST) == content(uninterrupted / LAST)
 
 
