@@ -1,13 +1,12 @@
 # The public names and where they come from: type checkers read this, and __init__.py does.
-from .adapters import MergeReport, merge_and_unload, merged_adapter
-from .callback import SparsityCallback
-from .config import PruningConfig, PruningConfigError
+from .config.pruning import PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
-from .hub import UploadError
+from .engine.pruner import Pruner
+from .hub.upload import UploadError
+from .integrations.peft import MergeReport, merge_and_unload, merged_adapter
 from .oneshot import OneshotConfig, ResumeError, calibration_batches, evaluate_model, plan_oneshot, prune_oneshot
 from .patterns import register_pattern
-from .pruner import Pruner
-from .report import SparsityReport
+from .reporting.report import SparsityReport
 from .schedulers import (
     IterativeScheduler,
     OneshotScheduler,
@@ -16,9 +15,10 @@ from .schedulers import (
     register_curve,
     register_scheduler,
 )
-from .state_files import CheckpointError
-from .trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
-from .training_args import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
+from .training.arguments import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
+from .training.callback import SparsityCallback
+from .training.state_files import CheckpointError
+from .training.trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
 
 __version__: str
 

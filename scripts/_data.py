@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from hf_sparse.data_files import TABLE_FILES, check_columns, check_files, load_files, load_from_hub, quoted
+from hf_sparse.calibration.data_files import TABLE_FILES, check_columns, check_files, load_files, load_from_hub, quoted
 
 
 __all__ = [

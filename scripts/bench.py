@@ -25,9 +25,11 @@ import bench_step
 import torch
 from bench_memory import extra_bytes
 
+from hf_sparse.numerics import CHUNK
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
-from hf_sparse.ranking import CHUNK, TensorScores, keep, lowest, lowest_together
-from hf_sparse.threshold import each
+from hf_sparse.selection.ranking import find_thresholds, keep, lowest
+from hf_sparse.selection.scores import TensorScores
+from hf_sparse.selection.threshold import each
 
 
 HIDDEN = 768
@@ -96,15 +98,15 @@ def rank(options: argparse.Namespace) -> None:
         print(f"{threads} thread(s), a read takes {seconds(lambda: read(weights), options.repeats) * 1e3:.1f} ms")
         for share in (0.5, 0.9):
             k = int(share * total)
-            ratio = reads(lambda: lowest_together(magnitudes(weights), k), weights, options.repeats)
+            ratio = reads(lambda: find_thresholds(magnitudes(weights), k), weights, options.repeats)
             print(f"  {share:.0%} over all layers: {ratio:.2f} reads")
         caps = [int(0.92 * weight.numel()) for weight in weights]
-        ratio = reads(lambda: lowest_together(magnitudes(weights), k, caps=caps), weights, options.repeats)
+        ratio = reads(lambda: find_thresholds(magnitudes(weights), k, caps=caps), weights, options.repeats)
         print(f"  90%, at most 92% of each: {ratio:.2f} reads")
         each = [int(0.9 * weight.numel()) for weight in weights]
         ratio = reads(lambda: [*map(lowest, magnitudes(weights), each)], weights, options.repeats)
         print(f"  90% of each layer: {ratio:.2f} reads")
-        cuts = lowest_together(magnitudes(weights), k)
+        cuts = find_thresholds(magnitudes(weights), k)
         masks = [torch.ones(weight.shape, dtype=torch.int8) for weight in weights]
         ratio = reads(lambda: write_masks(weights, cuts, masks), weights, options.repeats)
         assert sum(mask.sum(dtype=torch.int64) for mask in masks) == total - k
@@ -112,12 +114,12 @@ def rank(options: argparse.Namespace) -> None:
         flat = torch.cat([weight.view(-1) for weight in weights])
         for count in (12, 200, 2000):
             parts = list(flat.tensor_split(count))
-            select = partial(lowest_together, magnitudes(parts), k)
+            select = partial(find_thresholds, magnitudes(parts), k)
             ratio, time_taken = reads(select, parts, options.repeats), seconds(select, options.repeats)
             print(f"  90% over the same weights in {count} layers: {ratio:.2f} reads, {time_taken * 1e3:.0f} ms")
         del flat
     size = 4 * total
-    print(f"peak beyond the weights: {extra_bytes(lambda: lowest_together(magnitudes(weights), k)) / size:.1%}")
+    print(f"peak beyond the weights: {extra_bytes(lambda: find_thresholds(magnitudes(weights), k)) / size:.1%}")
     if options.side_by_side:
         ratio = seconds_once(lambda: joined(weights, k)) / seconds(lambda: read(weights), options.repeats)
         extra = extra_bytes(lambda: joined(weights, k)) / size

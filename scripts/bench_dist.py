@@ -35,7 +35,7 @@ from bench_memory import extra_bytes
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from hf_sparse import PruningConfig
-from hf_sparse.pruner import Pruner
+from hf_sparse.engine.pruner import Pruner
 
 
 MODES = ("one", "ddp", "fsdp2", "zero1", "zero2", "zero3", "tp")
@@ -154,13 +154,13 @@ class Counter:
     def counting(self) -> Iterator[None]:
         """Count while it lasts. What a ring or a tree would save of an all_reduce is left out of account."""
         names = ("all_reduce", "all_gather", "all_to_all_single")
-        originals = {name: getattr(dist, name) for name in names}
+        primary_regions = {name: getattr(dist, name) for name in names}
         for name in names:
-            setattr(dist, name, self._counted(name, originals[name]))
+            setattr(dist, name, self._counted(name, primary_regions[name]))
         try:
             yield
         finally:
-            for name, original in originals.items():
+            for name, original in primary_regions.items():
                 setattr(dist, name, original)
 
     def _counted(self, name: str, original: Callable) -> Callable:

@@ -31,8 +31,8 @@ from bench_memory import give_back, resident, restart_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse.oneshot import OneshotConfig, prune_oneshot
-from hf_sparse.oneshot.feeds import Feed
-from hf_sparse.oneshot.layerwise import Layerwise
+from hf_sparse.oneshot.layerwise import LayerPruner
+from hf_sparse.oneshot.observers import InputObserver
 
 
 PHASES = ("forward", "statistics", "solve")
@@ -180,7 +180,11 @@ class Bench:
         if form == PLAIN:
             return meter.measure(lambda: plain.prune(self.model, self.batches, meter, **method.plain))
         config = OneshotConfig(target_sparsity=0.5, forwards=form, **method.options)
-        watched = {(Feed, "observe"): "statistics", (Layerwise, "settle"): "solve", (Layerwise, "prune"): "solve"}
+        watched = {
+            (InputObserver, "observe"): "statistics",
+            (LayerPruner, "settle"): "solve",
+            (LayerPruner, "prune"): "solve",
+        }
         patches = [
             patch.object(owner, name, meter.watched(phase, getattr(owner, name)))
             for (owner, name), phase in watched.items()

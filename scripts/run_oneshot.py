@@ -17,11 +17,11 @@ import sys
 
 from _common import parse_args
 
-from hf_sparse.oneshot import OneshotConfig, OneshotJob, run_job
+from hf_sparse.oneshot import OneshotArguments, OneshotConfig, run_oneshot
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_job(*parse_args((OneshotJob, OneshotConfig), argv))
+    run_oneshot(*parse_args((OneshotArguments, OneshotConfig), argv))
 
 
 if __name__ == "__main__":

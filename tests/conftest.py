@@ -45,7 +45,7 @@ def hub(monkeypatch):
     """A Hub of its own, which this process takes for the real one and may write to. Nobody waits between attempts."""
     import huggingface_hub
     import huggingface_hub.utils._http as http
-    from hub_server import TOKEN, HubServer, speak_to
+    from helpers.hub_server import TOKEN, HubServer, speak_to
 
     import hf_sparse.hub
 

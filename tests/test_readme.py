@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import USER
-from tiny_texts import llama, save, texts, word_tokenizer, write_rows
+from helpers.hub_server import USER
+from helpers.modes import MODES
+from helpers.tiny_texts import llama, save, texts, word_tokenizer, write_rows
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -226,10 +227,7 @@ ROWS = {
 }
 
 
-def test_the_table_of_modes_is_what_is_tested(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "distributed"))
-    from modes import MODES
-
+def test_the_table_of_modes_is_what_is_tested():
     assert sorted(name for names in ROWS.values() for name in names) == sorted(MODES)
     table = README.split("### Processes\n\n")[1].split("\n\n")[0].splitlines()
     header, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table)

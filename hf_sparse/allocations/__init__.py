@@ -1,7 +1,8 @@
 """How much of the target each layer owes."""
 
+from ..selection.budgets import apportion
 from . import erdos_renyi, owl, uniform
-from .allocation import ALLOCATIONS, LayerSize, apportion, register_allocation
+from .base import ALLOCATIONS, LayerSize, register_allocation
 from .owl import outlier_share
 
 

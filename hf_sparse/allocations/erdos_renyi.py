@@ -1,6 +1,6 @@
 """Erdős-Rényi: wide layers give more."""
 
-from .allocation import register_allocation, scale_densities
+from .base import register_allocation, scale_densities
 
 
 @register_allocation("erdos_renyi")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .allocation import LayerSize, register_allocation, shift_sparsities
+from .base import LayerSize, register_allocation, shift_sparsities
 
 
 OUTLIER = 5.0

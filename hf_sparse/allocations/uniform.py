@@ -1,6 +1,6 @@
 """Uniform: every layer the same."""
 
-from .allocation import register_allocation, scale_densities
+from .base import register_allocation, scale_densities
 
 
 @register_allocation("uniform")

@@ -1,7 +1,7 @@
 """What a weight is worth. One small file each; importing it here makes it selectable by name."""
 
 from . import fisher, gradient, magnitude, movement, random_scores, snip, snip_momentum, taylor, wanda
-from .criterion import CRITERIA, Criterion, GradientCriterion, register_criterion
+from .base import CRITERIA, Criterion, GradientCriterion, register_criterion
 
 
 __all__ = ["CRITERIA", "Criterion", "GradientCriterion", "register_criterion"]

@@ -1,6 +1,6 @@
 """Magnitude."""
 
-from .criterion import Criterion, register_criterion
+from .base import Criterion, register_criterion
 
 
 @register_criterion("magnitude")

@@ -2,7 +2,7 @@
 
 import torch
 
-from .criterion import Criterion, register_criterion
+from .base import Criterion, register_criterion
 
 
 # Odd 64-bit constants of the splitmix64 finalizer, as signed numbers.

@@ -2,7 +2,7 @@
 
 import torch
 
-from .criterion import GradientCriterion, register_criterion
+from .base import GradientCriterion, register_criterion
 
 
 @register_criterion("taylor")

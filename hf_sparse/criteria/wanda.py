@@ -1,6 +1,6 @@
 """Wanda: pruning by weights and activations."""
 
-from .criterion import Criterion, register_criterion
+from .base import Criterion, register_criterion
 
 
 @register_criterion("wanda")

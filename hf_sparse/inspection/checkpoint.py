@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..report import SparsityReport
-from ..state_files import CONFIG_FILE, REPORT_FILE
+from ..files import CONFIG_FILE, REPORT_FILE
+from ..reporting.report import SparsityReport
 from .files import InspectionError, find_weights, read_json
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..report import table
+from ..reporting.tables import table
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .files import InspectionError
 from .layouts import selection

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..report import LayerReport, SparsityReport, figures, table
-from ..targets import Layer
+from ..model.layers import PrunableLayer
+from ..reporting.report import LayerReport, SparsityReport
+from ..reporting.tables import figures, table
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .layouts import MATRIX_DIMS, Selection, layouts, selection, tied_names
 from .structure import Scan, Structure, readable_pattern
@@ -285,7 +286,7 @@ def _scan(shape: tuple[int, ...], kind: str) -> Scan:
 def _add(scan: Scan, kind: str, live: torch.Tensor, start: tuple[int, ...]) -> None:
     row, column = (start[dim] for dim in MATRIX_DIMS[kind])
     first = start[0] if kind.startswith("experts") else 0
-    for number, matrix_RPC in enumerate(Layer("", kind, tuple(live.shape)).matrices(live)):
+    for number, matrix_RPC in enumerate(PrunableLayer("", kind, tuple(live.shape)).matrices(live)):
         scan.add(matrix_RPC.contiguous().numpy(), first + number, row, column)
 
 

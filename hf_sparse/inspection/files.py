@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from .. import storage
+from .. import files as storage
 
 
 # What models and adapters are saved as, in the order in which they are looked for.

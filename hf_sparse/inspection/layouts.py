@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..targets import Layer, select_layers
+from ..model.layers import PrunableLayer, select_layers
 from .checkpoint import Checkpoint, StoredTensor
 
 
@@ -22,7 +22,7 @@ _HEADS = ("cls", "head", "heads", "score", "qa_outputs", "vocab_projector", "voc
 
 
 def layouts(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[str, ...]]:
-    """Name -> the layouts that the tensor may have, kinds of `targets.Layer`; () for what is no weight of a layer.
+    """Name -> the layouts that the tensor may have, kinds of `targets.PrunableLayer`; () for what is no weight of a layer.
 
     GPT-2's Conv1D, (I, O), is told from Linear, (O, I), by the biases, which have O entries: where a weight of that
     name is not square, they say it, and all weights of that name in the checkpoint are taken to be the same.
@@ -71,7 +71,7 @@ class Selection:
 def selection(checkpoint: Checkpoint) -> Selection:
     """Which tensors are the weights that pruning selects, and how that is known."""
     layers = _layers(checkpoint)
-    guess = frozenset(layer.name for layer in layers if layer.in_base)
+    guess = frozenset(layer.name for layer in layers if layer.in_body)
     if checkpoint.report is not None:
         reported = {layer.name: layer.weights for layer in checkpoint.report.layers}
         named = frozenset(reported.keys() & checkpoint.tensors.keys())
@@ -89,11 +89,11 @@ def selection(checkpoint: Checkpoint) -> Selection:
     return Selection("config", frozenset(layer.name for layer in chosen))
 
 
-def _layers(checkpoint: Checkpoint) -> list[Layer]:
+def _layers(checkpoint: Checkpoint) -> list[PrunableLayer]:
     kinds = layouts(checkpoint.tensors)
     vocabulary = _vocabulary(checkpoint.config)
     return [
-        Layer(tensor.name, kinds[tensor.name][0], tensor.shape, _in_body(tensor, vocabulary))
+        PrunableLayer(tensor.name, kinds[tensor.name][0], tensor.shape, _in_body(tensor, vocabulary))
         for tensor in checkpoint.tensors.values()
         if _looks_prunable(tensor) and kinds[tensor.name]
     ]

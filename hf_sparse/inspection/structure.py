@@ -32,7 +32,7 @@ class Scan:
     """Takes in equal matrices tile by tile; `result` is their structure.
 
     Args:
-        layout: which dimensions are rows and columns, a kind of `targets.Layer`.
+        layout: which dimensions are rows and columns, a kind of `targets.PrunableLayer`.
         matrices, rows, positions, columns: how many there are.
     """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..sharding import Box
+from ..distributed import ShardRegion
 from .files import InspectionError
 
 
@@ -22,7 +22,7 @@ SIDE = 64
 _REMAP = 2**26
 
 
-def tiles(shape: Sequence[int], matrix_dims: Sequence[int] = ()) -> Iterator[Box]:
+def tiles(shape: Sequence[int], matrix_dims: Sequence[int] = ()) -> Iterator[ShardRegion]:
     """The boxes that a tensor of `shape` is read in, none of more than TILE entries.
 
     Args:
@@ -45,10 +45,10 @@ def tiles(shape: Sequence[int], matrix_dims: Sequence[int] = ()) -> Iterator[Box
         return
     for start in itertools.product(*(range(0, size, step) for size, step in zip(shape, steps, strict=True))):
         stop = (min(first + step, size) for first, step, size in zip(start, steps, shape, strict=True))
-        yield Box(start, tuple(stop))
+        yield ShardRegion(start, tuple(stop))
 
 
-def read_tiles(file: Path, name: str, boxes: Iterator[Box]) -> Iterator[tuple[Box, torch.Tensor]]:
+def read_tiles(file: Path, name: str, boxes: Iterator[ShardRegion]) -> Iterator[tuple[ShardRegion, torch.Tensor]]:
     """Each box with its values.
 
     Raises:

@@ -1,23 +1,23 @@
 """One-shot pruning: from calibration data, without training, block by block."""
 
-from .calibration import calibration_batches
-from .config import OneshotConfig
-from .evaluation import evaluate_model
-from .job import run_job
-from .job_options import OneshotJob
+from ..calibration.text_batches import calibration_batches
+from ..config.oneshot import OneshotConfig
+from ..evaluation import evaluate_model
+from .arguments import OneshotArguments
 from .plan import OneshotPlan, plan_oneshot
-from .run import prune_oneshot
-from .state import ResumeError
+from .prune import prune_oneshot
+from .resume import ResumeError
+from .workflow import run_oneshot
 
 
 __all__ = [
     "OneshotConfig",
-    "OneshotJob",
+    "OneshotArguments",
     "OneshotPlan",
     "ResumeError",
     "calibration_batches",
     "evaluate_model",
     "plan_oneshot",
     "prune_oneshot",
-    "run_job",
+    "run_oneshot",
 ]

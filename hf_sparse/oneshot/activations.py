@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from ..storage import open_tensors, write_tensors
-
-
-PLACES = ("device", "cpu", "disk")
+from ..config.oneshot import PLACES
+from ..files import open_tensors, write_tensors
 
 
 class Activations:

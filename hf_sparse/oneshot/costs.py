@@ -14,14 +14,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from ..sharding import input_device
+from ..calibration.batches import call, count_tokens, first_row, on_device
+from ..distributed import input_device
+from ..model.evaluation_mode import evaluation_mode
+from ..model.layers import PrunableLayer
 from ..solvers import SOLVERS
-from ..targets import Layer
-from .batches import call, count_tokens, first_row, on_device
-from .blocks import Stage, Walk, inference_mode_of
-from .feeds import SAMPLE
-from .probe import Probe, look
-from .run import Oneshot
+from .observers import SAMPLE
+from .pipeline import BlockPipeline, Subgraph
+from .prune import OneshotRun
+from .tracing import ModelTrace, trace_model
 
 
 RANKING = 1000
@@ -79,7 +80,7 @@ class Costs:
 class _Input:
     """What feeds some weights of a stage: `matrices` inputs alike, of experts, or one."""
 
-    stage: str
+    subgraph: str
     columns: int
     rows: int
     gram: bool
@@ -108,33 +109,35 @@ class _Input:
         return self.matrices * summing, self.matrices * (solving + ranking)
 
 
-def costs_of(run: Oneshot) -> tuple[Probe | None, Costs]:
+def costs_of(run: OneshotRun) -> tuple[ModelTrace | None, Costs]:
     """What a run would cost, and what a forward showed; no probe where no input matters."""
-    layers = list(dict.fromkeys([*run.surveyed, *run.seen]))
+    layers = list(dict.fromkeys([*run.dense_pass_layers, *run.seen]))
     tokens, share, speed, seconds, kept = sum(map(_width, run.own)), 0.0, _UNKNOWN_SPEED, 0.0, 0
-    probe, inputs, sample = None, [], None
+    trace, inputs, sample = None, [], None
     if run.batches:
         sample = _sample(run.model, run.batches[0])
         share = tokens / max(1, _width(sample))
     if layers:
-        probe = look(run.model, layers, run.batches[0], run.config.sequential)
-        inputs = _inputs(run, probe)
-        with Walk(run.model, [sample], "device") as walk:
-            entry = _timed(lambda: walk.run_to(_entrance(probe)))
-            body = max(_timed(lambda: walk.run_to(probe.stages[-1])) - entry, 1e-9)
-            first = {stage.stack: stage.name for stage in reversed(probe.stages) if stage.stack is not None}
-            kept = int(share * sum(_bytes(walk.output(name, 0)) for name in first.values()))
+        trace = trace_model(run.model, layers, run.batches[0], run.config.sequential)
+        inputs = _inputs(run, trace)
+        with BlockPipeline(run.model, [sample], "device") as pipeline:
+            entry = _timed(lambda: pipeline.run_until(_entrance(trace)))
+            body = max(_timed(lambda: pipeline.run_until(trace.subgraphs[-1])) - entry, 1e-9)
+            first = {
+                subgraph.stack: subgraph.name for subgraph in reversed(trace.subgraphs) if subgraph.stack is not None
+            }
+            kept = int(share * sum(_bytes(pipeline.output(name, 0)) for name in first.values()))
         speed = (
             sum(2 * _width(sample) * each.share * each.rows * each.columns * each.matrices for each in inputs) / body
         )
-        seconds = share * _passes(run, probe, body, entry)
-    if any(group.observes_gradients for group in run.groups):
+        seconds = share * _passes(run, trace, body, entry)
+    if any(group.requires_gradients for group in run.groups):
         seconds += 3 * share * _timed(lambda: _forward(run.model, sample))
     summing, pruning = map(sum, zip(*(each.operations(tokens) for each in inputs))) if inputs else (0.0, 0.0)
     known = set(layers)
     pruning += RANKING * sum(layer.numel for group in run.groups for layer in group.layers if layer not in known)
-    memory = _memory(run, probe, inputs)
-    return probe, Costs(run.config.activations, *memory, kept, _whole(run), seconds, summing / speed, pruning / speed)
+    memory = _memory(run, trace, inputs)
+    return trace, Costs(run.config.activations, *memory, kept, _whole(run), seconds, summing / speed, pruning / speed)
 
 
 def _sample(model: nn.Module, batch: Any) -> Any:
@@ -145,7 +148,7 @@ def _sample(model: nn.Module, batch: Any) -> Any:
 
 
 def _forward(model: nn.Module, batch: Any) -> None:
-    with torch.no_grad(), inference_mode_of(model):
+    with torch.no_grad(), evaluation_mode(model):
         call(model, on_device(batch, input_device(model)))
 
 
@@ -171,43 +174,43 @@ def _bytes(structure: Any) -> int:
     return sum(leaf.nbytes for leaf in _pytree.tree_leaves(structure) if torch.is_tensor(leaf))
 
 
-def _entrance(probe: Probe) -> Stage:
+def _entrance(trace: ModelTrace) -> Subgraph:
     """What a model does before its first block."""
-    blocks = [stage.name for stage in probe.stages if stage.stack is not None]
-    return Stage("before the blocks", (), until=blocks[0]) if blocks else probe.stages[0]
+    blocks = [subgraph.name for subgraph in trace.subgraphs if subgraph.stack is not None]
+    return Subgraph("before the blocks", (), until=blocks[0]) if blocks else trace.subgraphs[0]
 
 
-def _inputs(run: Oneshot, probe: Probe) -> list[_Input]:
+def _inputs(run: OneshotRun, trace: ModelTrace) -> list[_Input]:
     config = getattr(run.model, "config", None)
     chosen = getattr(config, "num_experts_per_tok", None) or 1
     found = []
-    for stage in probe.stages:
-        fed: dict[str, list[Layer]] = {}
-        for layer in stage.layers:
+    for subgraph in trace.subgraphs:
+        fed: dict[str, list[PrunableLayer]] = {}
+        for layer in subgraph.layers:
             rows, _, columns = layer.matrix_shape
             if layer.expert_dim is not None:
                 experts = layer.shape[0]
                 found.append(
-                    _Input(stage.name, columns, rows, _solves(run, layer), experts, min(1.0, chosen / experts))
+                    _Input(subgraph.name, columns, rows, _solves(run, layer), experts, min(1.0, chosen / experts))
                 )
             else:
-                fed.setdefault(probe.leaders[layer.module], []).append(layer)
+                fed.setdefault(trace.leaders[layer.module], []).append(layer)
         for layers in fed.values():
             rows = sum(layer.matrix_shape[0] for layer in layers)
             gram = any(_solves(run, layer) for layer in layers)
-            found.append(_Input(stage.name, layers[0].matrix_shape[2], rows, gram))
+            found.append(_Input(subgraph.name, layers[0].matrix_shape[2], rows, gram))
     return found
 
 
-def _solves(run: Oneshot, layer: Layer) -> bool:
+def _solves(run: OneshotRun, layer: PrunableLayer) -> bool:
     return SOLVERS[run.group_of[layer.name].options.solver].needs == "gram"
 
 
-def _passes(run: Oneshot, probe: Probe, body: float, entry: float) -> float:
+def _passes(run: OneshotRun, trace: ModelTrace, body: float, entry: float) -> float:
     """Seconds of all forwards over the sample. Each stage begins anew before the first block."""
-    count = len(probe.stages)
+    count = len(trace.subgraphs)
     once = body + count * entry
-    total = once if run.surveyed else 0.0
+    total = once if run.dense_pass_layers else 0.0
     if run.seen and run.config.sequential and run.config.forwards == 2:
         total += (2 - 1 / count) * body + (2 * count - 1) * entry
     elif run.seen:
@@ -215,27 +218,27 @@ def _passes(run: Oneshot, probe: Probe, body: float, entry: float) -> float:
     return total
 
 
-def _memory(run: Oneshot, probe: Probe | None, inputs: list[_Input]) -> tuple[int, int, int]:
+def _memory(run: OneshotRun, trace: ModelTrace | None, inputs: list[_Input]) -> tuple[int, int, int]:
     """Bytes of the largest block, of the sums of one block, and while an input's weights are solved."""
     sums: dict[str, int] = {}
     for each in inputs:
         at_once = (
-            max(sums.get(each.stage, 0), each.sums)
+            max(sums.get(each.subgraph, 0), each.sums)
             if run.config.forwards == 1
-            else sums.get(each.stage, 0) + each.sums
+            else sums.get(each.subgraph, 0) + each.sums
         )
-        sums[each.stage] = at_once
+        sums[each.subgraph] = at_once
     blocks = [0]
-    for stage in probe.stages if probe else ():
-        names = [stage.name] if stage.stack is not None else {layer.module for layer in stage.layers}
+    for subgraph in trace.subgraphs if trace else ():
+        names = [subgraph.name] if subgraph.stack is not None else {layer.module for layer in subgraph.layers}
         weights = (parameter for name in names for parameter in run.model.get_submodule(name).parameters())
         blocks.append(sum(weight.nbytes for weight in weights))
     return max(blocks), max(sums.values(), default=0), max((each.solving for each in inputs), default=0)
 
 
-def _whole(run: Oneshot) -> int:
+def _whole(run: OneshotRun) -> int:
     """Bytes of gradients, of a float32 sum for each weight scored by them, and of a mask, made as int8 and as bool."""
-    learning = [group for group in run.groups if group.observes_gradients]
+    learning = [group for group in run.groups if group.requires_gradients]
     total = sum(weight.nbytes for weight in run.model.parameters()) if learning else 0
     total += sum(_FLOAT * layer.numel for group in learning for layer in group.layers)
     return total + sum(2 * layer.numel for group in run.dense for layer in group.layers)

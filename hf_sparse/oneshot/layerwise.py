@@ -13,41 +13,44 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..allocations import apportion, outlier_share
+from ..allocations import outlier_share
 from ..criteria import CRITERIA
-from ..group import Group
-from ..layer_scores import LayerScores
-from ..sharding import Shard
-from ..solvers import SOLVERS, Factor, Solver, Wanted
-from ..stats import Gram
-from ..targets import Layer
-from .feeds import Feed
+from ..distributed import Shard
+from ..engine.parameter_group import ParameterGroup
+from ..model.layers import PrunableLayer
+from ..selection.budgets import apportion
+from ..selection.layer_scores import LayerScores
+from ..solvers import SOLVERS, HessianFactor, PruneRequest, Solver
+from ..statistics import GramMatrix
+from .observers import InputObserver
 
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Layerwise:
+class LayerPruner:
     """Prunes single layers in place.
 
     Args:
         groups: name of a layer -> its group.
         quotas: name of a layer -> how many of its units are to be zero in all.
         masks: name of a layer -> mask (bool, of the weight's shape) decided before; others are decided here.
-        dampening: see `Factor`.
+        dampening: see `HessianFactor`.
         block: columns that a solver lets choose together; None leaves it to the solver.
         on_unreached: "error", or "magnitude" for matrices that no token has reached.
     """
 
-    groups: Mapping[str, Group]
-    quotas: Mapping[str, int] = field(default_factory=dict)
+    groups: Mapping[str, ParameterGroup]
+    prune_counts: Mapping[str, int] = field(default_factory=dict)
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     dampening: float = 0.01
     block: int | None = None
     on_unreached: str = "error"
 
-    def settle(self, feeds: Sequence[Feed], parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def prune_layers(
+        self, observers: Sequence[InputObserver], parameters: Mapping[str, torch.Tensor]
+    ) -> dict[str, float]:
         """Prune the layers that the feeds feed. The feeds must be all of those layers, and are used up.
 
         Args:
@@ -56,58 +59,65 @@ class Layerwise:
         Returns: of each layer the error ‖XWᵀ - XŴᵀ‖² / ‖XWᵀ‖² of its outputs over the tokens set aside.
 
         Raises:
-            ValueError: no token has reached a matrix; weights, inputs or sums are not finite; what `Factor` refuses.
+            ValueError: no token has reached a matrix; weights, inputs or sums are not finite; what `HessianFactor` refuses.
         """
-        self.check_reached(feeds)
-        layers = list(dict.fromkeys(layer for feed in feeds for layer in feed.layers))
-        kept = {layer.name: self._decide(layer, feeds, parameters[layer.name]) for layer in layers}
+        self.check_reached(observers)
+        layers = list(dict.fromkeys(layer for observer in observers for layer in observer.layers))
+        kept = {layer.name: self._decide(layer, observers, parameters[layer.name]) for layer in layers}
         shares = {layer.name: self._shares(layer, kept[layer.name]) for layer in layers}
         errors = {layer.name: np.zeros(2) for layer in layers}
-        for feed in feeds:
-            self._solve(feed, parameters, kept, shares, errors)
-            feed.stat = feed.sample = None
+        for observer in observers:
+            self._solve(observer, parameters, kept, shares, errors)
+            observer.stat = observer.sample = None
         return {name: float(error / size) if size else 0.0 for name, (error, size) in errors.items()}
 
-    def prune(self, layer: Layer, weight: torch.Tensor) -> None:
+    def prune(self, layer: PrunableLayer, weight: torch.Tensor) -> None:
         """Prune a layer that needs nothing of its inputs, in place."""
         kept = self._decide(layer, (), weight)
         if kept is not None:
             weight.detach().masked_fill_(~kept, 0.0)
 
     def outliers(
-        self, feeds: Sequence[Feed], layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]
+        self,
+        observers: Sequence[InputObserver],
+        layers: Sequence[PrunableLayer],
+        parameters: Mapping[str, torch.Tensor],
     ) -> dict[str, float]:
         """Each layer's share of outliers: that of all `layers` of its group together."""
         shares, wanda = {}, CRITERIA["wanda"]()
         for group in dict.fromkeys(self.groups[layer.name] for layer in layers):
             own = [layer for layer in layers if self.groups[layer.name] is group]
-            scores = [wanda.score(parameters[layer.name], norms_of(layer, feeds)) for layer in own]
+            scores = [wanda.score(parameters[layer.name], norms_of(layer, observers)) for layer in own]
             shares |= dict.fromkeys((layer.name for layer in own), outlier_share(scores))
         return shares
 
-    def check_reached(self, feeds: Sequence[Feed]) -> None:
+    def check_reached(self, observers: Sequence[InputObserver]) -> None:
         """Give feeds that no token has reached inputs all alike: what is left of any criterion then is the weight.
 
         Raises:
             ValueError: there are such, and that is an error.
         """
-        idle = [feed for feed in feeds if not feed.stat.count]
+        idle = [observer for observer in observers if not observer.stat.count]
         if idle and self.on_unreached == "error":
             raise ValueError(
-                f"no token of the calibration data reaches {len(idle)} of {len(feeds)} inputs, such as that of "
+                f"no token of the calibration data reaches {len(idle)} of {len(observers)} inputs, such as that of "
                 f'"{idle[0].name}": give more data, set on_unreached="magnitude" to prune these by magnitude, or '
                 f'leave the weight out, as with exclude=["{idle[0].layers[0].module}"].'
             )
-        levels = [_level(feed, feeds) for feed in idle]
-        for feed, level in zip(idle, levels, strict=True):
-            logger.warning('no token reaches "%s": it is pruned by magnitude.', feed.name)
-            total = feed.stat.total
-            total.copy_(level * (torch.eye(len(total)) if isinstance(feed.stat, Gram) else torch.ones(len(total))))
-            feed.stat.count = len(total)
+        levels = [_level(observer, observers) for observer in idle]
+        for observer, level in zip(idle, levels, strict=True):
+            logger.warning('no token reaches "%s": it is pruned by magnitude.', observer.name)
+            total = observer.stat.total
+            total.copy_(
+                level * (torch.eye(len(total)) if isinstance(observer.stat, GramMatrix) else torch.ones(len(total)))
+            )
+            observer.stat.count = len(total)
 
     # Which weights
 
-    def _decide(self, layer: Layer, feeds: Sequence[Feed], weight: torch.Tensor) -> torch.Tensor | None:
+    def _decide(
+        self, layer: PrunableLayer, observers: Sequence[InputObserver], weight: torch.Tensor
+    ) -> torch.Tensor | None:
         """What is kept, bool of the weight's shape; None where the solver chooses and nothing is locked."""
         group = self.groups[layer.name]
         if layer.name in self.masks:
@@ -120,16 +130,16 @@ class Layerwise:
             bits.copy_(locked).neg_()
         stat = None
         if group.criterion.needs == "inputs":
-            stat = norms_of(layer, feeds).expand(layer.shape)
+            stat = norms_of(layer, observers).expand(layer.shape)
         elif group.criterion.needs == "gradient":
             stat = group.stats[layer.name].total
         scores = LayerScores(
             layer, group.criterion, group.pattern, Shard(weight), bits, stat, scattered=group.scope != "row"
         )
-        group.cut_layer(scores, self.quotas[layer.name])
+        group.prune_layer(scores, self.prune_counts[layer.name])
         return bits != 0
 
-    def _shares(self, layer: Layer, kept: torch.Tensor | None) -> list[float | None]:
+    def _shares(self, layer: PrunableLayer, kept: torch.Tensor | None) -> list[float | None]:
         """Of each matrix the share of units that the solver is to choose; None where a mask says it all."""
         group = self.groups[layer.name]
         matrices = layer.numel // torch.Size(layer.matrix_shape).numel()
@@ -143,44 +153,44 @@ class Layerwise:
             if kept is None
             else [int(group.pattern.fallen(part).sum()) for part in layer.matrices(kept)]
         )
-        total = max(self.quotas[layer.name], sum(locked))
+        total = max(self.prune_counts[layer.name], sum(locked))
         return [count / units for count in apportion(total, [total / matrices] * matrices, locked, [units] * matrices)]
 
     # What becomes of the others
 
-    def _solve(self, feed: Feed, parameters, kept, shares, errors) -> None:
+    def _solve(self, observer: InputObserver, parameters, kept, shares, errors) -> None:
         """Settle the matrices of one feed, those of one solver together."""
-        number = feed.expert or 0
-        matrices = {layer: layer.matrices(parameters[layer.name])[number][:, 0] for layer in feed.layers}
+        number = observer.expert or 0
+        matrices = {layer: layer.matrices(parameters[layer.name])[number][:, 0] for layer in observer.layers}
         factor = None
-        for name in dict.fromkeys(self.groups[layer.name].options.solver for layer in feed.layers):
+        for name in dict.fromkeys(self.groups[layer.name].options.solver for layer in observer.layers):
             solver = get_solver(name, self.block)
-            own = [layer for layer in feed.layers if self.groups[layer.name].options.solver == name]
+            own = [layer for layer in observer.layers if self.groups[layer.name].options.solver == name]
             wanted = [self._wanted(layer, matrices[layer], kept, shares, number) for layer in own]
             chosen = [(layer, each) for layer, each in zip(own, wanted, strict=True) if each is not None]
             if solver.needs == "gram" and chosen and factor is None:
-                factor = self._factor(feed)
+                factor = self._factor(observer)
             stat = factor if solver.needs == "gram" else None
-            solved = solver.solve_together([each for _, each in chosen], stat) if chosen else []
+            solved = solver.solve_batched([each for _, each in chosen], stat) if chosen else []
             for (layer, _), (weight, mask) in zip(chosen, solved, strict=True):
                 if stat is not None and bool(stat.dead_C.any()):  # what is kept there does nothing, but is counted
                     weight = torch.where(mask & stat.dead_C, matrices[layer], weight)
-                errors[layer.name] += _output_error(matrices[layer], weight, feed.sample)
+                errors[layer.name] += _output_error(matrices[layer], weight, observer.sample)
                 matrices[layer].copy_(weight)
 
-    def _wanted(self, layer: Layer, weight_RC: torch.Tensor, kept, shares, number: int) -> Wanted | None:
+    def _wanted(self, layer: PrunableLayer, weight_RC: torch.Tensor, kept, shares, number: int) -> PruneRequest | None:
         mask, share = kept[layer.name], shares[layer.name][number]
         if mask is None and share is None:
             return None
         mask_RC = None if mask is None else layer.matrices(mask)[number][:, 0]
-        return Wanted(weight_RC, mask_RC, None if share is None else self.groups[layer.name].pattern, share)
+        return PruneRequest(weight_RC, mask_RC, None if share is None else self.groups[layer.name].pattern, share)
 
-    def _factor(self, feed: Feed) -> Factor:
+    def _factor(self, observer: InputObserver) -> HessianFactor:
         try:
-            factor = Factor(feed.stat, self.dampening)
+            factor = HessianFactor(observer.stat, self.dampening)
         except ValueError as error:
-            raise ValueError(f'inputs of "{feed.name}": {error}') from error
-        feed.stat = None  # its memory is free for the solver
+            raise ValueError(f'inputs of "{observer.name}": {error}') from error
+        observer.stat = None  # its memory is free for the solver
         return factor
 
 
@@ -190,16 +200,18 @@ def get_solver(name: str, block: int | None) -> Solver:
     return solver(block=block) if "block" in inspect.signature(solver).parameters else solver()
 
 
-def norms_of(layer: Layer, feeds: Sequence[Feed]) -> torch.Tensor:
+def norms_of(layer: PrunableLayer, observers: Sequence[InputObserver]) -> torch.Tensor:
     """The norm of each weight's input, of a shape that broadcasts to the weight's."""
-    own = [feed.stat.norms for feed in feeds if layer in feed.layers]
+    own = [observer.stat.norms for observer in observers if layer in observer.layers]
     norms = torch.stack(own) if layer.expert_dim is not None else own[0]
     return norms.unsqueeze(layer.row_dim)
 
 
-def _level(feed: Feed, feeds: Sequence[Feed]) -> float:
+def _level(observer: InputObserver, observers: Sequence[InputObserver]) -> float:
     """The mean sum of squares of the inputs of the other experts, with which this one may compete."""
-    known = [other.stat.norms.square().mean() for other in feeds if other.layers == feed.layers and other.stat.count]
+    known = [
+        other.stat.norms.square().mean() for other in observers if other.layers == observer.layers and other.stat.count
+    ]
     return float(torch.stack(known).mean()) if known else 1.0
 
 

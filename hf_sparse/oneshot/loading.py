@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..model_card import auto_class
+from ..hub.card import auto_class
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

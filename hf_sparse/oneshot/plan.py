@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PruningConfig
-from ..group import Group
-from ..report import table
-from ..targets import Layer
-from .batches import count_tokens
-from .config import OneshotConfig
+from ..calibration.batches import count_tokens
+from ..config.oneshot import OneshotConfig
+from ..config.pruning import PruningConfig
+from ..engine.parameter_group import ParameterGroup
+from ..model.layers import PrunableLayer
+from ..reporting.tables import table
 from .costs import Costs, costs_of
-from .faults import decided_on_dense
-from .run import Oneshot
+from .prune import OneshotRun
+from .validation import ranks_dense_model
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """One weight. `falling` of its `units` are to be zero; None where that is decided over all layers together or by
-    what is seen of their inputs. `stage` is what it is pruned with; None where no input has a say."""
+    what is seen of their inputs. `subgraph` is what it is pruned with; None where no input has a say."""
 
     name: str
     group: str
@@ -32,7 +32,7 @@ class LayerPlan:
     weights: int
     units: int
     falling: int | None
-    stage: str | None
+    subgraph: str | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OneshotPlan:
     """
 
     layers: tuple[LayerPlan, ...]
-    stages: int
+    subgraphs: int
     tokens: int
     costs: Costs
 
@@ -56,9 +56,9 @@ class OneshotPlan:
         for layer in self.layers:
             falling = "ranked" if layer.falling is None else f"{layer.falling:,}"
             shape = "x".join(map(str, layer.shape))
-            rows.append((layer.name, shape, layer.pattern, layer.stage or "-", f"{layer.units:,}", falling))
+            rows.append((layer.name, shape, layer.pattern, layer.subgraph or "-", f"{layer.units:,}", falling))
         weights = sum(layer.weights for layer in self.layers)
-        text = f"{len(self.layers)} weights of {weights:,} in all, {self.stages} stages, {self.tokens:,} tokens"
+        text = f"{len(self.layers)} weights of {weights:,} in all, {self.subgraphs} stages, {self.tokens:,} tokens"
         return f"{table(rows, left=4)}\n\n{text}\n{self.costs}"
 
 
@@ -77,9 +77,11 @@ def plan_oneshot(model: nn.Module, calibration_data: Iterable[Any] | None, confi
         >>> plan.layers[0].units, plan.layers[0].falling, plan.costs.activations
         (8, 4, 24)
     """
-    run = Oneshot(model, calibration_data, OneshotConfig.of(config))
-    probe, costs = costs_of(run)
-    stage_of = {layer.name: stage.name for stage in (probe.stages if probe else ()) for layer in stage.layers}
+    run = OneshotRun(model, calibration_data, OneshotConfig.of(config))
+    trace, costs = costs_of(run)
+    stage_of = {
+        layer.name: subgraph.name for subgraph in (trace.subgraphs if trace else ()) for layer in subgraph.layers
+    }
     layers = [
         LayerPlan(
             layer.name,
@@ -96,18 +98,18 @@ def plan_oneshot(model: nn.Module, calibration_data: Iterable[Any] | None, confi
         for layer in group.layers
     ]
     tokens = sum(map(count_tokens, run.batches))
-    return OneshotPlan(tuple(layers), len(probe.stages) if probe else 0, tokens, costs)
+    return OneshotPlan(tuple(layers), len(trace.subgraphs) if trace else 0, tokens, costs)
 
 
-def _units(group: Group, layer: Layer) -> int:
+def _units(group: ParameterGroup, layer: PrunableLayer) -> int:
     matrices = layer.numel // torch.Size(layer.matrix_shape).numel()
     return matrices * torch.Size(group.pattern.unit_shape(layer.matrix_shape)).numel()
 
 
-def _falling(run: Oneshot, group: Group) -> dict[str, int]:
+def _falling(run: OneshotRun, group: ParameterGroup) -> dict[str, int]:
     """How many units of each layer are to be zero, as far as that is known before."""
     if not group.target:
         return run.gone(group) or dict.fromkeys((layer.name for layer in group.layers), 0)
-    if decided_on_dense(group) or group.options.allocation == "owl":
+    if ranks_dense_model(group) or group.options.allocation == "owl":
         return {}
-    return group.quotas(run.gone(group), {})
+    return group.prune_counts(run.gone(group), {})

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from ..model_card import SparsityCard, auto_class, describe, write_card
-from ..model_card.escaping import command_line
-from ..plots import LAYERS_FILE, plot_layers
-from ..pruner import build_groups
-from ..report import SparsityReport
-from ..storage import write_json
-from .config import OneshotConfig
+from ..config.oneshot import OneshotConfig
+from ..engine.pruner import build_groups
+from ..files import LAYERS_FILE, write_json
+from ..hub.card import SparsityCard, auto_class, describe, write_card
+from ..hub.card.escaping import command_line
+from ..reporting.plots import plot_layers
+from ..reporting.report import SparsityReport
 
 
 RESULTS_FILE = "oneshot_results.json"

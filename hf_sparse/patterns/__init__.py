@@ -1,7 +1,7 @@
 """Which weights fall together, and what a mask must keep."""
 
 from . import block, channel, n_of_m, unstructured
-from .pattern import PATTERNS, Pattern, get_pattern, register_pattern
+from .base import PATTERNS, Pattern, get_pattern, register_pattern
 
 
 __all__ = ["PATTERNS", "Pattern", "get_pattern", "register_pattern", "block", "channel", "n_of_m", "unstructured"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .pattern import Pattern, added_up, register_pattern
+from .base import Pattern, pairwise_sum, register_pattern
 
 
 @register_pattern("block")
@@ -45,8 +45,8 @@ class Block(Pattern):
 
     def pool(self, scores_RPC):
         count, positions, columns = self.unit_shape(scores_RPC.shape)
-        by_row = added_up(scores_RPC.reshape(count, self.height, positions, -1), 1)
-        return added_up(by_row.view(count, positions, columns, self.width), 3) / (self.height * self.width)
+        by_row = pairwise_sum(scores_RPC.reshape(count, self.height, positions, -1), 1)
+        return pairwise_sum(by_row.view(count, positions, columns, self.width), 3) / (self.height * self.width)
 
     def expand(self, keep_U, shape_RPC):
         return keep_U.repeat_interleave(self.height, dim=0).repeat_interleave(self.width, dim=2)

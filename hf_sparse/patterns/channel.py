@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .pattern import Pattern, added_up, register_pattern
+from .base import Pattern, pairwise_sum, register_pattern
 
 
 @register_pattern("channel")
@@ -24,7 +24,7 @@ class Channel(Pattern):
         return shape_RPC[:1]
 
     def pool(self, scores_RPC):
-        return added_up(scores_RPC.flatten(1), 1) / scores_RPC[0].numel()
+        return pairwise_sum(scores_RPC.flatten(1), 1) / scores_RPC[0].numel()
 
     def expand(self, keep_U, shape_RPC):
         return keep_U[:, None, None].expand(shape_RPC)
@@ -53,7 +53,7 @@ class ChannelIn(Pattern):
 
     def pool(self, scores_RPC):
         rows, positions, _ = scores_RPC.shape
-        return added_up(scores_RPC.flatten(0, 1), 0)[None] / (rows * positions)
+        return pairwise_sum(scores_RPC.flatten(0, 1), 0)[None] / (rows * positions)
 
     def expand(self, keep_U, shape_RPC):
         return keep_U[:, None, :].expand(shape_RPC)

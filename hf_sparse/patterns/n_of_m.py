@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .base import Pattern, register_pattern
 from .n_of_m_kernel import keep_n_of_m
-from .pattern import Pattern, register_pattern
 
 
 @register_pattern("n_of_m")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .pattern import Pattern, register_pattern
+from .base import Pattern, register_pattern
 
 
 @register_pattern("unstructured")

@@ -1,9 +1,9 @@
 """What the weights that survive become."""
 
-from . import sparsegpt, zero
-from .factor import Factor
-from .solver import SOLVERS, Solver, Wanted, register_solver, squared_output
+from . import none, sparsegpt
+from .base import SOLVERS, PruneRequest, Solver, output_energy, register_solver
+from .hessian import HessianFactor
 
 
-__all__ = ["SOLVERS", "Factor", "Solver", "Wanted", "register_solver", "squared_output"]
-__all__ += ["sparsegpt", "zero"]
+__all__ = ["SOLVERS", "HessianFactor", "Solver", "PruneRequest", "register_solver", "output_energy"]
+__all__ += ["sparsegpt", "none"]

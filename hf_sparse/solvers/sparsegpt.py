@@ -11,11 +11,12 @@ from functools import partial
 
 import torch
 
-from ..allocations import apportion
 from ..patterns import Pattern
-from ..ranking import TensorScores, keep, lowest
-from .factor import Factor
-from .solver import Solver, Wanted, register_solver
+from ..selection.budgets import apportion
+from ..selection.ranking import keep, lowest
+from ..selection.scores import TensorScores
+from .base import PruneRequest, Solver, register_solver
+from .hessian import HessianFactor
 
 
 BLOCK = 128
@@ -38,7 +39,7 @@ class SparseGPT(Solver):
     blocks exactly round(sparsity·units) fall (more only if the mask asks for more), ties by position; of N:M exactly N
     of every M stay, fewer only if the mask says so. Weights of dead inputs become 0, whatever the mask says.
 
-    A `Factor` that is given instead of a Gram matrix has its own dampening.
+    A `HessianFactor` that is given instead of a Gram matrix has its own dampening.
 
     Args:
         block: columns that choose together; a pattern's width rounds it up. If None, the paper's 128, but of narrow
@@ -46,12 +47,12 @@ class SparseGPT(Solver):
 
     Raises:
         ValueError: a pattern whose units span whole rows, which leaves nothing to make up for them; a share that N:M
-            does not end at; sums of other inputs; and what `Factor` refuses.
+            does not end at; sums of other inputs; and what `HessianFactor` refuses.
 
     Example:
         >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
         >>> mask = torch.tensor([[False, True]])
-        >>> SparseGPT().solve(torch.tensor([[2.0, 3.0]]), Factor(gram, dampening=0), mask_RC=mask)[0]
+        >>> SparseGPT().solve(torch.tensor([[2.0, 3.0]]), HessianFactor(gram, dampening=0), mask_RC=mask)[0]
         tensor([[0., 4.]])
 
     Reference: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023.
@@ -60,10 +61,10 @@ class SparseGPT(Solver):
     block: int | None = None
 
     needs = "gram"
-    chooses = True
+    selects = True
 
-    def solve_together(self, wanted, stat=None):
-        factor = stat if isinstance(stat, Factor) else Factor(stat)
+    def solve_batched(self, wanted, stat=None):
+        factor = stat if isinstance(stat, HessianFactor) else HessianFactor(stat)
         for each in wanted:
             _check(each, factor)
         solved: list = [None] * len(wanted)
@@ -76,7 +77,7 @@ class SparseGPT(Solver):
         return solved
 
 
-def _check(wanted: Wanted, factor: Factor) -> None:
+def _check(wanted: PruneRequest, factor: HessianFactor) -> None:
     rows, columns = wanted.weight_RC.shape
     if len(factor.upper_CC) != columns:
         raise ValueError(f"the weight has {columns} inputs, but the Gram matrix is of {len(factor.upper_CC)}")
@@ -108,7 +109,7 @@ def _width(pattern: Pattern, rows: int, columns: int) -> int:
 
 
 def _solve_stack(
-    wanted: Sequence[Wanted], factor: Factor, pattern: Pattern | None, block: int | None
+    wanted: Sequence[PruneRequest], factor: HessianFactor, pattern: Pattern | None, block: int | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Weights whose rows are solved as one stack; each chooses by itself."""
     like = factor.upper_CC
@@ -145,7 +146,7 @@ def _unstacked(part_CR: torch.Tensor, dtype: torch.dtype, like_RC: torch.Tensor)
     return torch.empty(like_RC.shape, dtype=dtype, device=like_RC.device).copy_(part_CR.t())
 
 
-def _given(wanted: Wanted) -> torch.Tensor:
+def _given(wanted: PruneRequest) -> torch.Tensor:
     if wanted.mask_RC is None:
         return torch.ones(wanted.weight_RC.shape, dtype=torch.bool, device=wanted.weight_RC.device)
     return wanted.mask_RC
@@ -185,7 +186,7 @@ def _eliminate(weight_CR, kept_CR, upper_CC, block, strip, choose_block, choose_
         weight_CR[here] = now_BR
 
 
-def _chooser(wanted: Sequence[Wanted], pattern: Pattern, block: int) -> Callable:
+def _chooser(wanted: Sequence[PruneRequest], pattern: Pattern, block: int) -> Callable:
     """A function that chooses what falls in a block of columns, of each weight of a stack by itself."""
     starts = range(0, wanted[0].weight_RC.shape[1], block)
     counts = [dict(zip(starts, _counts(each, pattern, block), strict=True)) for each in wanted]
@@ -199,7 +200,7 @@ def _chooser(wanted: Sequence[Wanted], pattern: Pattern, block: int) -> Callable
     return choose
 
 
-def _counts(wanted: Wanted, pattern: Pattern, block: int) -> list[int]:
+def _counts(wanted: PruneRequest, pattern: Pattern, block: int) -> list[int]:
     """How many units fall in each block of columns: the same share of each, as far as whole units and the mask let."""
     rows, columns = wanted.weight_RC.shape
     widths = [min(block, columns - start) for start in range(0, columns, block)]

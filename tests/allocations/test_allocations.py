@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hf_sparse.allocations import ALLOCATIONS, LayerSize, apportion
+from hf_sparse.allocations import ALLOCATIONS, LayerSize
+from hf_sparse.selection.budgets import apportion
 
 
 def test_uniform_gives_every_layer_the_same_and_moves_what_a_bound_holds_back():

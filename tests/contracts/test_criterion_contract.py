@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_sparse import Pruner, PruningConfig, PruningConfigError
 from hf_sparse.criteria import CRITERIA
-from hf_sparse.stats import InputNorms
+from hf_sparse.statistics import InputNorms
 
 
 def inputs(criterion, dtype, shape=(6, 1, 8)):

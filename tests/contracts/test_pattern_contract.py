@@ -64,8 +64,8 @@ def test_whole_bands_of_rows_pool_as_the_matrix_does(text):
     pattern = get_pattern(text)
     scores = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     high = pattern.unit_rows(SHAPE[0])
-    bands = [pattern.pool(part) for part in scores.split(high)]
-    assert torch.equal(torch.cat(bands), pattern.pool(scores))
+    row_blocks = [pattern.pool(part) for part in scores.split(high)]
+    assert torch.equal(torch.cat(row_blocks), pattern.pool(scores))
 
 
 def model_with(values):

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from hf_sparse.patterns import get_pattern
-from hf_sparse.solvers import SOLVERS, Wanted, register_solver, squared_output
-from hf_sparse.stats import Gram
+from hf_sparse.solvers import SOLVERS, PruneRequest, output_energy, register_solver
+from hf_sparse.statistics import GramMatrix
 
 
 ROWS, COLUMNS = 12, 40
-CHOOSERS = [name for name in SOLVERS.names() if SOLVERS[name].chooses]
+CHOOSERS = [name for name in SOLVERS.names() if SOLVERS[name].selects]
 
 
 def random(*shape, seed=0):
@@ -17,7 +17,7 @@ def random(*shape, seed=0):
 
 
 def stat_of(name, columns=COLUMNS):
-    gram = Gram(columns)
+    gram = GramMatrix(columns)
     gram.observe(random(100, columns, seed=7))
     return gram if SOLVERS[name].needs == "gram" else None
 
@@ -62,19 +62,19 @@ def test_views_of_any_layout_are_solved_as_their_copies(name):
 
 @pytest.mark.parametrize("name", SOLVERS.names())
 def test_together_is_as_alone(name):
-    wanted = [Wanted(random(rows, COLUMNS, seed=rows), mask_of(rows=rows, seed=rows)) for rows in (3, 12, 1)]
-    together = SOLVERS[name]().solve_together(wanted, stat_of(name))
+    wanted = [PruneRequest(random(rows, COLUMNS, seed=rows), mask_of(rows=rows, seed=rows)) for rows in (3, 12, 1)]
+    together = SOLVERS[name]().solve_batched(wanted, stat_of(name))
     for each, (weight, mask) in zip(wanted, together, strict=True):
         alone = SOLVERS[name]().solve(each.weight_RC, stat_of(name), mask_RC=each.mask_RC)
         assert torch.equal(mask, alone[1]) and torch.allclose(weight, alone[0], rtol=1e-5, atol=1e-6)
-    assert SOLVERS[name]().solve_together([], stat_of(name)) == []
+    assert SOLVERS[name]().solve_batched([], stat_of(name)) == []
 
 
 @pytest.mark.parametrize("name", SOLVERS.names())
 def test_no_solver_does_worse_than_zero(name):
     weight, mask, gram = random(ROWS, COLUMNS), mask_of(), stat_of("sparsegpt")
     found, _ = SOLVERS[name]().solve(weight, stat_of(name), mask_RC=mask)
-    assert squared_output(found - weight, gram) <= squared_output(weight * mask - weight, gram) * (1 + 1e-6)
+    assert output_energy(found - weight, gram) <= output_energy(weight * mask - weight, gram) * (1 + 1e-6)
 
 
 def test_zero_leaves_what_is_kept_as_it_is():
@@ -94,7 +94,7 @@ def test_exactly_the_asked_number_falls_also_on_constant_weights(name, text, spa
             assert (kept.view(ROWS, -1, of).sum(2) == keep).all()
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS.names() if not SOLVERS[name].chooses])
+@pytest.mark.parametrize("name", [name for name in SOLVERS.names() if not SOLVERS[name].selects])
 def test_a_solver_that_cannot_choose_says_so(name):
     with pytest.raises(ValueError, match=f'solver "{name}" chooses nothing by itself: give it a mask'):
         SOLVERS[name]().solve(random(2, 4), stat_of(name, 4), get_pattern("unstructured"), 0.5)
@@ -129,6 +129,6 @@ def test_a_name_is_taken_once():
 
 def test_squared_output_is_the_sum_over_tokens():
     x, weight = random(50, 9, seed=2), random(4, 9)
-    gram = Gram(9)
+    gram = GramMatrix(9)
     gram.observe(x)
-    assert squared_output(weight, gram) == pytest.approx(float((x @ weight.t()).square().sum()), rel=1e-5)
+    assert output_energy(weight, gram) == pytest.approx(float((x @ weight.t()).square().sum()), rel=1e-5)

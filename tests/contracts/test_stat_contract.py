@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.criteria import CRITERIA
-from hf_sparse.stats import GradientStat, Gram, InputNorms
+from hf_sparse.statistics import GradientStatistic, GramMatrix, InputNorms
 
 
 NAMES = [name for name in CRITERIA.names() if CRITERIA[name].needs == "gradient"]
@@ -16,7 +16,7 @@ def steps(seed, count):
 
 
 def observed(criterion, pairs):
-    stat = GradientStat(torch.zeros(4, 6), criterion.decay)
+    stat = GradientStatistic(torch.zeros(4, 6), criterion.decay)
     for weight, gradient in pairs:
         stat.observe(weight, gradient, criterion.saliency)
     return stat
@@ -62,7 +62,7 @@ def close(first, second):
     return first.count == second.count and torch.allclose(first.total, second.total, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [InputNorms, Gram])
+@pytest.mark.parametrize("kind", [InputNorms, GramMatrix])
 def test_batches_one_by_one_are_all_tokens_at_once(kind):
     pairs = batches(0)
     tokens = torch.cat([x[keep] for x, keep in pairs])
@@ -74,7 +74,7 @@ def test_batches_one_by_one_are_all_tokens_at_once(kind):
     assert close(shuffled, whole)
 
 
-@pytest.mark.parametrize("kind", [InputNorms, Gram])
+@pytest.mark.parametrize("kind", [InputNorms, GramMatrix])
 def test_merging_two_parts_is_observing_all_inputs(kind):
     pairs = batches(2)
     first, second = observed_inputs(kind, pairs[:2]), observed_inputs(kind, pairs[2:])
@@ -87,7 +87,7 @@ def test_merging_two_parts_is_observing_all_inputs(kind):
     assert torch.equal(second.total, kept) and second.count == count
 
 
-@pytest.mark.parametrize("kind", [InputNorms, Gram])
+@pytest.mark.parametrize("kind", [InputNorms, GramMatrix])
 def test_what_padding_holds_does_not_matter(kind):
     pairs = batches(3)
     spoilt = [(x.masked_fill(~keep[..., None], float("nan")), keep) for x, keep in pairs]

@@ -6,8 +6,8 @@ import torch
 from hf_sparse import Pruner, PruningConfig, PruningConfigError
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.patterns import get_pattern
-from hf_sparse.ranking import lowest_per_row
-from hf_sparse.stats import Gram, InputNorms
+from hf_sparse.selection.ranking import keep_mask_by_row
+from hf_sparse.statistics import GramMatrix, InputNorms
 
 
 # ‖x‖ of four inputs over three tokens: 5, 1, 2, 10.
@@ -22,14 +22,14 @@ def norms(kind=InputNorms):
     return stat.norms
 
 
-@pytest.mark.parametrize("kind", [InputNorms, Gram])
+@pytest.mark.parametrize("kind", [InputNorms, GramMatrix])
 def test_scores_by_hand(kind):
     assert torch.allclose(CRITERIA["wanda"]().score(WEIGHT, norms(kind)), SCORES)
 
 
 def test_the_mask_of_half_of_each_row_by_hand():
     """Magnitude would keep the second and third weight of the first row."""
-    mask = lowest_per_row(CRITERIA["wanda"]().score(WEIGHT, norms()), 2)
+    mask = keep_mask_by_row(CRITERIA["wanda"]().score(WEIGHT, norms()), 2)
     assert ["".join(".#"[kept] for kept in row) for row in mask.tolist()] == ["#.#.", ".#.#", "#..#"]
 
 
@@ -52,13 +52,13 @@ def test_training_refuses_it_before_it_starts():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     with pytest.raises(PruningConfigError) as error:
         Pruner(model, PruningConfig(target_sparsity=0.5, criterion="wanda"))
-    assert error.value.faults == [
+    assert error.value.errors == [
         'criterion "wanda" needs inputs of the weights: use prune_oneshot, or magnitude / snip_momentum in training.'
     ]
     groups = {"some": {"targets": ["0"], "criterion": "wanda", "scope": "layer", "allocation": "owl"}}
     with pytest.raises(PruningConfigError) as error:
         Pruner(model, PruningConfig(target_sparsity=0.5, groups=groups))
-    assert error.value.faults == [
+    assert error.value.errors == [
         'group "some": criterion "wanda" needs inputs of the weights: use prune_oneshot, or magnitude / snip_momentum '
         "in training.",
         'group "some": allocation "owl" needs inputs of the weights: use prune_oneshot, or uniform / erdos_renyi in '

@@ -9,14 +9,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from architectures import ARCHITECTURES
-from tiny import same, weights
+from helpers.architectures import ARCHITECTURES
+from helpers.tiny import same, weights
 from torch import nn
 
 from hf_sparse import OneshotConfig, prune_oneshot
-from hf_sparse.config import PruningConfigError
-from hf_sparse.sharding import ALONE
-from hf_sparse.stats import InputNorms
+from hf_sparse.config.pruning import PruningConfigError
+from hf_sparse.distributed import SINGLE_PROCESS
+from hf_sparse.statistics import InputNorms
 
 
 RUNS = {
@@ -44,7 +44,7 @@ def differing(name, options, batches):
     architecture = ARCHITECTURES[name]
     found, alone = architecture.model(), architecture.model()
     report = prune(found, batches, **options)
-    with mock.patch("hf_sparse.oneshot.run.all_processes", lambda: ALONE):
+    with mock.patch("hf_sparse.oneshot.run.all_processes", lambda: SINGLE_PROCESS):
         expected = prune(alone, batches, **options)
     if report.zeros != expected.zeros:
         return "reports"

@@ -9,15 +9,15 @@ import traceback
 
 import torch
 import torch.distributed as dist
-from mixed import NAMES, Mixed
+from helpers.mixed import NAMES, Mixed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hf_sparse import PruningConfig
-from hf_sparse.config import PruningConfigError
+from hf_sparse.config.pruning import PruningConfigError
 from hf_sparse.criteria import CRITERIA
-from hf_sparse.pruner import Pruner
+from hf_sparse.engine.pruner import Pruner
 
 
 # By layout: where each weight of NAMES is cut. With an odd number of rows, or more processes than rows, some processes
@@ -136,7 +136,7 @@ def cases(world, everything):
 
 
 def main():
-    from hf_sparse import ranking, threshold
+    from hf_sparse.selection import ranking, threshold
 
     dist.init_process_group("gloo")
     count = wrong = 0

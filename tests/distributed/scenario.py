@@ -26,11 +26,11 @@ from pathlib import Path
 
 import torch
 from faults import FAULTS
-from hub_server import speak_to
-from modes import MODES, as_on_gpus, build, check
+from helpers.hub_server import speak_to
+from helpers.modes import MODES, as_on_gpus, build, check
+from helpers.tiny import arguments, figures, samples
 from safetensors.torch import save_file
 from spies import SPIES, Checks
-from tiny import arguments, figures, samples
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 

@@ -5,8 +5,8 @@ Where it does, bit for bit, a difference in a pruning run is pruning's doing.
 
 import pytest
 import torch
-from modes import MODES, each
-from tiny import same
+from helpers.modes import MODES, each
+from helpers.tiny import same
 
 
 _reference = {}

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
-from modes import MODES
-from tiny import SCHEDULE
+from helpers.modes import MODES
+from helpers.tiny import SCHEDULE
 
 from hf_sparse import SparseTrainer
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from modes import MODES, each
-from tiny import SCHEDULE, same
+from helpers.modes import MODES, each
+from helpers.tiny import SCHEDULE, same
 
 
 STEP = 4

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from hub_server import READ_TOKEN, TOKEN, USER
+from helpers.hub_server import READ_TOKEN, TOKEN, USER
+from helpers.modes import each
+from helpers.tiny import SCHEDULE, same
 from huggingface_hub import snapshot_download
-from modes import each
 from safetensors.torch import load
-from tiny import SCHEDULE, same
 
-from hf_sparse.state_files import read_masks
+from hf_sparse.training.state_files import read_masks
 
 
 OPTIONS = {"target_sparsity": 0.5, "criterion": "magnitude", **SCHEDULE, "push_to_hub": True}

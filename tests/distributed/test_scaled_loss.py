@@ -1,8 +1,8 @@
 """BERT's loss comes out as many times too large as there are processes; masks are the same (see the README)."""
 
 import pytest
-from modes import each
-from tiny import SCHEDULE, same
+from helpers.modes import each
+from helpers.tiny import SCHEDULE, same
 
 
 @pytest.mark.parametrize("mode", each("ddp", "fsdp2", "zero2"))

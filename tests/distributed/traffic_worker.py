@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_sparse import PruningConfig
-from hf_sparse.pruner import Pruner
+from hf_sparse.engine.pruner import Pruner
 
 
 SIZE = 1024
@@ -54,13 +54,13 @@ def problem(options, share, mesh):
     for prune_step in (1, 2, 3):
         expected.update(prune_step, 3)
         seen, names = [], ("all_reduce", "all_gather", "all_to_all_single")
-        originals = {name: getattr(dist, name) for name in names}
-        for name, original in originals.items():
+        primary_regions = {name: getattr(dist, name) for name in names}
+        for name, original in primary_regions.items():
             setattr(dist, name, partial(watched, original, seen))
         try:
             pruner.update(prune_step, 3)
         finally:
-            for name, original in originals.items():
+            for name, original in primary_regions.items():
                 setattr(dist, name, original)
         most = share * sum(weight.numel() * 4 for weight in whole.parameters())
         if sum(seen) > most:

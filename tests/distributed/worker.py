@@ -19,10 +19,9 @@ from pathlib import Path
 
 def main(folder: Path, starter: int) -> None:
     rank = int(os.environ["RANK"])
-    import modes
-    import scenario
-
     import hf_sparse.callback
+    import scenario
+    from helpers import modes
 
     for name in ("plot_schedule", "plot_layers"):
         setattr(hf_sparse.callback, name, lambda *args, **kwargs: None)

@@ -1,12 +1,12 @@
 """What a person writes into a card on the Hub outlives the next push."""
 
 import pytest
-from hub_server import USER
+from helpers.hub_server import USER
+from helpers.tiny import SCHEDULE, make
 from huggingface_hub import ModelCard
-from tiny import SCHEDULE, make
 
-from hf_sparse import cli
-from hf_sparse.model_card import PUBLISHED_FILES
+from hf_sparse.cli import main as cli
+from hf_sparse.hub.card import PUBLISHED_FILES
 
 
 REPO = f"{USER}/out"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import READ_TOKEN, TOKEN, USER
+from helpers.hub_server import READ_TOKEN, TOKEN, USER
 from safetensors.torch import save_file
 
 from hf_sparse import UploadError
-from hf_sparse.hub import HiddenToken, hide_token, is_from_hub, push, push_command
-from hf_sparse.storage import write_json
+from hf_sparse.files import write_json
+from hf_sparse.hub.upload import HiddenToken, hide_token, is_from_hub, push, push_command
 
 
 REPO = f"{USER}/pruned"
@@ -118,7 +118,7 @@ def test_only_what_may_pass_is_tried_again(hub, folder):
     with pytest.raises(UploadError):
         push(folder, REPO)
     assert len(hub.asked("/commit/")) == 1
-    hub.faults.clear()
+    hub.errors.clear()
     hub.fail("/commit/", 503)
     with pytest.raises(UploadError):
         push(folder, REPO)

@@ -1,11 +1,11 @@
 """`hf-sparse push`: what it prints, how it ends, and where its token comes from."""
 
 import pytest
-from hub_server import TOKEN, USER
+from helpers.hub_server import TOKEN, USER
 from typer.testing import CliRunner
 
-from hf_sparse.cli import app
-from hf_sparse.storage import write_json
+from hf_sparse.cli.main import app
+from hf_sparse.files import write_json
 
 
 REPO = f"{USER}/pruned"

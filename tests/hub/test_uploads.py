@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import READ_TOKEN, TOKEN, USER
+from helpers.hub_server import READ_TOKEN, TOKEN, USER
+from helpers.tiny import SCHEDULE, STEPS, make, same, weights
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors.torch import load_file
-from tiny import SCHEDULE, STEPS, make, same, weights
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from hf_sparse import PruningConfig, SparseTrainer, SparsityCallback, UploadError
-from hf_sparse.state_files import read_masks
+from hf_sparse.training.state_files import read_masks
 
 
 REPO = f"{USER}/out"

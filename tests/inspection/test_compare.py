@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.tiny import bert
 from safetensors.torch import save_file
-from tiny import bert
 
 from hf_sparse.inspection import InspectionError, compare_checkpoints
 from hf_sparse.inspection.compare import LayerComparison

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 import transformers
+from helpers.tiny import bert, gpt2
 from safetensors.torch import save_file
-from tiny import bert, gpt2
 
 from hf_sparse import Pruner, PruningConfig
 from hf_sparse.inspection import inspect_checkpoint
 from hf_sparse.inspection.checkpoint import open_checkpoint
 from hf_sparse.inspection.layouts import Selection, layouts, selection
-from hf_sparse.targets import find_layers, select_layers
+from hf_sparse.model.layers import find_layers, select_layers
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

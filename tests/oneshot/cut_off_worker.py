@@ -4,23 +4,23 @@ import os
 import signal
 import sys
 
-from architectures import ARCHITECTURES
+from helpers.architectures import ARCHITECTURES
 
 from hf_sparse import OneshotConfig, prune_oneshot
-from hf_sparse.oneshot.state import FinishedStages
+from hf_sparse.oneshot.resume import FinishedSubgraphs
 
 
 def main():
-    folder, stages = sys.argv[1], int(sys.argv[2])
-    real, written = FinishedStages.write, []
+    folder, subgraphs = sys.argv[1], int(sys.argv[2])
+    real, written = FinishedSubgraphs.write, []
 
     def write(self, *arguments):
-        if len(written) == stages:
+        if len(written) == subgraphs:
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, *arguments)
         written.append(arguments)
 
-    FinishedStages.write = write
+    FinishedSubgraphs.write = write
     architecture = ARCHITECTURES["bert"]
     config = OneshotConfig(target_sparsity=0.5, solver="sparsegpt")
     prune_oneshot(architecture.model(), architecture.batches(), config, folder, progress=False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from architectures import Architecture, tokens_that_count
+from helpers.architectures import Architecture, tokens_that_count
 
 from hf_sparse.patterns import get_pattern
 from hf_sparse.solvers import SOLVERS

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import bits_equal
+from helpers.tiny import bits_equal
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_sparse.oneshot.activations import PLACES, Activations
+from hf_sparse.config.oneshot import PLACES
+from hf_sparse.oneshot.activations import Activations
 
 
 @dataclass(frozen=True)

@@ -4,34 +4,34 @@ import pytest
 import torch
 
 from hf_sparse import OneshotConfig
-from hf_sparse.group import Group
+from hf_sparse.engine.parameter_group import ParameterGroup
+from hf_sparse.model.layers import PrunableLayer
 from hf_sparse.oneshot import layerwise
-from hf_sparse.oneshot.feeds import Feed
-from hf_sparse.oneshot.layerwise import Layerwise, get_solver, norms_of
+from hf_sparse.oneshot.layerwise import LayerPruner, get_solver, norms_of
+from hf_sparse.oneshot.observers import InputObserver
 from hf_sparse.solvers import SOLVERS
-from hf_sparse.stats import Gram, InputNorms
-from hf_sparse.targets import Layer
+from hf_sparse.statistics import GramMatrix, InputNorms
 
 
 def setting(layers, **options):
     """One group of these layers, and Layerwise of it."""
     (config,) = OneshotConfig(**options).resolve_groups(oneshot=True).values()
-    group = Group("weights", config, layers)
+    group = ParameterGroup("weights", config, layers)
     groups = {layer.name: group for layer in layers}
-    return Layerwise(groups, group.quotas({}, {}))
+    return LayerPruner(groups, group.prune_counts({}, {}))
 
 
 def fed(layers, x, kind=InputNorms, expert=None):
-    feed = Feed(kind(x.shape[-1]), layers, expert)
-    feed.observe(x, None)
-    return feed
+    observer = InputObserver(kind(x.shape[-1]), layers, expert)
+    observer.observe(x, None)
+    return observer
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-LINEAR = Layer("a.weight", "linear", (4, 8))
+LINEAR = PrunableLayer("a.weight", "linear", (4, 8))
 
 
 @pytest.mark.parametrize("kind, shape", [("linear", (4, 8)), ("conv1d", (8, 4)), ("experts", (3, 4, 8))])
@@ -39,12 +39,12 @@ LINEAR = Layer("a.weight", "linear", (4, 8))
 @pytest.mark.parametrize("solver", ["zero", "sparsegpt"])
 def test_the_exact_number_of_the_group_falls(kind, shape, target, solver):
     """Also where it is no whole number in each row, matrix or layer."""
-    layers = [Layer(f"{name}.weight", kind, shape) for name in "ab"]
+    layers = [PrunableLayer(f"{name}.weight", kind, shape) for name in "ab"]
     weights = {layer.name: random(*shape, seed=number) for number, layer in enumerate(layers)}
-    gram = Gram if solver == "sparsegpt" else InputNorms
+    gram = GramMatrix if solver == "sparsegpt" else InputNorms
     experts = range(3) if kind == "experts" else [None]
-    feeds = [fed([layer], random(40, 8, seed=9 + (e or 0)), gram, e) for layer in layers for e in experts]
-    setting(layers, target_sparsity=target, solver=solver).settle(feeds, weights)
+    observers = [fed([layer], random(40, 8, seed=9 + (e or 0)), gram, e) for layer in layers for e in experts]
+    setting(layers, target_sparsity=target, solver=solver).prune_layers(observers, weights)
     total = sum(weight.numel() for weight in weights.values())
     assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(target * total)
 
@@ -52,18 +52,18 @@ def test_the_exact_number_of_the_group_falls(kind, shape, target, solver):
 def test_errors_are_those_of_the_outputs_on_the_sample():
     weight, x = random(4, 8), random(30, 8, seed=1)
     parameters = {LINEAR.name: weight.clone()}
-    errors = setting([LINEAR], target_sparsity=0.5).settle([fed([LINEAR], x)], parameters)
+    errors = setting([LINEAR], target_sparsity=0.5).prune_layers([fed([LINEAR], x)], parameters)
     change = parameters[LINEAR.name] - weight
     expected = float((x @ change.t()).square().sum() / (x @ weight.t()).square().sum())
     assert errors == {LINEAR.name: pytest.approx(expected, rel=1e-5)}
 
 
 def test_errors_of_experts_are_those_of_all_together():
-    layer = Layer("e.weight", "experts", (2, 4, 8))
+    layer = PrunableLayer("e.weight", "experts", (2, 4, 8))
     weight, inputs = random(2, 4, 8), [random(10, 8, seed=1), 5 * random(20, 8, seed=2)]
     parameters = {layer.name: weight.clone()}
-    feeds = [fed([layer], x, expert=expert) for expert, x in enumerate(inputs)]
-    errors = setting([layer], target_sparsity=0.5).settle(feeds, parameters)
+    observers = [fed([layer], x, expert=expert) for expert, x in enumerate(inputs)]
+    errors = setting([layer], target_sparsity=0.5).prune_layers(observers, parameters)
     pairs = [(x @ (parameters[layer.name] - weight)[e].t(), x @ weight[e].t()) for e, x in enumerate(inputs)]
     expected = sum(float(change.square().sum()) for change, _ in pairs) / sum(
         float(output.square().sum()) for _, output in pairs
@@ -73,17 +73,17 @@ def test_errors_of_experts_are_those_of_all_together():
 
 def test_one_factor_for_all_weights_of_an_input(monkeypatch):
     made = []
-    real = layerwise.Factor
+    real = layerwise.HessianFactor
     monkeypatch.setattr(layerwise, "Factor", lambda *args: made.append(args) or real(*args))
-    layers = [Layer(f"{name}.weight", "linear", (4, 8)) for name in "qkv"]
+    layers = [PrunableLayer(f"{name}.weight", "linear", (4, 8)) for name in "qkv"]
     parameters = {layer.name: random(4, 8, seed=number) for number, layer in enumerate(layers)}
     alone = {name: weight.clone() for name, weight in parameters.items()}
     x = random(40, 8, seed=5)
-    feed = fed(layers, x, Gram)
-    setting(layers, pattern="2:4", solver="sparsegpt").settle([feed], parameters)
-    assert len(made) == 1 and feed.stat is None and feed.sample is None
+    observer = fed(layers, x, GramMatrix)
+    setting(layers, pattern="2:4", solver="sparsegpt").prune_layers([observer], parameters)
+    assert len(made) == 1 and observer.stat is None and observer.sample is None
     for layer in layers:
-        setting([layer], pattern="2:4", solver="sparsegpt").settle([fed([layer], x, Gram)], alone)
+        setting([layer], pattern="2:4", solver="sparsegpt").prune_layers([fed([layer], x, GramMatrix)], alone)
     assert all(torch.allclose(alone[name], parameters[name], rtol=1e-5, atol=1e-6) for name in alone)
 
 
@@ -91,7 +91,7 @@ def test_masks_that_were_decided_before_are_taken():
     parameters, mask = {LINEAR.name: random(4, 8)}, random(4, 8, seed=3) > 0
     expected = parameters[LINEAR.name] * mask
     given = setting([LINEAR], target_sparsity=0.5)
-    given = Layerwise(given.groups, given.quotas, {LINEAR.name: mask})
+    given = LayerPruner(given.groups, given.prune_counts, {LINEAR.name: mask})
     given.prune(LINEAR, parameters[LINEAR.name])
     assert torch.equal(parameters[LINEAR.name], expected)
 
@@ -99,14 +99,14 @@ def test_masks_that_were_decided_before_are_taken():
 def test_inputs_that_never_came(caplog):
     parameters = {LINEAR.name: random(4, 8)}
     before = parameters[LINEAR.name].clone()
-    for kind, options in ((InputNorms, {}), (Gram, {"solver": "sparsegpt"})):
+    for kind, options in ((InputNorms, {}), (GramMatrix, {"solver": "sparsegpt"})):
         given = setting([LINEAR], target_sparsity=0.5, **options)
         with pytest.raises(ValueError, match=r'reaches 1 of 1 inputs, such as that of "a.weight": .*exclude=\["a"\]'):
-            given.settle([Feed(kind(8), [LINEAR])], parameters)
+            given.prune_layers([InputObserver(kind(8), [LINEAR])], parameters)
         assert torch.equal(parameters[LINEAR.name], before)
         parameters[LINEAR.name] = before.clone()
         given.on_unreached = "magnitude"
-        errors = given.settle([Feed(kind(8), [LINEAR])], parameters)
+        errors = given.prune_layers([InputObserver(kind(8), [LINEAR])], parameters)
         kept = before.abs() > before.abs().flatten().kthvalue(16)[0]
         if not options:
             kept = before.abs() > before.abs().kthvalue(4, dim=1, keepdim=True)[0]
@@ -119,7 +119,7 @@ def test_sums_that_no_factor_can_be_made_of_name_the_weight():
     given = setting([LINEAR], target_sparsity=0.5, solver="sparsegpt")
     given.dampening = 0
     with pytest.raises(ValueError, match='inputs of "a.weight": the Gram matrix is not positive definite'):
-        given.settle([fed([LINEAR], random(2, 8), Gram)], {LINEAR.name: random(4, 8)})
+        given.prune_layers([fed([LINEAR], random(2, 8), GramMatrix)], {LINEAR.name: random(4, 8)})
 
 
 def test_norms_broadcast_to_the_weight():
@@ -131,9 +131,9 @@ def test_norms_broadcast_to_the_weight():
         ("experts", (2, 4, 8), torch.stack([norms, y.norm(dim=0)]).view(2, 1, 8)),
         ("experts_transposed", (2, 8, 4), torch.stack([norms, y.norm(dim=0)]).view(2, 8, 1)),
     ):
-        layer = Layer("w", kind, shape)
-        feeds = [fed([layer], x), fed([layer], y)] if len(shape) == 3 else [fed([layer], x)]
-        assert torch.allclose(norms_of(layer, feeds), expected)
+        layer = PrunableLayer("w", kind, shape)
+        observers = [fed([layer], x), fed([layer], y)] if len(shape) == 3 else [fed([layer], x)]
+        assert torch.allclose(norms_of(layer, observers), expected)
 
 
 def test_solvers_are_told_their_block_if_they_ask():

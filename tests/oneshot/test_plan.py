@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_texts import WORDS, llama
+from helpers.tiny_texts import WORDS, llama
 
 from hf_sparse import OneshotConfig, PruningConfigError, plan_oneshot, prune_oneshot
 from hf_sparse.oneshot import costs
@@ -43,11 +43,11 @@ def test_what_is_planned_is_done(options):
 
 def test_stages():
     plan = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5))
-    assert plan.stages == 3 and {layer.stage for layer in plan.layers} == {f"model.layers.{n}" for n in range(3)}
-    assert plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, sequential=False)).stages == 1
+    assert plan.subgraphs == 3 and {layer.subgraph for layer in plan.layers} == {f"model.layers.{n}" for n in range(3)}
+    assert plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, sequential=False)).subgraphs == 1
     unseen = plan_oneshot(llama(), None, OneshotConfig(target_sparsity=0.5, criterion="magnitude", scope="layer"))
-    assert unseen.stages == unseen.tokens == unseen.costs.activations == unseen.costs.statistics == 0
-    assert {layer.stage for layer in unseen.layers} == {None}
+    assert unseen.subgraphs == unseen.tokens == unseen.costs.activations == unseen.costs.statistics == 0
+    assert {layer.subgraph for layer in unseen.layers} == {None}
 
 
 @pytest.mark.parametrize("options", [{"allocation": "owl"}, {"criterion": "taylor", "scope": "global"}])
@@ -101,12 +101,12 @@ def test_memory_by_hand():
 
 def test_time_grows_with_the_data_and_the_forwards():
     """By arithmetic alone: seconds of a body, and of what is before the blocks."""
-    run = costs.Oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5))
-    probe = costs.look(run.model, run.seen, BATCHES[0], sequential=True)
+    run = costs.OneshotRun(llama(), BATCHES, OneshotConfig(target_sparsity=0.5))
+    trace = costs.trace_model(run.model, run.seen, BATCHES[0], sequential=True)
     # Three blocks: two of them twice, the last once; five times up to the first block.
-    assert costs._passes(run, probe, 3.0, 1.0) == pytest.approx(5 * 1.0 + 5 * 1.0)
+    assert costs._passes(run, trace, 3.0, 1.0) == pytest.approx(5 * 1.0 + 5 * 1.0)
     run.config.forwards = 1
-    assert costs._passes(run, probe, 3.0, 1.0) == pytest.approx(3.0 + 3 * 1.0)
+    assert costs._passes(run, trace, 3.0, 1.0) == pytest.approx(3.0 + 3 * 1.0)
     small, large = (costs._Input("block", 64, 32, gram=True).operations(tokens) for tokens in (1000, 3000))
     assert large[0] == 3 * small[0] == 3 * 1000 * 64 * 64 and large[1] == small[1]
 

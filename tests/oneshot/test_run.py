@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from helpers.architectures import ARCHITECTURES
 from torch import nn
 
 from hf_sparse import OneshotConfig, PruningConfig, prune_oneshot

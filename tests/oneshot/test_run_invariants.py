@@ -5,13 +5,13 @@ import itertools
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
-from tiny import bits_equal, weights
+from helpers.architectures import ARCHITECTURES
+from helpers.tiny import bits_equal, weights
 from torch import nn
 
 from hf_sparse import OneshotConfig, prune_oneshot
-from hf_sparse.config import PruningConfigError
-from hf_sparse.oneshot.layerwise import Layerwise
+from hf_sparse.config.pruning import PruningConfigError
+from hf_sparse.oneshot.layerwise import LayerPruner
 
 
 PATTERNS = ["unstructured", "2:4", "1:4", "4x1", "2x2", "channel", "channel:in"]
@@ -158,7 +158,7 @@ def test_the_model_is_left_in_its_mode(name, options, monkeypatch):
         before = state_of(model)
         with monkeypatch.context() as patch:
             if broken:
-                patch.setattr(Layerwise, broken, _after(2, getattr(Layerwise, broken)))
+                patch.setattr(LayerPruner, broken, _after(2, getattr(LayerPruner, broken)))
             try:
                 prune_oneshot(model, architecture.batches(), OneshotConfig(**options), progress=False)
             except KeyboardInterrupt:

@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_sparse import OneshotConfig, prune_oneshot
 from hf_sparse.oneshot.activations import Activations
-from hf_sparse.oneshot.layerwise import Layerwise
-from hf_sparse.stats import Gram, InputNorms
+from hf_sparse.oneshot.layerwise import LayerPruner
+from hf_sparse.statistics import GramMatrix, InputNorms
 
 
 WIDTH, TOKENS, BATCHES = 12, 7, 3
@@ -32,10 +32,10 @@ class Ledger:
     def __init__(self, monkeypatch):
         self.stats, self.outputs = weakref.WeakSet(), weakref.WeakSet()
         self.most_stats = self.most_outputs = self.most_bytes = 0
-        for kind in (Gram, InputNorms):
+        for kind in (GramMatrix, InputNorms):
             self._watch(monkeypatch, kind, "__init__", lambda stat, *_: self.stats.add(stat))
         self._watch(monkeypatch, Activations, "__setitem__", self._kept)
-        self._watch(monkeypatch, Layerwise, "settle", lambda *_: self.look(), before=True)
+        self._watch(monkeypatch, LayerPruner, "settle", lambda *_: self.trace_model(), before=True)
 
     def _watch(self, monkeypatch, owner, name, see, before=False):
         real = getattr(owner, name)
@@ -54,9 +54,9 @@ class Ledger:
         for leaf in activations._kept[index][0]:
             if torch.is_tensor(leaf):
                 self.outputs.add(leaf)
-        self.look()
+        self.trace_model()
 
-    def look(self):
+    def trace_model(self):
         self.most_stats = max(self.most_stats, sum(stat.total.numel() for stat in self.stats))
         self.most_outputs = max(self.most_outputs, len(self.outputs))
 

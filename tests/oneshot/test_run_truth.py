@@ -6,7 +6,7 @@ from functools import partial
 import naive
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from helpers.architectures import ARCHITECTURES
 
 from hf_sparse import OneshotConfig, prune_oneshot
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
+sys.path.insert(0, str(TESTS))
 
-from modes import as_on_gpus  # noqa: E402
+from helpers.modes import as_on_gpus  # noqa: E402
 
 
 def main() -> None:

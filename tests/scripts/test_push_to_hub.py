@@ -3,7 +3,7 @@
 import pytest
 import run_glue
 from conftest import read_json, sentiment_rows, train_args, write_rows
-from hub_server import TOKEN, USER
+from helpers.hub_server import TOKEN, USER
 from safetensors.torch import load
 from transformers import AutoModelForSequenceClassification
 

@@ -12,7 +12,7 @@ from glue_metrics import GLUE_METRICS
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from hf_sparse import data_files
+from hf_sparse.calibration import data_files
 
 
 # The tiny checkpoint has a head for two labels.

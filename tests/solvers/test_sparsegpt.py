@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hf_sparse.patterns import get_pattern
-from hf_sparse.solvers import SOLVERS, Factor, Wanted, sparsegpt, squared_output
-from hf_sparse.stats import Gram
+from hf_sparse.solvers import SOLVERS, HessianFactor, PruneRequest, output_energy, sparsegpt
+from hf_sparse.statistics import GramMatrix
 
 
 CHOICES = [("unstructured", 0.5), ("unstructured", 0.25), ("2:4", 0.5), ("1:4", 0.75), ("4x1", 0.5), ("2x2", 0.25)]
@@ -54,7 +54,7 @@ def error_of(change, gram):
 @pytest.mark.parametrize("columns", [1, 7, 48])
 def test_with_a_given_mask_it_is_the_definition(columns, block):
     weight, gram, mask = random(11, columns), correlated(columns), random_mask(11, columns)
-    found, kept = solver(block).solve(weight, Factor(gram, 0), mask_RC=mask)
+    found, kept = solver(block).solve(weight, HessianFactor(gram, 0), mask_RC=mask)
     expected, _ = eliminated(weight, gram, lambda j, scores: mask[:, j : j + 4], 4)
     assert torch.equal(kept, mask) and torch.allclose(found, expected, rtol=1e-8, atol=1e-9)
 
@@ -65,7 +65,7 @@ def test_its_own_choice_is_the_definition(text, sparsity, block):
     """Per block of columns over all rows, of N:M per group; scores w²/[inverse of what is left]_jj."""
     pattern, columns = get_pattern(text), 48
     weight, gram = random(8, columns), correlated(columns)
-    found, kept = solver(block).solve(weight, Factor(gram, 0), pattern, sparsity)
+    found, kept = solver(block).solve(weight, HessianFactor(gram, 0), pattern, sparsity)
 
     def choose(first, scores):
         if pattern.max_sparsity < 1:
@@ -86,7 +86,7 @@ def test_one_column_at_the_front_is_the_closed_form():
     """Optimal Brain Surgeon: w - w_0/[H⁻¹]_00·H⁻¹_0, with the error w_0²/[H⁻¹]_00."""
     weight, gram = random(1, 9), correlated(9)
     mask = torch.tensor([[False] + [True] * 8])
-    found, _ = solver(4).solve(weight, Factor(gram, 0), mask_RC=mask)
+    found, _ = solver(4).solve(weight, HessianFactor(gram, 0), mask_RC=mask)
     inverse = torch.linalg.inv(gram)
     assert torch.allclose(found, weight - weight[0, 0] / inverse[0, 0] * inverse[0], rtol=1e-9, atol=1e-10)
     assert torch.allclose(error_of(found - weight, gram), weight[0, 0] ** 2 / inverse[0, 0])
@@ -98,7 +98,7 @@ def test_what_falls_left_of_what_is_kept_leaves_the_least_squares_solution(falle
     """min ‖(w - ŵ)X‖² over ŵ of the kept: ŵ_K = w_K + w_F·G_FK·G_KK⁻¹."""
     weight, gram = random(5, 12), correlated(12)
     mask = torch.arange(12).expand(5, 12) >= fallen
-    found, _ = solver(block).solve(weight, Factor(gram, 0), mask_RC=mask)
+    found, _ = solver(block).solve(weight, HessianFactor(gram, 0), mask_RC=mask)
     moved = weight[:, :fallen] @ gram[:fallen, fallen:] @ torch.linalg.inv(gram[fallen:, fallen:])
     assert torch.allclose(found[:, fallen:], weight[:, fallen:] + moved, rtol=1e-8, atol=1e-9)
 
@@ -119,7 +119,7 @@ def test_the_error_is_the_sum_of_what_each_column_costs():
         falling = torch.where(mask[:, j], 0.0, now[:, j])
         costs += falling**2 / inverse[0, 0]
         now[:, j:] -= falling[:, None] / inverse[0, 0] * inverse[0]
-    found, _ = solver(4).solve(weight, Factor(gram, 0), mask_RC=mask)
+    found, _ = solver(4).solve(weight, HessianFactor(gram, 0), mask_RC=mask)
     assert torch.allclose(error_of(found - weight, gram), costs, rtol=1e-8)
 
 
@@ -133,17 +133,17 @@ def test_the_error_is_never_above_that_of_zero_with_the_same_mask(kind, text, sp
             x = x @ random(64, 64, seed=20 + seed)
         if kind == "low rank":
             x = random(200, 16, seed=seed) @ random(16, 64, seed=20 + seed) + 0.1 * random(200, 64, seed=seed)
-        gram = Gram(64)
+        gram = GramMatrix(64)
         gram.observe(x)
         weight = random(32, 64, seed=30 + seed).float()
         found, mask = solver(16).solve(weight, gram, get_pattern(text), sparsity)
         zeroed, _ = SOLVERS["zero"]().solve(weight, mask_RC=mask)
-        error, plain = squared_output(found - weight, gram), squared_output(zeroed - weight, gram)
+        error, plain = output_energy(found - weight, gram), output_energy(zeroed - weight, gram)
         assert error < plain
         magnitude = weight.abs() > weight.abs().flatten().kthvalue(1024)[0]
         found, _ = solver(16).solve(weight, gram, mask_RC=magnitude)
         zeroed, _ = SOLVERS["zero"]().solve(weight, mask_RC=magnitude)
-        assert squared_output(found - weight, gram) < squared_output(zeroed - weight, gram)
+        assert output_energy(found - weight, gram) < output_energy(zeroed - weight, gram)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.1, 0.333, 0.5, 0.77, 1.0])
@@ -174,7 +174,7 @@ def test_zeros_that_are_there_stay_and_count(text, sparsity):
         locked = pattern.expand(units, (8, 1, 32)).expand(8, 1, 32)[:, 0].clone()
         locked[0, 0] = False
     weight = weight * locked
-    found, kept = solver(16).solve(weight, Factor(gram, 0), pattern, sparsity, mask_RC=locked)
+    found, kept = solver(16).solve(weight, HessianFactor(gram, 0), pattern, sparsity, mask_RC=locked)
     assert not (kept & ~locked).any() and not found[~kept].any()
     units = pattern.pool(kept.float()[:, None, :])
     if pattern.max_sparsity < 1:
@@ -182,7 +182,7 @@ def test_zeros_that_are_there_stay_and_count(text, sparsity):
         assert torch.equal(groups, before.clamp(max=pattern.keep))
     else:
         assert int((units == 0).sum()) == round(sparsity * units.numel())
-    expected, _ = solver(16).solve(weight, Factor(gram, 0), mask_RC=kept)
+    expected, _ = solver(16).solve(weight, HessianFactor(gram, 0), mask_RC=kept)
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-10)
 
 
@@ -219,14 +219,14 @@ def test_rows_solved_together_are_solved_as_alone():
     gram, unstructured = correlated(40), get_pattern("unstructured")
     locked = random_mask(4, 40, share=0.1)
     wanted = [
-        Wanted(random(5, 40, seed=1), pattern=unstructured, sparsity=0.5),
-        Wanted(random(8, 40, seed=2), pattern=get_pattern("2:4"), sparsity=0.5),
-        Wanted(random(4, 40, seed=3), locked, unstructured, 0.7),
-        Wanted(random(3, 40, seed=4), random_mask(3, 40)),
-        Wanted(100 * random(6, 40, seed=5).float(), pattern=unstructured, sparsity=0.2),
+        PruneRequest(random(5, 40, seed=1), pattern=unstructured, sparsity=0.5),
+        PruneRequest(random(8, 40, seed=2), pattern=get_pattern("2:4"), sparsity=0.5),
+        PruneRequest(random(4, 40, seed=3), locked, unstructured, 0.7),
+        PruneRequest(random(3, 40, seed=4), random_mask(3, 40)),
+        PruneRequest(100 * random(6, 40, seed=5).float(), pattern=unstructured, sparsity=0.2),
     ]
-    factor = Factor(gram)
-    together = solver(16).solve_together(wanted, factor)
+    factor = HessianFactor(gram)
+    together = solver(16).solve_batched(wanted, factor)
     for each, (weight, mask) in zip(wanted, together, strict=True):
         alone = solver(16).solve(each.weight_RC, factor, each.pattern, each.sparsity, each.mask_RC)
         assert torch.equal(mask, alone[1]) and weight.dtype == each.weight_RC.dtype
@@ -243,7 +243,7 @@ def test_the_order_of_rows_does_not_matter(text, sparsity):
 
 def test_how_tokens_are_split_into_batches_does_not_matter():
     x, weight = random(90, 24).float(), random(6, 24).float()
-    whole, parts = Gram(24), [Gram(24), Gram(24)]
+    whole, parts = GramMatrix(24), [GramMatrix(24), GramMatrix(24)]
     whole.observe(x)
     for index, batch in enumerate(x[torch.arange(89, -1, -1)].split(17)):
         parts[index % 2].observe(batch)

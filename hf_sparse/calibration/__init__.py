@@ -1,0 +1,1 @@
+"""Calibration data: text to batches."""

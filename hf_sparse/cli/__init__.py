@@ -1,0 +1,6 @@
+"""The command `hf-sparse`."""
+
+from .main import main
+
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""The pruning engine: observe, update, enforce."""

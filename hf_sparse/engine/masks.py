@@ -1,0 +1,140 @@
+"""Masks: which weights are kept, and the only code that writes zeros.
+
+A mask is held as int8, -1 (all bits set) where a weight is kept and 0 where it is pruned. A bitwise AND of the
+weight's own bits with the sign-extended mask then leaves kept weights as they are, bit for bit, and makes pruned ones
++0.0, whatever they held: multiplying would leave -0.0 and keep a nan. It is also the fastest of the exact ways:
+one read of the weights and of one byte per weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+
+
+# The same-sized integer of each floating dtype.
+_BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float64: torch.int64,
+}
+# On a CPU the mask is widened to the weight's size in a temporary; at this many elements that stays small.
+_CHUNK = 1 << 20
+
+
+class MaskStore(Mapping[str, torch.Tensor]):
+    """Parameter name -> mask (bool, True is kept). Everything is kept at first.
+
+    A mask has the shape of the parameter, or of the part of it that this process holds.
+
+    Args:
+        shapes: parameter name -> (shape, device).
+
+    Example:
+        >>> weight = torch.tensor([[-1.0, 2.0], [3.0, float("nan")]])
+        >>> masks = MaskStore({"w": (weight.shape, weight.device)})
+        >>> masks.replace("w", torch.tensor([[False, True], [True, False]]))
+        >>> masks.enforce({"w": weight})
+        >>> weight
+        tensor([[0., 2.],
+                [3., 0.]])
+        >>> masks.pruned("w")
+        2
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[torch.Size, torch.device]]):
+        self._bits = {
+            name: torch.full(tuple(shape), -1, dtype=torch.int8, device=device)
+            for name, (shape, device) in shapes.items()
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._bits[name] != 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def bits(self, name: str) -> torch.Tensor:
+        """The mask itself, int8: -1 where kept, 0 where pruned. Writing to it changes the mask."""
+        return self._bits[name]
+
+    def replace(self, name: str, mask: torch.Tensor) -> None:
+        """Set the mask of `name` (bool, True is kept).
+
+        Raises:
+            ValueError: another shape or dtype than the parameter's mask.
+        """
+        bits = self._bits[name]
+        if mask.shape != bits.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f'mask of "{name}": {mask.dtype} of shape {tuple(mask.shape)} instead of torch.bool of '
+                f"{tuple(bits.shape)}."
+            )
+        bits.copy_(mask).neg_()
+
+    def kept(self, name: str) -> int:
+        """How many weights of `name` are kept."""
+        return int(torch.count_nonzero(self._bits[name]))
+
+    def pruned(self, name: str) -> int:
+        """How many weights of `name` are pruned."""
+        return self._bits[name].numel() - self.kept(name)
+
+    @torch.no_grad()
+    def enforce(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Write +0.0 wherever a weight is pruned; kept weights are not touched, bit for bit, and parameters without a
+        mask are left alone."""
+        for name in parameters.keys() & self._bits.keys():
+            weight = parameters[name]
+            weight, bits = weight.detach(), self._bits[name].to(weight.device)
+            if not weight.is_contiguous():
+                weight.masked_fill_(bits == 0, 0)
+                continue
+            weight, bits = weight.view(_BITS[weight.dtype]).view(-1), bits.view(-1)
+            if weight.is_cuda or weight.numel() <= _CHUNK:
+                weight.bitwise_and_(bits)
+                continue
+            for part, part_bits in zip(weight.split(_CHUNK), bits.split(_CHUNK), strict=True):
+                part.bitwise_and_(part_bits)
+
+    def packed(self, name: str) -> torch.Tensor:
+        """The mask as uint8, eight weights to the byte, the first in the highest bit."""
+        return torch.from_numpy(np.packbits(self._bits[name].cpu().numpy() != 0))
+
+    def digest_of(self, name: str) -> int:
+        """A number of 64 bits that changes with the name, the shape and every bit of one mask."""
+        bits = self._bits[name]
+        digest = hashlib.blake2b(f"{name}{tuple(bits.shape)}".encode(), digest_size=8)
+        digest.update(self.packed(name).numpy())
+        return int.from_bytes(digest.digest(), "little", signed=True)
+
+    def digest(self) -> str:
+        """The same of all masks, in whatever order."""
+        numbers = sorted(self.digest_of(name) for name in self._bits)
+        return hashlib.blake2b(str(numbers).encode(), digest_size=16).hexdigest()
+
+
+def unpack_mask(packed: torch.Tensor, numel: int) -> torch.Tensor:
+    """A packed mask as bool, (numel).
+
+    Raises:
+        ValueError: it is not of `numel` weights.
+
+    Example:
+        >>> unpack_mask(torch.tensor([0b10100000], dtype=torch.uint8), 3)
+        tensor([ True, False,  True])
+    """
+    needed = -(-numel // 8)
+    if packed.dtype != torch.uint8 or packed.shape != (needed,):
+        raise ValueError(
+            f"a mask is {packed.dtype} of shape {tuple(packed.shape)}; for {numel} weights it must be torch.uint8 of "
+            f"({needed},)."
+        )
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=numel).view(np.bool_))

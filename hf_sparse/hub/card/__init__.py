@@ -1,0 +1,38 @@
+"""The model card of a sparse model: what was pruned, how, out of what, and what it cost.
+
+It is made from files alone, so it can be made again: the report, the config, and `pruning_card.json` beside them.
+"""
+
+from ...files import CARD_FILE, README
+from ..model_classes import auto_class
+from .data import SparsityCard, describe, measurements
+from .writing import (
+    PUBLISHED_FILES,
+    Version,
+    has_card,
+    parsed,
+    published,
+    recount,
+    render_card,
+    rewrite_card,
+    write_card,
+)
+
+
+__all__ = [
+    "CARD_FILE",
+    "has_card",
+    "PUBLISHED_FILES",
+    "README",
+    "SparsityCard",
+    "Version",
+    "auto_class",
+    "describe",
+    "measurements",
+    "parsed",
+    "published",
+    "recount",
+    "render_card",
+    "rewrite_card",
+    "write_card",
+]

@@ -1,0 +1,1 @@
+"""Sparsity reports, tables and plots."""

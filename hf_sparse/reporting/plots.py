@@ -1,0 +1,50 @@
+"""The two figures of a pruning run: the schedule, and the sparsity of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..files import write_atomically
+from .report import SparsityReport
+
+
+def plot_schedule(
+    path: str | Path, planned: Sequence[tuple[int, float]], measured: Sequence[tuple[int, float]], steps: int
+) -> None:
+    """Sparsity of the selected weights over the optimizer steps: the plan as a staircase, measurements as dots."""
+    figure, axes = _figure(8, 4)
+    points = [(0, 0.0), *planned]
+    points.append((steps, points[-1][1]))
+    axes.step(*zip(*points), where="post", color="tab:blue", label="planned")
+    if measured:
+        axes.plot(*zip(*measured), "o", markersize=4, color="tab:orange", label="measured in the weights")
+    axes.set(xlabel="optimizer step", ylabel="sparsity of the selected weights", ylim=(0, 1), xlim=(0, steps))
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_layers(path: str | Path, report: SparsityReport) -> None:
+    """One bar per selected weight, and a line at the mean of all of them."""
+    names = [layer.name.removesuffix(".weight") for layer in report.layers]
+    figure, axes = _figure(9, max(2.5, 0.22 * len(names) + 1.2))
+    axes.barh(range(len(names)), [layer.sparsity for layer in report.layers], color="tab:blue")
+    axes.axvline(report.sparsity, color="tab:orange", label=f"all selected weights: {report.sparsity:.1%}")
+    axes.set(xlabel="sparsity", xlim=(0, 1), yticks=range(len(names)))
+    axes.set_yticklabels(names, fontsize=7)
+    axes.invert_yaxis()
+    axes.legend(loc="lower left", fontsize=8)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float):
+    # The object interface draws to a file without touching the backend that the user's process may have chosen.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure, path: str | Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

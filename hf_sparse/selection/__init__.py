@@ -1,0 +1,1 @@
+"""Which units are pruned: thresholds, rankings and budgets, exact over chunks and ranks."""

@@ -1,0 +1,1 @@
+"""Pruning inside a Trainer."""

@@ -1,0 +1,42 @@
+"""SparseTrainingArguments: TrainingArguments with the options of pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from ..config.pruning import PruningConfig
+
+
+@dataclass(repr=False)
+class SparseTrainingArguments(PruningConfig, TrainingArguments):
+    """Every field of `TrainingArguments` and of `PruningConfig`; no default of either is changed.
+
+    For Python, `HfArgumentParser` (command line, JSON, YAML) and JSON round trips.
+
+    Raises:
+        PruningConfigError: with every fault of the pruning options.
+
+    Example:
+        >>> args = SparseTrainingArguments("out", target_sparsity=0.8, use_cpu=True)
+        >>> args.target_sparsity, args.learning_rate
+        (0.8, 5e-05)
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "groups"]
+
+    # Where both parents have a method of one name, arguments are arguments first: every field, without the tokens.
+    to_dict = TrainingArguments.to_dict
+    __repr__ = TrainingArguments.__repr__
+
+    def __post_init__(self):
+        PruningConfig.__post_init__(self)
+        super(PruningConfig, self).__post_init__()
+
+
+@dataclass(repr=False)
+class SparseSeq2SeqTrainingArguments(SparseTrainingArguments, Seq2SeqTrainingArguments):
+    """`SparseTrainingArguments` with the fields of `Seq2SeqTrainingArguments`, for `SparseSeq2SeqTrainer`."""
+
+    to_dict = Seq2SeqTrainingArguments.to_dict

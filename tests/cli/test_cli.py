@@ -1,0 +1,110 @@
+"""The program: exit codes, what goes where, and that nothing heavy is imported before it is needed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_sparse import PruningConfig, SparsityReport
+from hf_sparse.cli.main import app
+from hf_sparse.reporting.report import LayerReport
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    live = torch.rand(16, 8, 4).argsort(-1) < 2
+    weight = torch.randn(16, 32) * live.flatten(1)
+    save_file({"up.weight": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "other").mkdir()
+    save_file({"up.weight": weight + 1e-3}, tmp_path / "other" / "model.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def run_program(*words):
+        with pytest.raises(SystemExit) as done:
+            app([*map(str, words)], prog_name="hf-sparse")
+        return done.value.code, *capsys.readouterr()
+
+    return run_program
+
+
+def test_report(folder, run):
+    code, out, err = run("report", folder)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1] == "up.weight   16x32  F32   2:4          256      512    50.00%"
+    code, out, err = run("report", folder, "--json")
+    assert (code, err) == (0, "") and json.loads(out)["sparsity_of_selected"] == 0.5
+    assert json.loads(out)["unmet"] == []
+
+
+def test_checks_decide_the_exit_code(folder, run):
+    assert run("report", folder, "--min-sparsity", 0.5, "--expect", "2:4")[0] == 0
+    code, out, err = run("report", folder, "--min-sparsity", 0.51, "--expect", "1:4")
+    assert code == 1 and "up.weight" in out
+    assert err.splitlines() == [
+        "hf-sparse: 256 of 512 selected weights are zero (50.0000%), expected at least 51.0000%.",
+        "hf-sparse: 1 of 1 selected weights do not hold 1:4, such as up.weight.",
+    ]
+    code, out, _ = run("report", folder, "--expect", "1:4", "--json")
+    assert code == 1 and len(json.loads(out)["unmet"]) == 1
+
+
+def test_compare_decides_the_exit_code(folder, run):
+    assert run("report", folder, "--compare", folder)[0] == 0
+    code, out, err = run("report", folder, "--compare", folder / "other", "--json")
+    assert code == 1 and json.loads(out)["kept_all"] is False and json.loads(out)["lost"] == 256
+    assert err == f"hf-sparse: 256 zeros of {folder} are not zero in {folder / 'other'}.\n"
+    # The other way about nothing is lost: there was nothing.
+    assert run("report", folder / "other", "--compare", folder)[0] == 0
+
+
+def test_what_users_can_mend_is_one_line_and_2(folder, run):
+    for words in (
+        ("report", folder / "absent.safetensors"),
+        ("report", folder, "--expect", "2;4"),
+        ("report", folder, "--min-sparsity", "50"),
+        ("report", folder, "--verify"),
+        ("report", folder, "--compare", folder, "--verify"),
+    ):
+        code, out, err = run(*words)
+        assert code == 2 and out == "" and err.startswith("hf-sparse: ") and err.count("\n") == 1
+    assert run("report")[0] == run("nonsense")[0] == 2
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from hf_sparse.cli import main; sys.argv = ['hf-sparse', '--help']\n"
+        "try: main()\nfinally: print(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "report" in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_the_module_is_the_program(folder):
+    command = [sys.executable, "-m", "hf_sparse", "report", str(folder), "--expect", "1:4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "do not hold 1:4" in done.stderr
+
+
+def test_card(folder, run):
+    """Of a run that pruned 2:4, whose weights have lost a zero since."""
+    report = SparsityReport((LayerReport("up.weight", "weights", "2:4", (16, 32), 512, 256),), 600, 300, 0.5)
+    report.save(folder / "pruning_report.json")
+    PruningConfig(pattern="2:4").save(folder / "pruning_config.json")
+    weight = load_file(folder / "model.safetensors")["up.weight"]
+    weight[weight == 0] = torch.tensor([1.0, *[0.0] * 255])
+    save_file({"up.weight": weight}, folder / "model.safetensors")
+    code, out, err = run("card", folder)
+    assert (code, out, err) == (0, f"{folder / 'README.md'}\n", "")
+    text = (folder / "README.md").read_text()
+    assert "| selected weights | 255 | 512 | 49.80% |" in text and "| all parameters | 299 | 600 |" in text
+
+    code, out, err = run("card", folder / "other")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"hf-sparse: {folder / 'other' / 'pruning_report.json'} does not exist: a card is made from")

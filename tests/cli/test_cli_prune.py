@@ -1,0 +1,154 @@
+"""`hf-sparse prune`: its options are those of the script, its exit codes and what goes where."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.tiny_texts import llama, save, texts, word_tokenizer, write_rows
+from transformers import AutoModelForCausalLM, HfArgumentParser
+
+from hf_sparse import OneshotConfig, oneshot
+from hf_sparse.cli.main import app
+from hf_sparse.oneshot import OneshotArguments
+
+
+@pytest.fixture
+def run(capsys):
+    def run_program(*words):
+        with pytest.raises(SystemExit) as done:
+            app(["prune", *map(str, words)], prog_name="hf-sparse")
+        return done.value.code, *capsys.readouterr()
+
+    return run_program
+
+
+@pytest.fixture
+def model(tmp_path):
+    write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts(60)])
+    return save(tmp_path / "model", llama(), word_tokenizer())
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What the program gives to `run_oneshot`, which does nothing."""
+    calls = []
+    monkeypatch.setattr(oneshot, "run_job", lambda job, config, say: calls.append((job, config)))
+    return calls
+
+
+def test_it_prunes(model, tmp_path, run):
+    words = ["--calibration-file", tmp_path / "texts.jsonl", "--samples", 4, "--length", 16, "--pattern", "2:4"]
+    code, out, err = run(model, tmp_path / "out", *words)
+    assert code == 0 and out.splitlines()[-1] == f"saved to {tmp_path / 'out'}"
+    assert "calibration: 4 blocks of 16 tokens" in out and "selected" in out
+    weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[1].mlp.up_proj.weight
+    assert ((weight != 0).reshape(32, 4, 4).sum(-1) == 2).all()
+
+
+def test_its_options_are_those_of_the_script(run, given):
+    """Every option, set to something else than its default, is read to the same by both."""
+    others = {
+        "pattern": "4x1",
+        "scope": "layer",
+        "allocation": "erdos_renyi",
+        "solver": "sparsegpt",
+        "criterion": "magnitude",
+        "sparsity_decay_type": "linear",
+        "scheduler": "oneshot",
+        "on_indivisible": "skip",
+        "activations": "disk",
+        "on_unreached": "magnitude",
+        "dtype": "float16",
+        "forwards": 2,
+        "regrow": 0.0,
+        "prune_start": 0.2,
+        "dampening": 0.5,
+        "target_sparsity": 0.6,
+        "min_sparsity_per_layer": 0.1,
+        "max_sparsity_per_layer": 0.9,
+        "initial_sparsity": 0.05,
+        "prune_end": 0.9,
+        "prune_every": 0.3,
+        "solver_block": 64,
+    }
+    left_out = {"pruning_config", "groups", "layer_sparsity", "dataset_name", "device_map", "model_name_or_path"}
+    by_script, by_program = ["--model_name_or_path", "m"], []
+    for field in (field for cls in (OneshotArguments, OneshotConfig) for field in dataclasses.fields(cls)):
+        if field.name in left_out:
+            continue
+        dashed = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            by_script += [f"--{field.name}", str(not field.default)]
+            by_program += [dashed.replace("--", "--no-", 1) if field.default else dashed]
+        elif field.name in ("targets", "exclude"):
+            by_script += [f"--{field.name}", "*.a", "*.b"]
+            by_program += [dashed, "*.a", dashed, "*.b"]
+        else:
+            value = others.get(field.name, 7 if isinstance(field.default, int) else "x")
+            value = 7 if field.name == "max_eval_samples" else value
+            by_script += [f"--{field.name}", str(value)]
+            by_program += ["x"] if field.name == "output_dir" else [dashed, str(value)]
+    code, out, err = run("m", *by_program)
+    assert (code, err) == (0, "")
+    expected = HfArgumentParser((OneshotArguments, OneshotConfig)).parse_args_into_dataclasses(by_script)
+    assert given == [tuple(expected)]
+    changed = [getattr(expected[0], field.name) != field.default for field in dataclasses.fields(OneshotArguments)]
+    assert changed.count(False) == 2  # dataset_name and device_map
+
+
+def test_underscores_and_mappings(run, given):
+    run(
+        "m",
+        "out",
+        "--keep_zeros",
+        "--layer_sparsity",
+        '{"*.q_proj": 0.25}',
+        "--no_sequential",
+        "--on_unreached",
+        "error",
+    )
+    (job, config), *_ = given
+    assert config.keep_zeros and not config.sequential and config.groups["*.q_proj"]["target_sparsity"] == 0.25
+
+
+def test_what_users_can_mend_is_one_line_and_2(model, tmp_path, run):
+    for words, text in (
+        ((model, "out", "--target-sparsity", 1.5), "target_sparsity is 1.5: it must be a number from 0 to 1"),
+        ((model, "out", "--target-sparsity", 0.5), 'criterion "wanda" needs calibration data'),
+        ((model,), "no place for the result: pass output_dir, or dry_run."),
+        ((model, tmp_path, "--target-sparsity", 0.5), "is not empty: name another folder, or pass --overwrite"),
+        ((tmp_path / "no", "out", "--target-sparsity", 0.5, "--criterion", "magnitude"), "is no model that can be"),
+    ):
+        code, out, err = run(*words)
+        assert code == 2 and text in err
+        assert [line for line in err.splitlines() if line.startswith("hf-sparse: ")] == err.splitlines()[-1:]
+    code, out, err = run(model, "out", "--target-sparsitty", 0.5)
+    assert code == 2 and "--target-sparsity" in err
+
+
+def test_ctrl_c_is_130(run, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(oneshot, "run_job", interrupted)
+    assert run("m", "out", "--target-sparsity", 0.5)[0] == 130
+
+
+def test_help_names_every_option(run):
+    code, out, err = run("--help")
+    assert code == 0 and "Usage: hf-sparse prune" in out.replace("\n", " ")
+    for name in ("calibration", "dry-run", "solver", "target-spar"):
+        assert f"--{name}" in out
+
+
+def test_the_program_by_itself(model, tmp_path):
+    """Once for real, with nothing said to be done, and with nothing left to do."""
+    command = [sys.executable, "-m", "hf_sparse", "prune", model, str(tmp_path / "out"), "--target-sparsity", "0.5"]
+    command += ["--criterion", "magnitude", "--scope", "layer"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith("saved to") and Path(tmp_path, "out", "README.md").is_file()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr

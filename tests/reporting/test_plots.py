@@ -1,0 +1,50 @@
+"""The figures: what is drawn is what was given, and files are whole."""
+
+import matplotlib
+import pytest
+
+from hf_sparse.reporting import plots
+from hf_sparse.reporting.report import LayerReport, SparsityReport
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, caught on their way to the file."""
+    figures, save = [], plots._save
+
+    def catch(figure, path):
+        figures.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", catch)
+    return figures
+
+
+def test_the_schedule_is_a_staircase_with_the_measurements_on_it(tmp_path, drawn):
+    backend = matplotlib.get_backend()
+    plots.plot_schedule(tmp_path / "a.png", [(3, 0.25), (6, 0.5)], [(2, 0.0), (4, 0.25)], steps=10)
+    staircase, dots = drawn[0].axes[0].get_lines()
+    assert staircase.get_xydata().tolist() == [[0, 0], [3, 0.25], [6, 0.5], [10, 0.5]]
+    assert staircase.get_drawstyle() == "steps-post"
+    assert dots.get_xydata().tolist() == [[2, 0.0], [4, 0.25]]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert matplotlib.get_backend() == backend
+
+
+def test_a_run_without_measurements_or_prune_steps_has_a_schedule_too(tmp_path, drawn):
+    plots.plot_schedule(tmp_path / "a.png", [(3, 0.5)], [], steps=10)
+    plots.plot_schedule(tmp_path / "b.png", [], [], steps=10)
+    assert len(drawn[0].axes[0].get_lines()) == 1
+    assert drawn[1].axes[0].get_lines()[0].get_xydata().tolist() == [[0, 0], [10, 0]]
+
+
+@pytest.mark.parametrize("count", [1, 60])
+def test_layers_have_a_bar_each(tmp_path, drawn, count):
+    layers = tuple(LayerReport(f"layer.{i}.weight", "weights", "2:4", (4, 4), 16, i % 17) for i in range(count))
+    report = SparsityReport(layers, 16 * count + 4, 8, 0.5)
+    plots.plot_layers(tmp_path / "a.png", report)
+    axes = drawn[0].axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [layer.sparsity for layer in layers]
+    assert [label.get_text() for label in axes.get_yticklabels()][0] == "layer.0"
+    assert axes.get_lines()[0].get_xdata()[0] == report.sparsity

@@ -1,0 +1,54 @@
+"""SparsityReport: counted in the weights, each share with its denominator."""
+
+import json
+
+import torch
+from torch import nn
+
+from hf_sparse import Pruner, PruningConfig, SparsityReport
+from hf_sparse.numerics import count_zeros
+from hf_sparse.reporting.report import LayerReport
+
+
+def test_figures_by_hand():
+    layers = (LayerReport("a.weight", "g", "2:4", (2, 8), 16, 8), LayerReport("b.weight", "g", "4x1", (4, 1), 4, 4))
+    report = SparsityReport(layers, parameters=40, parameter_zeros=14, target=0.6)
+    assert (report.selected, report.zeros, report.sparsity) == (20, 12, 0.6)
+    assert report.parameter_sparsity == 0.35 and [layer.sparsity for layer in layers] == [0.5, 1.0]
+    assert str(report).splitlines() == [
+        "layer       shape  pattern  zeros  weights  sparsity",
+        "a.weight    2x8    2:4          8       16    50.00%",
+        "b.weight    4x1    4x1          4        4   100.00%",
+        "selected                       12       20    60.00%",
+        "parameters                     14       40    35.00%",
+    ]
+
+
+def test_round_trip_and_file(tmp_path):
+    layers = (LayerReport("a.weight", "g", "2:4", (2, 8), 16, 8),)
+    report = SparsityReport(layers, 40, 14, 0.6)
+    assert SparsityReport.from_dict(report.to_dict()) == report
+    report.save(tmp_path / "report.json")
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert SparsityReport.from_dict(values) == report
+    assert values["sparsity_of_selected"] == 0.5 and values["sparsity_of_parameters"] == 0.35
+    assert values["layers"][0]["sparsity"] == 0.5
+
+
+def test_nothing_is_divided_by_zero():
+    report = SparsityReport((), 0, 0, 0.0)
+    assert (report.sparsity, report.parameter_sparsity) == (0.0, 0.0)
+    assert "selected" in str(report)
+
+
+def test_zeros_are_counted_in_the_weights_of_the_model():
+    """The mask does not know of a weight that is zero by chance; biases count only among all parameters."""
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+        model[0].bias.zero_()
+        model[1].weight.copy_(torch.tensor([[0.0, -0.0], [1.0, 2.0]]))
+    report = Pruner(model, PruningConfig(target_sparsity=0.5, targets=["1"])).report()
+    assert (report.selected, report.zeros, report.target) == (4, 2, 0.5)
+    assert (report.parameters, report.parameter_zeros) == (8 + 2 + 4, 4)
+    assert count_zeros(torch.tensor([0.0, -0.0, float("nan"), 1e-30])) == 2

@@ -1,0 +1,51 @@
+"""Perplexity and accuracy, against the model called by hand."""
+
+import math
+
+import pytest
+import torch
+from helpers.tiny_texts import bert_tokenizer, classifier, llama, word_tokenizer
+from transformers import BertForMaskedLM
+
+from hf_sparse.calibration.text_batches import TextReader
+from hf_sparse.oneshot import evaluate_model
+
+
+def test_perplexity_is_of_all_tokens_alike_and_of_no_padding():
+    model = llama().train()
+    texts = ["good film", "a very very bad film", "one two three"]
+    batches = TextReader(word_tokenizer(), model, length=9, batch_size=2, per_row=True).first(texts)
+    found = evaluate_model(model, batches)
+    assert model.training
+    losses = []
+    model.eval()
+    for text in texts:  # each by itself, without padding
+        ids = torch.tensor([word_tokenizer()(text)["input_ids"]])
+        chances = model(ids).logits.log_softmax(-1)[0]
+        losses += [-float(chances[place, token]) for place, token in enumerate(ids[0, 1:])]
+    assert found["tokens"] == len(losses) == 2 + 5 + 3
+    assert found["loss"] == pytest.approx(sum(losses) / 10, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+def test_accuracy():
+    model = classifier()
+    rows = [{"text": text, "label": label} for text, label in (("good", 0), ("bad", 1), ("very good film", 1))]
+    reader = TextReader(bert_tokenizer(), model, length=9, batch_size=2)
+    tokenized = [bert_tokenizer()(row["text"], return_tensors="pt") for row in rows]
+    answers = [int(model(**batch).logits.argmax()) for batch in tokenized]
+    right = sum(answer == row["label"] for answer, row in zip(answers, rows, strict=True))
+    assert evaluate_model(model, reader.first(rows)) == {"accuracy": right / 3, "samples": 3}
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(
+        ValueError, match="BertForMaskedLM cannot be evaluated: perplexity is of causal language models"
+    ):
+        evaluate_model(BertForMaskedLM(classifier().config), [])
+    with pytest.raises(ValueError, match="accuracy of classifiers with one label"):
+        evaluate_model(classifier(problem_type="multi_label_classification"), [])
+    with pytest.raises(ValueError, match="name the label_column"):
+        evaluate_model(classifier(), TextReader(bert_tokenizer(), classifier(), length=9).first(["good"]))
+    with pytest.raises(ValueError, match="nothing to evaluate on"):
+        evaluate_model(llama(), [])

@@ -1,0 +1,115 @@
+"""Which checkpoint can be trusted, and what is in the state file. Resuming itself is tested in test_resume.py."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.tiny import SCHEDULE, make
+from safetensors.torch import load_file, save_file
+
+from hf_sparse.files import STATE_FILE
+from hf_sparse.training.checkpoints import (
+    find_checkpoint_error,
+    last_complete_checkpoint,
+    processes_of,
+    start_checkpoint,
+)
+from hf_sparse.training.state_files import CheckpointError, read_masks, read_states
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    options = {"target_sparsity": 0.5, "criterion": "movement", **SCHEDULE}
+    make(folder, **options, save_strategy="steps", save_steps=2).train()
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, saved):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def test_the_newest_complete_checkpoint_is_found_by_number(run):
+    (run / "checkpoint-x").mkdir()
+    (run / "checkpoint-100").mkdir()
+    assert find_checkpoint_error(run / "checkpoint-10") is None
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-10")  # not 8, which sorts later as text
+    assert last_complete_checkpoint(run / "nowhere") is None
+
+
+FILES = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_file_that_is_cut_short_is_noticed(run, name, share):
+    path = run / "checkpoint-10" / name
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert name in find_checkpoint_error(path.parent) and "cut short" in find_checkpoint_error(path.parent)
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-8")
+
+
+@pytest.mark.parametrize("name", FILES[:-1])
+def test_a_file_that_is_missing_is_noticed(run, name):
+    (run / "checkpoint-10" / name).unlink()
+    assert find_checkpoint_error(run / "checkpoint-10")
+    weights_only_files = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    assert (find_checkpoint_error(run / "checkpoint-10", weights_only=True) is None) == (name in weights_only_files)
+
+
+def test_a_dense_checkpoint_of_several_processes_is_whole(run):
+    """What it lacks, masks, is said where they are looked for."""
+    checkpoint = run / "checkpoint-10"
+    (checkpoint / STATE_FILE).unlink()
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    assert processes_of(checkpoint) is None and find_checkpoint_error(checkpoint) is None
+    (checkpoint / "rng_state_0.pth").unlink()
+    assert "rng_state*.pth" in find_checkpoint_error(checkpoint)
+
+
+def test_a_missing_shard_is_noticed(run):
+    folder = run / "checkpoint-10"
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert "model-00002-of-00002.safetensors: missing" in find_checkpoint_error(folder)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+    assert find_checkpoint_error(folder) is None
+
+
+def test_a_state_of_another_step_is_noticed(run):
+    shutil.rmtree(run / "checkpoint-8")
+    (run / "checkpoint-10").rename(run / "checkpoint-8")
+    assert find_checkpoint_error(run / "checkpoint-8") == "trainer_state.json is of step 10."
+
+
+def test_starting_a_checkpoint_clears_what_a_killed_run_left(run):
+    folder = run / "checkpoint-10"
+    (folder / ".pruning_state-abc.safetensors").write_bytes(b"half")
+    assert find_checkpoint_error(folder) is None  # nothing reads it
+    start_checkpoint(folder)
+    assert not (folder / ".pruning_state-abc.safetensors").exists()
+    assert find_checkpoint_error(folder).startswith("trainer_state.json is missing")
+    start_checkpoint(run / "not-there-yet")
+
+
+def test_masks_take_an_eighth_of_a_byte_per_weight_and_sums_four(saved):
+    tensors = load_file(saved / "checkpoint-10" / STATE_FILE)
+    sizes = dict.fromkeys(("mask", "stat"), 0)
+    for name, tensor in tensors.items():
+        sizes[name.split("/")[0]] += tensor.numel() * tensor.element_size()
+    assert sizes == {"mask": 4800 / 8, "stat": 4800 * 4}
+
+
+def test_a_changed_description_is_refused(run):
+    path = run / "checkpoint-10" / STATE_FILE
+    (tensors, values) = read_states(path.parent)[0]
+    values["step"] = 8
+    save_file(dict(tensors), path, metadata={"hf_sparse": json.dumps(values)})
+    with pytest.raises(CheckpointError, match="checksum"):
+        list(read_masks(path.parent))
+    save_file({"mask/a": torch.zeros(1)}, path, metadata={"hf_sparse": '{"shapes": {}}'})
+    with pytest.raises(CheckpointError, match="its description is incomplete"):
+        read_states(path.parent)
