@@ -1,6 +1,6 @@
 """`python -m hf_sparse` is `hf-sparse`."""
 
-from .cli.main import main
+from .cli import main
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def plots():
 def no_plots(request, monkeypatch):
     if "plots" not in request.fixturenames:
         for name in ("plot_schedule", "plot_layers"):
-            monkeypatch.setattr(f"hf_sparse.callback.{name}", lambda *args, **kwargs: None)
+            monkeypatch.setattr(f"hf_sparse.training.callback.{name}", lambda *args, **kwargs: None)
 
 
 @pytest.fixture
@@ -47,12 +47,12 @@ def hub(monkeypatch):
     import huggingface_hub.utils._http as http
     from helpers.hub_server import TOKEN, HubServer, speak_to
 
-    import hf_sparse.hub
+    import hf_sparse.hub.upload
 
     with HubServer() as server:
         speak_to(server.url, monkeypatch.setattr)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(hf_sparse.hub, "WAITS", (0, 0))
+        monkeypatch.setattr(hf_sparse.hub.upload, "WAITS", (0, 0))
         monkeypatch.setattr(http, "time", types.SimpleNamespace(**vars(time) | {"sleep": lambda _: None}))
         yield server
     huggingface_hub.close_session()

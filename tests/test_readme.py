@@ -25,7 +25,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-import hf_sparse.cli
+import hf_sparse.cli.app
 from hf_sparse import OneshotConfig, Pruner, PruningConfig, SparseTrainingArguments
 
 
@@ -91,7 +91,7 @@ def test_a_card_is_written_anew(workplace):
     report.save(f"{folder}/pruning_report.json")
     config.save(f"{folder}/pruning_config.json")
     with pytest.raises(SystemExit) as done:
-        hf_sparse.cli.app([word, folder])
+        hf_sparse.cli.app.app([word, folder])
     assert done.value.code == 0
     assert f"| {report.zeros:,} | {report.selected:,} | 50.00% |" in Path(folder, "README.md").read_text()
 
@@ -153,7 +153,7 @@ def test_checkpoints_are_inspected(workplace, capsys):
     assert len(lines) == 4
     for _, *words in lines:
         with pytest.raises(SystemExit) as done:
-            hf_sparse.cli.app(words)
+            hf_sparse.cli.app.app(words)
         assert done.value.code == 0, words
     output = capsys.readouterr().out
     assert output.count("50.00%") > 20 and '"selected_by": "guess"' in output
@@ -163,7 +163,7 @@ def test_the_push_command_runs(workplace, hub):
     line = next(line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-sparse push"))
     _, command, folder, repo = shlex.split(line)
     (workplace / "path/to/model").rename(folder)
-    assert CliRunner().invoke(hf_sparse.cli.app, [command, folder, repo]).stdout == f"{hub.url}/{repo}\n"
+    assert CliRunner().invoke(hf_sparse.cli.app.app, [command, folder, repo]).stdout == f"{hub.url}/{repo}\n"
     assert "model.safetensors" in hub.repos[repo].files
 
 
@@ -187,7 +187,7 @@ def test_models_are_pruned_without_training_and_then_trained(workplace, capsys):
         assert done.returncode == 0, done.stderr[-3000:]
     for _, *words in lines[2:]:
         with pytest.raises(SystemExit) as done:
-            hf_sparse.cli.app([*words, *small])
+            hf_sparse.cli.app.app([*words, *small])
         assert done.value.code == 0
     assert "time: about" in capsys.readouterr().out
     for name in ("pruned", "pruned-tuned", "pruned-2of4"):

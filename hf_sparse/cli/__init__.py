@@ -1,6 +1,6 @@
 """The command `hf-sparse`."""
 
-from .main import main
+from .app import main
 
 
 __all__ = ["main"]

@@ -165,7 +165,7 @@ def test_files(tmp_path, ending):
 
 def test_a_stream_is_read_as_far_as_it_is_kept(tmp_path, monkeypatch):
     tiny_texts.write_rows(tmp_path / "train.jsonl", [{"text": text} for text in numbered(9)])
-    monkeypatch.setattr("hf_sparse.oneshot.text_rows.STREAMED", 4)
+    monkeypatch.setattr("hf_sparse.calibration.text_rows.STREAMED", 4)
     assert list(load_texts(None, str(tmp_path), streaming=True)["text"]) == numbered(4)
     assert len(load_texts(None, str(tmp_path))) == 9
 

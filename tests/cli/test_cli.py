@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_sparse import PruningConfig, SparsityReport
-from hf_sparse.cli.main import app
+from hf_sparse.cli.app import app
 from hf_sparse.reporting.report import LayerReport
 
 

@@ -10,7 +10,7 @@ from helpers.tiny_texts import llama, save, texts, word_tokenizer, write_rows
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from hf_sparse import OneshotConfig, oneshot
-from hf_sparse.cli.main import app
+from hf_sparse.cli.app import app
 from hf_sparse.oneshot import OneshotArguments
 
 

@@ -55,7 +55,7 @@ def test_every_fault_is_told_at_once():
 
 
 @pytest.mark.parametrize(
-    "options, fault",
+    "options, error_text",
     [
         ({"target_sparsity": -0.1}, "target_sparsity is -0.1"),
         ({"target_sparsity": float("nan")}, "target_sparsity is nan"),
@@ -129,7 +129,7 @@ def test_a_recipe_with_groups(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, faults",
+    "text, errors",
     [
         ("target_sparsity: [", ["cannot be read"]),
         ("- 1", ["must hold options and their values, but holds list"]),

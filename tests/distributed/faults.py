@@ -43,9 +43,9 @@ def _halfway(owner, method: str, step: int) -> None:
 
 
 def in_masks(step: int, trainer: Trainer) -> None:
-    import hf_sparse.storage
+    import hf_sparse.files
 
-    _halfway(hf_sparse.storage, "save_file", step)
+    _halfway(hf_sparse.files, "save_file", step)
 
 
 def before_weights(step: int, trainer: Trainer) -> None:

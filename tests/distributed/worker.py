@@ -19,12 +19,13 @@ from pathlib import Path
 
 def main(folder: Path, starter: int) -> None:
     rank = int(os.environ["RANK"])
-    import hf_sparse.callback
     import scenario
     from helpers import modes
 
+    import hf_sparse.training.callback
+
     for name in ("plot_schedule", "plot_layers"):
-        setattr(hf_sparse.callback, name, lambda *args, **kwargs: None)
+        setattr(hf_sparse.training.callback, name, lambda *args, **kwargs: None)
     if modes.available("zero3"):
         import deepspeed.ops  # slow: once here, not in every child
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_sparse.tiny import bert
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+
+from .tiny import bert
 
 
 def llama(seed: int = 0, **config) -> LlamaForCausalLM:

@@ -5,7 +5,7 @@ from helpers.hub_server import USER
 from helpers.tiny import SCHEDULE, make
 from huggingface_hub import ModelCard
 
-from hf_sparse.cli import main as cli
+from hf_sparse.cli import app as cli
 from hf_sparse.hub.card import PUBLISHED_FILES
 
 

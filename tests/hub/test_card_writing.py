@@ -220,7 +220,7 @@ def test_a_card_that_is_rewritten_for_the_hub_takes_over_what_was_changed_there(
     hub = Version.read(path, tmp_path / "pruning_card.json")
     hub = replace(hub, text=hub.text.replace("## A\n-", "## A\nfrom the Hub").replace("- sparse", "- sparse\n- there"))
     path.write_text(path.read_text().replace("## B\n-", "## B\nfrom here").replace("- sparse", "- sparse\n- here"))
-    monkeypatch.setattr("hf_sparse.model_card.writing.published", lambda repo, token: hub)
+    monkeypatch.setattr("hf_sparse.hub.card.writing.published", lambda repo, token: hub)
     for _ in range(2):
         text = rewrite_card(tmp_path, "user/m").read_text()
         assert "## A\nfrom the Hub\n" in text and "## B\nfrom here\n" in text and 'from_pretrained("user/m")' in text

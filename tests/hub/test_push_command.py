@@ -4,7 +4,7 @@ import pytest
 from helpers.hub_server import TOKEN, USER
 from typer.testing import CliRunner
 
-from hf_sparse.cli.main import app
+from hf_sparse.cli.app import app
 from hf_sparse.files import write_json
 
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
+from helpers.invariants import exactly_positive_zero
+from helpers.sft import SFT
 from helpers.tiny import SCHEDULE, STEPS, bert, gpt2, make, same, weights
-from test_invariants import exactly_positive_zero
-from test_other_trainers import SFT
 from torch import nn
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM, TrainerCallback
 

@@ -13,7 +13,6 @@ import signal
 import sys
 from pathlib import Path
 
-import hf_sparse.storage
 import pytest
 import torch
 import transformers
@@ -21,6 +20,7 @@ from helpers.tiny import SCHEDULE, STEPS, bert, content, gpt2, make, same, weigh
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+import hf_sparse.files
 from hf_sparse import PruningConfig, SparsityCallback
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.files import STATE_FILE
@@ -154,14 +154,14 @@ def killed_in_state(step):
 
 
 def killed_in_masks(step):
-    save = hf_sparse.storage.save_file
+    save = hf_sparse.files.save_file
 
     def patched(tensors, path, *args, **kwargs):
         save(tensors, path, *args, **kwargs)
         if _at(step, path):
             half_then_die(path)
 
-    hf_sparse.storage.save_file = patched
+    hf_sparse.files.save_file = patched
 
 
 def killed_in_rotation(step):
@@ -343,7 +343,7 @@ def test_truncated_masks_are_refused(tmp_path, copied):
 
 @pytest.mark.parametrize("kind", ["mask", "stat"])
 def test_one_flipped_bit_is_refused(tmp_path, copied, kind):
-    tensors, metadata = hf_sparse.storage.open_tensors(copied / STATE_FILE)
+    tensors, metadata = hf_sparse.files.open_tensors(copied / STATE_FILE)
     tensors = dict(tensors)
     name = next(name for name in tensors if name.startswith(f"{kind}/"))
     tensors[name].view(-1).view(torch.uint8)[0] ^= 1

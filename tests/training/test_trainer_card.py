@@ -163,7 +163,7 @@ def test_a_card_that_fails_costs_no_words(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_sparse.model_card.writing.write_atomically", fail)
+    monkeypatch.setattr("hf_sparse.hub.card.writing.write_atomically", fail)
     with pytest.raises(OSError, match="no space left"):
         run.create_model_card()
     assert path.read_text() == text
@@ -222,7 +222,7 @@ def test_edits_on_the_hub_stay(tmp_path, monkeypatch, ours):
     )
     stored.write_text((tmp_path / "pruning_card.json").read_text() if ours else "{}")
     files = {"README.md": readme, "pruning_card.json": stored}
-    monkeypatch.setattr("hf_sparse.model_card.writing.hf_hub_download", lambda repo, name, **_: str(files[name]))
+    monkeypatch.setattr("hf_sparse.hub.card.writing.hf_hub_download", lambda repo, name, **_: str(files[name]))
     run.hub_model_id = "user/model"
     run.create_model_card()
     text = (tmp_path / "README.md").read_text()
