@@ -22,6 +22,7 @@ from transformers import (
     ViTForImageClassification,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from hf_sparse import SparseTrainer, SparseTrainingArguments
 
@@ -37,6 +38,7 @@ DEFAULTS = {
     "--save_strategy": "no",
     "--report_to": "none",
     "--dataloader_pin_memory": "False",
+    "--disable_tqdm": str(not sys.stderr.isatty()),  # bars are for a terminal: a file would have a line for each step
 }
 
 
@@ -70,6 +72,8 @@ def parse(argv: list[str]) -> SparseTrainingArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse(sys.argv[1:] if argv is None else argv)
+    if args.disable_tqdm:
+        disable_progress_bar()
     set_seed(args.seed)
     train, test = digits()
     model = small_vit()
