@@ -1,4 +1,4 @@
-"""What a prune step costs when the weights are split: `python scripts/bench.py dist`.
+"""What a prune step costs when the weights are split: `python scripts/benchmarks/bench.py dist`.
 
 Starts itself under torchrun, once for each mode, and prints for the worst rank
 
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from bench_memory import extra_bytes
+from memory import extra_bytes
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from hf_sparse import PruningConfig
@@ -53,8 +53,19 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 def build(name: str) -> torch.nn.Module:
-    """10.6 million selected weights, or 85 million."""
+    """10.6 million selected weights, or 85 million; or few, to see that it runs."""
     torch.manual_seed(0)
+    if name == "tiny":
+        return LlamaModel(
+            LlamaConfig(
+                vocab_size=64,
+                hidden_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                intermediate_size=128,
+            )
+        )
     if name == "minilm":
         return BertModel(
             BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
@@ -154,13 +165,13 @@ class Counter:
     def counting(self) -> Iterator[None]:
         """Count while it lasts. What a ring or a tree would save of an all_reduce is left out of account."""
         names = ("all_reduce", "all_gather", "all_to_all_single")
-        primary_regions = {name: getattr(dist, name) for name in names}
+        originals = {name: getattr(dist, name) for name in names}
         for name in names:
-            setattr(dist, name, self._counted(name, primary_regions[name]))
+            setattr(dist, name, self._counted(name, originals[name]))
         try:
             yield
         finally:
-            for name, original in primary_regions.items():
+            for name, original in originals.items():
                 setattr(dist, name, original)
 
     def _counted(self, name: str, original: Callable) -> Callable:
@@ -292,7 +303,7 @@ def _start(mode: str, folder: str, options: argparse.Namespace) -> None:
     bench = [str(here / "bench.py"), "dist", "--worker", mode, "--folder", folder, "--model", options.model]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(here.parents[1])])),
     }
     if not torch.cuda.is_available():
         environment |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
@@ -305,7 +316,7 @@ def _start(mode: str, folder: str, options: argparse.Namespace) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--model", choices=["minilm", "bert", "llama"], default="minilm")
+    parser.add_argument("--model", choices=["minilm", "bert", "llama", "tiny"], default="minilm")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--every-rank", action="store_true", help="a line for each rank, not for the worst")

@@ -1,7 +1,7 @@
-"""One-shot pruning of a Llama with random weights: `python scripts/bench.py oneshot`.
+"""One-shot pruning of a Llama with random weights: `python scripts/benchmarks/bench.py oneshot`.
 
 For each method, in both forms (two forwards per block, or one), and for the method written down plainly
-(`bench_oneshot_plain.py`), in one process and on the same data, by turns:
+(`oneshot_plain.py`), in one process and on the same data, by turns:
 
     forwards    time in units of one forward of all calibration data through the dense model's blocks, which is taken
                 (of a part of the data) just before and just after: in all, and what of it went into statistics and
@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-import bench_oneshot_plain as plain
+import oneshot_plain as plain
 import torch
-from bench_memory import give_back, resident, restart_peak
+from memory import give_back, resident, restart_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse.oneshot import OneshotConfig, prune_oneshot
@@ -182,7 +182,7 @@ class Bench:
         config = OneshotConfig(target_sparsity=0.5, forwards=form, **method.options)
         watched = {
             (InputObserver, "observe"): "statistics",
-            (LayerPruner, "settle"): "solve",
+            (LayerPruner, "prune_layers"): "solve",
             (LayerPruner, "prune"): "solve",
         }
         patches = [

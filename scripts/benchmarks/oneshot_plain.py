@@ -1,6 +1,6 @@
 """Wanda and SparseGPT written down as their papers describe them: each layer by itself, no sharing, no shortcuts.
 
-`bench_oneshot.py` compares with these. They are for decoders of transformers that keep their blocks in `model.layers`.
+`oneshot.py` compares with these. They are for decoders of transformers that keep their blocks in `model.layers`.
 
 Shapes: R rows, C inputs of a weight; T tokens.
 

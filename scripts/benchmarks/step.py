@@ -1,4 +1,4 @@
-"""What pruning adds to a training step between prune steps: `python scripts/bench.py step`.
+"""What pruning adds to a training step between prune steps: `python scripts/benchmarks/bench.py step`.
 
 One run of SparseTrainer on a BERT of MiniLM-L6's shape. Pruning's two hooks are timed where they run, and the step
 that holds them by its own clock, so
@@ -64,7 +64,12 @@ class TimedCallback(SparsityCallback):
 def measure(criterion: str, options: argparse.Namespace) -> TimedCallback:
     """Train for `options.steps` steps with one prune step at the start and one at the end."""
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    config = BertConfig(
+        hidden_size=options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 32,
+        intermediate_size=4 * options.hidden,
+    )
     example = {"input_ids": torch.randint(0, 30_000, (options.tokens,)), "labels": 1}
     callback = TimedCallback(
         PruningConfig(
@@ -85,7 +90,7 @@ def measure(criterion: str, options: argparse.Namespace) -> TimedCallback:
         data = [example] * options.batch * options.steps
         SparseTrainer(BertForSequenceClassification(config), args, train_dataset=data, callbacks=[callback]).train()
     start = time.perf_counter()
-    callback.pruner.groups[0].prune(1, 2, callback.pruner.parameters, callback.pruner.masks)
+    callback.pruner.groups[0].prune(1, 2, callback.pruner.shards, callback.pruner.masks)
     callback.prune_step = time.perf_counter() - start
     masks = callback.pruner.masks
     stored = sum(masks.bits(name).numel() * masks.bits(name).element_size() for name in masks)
@@ -95,7 +100,9 @@ def measure(criterion: str, options: argparse.Namespace) -> TimedCallback:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--criteria", nargs="+", default=["magnitude", "snip_momentum"])
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=80, help=f"of which {WARMUP} do not count")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=384, help="a multiple of 32")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])

@@ -1,0 +1,117 @@
+"""Every benchmark runs, at a size that says nothing of speed, and prints its rows."""
+
+import importlib.util
+import re
+
+import pytest
+from conftest import SCRIPTS
+
+
+ALONE = ["--repeats", "1", "--threads", "1"]
+SMALL = ["--layers", "1", "--hidden", "64"]
+# By name: options, and the lines that are printed last, as patterns in which N is a number.
+BENCHES = {
+    "rank": (
+        ["--millions", "1", "--side-by-side", *ALONE],
+        [
+            "exact selection by .w. over 1M weights in 2 layers",
+            r"1 thread.* a read takes [\d.]+ ms",
+            "  50% over all layers: N reads",
+            "  90% over all layers: N reads",
+            "  90%, at most 92% of each: N reads",
+            "  90% of each layer: N reads",
+            "  writing the int8 masks: N reads",
+            *(f"  90% over the same weights in {count} layers: N reads, N ms" for count in (12, 200, 2000)),
+            "peak beyond the weights: N%",
+            "cat [+] kthvalue: N reads, peak N%",
+        ],
+    ),
+    "nm": (
+        ["--millions", "1", "--layer", "64", "128", "--side-by-side", *ALONE],
+        [
+            f"{name}, 1 thread.*: {way} N reads"
+            for name in ("1M weights", "one layer, 64 x 128")
+            for way in ("2:4 masks of .w. in", "topk and scatter in")
+        ],
+    ),
+    "step": (
+        ["--steps", "16", "--batch", "2", "--tokens", "8", "--threads", "1", *SMALL],
+        [
+            "steps of 2 x 8 tokens, medians of 3",
+            *(
+                f"{criterion} +1 thread.*: step +N ms without, ratio in situ N, whole steps interleaved N, "
+                "1.00 byte of mask per weight, a prune step N steps"
+                for criterion in ("magnitude", "snip_momentum")
+            ),
+        ],
+    ),
+    "dist": (
+        ["--model", "tiny", "--modes", "fsdp2", "--settings", "snip_momentum global", "magnitude row"],
+        [
+            "tiny, 2 processes of one thread.*",
+            "mode +setting +received .*",
+            r"fsdp2 +snip_momentum global +[1-9]\d* kB +N% +[1-9]\d* kB +[1-9]\d* +N MB +N% +N +N",
+            r"fsdp2 +magnitude row +[1-9]\d* kB +N% +[1-9]\d* kB +[1-9]\d* +N MB +N% +N *",
+        ],
+    ),
+    "oneshot": (
+        ["--intermediate", "64", "--vocabulary", "50", "--samples", "2", "--length", "8", *SMALL, *ALONE]
+        + ["--methods", "magnitude", "wanda", "sparsegpt 2:4"],
+        [
+            r"0M weights to prune to 50% in a model of 0 MB, 2 x 8 tokens in batches of 1, 1 thread.*",
+            "method +form +seconds +forwards = forward [+] stats [+] solve +peak +solving +plain +prototype",
+            *(
+                rf"{name} +{form} +N +N = +N [+] +N [+] +N +Nx +Nx.*"
+                for name, forms in {
+                    "magnitude": [2],
+                    "wanda": [2, 1, "plain"],
+                    "sparsegpt 2:4": [2, 1, "plain"],
+                }.items()
+                for form in forms
+            ),
+        ],
+    ),
+}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+    return importlib.import_module("bench")
+
+
+def last_lines(printed: str, patterns: list[str]) -> None:
+    """What was printed ends with lines of these patterns, in which N is a number."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    assert len(lines) >= len(patterns), printed
+    for line, pattern in zip(lines[-len(patterns) :], patterns, strict=True):
+        assert re.fullmatch(re.sub(r"\bN", r"[\\d.]+", pattern), line), f"{line!r} is not {pattern!r}"
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_the_benchmark_prints_its_rows(bench, capsys, monkeypatch, name):
+    options, patterns = BENCHES[name]
+    monkeypatch.setattr(bench.oneshot, "check", lambda: None)
+    bench.main([name, *options])
+    last_lines(capsys.readouterr().out, patterns)
+
+
+def test_no_benchmark_is_left_out(bench):
+    assert BENCHES.keys() == bench.BENCHES.keys()
+
+
+def test_both_ways_of_one_shot_pruning_give_the_same_masks_and_errors(bench, capsys):
+    bench.oneshot.check()  # which fails if they do not
+    assert len(capsys.readouterr().out.splitlines()) == len(bench.oneshot.METHODS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["one", "ddp", "zero1", "zero2", "zero3", "tp"])
+def test_every_way_to_split_weights_is_measured(bench, capsys, mode):
+    if mode.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    bench.main(["dist", "--model", "tiny", "--modes", mode, "--every-rank"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(mode)]
+    assert [row[:28].split() for row in rows] == [
+        [mode, *setting.split()] for setting in bench.dist.SETTINGS for _ in range(1 if mode == "one" else 2)
+    ]
