@@ -54,13 +54,13 @@ def problem(options, share, mesh):
     for prune_step in (1, 2, 3):
         expected.update(prune_step, 3)
         seen, names = [], ("all_reduce", "all_gather", "all_to_all_single")
-        primary_regions = {name: getattr(dist, name) for name in names}
-        for name, original in primary_regions.items():
+        originals = {name: getattr(dist, name) for name in names}
+        for name, original in originals.items():
             setattr(dist, name, partial(watched, original, seen))
         try:
             pruner.update(prune_step, 3)
         finally:
-            for name, original in primary_regions.items():
+            for name, original in originals.items():
                 setattr(dist, name, original)
         most = share * sum(weight.numel() * 4 for weight in whole.parameters())
         if sum(seen) > most:
