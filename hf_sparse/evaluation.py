@@ -35,17 +35,17 @@ def evaluate_model(model: nn.Module, batches: Sequence[Any]) -> dict[str, float]
         {'accuracy': 0.5, 'samples': 2}
     """
     measure = measure_of(model)
-    processes = get_communicator()
+    communicator = get_communicator()
     total = torch.zeros(2, dtype=torch.float64)
     error = None
     with torch.no_grad(), evaluation_mode(model):
         try:
-            for batch in batches[processes.rank :: processes.size]:
+            for batch in batches[communicator.rank :: communicator.world_size]:
                 total += measure(model, on_device(batch, input_device(model)))
         except ValueError as problem:
             error = problem
-    processes.raise_together(error)
-    processes.all_reduce(total)
+    communicator.raise_together(error)
+    communicator.all_reduce(total)
     value, count = total.tolist()
     if not count:
         raise ValueError("there is nothing to evaluate on: the batches are empty.")

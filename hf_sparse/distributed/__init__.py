@@ -1,12 +1,12 @@
 """Where weights live: the only room that knows of processes, DTensor and ZeRO."""
 
-from .build import place
+from .build import build_shards
 from .communicator import SINGLE_PROCESS, Communicator, get_communicator, init_distributed
 from .offload import input_device, is_offloaded, iter_parameters, onload
-from .redistribute import Transfer, move
-from .regions import ShardRegion, regions_of_range, whole
-from .restore import assemble
-from .shards import Shard, shape_of
+from .redistribute import Transfer, redistribute
+from .regions import ShardRegion, full_region, regions_of_range
+from .restore import load_local_part
+from .shards import Shard, full_shape
 from .zero import is_deepspeed, observe_zero_gradients
 
 
@@ -17,17 +17,17 @@ __all__ = [
     "Communicator",
     "Shard",
     "get_communicator",
-    "assemble",
+    "load_local_part",
     "regions_of_range",
     "iter_parameters",
     "input_device",
     "is_deepspeed",
     "is_offloaded",
     "init_distributed",
-    "move",
+    "redistribute",
     "onload",
-    "place",
-    "shape_of",
+    "build_shards",
+    "full_shape",
     "observe_zero_gradients",
-    "whole",
+    "full_region",
 ]

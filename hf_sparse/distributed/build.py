@@ -12,7 +12,7 @@ from .regions import ShardRegion
 from .shards import Shard
 
 
-def place(parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shard], Communicator]:
+def build_shards(parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shard], Communicator]:
     """What this process holds of each parameter, and the processes that hold the rest: this one alone where every
     parameter is whole, as with one process and with DDP.
 
@@ -22,12 +22,13 @@ def place(parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shard], Com
     shards = {name: _shard(name, parameter) for name, parameter in parameters.items()}
     if all(type(shard) is Shard for shard in shards.values()):
         return shards, SINGLE_PROCESS
-    processes = get_communicator()
-    for name, boxes in zip(shards, _tell([shard.own for shard in shards.values()], processes), strict=True):
+    communicator = get_communicator()
+    local_regions = [shard.local_regions for shard in shards.values()]
+    for name, boxes in zip(shards, _tell(local_regions, communicator), strict=True):
         shard = shards[name]
-        shard.boxes, shard.rank = boxes, processes.rank
-        shard.holder = boxes.index(shard.own)
-    return shards, processes
+        shard.regions_by_rank, shard.rank = boxes, communicator.rank
+        shard.primary_rank = boxes.index(shard.local_regions)
+    return shards, communicator
 
 
 def _shard(name: str, parameter: torch.Tensor) -> Shard:
@@ -48,7 +49,7 @@ def _shard(name: str, parameter: torch.Tensor) -> Shard:
 
 
 def _tell(
-    owned: Sequence[tuple[ShardRegion, ...]], processes: Communicator
+    owned: Sequence[tuple[ShardRegion, ...]], communicator: Communicator
 ) -> list[tuple[tuple[ShardRegion, ...], ...]]:
     """Every process's boxes of every parameter, from this process's."""
     numbers = []
@@ -56,7 +57,7 @@ def _tell(
         numbers.append(len(boxes))
         for box in boxes:
             numbers += [len(box.start), *box.start, *box.stop]
-    told = [iter(part.tolist()) for part in processes.gather(torch.tensor(numbers, dtype=torch.int64))]
+    told = [iter(part.tolist()) for part in communicator.all_gather(torch.tensor(numbers, dtype=torch.int64))]
     return [tuple(_read_boxes(numbers) for numbers in told) for _ in owned]
 
 

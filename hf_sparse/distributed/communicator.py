@@ -1,6 +1,6 @@
 """The processes that decide together, and the few things they ever tell each other: sums, and parts of tensors.
 
-Everything is counted in `traffic`, the bytes that this process has received.
+Everything is counted in `bytes_received`, the bytes that this process has received.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ class Communicator:
     """A process that decides alone: it has every weight whole."""
 
     rank = 0
-    size = 1
-    traffic = 0
+    world_size = 1
+    bytes_received = 0
 
-    def sum(self, numbers: np.ndarray) -> np.ndarray:
+    def sum_counts(self, numbers: np.ndarray) -> np.ndarray:
         """The sum of every process's int64 array; all have the same shape."""
         return numbers
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Make `tensor`, of floats, the sum of every process's, bit for bit the same in all of them."""
 
-    def gather(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
+    def all_gather(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Every process's 1-D tensor, of any length each; where all know the `lengths`, they need not be told."""
         return [tensor]
 
-    def exchange(self, tensors: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+    def all_to_all(self, tensors: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
         """Send the 1-D tensor tensors[r] to each process r. Returns what each sent to this one, of these lengths."""
         return list(tensors)
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
-        return bool(self.sum(np.array([flag], dtype=np.int64))[0])
+        return bool(self.sum_counts(np.array([flag], dtype=np.int64))[0])
 
     def raise_together(self, error: Exception | None) -> None:
         """Raise in all processes when one has an error, so that none waits for another that has stopped."""
@@ -54,8 +54,8 @@ class DistributedCommunicator(Communicator):
         import torch.distributed as dist
 
         self._dist = dist
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.traffic = 0
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.bytes_received = 0
         # A group of several backends ("cpu:gloo,cuda:nccl") takes tensors of the CPU, NCCL alone only those of a GPU.
         on_cpu = (
             "gloo" in str(dist.get_backend_config())
@@ -64,44 +64,44 @@ class DistributedCommunicator(Communicator):
         )
         self._device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
-    def sum(self, numbers):
+    def sum_counts(self, numbers):
         total = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64)).to(self._device, copy=True)
         self._dist.all_reduce(total)
-        self.traffic += total.nbytes * (self.size - 1)
+        self.bytes_received += total.nbytes * (self.world_size - 1)
         return total.cpu().numpy()
 
     def all_reduce(self, tensor):
         # Where the tensor cannot travel as it is, a copy does.
         total = tensor if tensor.device.type == self._device.type else tensor.to(self._device)
         self._dist.all_reduce(total)
-        self.traffic += total.nbytes * (self.size - 1)
+        self.bytes_received += total.nbytes * (self.world_size - 1)
         if total is not tensor:
             tensor.copy_(total)
 
-    def gather(self, tensor, lengths=None):
+    def all_gather(self, tensor, lengths=None):
         if lengths is None:
-            lengths = np.zeros(self.size, dtype=np.int64)
+            lengths = np.zeros(self.world_size, dtype=np.int64)
             lengths[self.rank] = len(tensor)
-            lengths = self.sum(lengths).tolist()
-        size = tensor.element_size()
-        own = torch.zeros(max(lengths) * size, dtype=torch.uint8, device=self._device)
-        own[: len(tensor) * size] = _bytes(tensor)
+            lengths = self.sum_counts(lengths).tolist()
+        width = tensor.element_size()
+        own = torch.zeros(max(lengths) * width, dtype=torch.uint8, device=self._device)
+        own[: len(tensor) * width] = _bytes(tensor)
         parts = [torch.empty_like(own) for _ in lengths]
         if len(own):
             self._dist.all_gather(parts, own)
-        self.traffic += len(own) * (self.size - 1)
+        self.bytes_received += len(own) * (self.world_size - 1)
         return [
-            part[: length * size].view(tensor.dtype).to(tensor.device)
+            part[: length * width].view(tensor.dtype).to(tensor.device)
             for part, length in zip(parts, lengths, strict=True)
         ]
 
-    def exchange(self, tensors, lengths):
+    def all_to_all(self, tensors, lengths):
         kind, device = tensors[0].dtype, tensors[0].device
         received = [length * tensors[0].element_size() for length in lengths]
         source = torch.cat([_bytes(tensor) for tensor in tensors]).to(self._device)
         target = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
         self._dist.all_to_all_single(target, source, received, [tensor.nbytes for tensor in tensors])
-        self.traffic += sum(received) - received[self.rank]
+        self.bytes_received += sum(received) - received[self.rank]
         return [part.view(kind).to(device) for part in target.split(received)]
 
 

@@ -32,9 +32,9 @@ class DTensorShard(Shard):
             elif not placement.is_replicate():
                 raise NotImplementedError(f"it is split by {placement}, which pruning does not follow")
         box = ShardRegion(tuple(start), tuple(stop))
-        if box.shape != tuple(self.tensor.shape) or box.runs(self.shape) is None:
+        if box.shape != tuple(self.tensor.shape) or box.contiguous_runs(self.shape) is None:
             raise NotImplementedError(f"it is split by {parameter.placements}, which pruning does not follow")
-        self.own = (box,) if box.numel else ()
+        self.local_regions = (box,) if box.numel else ()
 
     @property
     def tensor(self):

@@ -33,10 +33,10 @@ class Transfer:
     like: torch.Tensor
     packed: bool = False
 
-    def outgoing(self, rank: int, to: int) -> torch.Tensor:
+    def pack(self, rank: int, to: int) -> torch.Tensor:
         """The bytes for the process `to`."""
         pieces = [
-            part[(own & box).within(own)].reshape(-1)
+            part[(own & box).slices_in(own)].reshape(-1)
             for own, part in zip(self.sources[rank], self.parts, strict=True)
             for box in self.targets[to]
             if own & box
@@ -46,7 +46,7 @@ class Transfer:
             return torch.from_numpy(np.packbits(flat.cpu().numpy() != 0)).to(flat.device)
         return flat.view(torch.uint8)
 
-    def incoming(self, rank: int, source: int) -> int:
+    def num_bytes_from(self, rank: int, source: int) -> int:
         """How many bytes come from the process `source`."""
         count = self._count(rank, source)
         return -(-count // 8) if self.packed else count * self.like.element_size()
@@ -55,7 +55,7 @@ class Transfer:
         common = (box & goal for box in self.sources[source] for goal in self.targets[rank])
         return sum(box.numel for box in common if box)
 
-    def arrived(self, rank: int, received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def unpack(self, rank: int, received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors of this process's boxes in `targets`, from every process's bytes."""
         wanted = self.targets[rank]
         moved = [self.like.new_empty(box.shape) for box in wanted]
@@ -65,7 +65,7 @@ class Transfer:
                 for target, goal in zip(moved, wanted, strict=True):
                     common = box & goal
                     if common:
-                        target[common.within(goal)] = flat[first : first + common.numel].view(common.shape)
+                        target[common.slices_in(goal)] = flat[first : first + common.numel].view(common.shape)
                         first += common.numel
         return moved
 
@@ -78,15 +78,15 @@ class Transfer:
         return (data if aligned else data.clone()).view(self.like.dtype)
 
 
-def move(loads: Sequence[Transfer], processes: Communicator) -> Iterator[list[torch.Tensor]]:
+def redistribute(loads: Sequence[Transfer], communicator: Communicator) -> Iterator[list[torch.Tensor]]:
     """Bring parts of tensors to other processes, all in one exchange.
 
     Returns: of each load in turn, so that not all need be unpacked at once, the tensors of this process's boxes in its
     `targets`.
     """
-    rank, ranks = processes.rank, range(processes.size)
-    lengths = [[load.incoming(rank, source) for load in loads] for source in ranks]
-    outgoing = [torch.cat([load.outgoing(rank, to) for load in loads]) for to in ranks]
-    received = processes.exchange(outgoing, [sum(sizes) for sizes in lengths])
+    rank, ranks = communicator.rank, range(communicator.world_size)
+    lengths = [[load.num_bytes_from(rank, source) for load in loads] for source in ranks]
+    outgoing = [torch.cat([load.pack(rank, to) for load in loads]) for to in ranks]
+    received = communicator.all_to_all(outgoing, [sum(sizes) for sizes in lengths])
     pieces = [data.split(sizes) for data, sizes in zip(received, lengths, strict=True)]
-    return (load.arrived(rank, parts) for load, parts in zip(loads, zip(*pieces, strict=True), strict=True))
+    return (load.unpack(rank, parts) for load, parts in zip(loads, zip(*pieces, strict=True), strict=True))

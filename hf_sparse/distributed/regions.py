@@ -18,7 +18,7 @@ class ShardRegion:
         >>> left, right = ShardRegion((0, 0), (2, 3)), ShardRegion((1, 2), (4, 4))
         >>> left & right
         ShardRegion(start=(1, 2), stop=(2, 3))
-        >>> (left & right).within(right)
+        >>> (left & right).slices_in(right)
         (slice(0, 1, None), slice(0, 1, None))
     """
 
@@ -39,24 +39,26 @@ class ShardRegion:
         stop = tuple(map(min, self.stop, other.stop))
         return ShardRegion(start, stop) if all(map(int.__lt__, start, stop)) else None
 
-    def within(self, outer: ShardRegion) -> tuple[slice, ...]:
+    def slices_in(self, outer: ShardRegion) -> tuple[slice, ...]:
         """Where this box lies in a tensor that holds `outer`."""
         return tuple(
             slice(start - base, stop - base)
             for start, stop, base in zip(self.start, self.stop, outer.start, strict=True)
         )
 
-    def place(self, shape: Sequence[int]) -> int:
+    def flat_offset(self, shape: Sequence[int]) -> int:
         """The place of the first entry in a tensor of `shape`."""
         return sum(index * stride for index, stride in zip(self.start, strides(shape), strict=True))
 
-    def runs(self, shape: Sequence[int]) -> tuple[int, int, int] | None:
+    def contiguous_runs(self, shape: Sequence[int]) -> tuple[int, int, int] | None:
         """The runs of neighbouring places that make up the box in a tensor of `shape`: (count, length, stride), or
         None where no single stride leads from each to the next.
 
         Example:
-            >>> ShardRegion((1, 0), (3, 4)).runs((5, 4)), ShardRegion((0, 1), (5, 3)).runs((5, 4))
-            ((1, 8, 8), (5, 2, 4))
+            >>> ShardRegion((1, 0), (3, 4)).contiguous_runs((5, 4))
+            (1, 8, 8)
+            >>> ShardRegion((0, 1), (5, 3)).contiguous_runs((5, 4))
+            (5, 2, 4)
         """
         own, steps = self.shape, strides(shape)
         inner = len(own)
@@ -78,7 +80,7 @@ def strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def whole(shape: Sequence[int]) -> ShardRegion:
+def full_region(shape: Sequence[int]) -> ShardRegion:
     """All of a tensor."""
     return ShardRegion((0,) * len(shape), tuple(shape))
 
@@ -87,8 +89,11 @@ def regions_of_range(shape: Sequence[int], first: int, last: int) -> tuple[Shard
     """The boxes that make up the places first..last-1, in order.
 
     Example:
-        >>> regions_of_range((3, 4), 2, 9)
-        (ShardRegion(start=(0, 2), stop=(1, 4)), ShardRegion(start=(1, 0), stop=(2, 4)), ShardRegion(start=(2, 0), stop=(3, 1)))
+        >>> for region in regions_of_range((3, 4), 2, 9):
+        ...     print(region)
+        ShardRegion(start=(0, 2), stop=(1, 4))
+        ShardRegion(start=(1, 0), stop=(2, 4))
+        ShardRegion(start=(2, 0), stop=(3, 1))
     """
     if first >= last:
         return ()

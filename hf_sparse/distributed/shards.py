@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .regions import ShardRegion, whole
+from .regions import ShardRegion, full_region
 
 
 class Shard:
@@ -23,12 +23,12 @@ class Shard:
 
     def __init__(self, parameter: torch.Tensor):
         self.parameter = parameter
-        self.shape = shape_of(parameter)
-        self.own: tuple[ShardRegion, ...] = (whole(self.shape),)
+        self.shape = full_shape(parameter)
+        self.local_regions: tuple[ShardRegion, ...] = (full_region(self.shape),)
         """The boxes of this process. Flattened one after the other they are `tensor`, flattened."""
-        self.boxes: tuple[tuple[ShardRegion, ...], ...] = (self.own,)
+        self.regions_by_rank: tuple[tuple[ShardRegion, ...], ...] = (self.local_regions,)
         """The boxes of every process."""
-        self.holder = self.rank = 0
+        self.primary_rank = self.rank = 0
         """The first process with the same boxes as this one; this process."""
 
     @property
@@ -50,31 +50,32 @@ class Shard:
     """Whether, at some time, the whole weight is beside the shard: it must hold the same zeros."""
 
     @property
-    def copy(self) -> torch.Tensor | None:
+    def full_copy(self) -> torch.Tensor | None:
         """That weight; None while it is not there."""
         return None
 
     @property
-    def first(self) -> bool:
+    def is_primary(self) -> bool:
         """Whether this process speaks for the shard: no process before it holds the same."""
-        return self.holder == self.rank
+        return self.primary_rank == self.rank
 
     @property
     def primary_regions(self) -> tuple[tuple[ShardRegion, ...], ...]:
         """The boxes of every process, each entry of the weight once."""
-        return tuple(() if boxes in self.boxes[:rank] else boxes for rank, boxes in enumerate(self.boxes))
+        every = self.regions_by_rank
+        return tuple(() if regions in every[:rank] else regions for rank, regions in enumerate(every))
 
     def check(self) -> None:
         """See that `tensor` is the weight's memory. Raises NotImplementedError if not."""
 
-    def parts(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def local_views(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Views of a tensor laid out like `tensor`, one for each of this process's boxes, of its shape."""
-        if len(self.own) == 1:
-            return [tensor.reshape(self.own[0].shape)]
-        flat = tensor.reshape(-1).split([box.numel for box in self.own])
-        return [part.view(box.shape) for part, box in zip(flat, self.own, strict=True)]
+        if len(self.local_regions) == 1:
+            return [tensor.reshape(self.local_regions[0].shape)]
+        flat = tensor.reshape(-1).split([box.numel for box in self.local_regions])
+        return [part.view(box.shape) for part, box in zip(flat, self.local_regions, strict=True)]
 
 
-def shape_of(parameter: torch.Tensor) -> torch.Size:
+def full_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of the whole parameter, also where ZeRO-3 has left an empty one in its place."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

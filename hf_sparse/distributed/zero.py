@@ -39,7 +39,7 @@ class ZeroShard(Shard):
             first = mapping.lp_fragment_address.start if mapping else 0
             length = mapping.lp_fragment_address.numel if mapping else 0
         self._length = length
-        self.own = regions_of_range(self.shape, first, first + length)
+        self.local_regions = regions_of_range(self.shape, first, first + length)
 
     @property
     def tensor(self):
@@ -70,7 +70,7 @@ class ZeroShard(Shard):
         return getattr(self.parameter, "ds_persist", True)
 
     @property
-    def copy(self):
+    def full_copy(self):
         # ZeRO-3 keeps small parameters whole in every process, from the first step on.
         weight = self.parameter.detach()
         return weight if self.has_full_copy and weight.shape == self.shape else None
@@ -82,9 +82,11 @@ class ZeroShard(Shard):
             NotImplementedError: it is not: some of ZeRO's options keep it elsewhere.
         """
         same = list(self.replicas)
-        if self.copy is not None:
-            flat = self.copy.reshape(-1)
-            same += [flat[box.place(self.shape) :][: box.numel] for box in self.own] if len(self.own) == 1 else []
+        if self.full_copy is not None:
+            flat = self.full_copy.reshape(-1)
+            if len(self.local_regions) == 1:
+                (region,) = self.local_regions
+                same.append(flat[region.flat_offset(self.shape) :][: region.numel])
         for tensor in same:
             if not torch.equal(self.tensor.to(tensor.device, tensor.dtype), tensor):
                 raise NotImplementedError(

@@ -47,7 +47,7 @@ class ParameterGroup:
         ValueError: units of different sizes would compete globally.
     """
 
-    processes: Communicator = SINGLE_PROCESS
+    communicator: Communicator = SINGLE_PROCESS
     """Those that hold the weights between them."""
 
     def __init__(self, name: str, options: PruningConfig, layers: list[PrunableLayer]):
@@ -116,7 +116,7 @@ class ParameterGroup:
     def ready(self) -> bool:
         """Whether there is something to rank by."""
         seen = any(stat.count for stat in self.stats.values())
-        return not self.requires_gradients or self.processes.any(seen)
+        return not self.requires_gradients or self.communicator.any(seen)
 
     def prune(self, prune_step: int, total: int, shards: Mapping[str, Shard], masks: MaskStore) -> float:
         """Bring the masks to this prune step's sparsity, in all processes at once. Returns it."""
@@ -134,7 +134,7 @@ class ParameterGroup:
             elif wanted:
                 self._prune_units(scores, wanted, floors, caps, self._exchange(prune_step, total, shards))
         except ValueError as error:
-            found = self.processes.sum(np.array([layer.has_nan() for layer in scores], dtype=np.int64))
+            found = self.communicator.sum_counts(np.array([layer.has_nan() for layer in scores], dtype=np.int64))
             broken = [f'"{layer.layer.name}"' for layer, count in zip(scores, found, strict=True) if count]
             reason = f"scores are nan in {', '.join(broken)}" if broken else error
             raise ValueError(f'group "{self.name}", criterion "{self.options.criterion}": {reason}') from error
@@ -154,15 +154,15 @@ class ParameterGroup:
 
     def _scores(self, layer: PrunableLayer, shard: Shard, masks: MaskStore) -> LayerScores:
         stat = self.stats[layer.name].total if layer.name in self.stats else None
-        bits, processes = masks.bits(layer.name), self.processes
-        return LayerScores(layer, self.criterion, self.pattern, shard, bits, stat, self._scattered, processes)
+        bits, communicator = masks.bits(layer.name), self.communicator
+        return LayerScores(layer, self.criterion, self.pattern, shard, bits, stat, self._scattered, communicator)
 
     # How many units of each layer
 
     def _bounds(self, scores: list[LayerScores], ratio: float) -> tuple[list[int], list[int]]:
         """The fewest and most units of each layer that may be pruned now. A floor grows with the schedule, and what
         is pruned stays pruned."""
-        gone = self.processes.sum(np.array([layer.pruned_units() for layer in scores])).tolist()
+        gone = self.communicator.sum_counts(np.array([layer.pruned_units() for layer in scores])).tolist()
         floors, caps = self._limits(gone, ratio)
         if self.pattern.max_sparsity < 1:
             caps = [int(room.sum()) for room in self._rooms_by_row(scores)]
@@ -246,7 +246,7 @@ class ParameterGroup:
         if self.scope == "global":
             units = sum(layer.numel for layer in scores)
             extra = min(round(exchange * (units - wanted)), sum(caps) - wanted)
-            cuts = find_thresholds(scores, wanted + extra, least, most, self.processes)
+            cuts = find_thresholds(scores, wanted + extra, least, most, self.communicator)
         else:
             counts = self._counts(wanted, floors, caps)
             rooms = zip(scores, counts, caps, strict=True)
@@ -257,16 +257,16 @@ class ParameterGroup:
         if extra:
             growth = [self._growth(layer) for layer in scores]
             if self.scope == "global":
-                self._write(growth, find_thresholds(growth, wanted, least, most, self.processes))
+                self._write(growth, find_thresholds(growth, wanted, least, most, self.communicator))
             else:
                 self._write(growth, self._each_lowest(growth, counts))
 
     def _each_lowest(self, scores: list[LayerScores], counts: list[int]) -> list[Threshold]:
         """Cuts for exactly counts[l] units of each layer l; all at once, which shares them out over threads."""
-        return find_thresholds(scores, sum(counts), counts, counts, self.processes)
+        return find_thresholds(scores, sum(counts), counts, counts, self.communicator)
 
     def _write(self, scores: list[LayerScores], cuts: list[Threshold]) -> None:
-        for layer, cut in zip(scores, _localized(scores, cuts, self.processes), strict=True):
+        for layer, cut in zip(scores, _localized(scores, cuts, self.communicator), strict=True):
             layer.write_threshold(cut)
 
     def _prune_rows(self, scores: list[LayerScores], wanted: int, floors: list[int], caps: list[int]) -> None:
@@ -279,12 +279,12 @@ class ParameterGroup:
                 layer.write_rows(torch.from_numpy(rows))
             except ValueError as problem:  # Go on: others wait for what this process has of the next layers.
                 error = error or problem
-        self.processes.raise_together(error)
+        self.communicator.raise_together(error)
 
     def _sums(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """The sum of every process's array, for several at once."""
         ends = np.cumsum([len(array) for array in arrays])[:-1]
-        return np.split(self.processes.sum(np.concatenate(arrays)), ends)
+        return np.split(self.communicator.sum_counts(np.concatenate(arrays)), ends)
 
     # Regrowing
 
@@ -293,7 +293,7 @@ class ParameterGroup:
         share = self.options.regrow * (1 - prune_step / total)
         gradients = [shards[layer.name].gradient for layer in self.layers] if share else []
         unusable = any(gradient is None for gradient in gradients) or not all_finite(gradients)
-        if self.processes.any(unusable):
+        if self.communicator.any(unusable):
             logger.warning("prune step %d of group %s regrows nothing: no finite gradients.", prune_step, self.name)
             return 0.0
         return share
@@ -301,18 +301,20 @@ class ParameterGroup:
     def _growth(self, pruned: LayerScores) -> LayerScores:
         """The scores by which pruned units grow back: |gradient|; what is kept stays kept."""
         gradient = pruned.shard.gradient.detach().float().abs().masked_fill_(pruned.bits != 0, torch.inf)
-        rest = self._scattered, self.processes
+        rest = self._scattered, self.communicator
         return LayerScores(
             pruned.layer, _Growth(), self.pattern, pruned.shard, pruned.bits, gradient, *rest, shrink=False
         )
 
 
-def _localized(scores: Sequence[LayerScores], cuts: Sequence[Threshold], processes: Communicator) -> list[Threshold]:
+def _localized(
+    scores: Sequence[LayerScores], cuts: Sequence[Threshold], communicator: Communicator
+) -> list[Threshold]:
     """The same cuts with this process's share of the ties. Runs of units that lie in a row are told of, not units."""
     split = [
         index
         for index, (layer, cut) in enumerate(zip(scores, cuts, strict=True))
-        if processes.size > 1 and 0 < cut.ties < layer.numel and not cut.entire
+        if communicator.world_size > 1 and 0 < cut.ties < layer.numel and not cut.entire
     ]
     if not split:
         return list(cuts)
@@ -320,7 +322,7 @@ def _localized(scores: Sequence[LayerScores], cuts: Sequence[Threshold], process
     for index in split:
         starts, counts = scores[index].tied(cuts[index].value)
         runs.append(np.stack([np.full_like(starts, index), starts, counts], axis=1))
-    told = processes.gather(torch.from_numpy(np.concatenate(runs).reshape(-1)))
+    told = communicator.all_gather(torch.from_numpy(np.concatenate(runs).reshape(-1)))
     owners = np.repeat(np.arange(len(told)), [len(part) // 3 for part in told])
     layers, starts, counts = torch.cat(told).view(-1, 3).numpy().T
     cuts = list(cuts)

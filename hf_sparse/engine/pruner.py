@@ -13,8 +13,16 @@ from torch import nn
 
 from ..config.pruning import PruningConfig, PruningConfigError
 from ..config.validation import input_errors
-from ..distributed import Shard, ShardRegion, Transfer, assemble, get_communicator, move, whole
-from ..distributed.build import place
+from ..distributed import (
+    Shard,
+    ShardRegion,
+    Transfer,
+    build_shards,
+    full_region,
+    get_communicator,
+    load_local_part,
+    redistribute,
+)
 from ..model.layers import PrunableLayer, find_layers, select_layers
 from ..numerics import count_zeros
 from ..patterns import get_pattern
@@ -54,14 +62,14 @@ class Pruner:
 
     def __init__(self, model: nn.Module, config: PruningConfig):
         self.model, self.config = model, config
-        everything, self.processes = place(dict(model.named_parameters()))
+        everything, self.communicator = build_shards(dict(model.named_parameters()))
         self.groups, self.skipped = build_groups(model, config)
         names = [layer.name for group in self.groups for layer in group.layers]
         self._everything = everything
         self.shards = {name: everything[name] for name in names}
         self.parameters: dict[str, nn.Parameter] = {name: everything[name].parameter for name in names}
         for group in self.groups:
-            group.processes = self.processes
+            group.communicator = self.communicator
         self.masks = self._new_masks()
         self._copies = MaskStore(
             {name: (shard.shape, shard.parameter.device) for name, shard in self.shards.items() if shard.has_full_copy}
@@ -90,7 +98,7 @@ class Pruner:
         groups = [group for group in self.groups if group.requires_gradients]
         names = [layer.name for group in groups for layer in group.layers]
         gradients = [self.shards[name].gradient for name in names]
-        if self.processes.any(not all_finite(gradient for gradient in gradients if gradient is not None)):
+        if self.communicator.any(not all_finite(gradient for gradient in gradients if gradient is not None)):
             self.refused_observations += 1
             return False
         for group in groups:
@@ -131,26 +139,28 @@ class Pruner:
         loads = []
         for name in self._copies:
             shard, bits = self.shards[name], self.masks.bits(name)
-            everywhere = [(whole(shard.shape),)] * self.processes.size
-            own = shard.parts(bits) if shard.first else []
+            everywhere = [(full_region(shard.shape),)] * self.communicator.world_size
+            own = shard.local_views(bits) if shard.is_primary else []
             loads.append(Transfer(own, shard.primary_regions, everywhere, bits, packed=True))
         if loads:
-            for name, (mask,) in zip(self._copies, move(loads, self.processes), strict=True):
+            for name, (mask,) in zip(self._copies, redistribute(loads, self.communicator), strict=True):
                 self._copies.bits(name).copy_(mask)
         self.enforce()
 
     def _compare(self) -> None:
         """See that all processes that hold the same weights have the same masks."""
         peers = get_communicator()
-        if peers.size == 1:
+        if peers.world_size == 1:
             return
         names = list(self.shards)
-        told = peers.gather(torch.tensor([self.masks.digest_of(name) for name in names], dtype=torch.int64))
+        told = peers.all_gather(torch.tensor([self.masks.digest_of(name) for name in names], dtype=torch.int64))
         for name, digests in zip(names, torch.stack(told, dim=1).tolist(), strict=True):
-            boxes = self.shards[name].boxes
-            masks = set(zip(boxes * peers.size if len(boxes) == 1 else boxes, digests, strict=True))
+            boxes = self.shards[name].regions_by_rank
+            masks = set(zip(boxes * peers.world_size if len(boxes) == 1 else boxes, digests, strict=True))
             if len(masks) > len(set(boxes)):
-                alike = [[rank for rank in range(peers.size) if digests[rank] == digest] for digest in set(digests)]
+                alike = [
+                    [rank for rank in range(peers.world_size) if digests[rank] == digest] for digest in set(digests)
+                ]
                 raise RuntimeError(
                     f'processes disagree about the masks of "{name}": these ranks have one mask each: '
                     f"{', '.join(map(str, sorted(alike)))}. Their weights or gradients differ: look for a seed, a "
@@ -163,7 +173,7 @@ class Pruner:
         for name, shard in self.shards.items():
             for replica in shard.replicas:
                 self.masks.enforce({name: replica})
-        copies = {name: self.shards[name].copy for name in self._copies}
+        copies = {name: self.shards[name].full_copy for name in self._copies}
         self._copies.enforce({name: copy for name, copy in copies.items() if copy is not None})
 
     # Figures
@@ -187,8 +197,8 @@ class Pruner:
 
     def _zeros(self, shards: Mapping[str, Shard]) -> np.ndarray:
         """How many entries of each parameter are zero."""
-        counts = [count_zeros(shard.tensor) if shard.first else 0 for shard in shards.values()]
-        return self.processes.sum(np.array(counts, dtype=np.int64))
+        counts = [count_zeros(shard.tensor) if shard.is_primary else 0 for shard in shards.values()]
+        return self.communicator.sum_counts(np.array(counts, dtype=np.int64))
 
     def report(self) -> SparsityReport:
         """The figures of the model as it is now, counted in all processes at once."""
@@ -219,7 +229,7 @@ class Pruner:
             for name, stat in group.stats.items():
                 tensors[f"stat/{name}"], counters[name] = stat.state()
         shapes = {name: list(shard.shape) for name, shard in self.shards.items()}
-        boxes = {name: [[box.start, box.stop] for box in shard.own] for name, shard in self.shards.items()}
+        boxes = {name: [[box.start, box.stop] for box in shard.local_regions] for name, shard in self.shards.items()}
         return tensors, {"shapes": shapes, "boxes": boxes, "counters": counters}
 
     def load_state_dict(self, *states: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]) -> None:
@@ -265,7 +275,7 @@ class Pruner:
             boxes = [ShardRegion(tuple(start), tuple(stop)) for start, stop in values["boxes"].get(name, ())]
             saved.append((boxes, partial(_read, tensors, kind, name, sum(box.numel for box in boxes))))
         try:
-            return assemble(self.shards[name], saved, torch.bool if kind == "mask" else torch.float32)
+            return load_local_part(self.shards[name], saved, torch.bool if kind == "mask" else torch.float32)
         except (ValueError, KeyError, RuntimeError) as error:
             what = 'mask of "{}" is' if kind == "mask" else 'scores of "{}" are'
             raise ValueError(f"the {what.format(name)} missing or misshapen: {error}") from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..distributed import shape_of
+from ..distributed import full_shape
 from ..registry import nearest
 
 
@@ -104,7 +104,7 @@ def find_layers(model: nn.Module) -> list[PrunableLayer]:
             if id(parameter) not in seen and parameter.is_floating_point() and parameter.element_size() > 1:
                 seen.add(id(parameter))
                 in_body = id(parameter) in body and not embeds
-                layers.append(PrunableLayer(names[id(parameter)], kind, tuple(shape_of(parameter)), in_body))
+                layers.append(PrunableLayer(names[id(parameter)], kind, tuple(full_shape(parameter)), in_body))
     return layers
 
 
@@ -157,7 +157,7 @@ def _prunable(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
         transposed = getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED_EXPERTS)
         kind = "experts_transposed" if transposed else "experts"
         for parameter in module.parameters(recurse=False):
-            if len(shape_of(parameter)) == 3:
+            if len(full_shape(parameter)) == 3:
                 yield parameter, kind
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from ..calibration.batches import call, on_device, with_labels
-from ..distributed import Communicator, input_device
-from ..distributed.build import place
+from ..distributed import Communicator, build_shards, input_device
 from ..engine.masks import MaskStore
 from ..engine.parameter_group import ParameterGroup
 from ..model.evaluation_mode import evaluation_mode
@@ -36,7 +35,7 @@ def masks_from_dense_model(
         norms: name of a layer -> norms of its inputs, of a shape that broadcasts to the weight's, where a group needs
             them.
     """
-    shards, _ = place(dict(model.named_parameters()))
+    shards, _ = build_shards(dict(model.named_parameters()))
     masks: dict[str, torch.Tensor] = {}
     for group in groups:
         names = [layer.name for layer in group.layers]
@@ -52,7 +51,7 @@ def masks_from_dense_model(
 
 
 def accumulate_gradients(
-    model: nn.Module, groups: Sequence[ParameterGroup], batches: Sequence[Any], processes: Communicator
+    model: nn.Module, groups: Sequence[ParameterGroup], batches: Sequence[Any], communicator: Communicator
 ) -> None:
     """Sum up, over all batches of all processes, the saliencies of the groups whose criteria need gradients.
 
@@ -60,7 +59,7 @@ def accumulate_gradients(
         ValueError: a batch gives no loss, or a gradient is inf or nan.
     """
     groups = [group for group in groups if group.requires_gradients]
-    shards, _ = place(dict(model.named_parameters()))
+    shards, _ = build_shards(dict(model.named_parameters()))
     error = None
     with evaluation_mode(model), torch.enable_grad():
         try:
@@ -70,10 +69,10 @@ def accumulate_gradients(
             error = problem
         finally:
             model.zero_grad(set_to_none=True)
-    processes.raise_together(error)
+    communicator.raise_together(error)
     for stat in (stat for group in groups for stat in group.stats.values()):
-        processes.all_reduce(stat.total)
-        stat.count = int(processes.sum(np.array([stat.count]))[0])
+        communicator.all_reduce(stat.total)
+        stat.count = int(communicator.sum_counts(np.array([stat.count]))[0])
 
 
 def _observe(model: nn.Module, groups: Sequence[ParameterGroup], shards, batch: Any, index: int) -> None:

@@ -81,14 +81,14 @@ class OneshotRun:
     """One run."""
 
     def __init__(self, model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig):
-        self.model, self.config, self.processes = model, config, get_communicator()
+        self.model, self.config, self.communicator = model, config, get_communicator()
         self.groups, self.skipped = build_groups(model, config, inputs=True)
         self.batches = list(calibration_data) if calibration_data is not None else []
-        check_run(model, config, self.groups, self.batches, self.processes.size)
+        check_run(model, config, self.groups, self.batches, self.communicator.world_size)
         if self.skipped:
             logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(self.skipped))
         self.group_of = {layer.name: group for group in self.groups for layer in group.layers}
-        self.own = self.batches[self.processes.rank :: self.processes.size]
+        self.own = self.batches[self.communicator.rank :: self.communicator.world_size]
         if config.forwards == 1 and self.own:
             self.own = [merged(self.own)]
 
@@ -117,12 +117,12 @@ class OneshotRun:
         if watched := list(dict.fromkeys([*self.dense_pass_layers, *self.seen])):
             trace = trace_model(self.model, watched, self.batches[0], self.config.sequential)
             check_once(self.config, self.seen, trace.repeated)
-        subgraphs = SequentialPruner(self.model, self.config, self.own, self.group_of, self.processes, trace)
+        subgraphs = SequentialPruner(self.model, self.config, self.own, self.group_of, self.communicator, trace)
         norms, outliers = (
             subgraphs.dense_calibration_pass(self.dense_pass_layers) if self.dense_pass_layers else ({}, {})
         )
         if any(group.requires_gradients for group in self.groups):
-            accumulate_gradients(self.model, self.groups, self.own, self.processes)
+            accumulate_gradients(self.model, self.groups, self.own, self.communicator)
         masks = masks_from_dense_model(self.model, self.dense, norms) if self.dense else {}
         layer_pruner = LayerPruner(
             groups=self.group_of,
@@ -144,11 +144,11 @@ class OneshotRun:
         identity = identity_of(self.config.to_dict(), iter_parameters(self.model), self.batches)
         finished, error = None, None
         try:
-            finished = FinishedSubgraphs(state_dir, identity, self.processes.rank == 0)
+            finished = FinishedSubgraphs(state_dir, identity, self.communicator.rank == 0)
         except ResumeError as problem:
             error = problem
-        self.processes.raise_together(error)
-        counts = torch.cat(self.processes.gather(torch.tensor([finished.count]))).tolist()
+        self.communicator.raise_together(error)
+        counts = torch.cat(self.communicator.all_gather(torch.tensor([finished.count]))).tolist()
         if len(set(counts)) > 1:
             raise ResumeError(
                 f"processes find {counts} finished stages in {state_dir}: give a folder that all of them share."

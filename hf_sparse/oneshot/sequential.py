@@ -40,7 +40,7 @@ class SequentialPruner:
         model, config: of the run.
         batches: of this process.
         groups: name of a layer -> its group.
-        processes: that share the calibration data.
+        communicator: that share the calibration data.
         probe: of the model; None where no input matters.
     """
 
@@ -50,11 +50,11 @@ class SequentialPruner:
         config: OneshotConfig,
         batches: Sequence[Any],
         groups: Mapping[str, ParameterGroup],
-        processes: Communicator,
+        communicator: Communicator,
         trace: ModelTrace | None,
     ):
         self._model, self._config, self._batches = model, config, batches
-        self._groups, self._processes, self._trace = groups, processes, trace
+        self._groups, self._communicator, self._trace = groups, communicator, trace
         self._decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
     def dense_calibration_pass(
@@ -84,7 +84,7 @@ class SequentialPruner:
         """Prune stage by stage. Returns the error of each layer's outputs."""
         errors: dict[str, float] = {}
         subgraphs = self._trace.subgraphs
-        hidden = not progress or self._processes.rank > 0
+        hidden = not progress or self._communicator.rank > 0
         with (
             BlockPipeline(self._model, self._batches, self._config.activations) as pipeline,
             tqdm(subgraphs, disable=hidden) as bar,
@@ -137,7 +137,7 @@ class SequentialPruner:
                 found = observers.all(lambda layer: self._model.get_parameter(layer.name).device)
             except Exception as problem:  # whatever it is, the other processes must not wait
                 error = problem
-        self._processes.raise_together(error)
+        self._communicator.raise_together(error)
         self._all_reduce(found)
         return found
 
@@ -156,7 +156,7 @@ class SequentialPruner:
         def ready(observer: InputObserver, error: Exception | None) -> None:
             nonlocal waiting
             waiting = False  # if this raises, the others know
-            self._processes.raise_together(error)
+            self._communicator.raise_together(error)
             waiting = True
             self._all_reduce([observer])
             errors.update(layer_pruner.prune_layers([observer], self._weights(observer.layers)))
@@ -170,21 +170,23 @@ class SequentialPruner:
                 if not waiting:
                     raise
                 problem = error
-        self._processes.raise_together(problem)
+        self._communicator.raise_together(problem)
         return errors
 
     def _all_reduce(self, observers: Sequence[InputObserver]) -> None:
-        counts = self._processes.sum(np.array([observer.stat.count for observer in observers], dtype=np.int64))
+        counts = self._communicator.sum_counts(
+            np.array([observer.stat.count for observer in observers], dtype=np.int64)
+        )
         for observer, count in zip(observers, counts.tolist(), strict=True):
-            self._processes.all_reduce(observer.stat.total)
+            self._communicator.all_reduce(observer.stat.total)
             observer.stat.count = count
 
     def _compare(self, layers: Sequence[PrunableLayer]) -> None:
         """See that all processes have pruned the same weights."""
-        if self._processes.size == 1 or not layers:
+        if self._communicator.world_size == 1 or not layers:
             return
         zeros = [zlib.crc32((weight != 0).cpu().numpy()) for weight in self._weights(layers).values()]
-        told = torch.stack(self._processes.gather(torch.tensor(zeros, dtype=torch.int64)))
+        told = torch.stack(self._communicator.all_gather(torch.tensor(zeros, dtype=torch.int64)))
         differing = [layer.name for layer, column in zip(layers, told.t()) if len(column.unique()) > 1]
         if differing:
             raise RuntimeError(

@@ -11,8 +11,7 @@ from torch import nn
 from ..calibration.batches import count_tokens, is_padded
 from ..config.oneshot import OneshotConfig
 from ..config.pruning import PruningConfigError
-from ..distributed import is_offloaded
-from ..distributed.build import place
+from ..distributed import build_shards, is_offloaded
 from ..engine.parameter_group import ParameterGroup
 from ..model.layers import PrunableLayer
 from ..solvers import SOLVERS
@@ -51,7 +50,7 @@ def check_run(
     """
     offloaded = is_offloaded(model)  # such weights are on the meta device, and whole
     present = {name: weight for name, weight in model.named_parameters() if not (offloaded and weight.is_meta)}
-    shards, _ = place(present)
+    shards, _ = build_shards(present)
     split = next((name for name, shard in shards.items() if shard.strategy is not None), None)
     if split is not None:
         raise NotImplementedError(

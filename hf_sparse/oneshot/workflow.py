@@ -76,8 +76,8 @@ def run_oneshot(
 class _Run:
     def __init__(self, job: OneshotArguments, config: OneshotConfig, device: torch.device, say: Callable[[str], None]):
         self._job, self._config, self._device = job, config, device
-        self._processes = get_communicator()
-        self._main = self._processes.rank == 0
+        self._communicator = get_communicator()
+        self._main = self._communicator.rank == 0
         self._say = say if self._main else _say_nothing
         self._state = None if job.dry_run else job.unfinished
         self._facts: dict[str, Any] = {}
@@ -90,7 +90,7 @@ class _Run:
         return plan
 
     def prune(self) -> SparsityReport:
-        self._processes.raise_together(_output_error_of(self._job) if self._main else None)
+        self._communicator.raise_together(_output_error_of(self._job) if self._main else None)
         self._read_texts()
         self._load()
         held_out = self._reader.first(self._validation, self._job.max_eval_samples) if self._job.eval else []
@@ -102,7 +102,7 @@ class _Run:
         sparse = evaluate_model(self._model, held_out) if held_out else {}
         if held_out:
             self._say(f"before: {_told(dense)}\nafter:  {_told(sparse)}")
-        self._processes.raise_together(self._save(report, dense, sparse) if self._main else None)
+        self._communicator.raise_together(self._save(report, dense, sparse) if self._main else None)
         self._say(f"saved to {self._job.output_dir}")
         return report
 
@@ -182,7 +182,7 @@ class _Run:
         known = {}
         if self._main and path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
-        if self._processes.any(known.get("asked") == asked):
+        if self._communicator.any(known.get("asked") == asked):
             return known.get("metrics", {})
         metrics = evaluate_model(self._model, held_out)
         if self._main:
@@ -204,7 +204,7 @@ class _Run:
             None if job.validation_file else job.dataset_name,
             dense,
             sparse,
-            self._processes.size,
+            self._communicator.world_size,
         )
         try:
             write_folder_atomically(job.output_dir, lambda folder: result.save(folder, self._model, self._tokenizer))

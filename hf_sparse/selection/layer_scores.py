@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..criteria import Criterion
-from ..distributed import SINGLE_PROCESS, Communicator, Shard, Transfer, move
+from ..distributed import SINGLE_PROCESS, Communicator, Shard, Transfer, redistribute
 from ..model.layers import PrunableLayer
 from ..numerics import CHUNK, CHUNK_ON_ACCELERATOR
 from ..patterns import Pattern
@@ -67,7 +67,7 @@ class LayerScores:
         shard, bits: the weight and its mask (int8, 0 where pruned), as far as this process holds them.
         stat: what the criterion needs of the layer, of the same shape; None if nothing.
         scattered: whether single weights compete whatever their place, so that the layout does not matter.
-        processes: that hold the weight between them.
+        communicator: that hold the weight between them.
         shrink: whether masks may only lose weights; if not, pruned weights are ranked like any other.
     """
 
@@ -80,11 +80,11 @@ class LayerScores:
         bits: torch.Tensor,
         stat: torch.Tensor | None,
         scattered: bool,
-        processes: Communicator = SINGLE_PROCESS,
+        communicator: Communicator = SINGLE_PROCESS,
         shrink: bool = True,
     ):
         self.layer, self.criterion, self.pattern, self.shard = layer, criterion, pattern, shard
-        self.bits, self._stat, self._shrink, self._processes = bits, stat, shrink, processes
+        self.bits, self._stat, self._shrink, self._communicator = bits, stat, shrink, communicator
         self.device = bits.device
         self._scattered = scattered and pattern.flat
         self._salt = zlib.crc32(layer.name.encode()) << 31
@@ -99,12 +99,20 @@ class LayerScores:
         columns = layer.matrix_shape[2]
         width = pattern.unit_columns(columns) if scattered else columns  # or else a whole row competes
         if not self._scattered and not keeps_units_whole(layer, shard, self._height, width):
-            self._row_blocks = partition_rows(layer, self._height, processes.size)
-        self.holder = processes.rank if self._row_blocks else shard.holder
+            self._row_blocks = partition_rows(layer, self._height, communicator.world_size)
+        self.holder = communicator.rank if self._row_blocks else shard.primary_rank
         """The process that reads what this one writes."""
-        own = self._row_blocks[processes.rank] if self._row_blocks else shard.own if shard.first else ()
+        own = (
+            self._row_blocks[communicator.rank]
+            if self._row_blocks
+            else shard.local_regions
+            if shard.is_primary
+            else ()
+        )
         self.held = sum(box.numel for box in own) // self.unit_size
-        self._here = None if self._row_blocks else self._arranged(shard.own, *map(shard.parts, self._tensors()))
+        self._here = (
+            None if self._row_blocks else self._arranged(shard.local_regions, *map(shard.local_views, self._tensors()))
+        )
 
     # The weight as this process sees it
 
@@ -118,10 +126,10 @@ class LayerScores:
         for index, box in enumerate(boxes):
             tensors = weights[index], bits[index], stats[index] if stats else None
             if self._scattered:
-                count, length, stride = box.runs(self.layer.shape)
+                count, length, stride = box.contiguous_runs(self.layer.shape)
                 shape = (-1, 1, 1) if count == 1 else (count, 1, length)
                 views = (tensor if tensor is None else tensor.reshape(shape) for tensor in tensors)
-                parts.append(_Part(*views, box.place(self.layer.shape), 1 if count == 1 else stride))
+                parts.append(_Part(*views, box.flat_offset(self.layer.shape), 1 if count == 1 else stride))
                 continue
             rows, positions, columns = self.layer.matrix_shape
             place = first_offset(self.layer, box)
@@ -137,23 +145,25 @@ class LayerScores:
         with all that it holds. What was dealt out comes for that long, and masks that were written go back. The
         weights come only for `scoring`; else masks stand in for them."""
         if self._here is not None:
-            yield self._here if writing or self.shard.first else []
+            yield self._here if writing or self.shard.is_primary else []
             return
-        shard, processes = self.shard, self._processes
+        shard, communicator = self.shard, self._communicator
         tensors = [tensor for tensor in self._tensors() if scoring or tensor is self.bits]
-        own = [shard.parts(tensor) if shard.first else [] for tensor in tensors]
+        own = [shard.local_views(tensor) if shard.is_primary else [] for tensor in tensors]
         loads = [
             Transfer(parts, shard.primary_regions, self._row_blocks, tensor, packed=tensor is self.bits)
             for parts, tensor in zip(own, tensors, strict=True)
         ]
-        parts = list(move(loads, processes))
+        parts = list(redistribute(loads, communicator))
         bits = parts[1] if scoring else parts[0]
         try:
-            yield self._arranged(self._row_blocks[processes.rank], parts[0], bits, *parts[2:])
+            yield self._arranged(self._row_blocks[communicator.rank], parts[0], bits, *parts[2:])
         finally:
             if writing:
-                (written,) = move([Transfer(bits, self._row_blocks, shard.boxes, self.bits, packed=True)], processes)
-                for target, source in zip(shard.parts(self.bits), written, strict=True):
+                (written,) = redistribute(
+                    [Transfer(bits, self._row_blocks, shard.regions_by_rank, self.bits, packed=True)], communicator
+                )
+                for target, source in zip(shard.local_views(self.bits), written, strict=True):
                     target.copy_(source)
 
     # What ranking reads

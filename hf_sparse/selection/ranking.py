@@ -52,7 +52,7 @@ def find_thresholds(
     k: int,
     floors: Sequence[int] | None = None,
     caps: Sequence[int] | None = None,
-    processes: Communicator = SINGLE_PROCESS,
+    communicator: Communicator = SINGLE_PROCESS,
 ) -> list[Threshold]:
     """Cuts layers so that exactly the k lowest units of all fall, at least floors[l] and at most caps[l] of layer l.
 
@@ -66,7 +66,7 @@ def find_thresholds(
         layers: L layers.
         k: how many units fall.
         floors, caps: (L) least and most units to fall of each layer; 0 and numel if None.
-        processes: which hold the units between them. Each calls this at the same time, and all get the same cuts.
+        communicator: which hold the units between them. Each calls this at the same time, and all get the same cuts.
 
     Returns: one cut for each layer.
 
@@ -80,7 +80,7 @@ def find_thresholds(
     [Threshold(value=1.0, ties=1), Threshold(value=10.0, ties=1)]
     """
     problem = _problem(layers, k, floors, caps)
-    return _cuts(layers, problem, range(len(layers)), processes)
+    return _cuts(layers, problem, range(len(layers)), communicator)
 
 
 def keep(chunk: torch.Tensor, cut: Threshold, ties_left: int) -> tuple[torch.Tensor, int]:
@@ -182,14 +182,14 @@ def _problem(
 
 
 def _cuts(
-    layers: Sequence[Scores], problem: SelectionProblem, names: Sequence[int], processes: Communicator
+    layers: Sequence[Scores], problem: SelectionProblem, names: Sequence[int], communicator: Communicator
 ) -> list[Threshold]:
     if problem.k == problem.floors.sum():
         value, falls = math.nan, problem.floors
     elif problem.k == problem.caps.sum():
         value, falls = math.nan, problem.caps
     else:
-        value, below, equal = search(layers, [problem], names, processes)[0]
+        value, below, equal = search(layers, [problem], names, communicator)[0]
         falls = _share_ties(problem, below, equal)
 
     cuts, held = {}, []
@@ -201,18 +201,18 @@ def _cuts(
         else:
             held.append(index)  # back by its floor or cap
     # Threads take one layer after the other; processes, which wait for each other at every word, all layers at once.
-    batches = [[index] for index in held] if processes.size == 1 else [held] * bool(held)
+    batches = [[index] for index in held] if communicator.world_size == 1 else [held] * bool(held)
 
     def cut(batch: list[int]) -> list[Threshold]:
         own = [layers[index] for index in batch]
         problems = [_problem([layers[index]], falls[index], None, None) for index in batch]
-        found = search(own, problems, [names[index] for index in batch], processes)
+        found = search(own, problems, [names[index] for index in batch], communicator)
         return [
             _cut(value, problem.k, int(below.sum()), int(equal.sum()))
             for problem, (value, below, equal) in zip(problems, found, strict=True)
         ]
 
-    found = each(cut, batches, count_threads(layers, processes))
+    found = each(cut, batches, count_threads(layers, communicator))
     cuts |= zip(held, (cut for batch in found for cut in batch), strict=True)
     return [cuts[index] for index in range(len(layers))]
 

@@ -16,7 +16,7 @@ from ..model.layers import PrunableLayer
 
 def keeps_units_whole(layer: PrunableLayer, shard: Shard, height: int, width: int) -> bool:
     """Whether every process holds whole bands only, or such parts of them as can be decided by themselves."""
-    return all(_is_whole(layer, box, height, width) for boxes in shard.boxes for box in boxes)
+    return all(_is_whole(layer, box, height, width) for boxes in shard.regions_by_rank for box in boxes)
 
 
 def _is_whole(layer: PrunableLayer, box: ShardRegion, height: int, width: int) -> bool:

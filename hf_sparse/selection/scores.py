@@ -70,7 +70,7 @@ class LayerSamples:
 
 
 def collect(
-    parts_by_layer: Sequence[list[np.ndarray | torch.Tensor]], names: Sequence[int], processes: Communicator
+    parts_by_layer: Sequence[list[np.ndarray | torch.Tensor]], names: Sequence[int], communicator: Communicator
 ) -> LayerSamples:
     """The scores that all processes have read of each of L layers.
 
@@ -78,10 +78,10 @@ def collect(
     """
     values = join([part for parts in parts_by_layer for part in parts])
     lengths = np.array([sum(map(len, parts)) for parts in parts_by_layer], dtype=np.int64)
-    if processes.size > 1:
-        told = processes.gather(torch.from_numpy(lengths), [len(lengths)] * processes.size)
+    if communicator.world_size > 1:
+        told = communicator.all_gather(torch.from_numpy(lengths), [len(lengths)] * communicator.world_size)
         sizes = [part.tolist() for part in told]
-        gathered = processes.gather(values, [sum(some) for some in sizes])
+        gathered = communicator.all_gather(values, [sum(some) for some in sizes])
         pieces = [part.split(some) for part, some in zip(gathered, sizes, strict=True)]
         values = torch.cat([piece for layer in zip(*pieces, strict=True) for piece in layer])
         lengths = np.sum(sizes, axis=0, dtype=np.int64)
@@ -105,11 +105,11 @@ def join(parts: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
     return torch.cat([part.to(device) for part in parts])
 
 
-def count_threads(layers: Sequence[Scores], processes: Communicator) -> int:
+def count_threads(layers: Sequence[Scores], communicator: Communicator) -> int:
     """Accelerators need one thread, for streams belong to the caller's; so do several processes, which must speak in
     one order."""
     few = sum(layer.held for layer in layers) < _MANY or len(layers) == 1
-    if few or processes.size > 1 or layers[0].device.type != "cpu":
+    if few or communicator.world_size > 1 or layers[0].device.type != "cpu":
         return 1
     return min(len(layers), torch.get_num_threads())
 

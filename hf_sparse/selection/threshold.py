@@ -84,31 +84,31 @@ class _Tally:
 
 
 def search(
-    layers: Sequence[Scores], problems: Sequence[SelectionProblem], names: Sequence[int], processes: Communicator
+    layers: Sequence[Scores], problems: Sequence[SelectionProblem], names: Sequence[int], communicator: Communicator
 ) -> list[Found]:
     """Finds the v of each problem, for sum(floors) < k < sum(caps). The layers of all come one after the other.
 
     Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
     """
     few = 2**18 if len(problems) == 1 else 2**16
-    rooms = [few + int(problem.sizes.sum()) // (64 * processes.size) for problem in problems]
-    found = _found(layers, problems, _sampled(layers, problems, names, processes), names, processes, rooms)
+    rooms = [few + int(problem.sizes.sum()) // (64 * communicator.world_size) for problem in problems]
+    found = _found(layers, problems, _sampled(layers, problems, names, communicator), names, communicator, rooms)
     ends = np.cumsum([len(problem.sizes) for problem in problems]).tolist()
     for index in [index for index, result in enumerate(found) if result is None]:
         own, problem = slice(ends[index] - len(problems[index].sizes), ends[index]), problems[index]
-        bracket = _narrowed(layers[own], problem, processes)
-        (found[index],) = _found(layers[own], [problem], [bracket], names[own], processes, [math.inf])
+        bracket = _narrowed(layers[own], problem, communicator)
+        (found[index],) = _found(layers[own], [problem], [bracket], names[own], communicator, [math.inf])
     return found
 
 
-def _found(layers, problems, brackets: Sequence[_Bracket], names, processes, rooms: Sequence[float]) -> list:
+def _found(layers, problems, brackets: Sequence[_Bracket], names, communicator, rooms: Sequence[float]) -> list:
     """What `search` returns; None where the bracket missed v."""
-    tallies = _tally(layers, problems, brackets, names, processes, rooms)
+    tallies = _tally(layers, problems, brackets, names, communicator, rooms)
     return [tally and _decide(problem, tally) for problem, tally in zip(problems, tallies, strict=True)]
 
 
 def _sampled(
-    layers: Sequence[Scores], problems: Sequence[SelectionProblem], names: Sequence[int], processes: Communicator
+    layers: Sequence[Scores], problems: Sequence[SelectionProblem], names: Sequence[int], communicator: Communicator
 ) -> list[_Bracket]:
     shares = np.concatenate([_shares(problem) for problem in problems])
     if not shares.any():
@@ -118,8 +118,8 @@ def _sampled(
         layer, share = layers[index], int(shares[index])
         return [array(layer.sample(math.ceil(share * layer.held / layer.numel)))] if share else []
 
-    threads = count_threads(layers, processes)
-    samples = collect(each(look, range(len(layers)), threads), names, processes)
+    threads = count_threads(layers, communicator)
+    samples = collect(each(look, range(len(layers)), threads), names, communicator)
     parts = samples.split([len(problem.sizes) for problem in problems])
     return [_bracket(problem, sample) for problem, sample in zip(problems, parts, strict=True)]
 
@@ -174,7 +174,7 @@ def _tally(
     problems: Sequence[SelectionProblem],
     brackets: Sequence[_Bracket],
     names: Sequence[int],
-    processes: Communicator,
+    communicator: Communicator,
     rooms: Sequence[float],
 ) -> list[_Tally | None]:
     """One pass over all layers; None for a problem of which in some process more scores than its room lie inside, for
@@ -186,11 +186,11 @@ def _tally(
     def look(index: int) -> tuple[int, int, int, list]:
         return _tally_layer(layers[index], brackets[owners[index]], left[owners[index]])
 
-    *numbers, parts = zip(*each(look, range(len(layers)), count_threads(layers, processes)))
+    *numbers, parts = zip(*each(look, range(len(layers)), count_threads(layers, communicator)))
     full = [left[owner][0] < 0 for owner in owners]
-    below, at_low, at_high, full = processes.sum(np.array([*numbers, full]))
+    below, at_low, at_high, full = communicator.sum_counts(np.array([*numbers, full]))
     # with any NaN, which is neither below nor above
-    inside = collect([[] if gone else part for part, gone in zip(parts, full)], names, processes)
+    inside = collect([[] if gone else part for part, gone in zip(parts, full)], names, communicator)
     ends = np.cumsum(counts)[:-1]
     rest = [np.split(array, ends) for array in (below, at_low, at_high, full)]
     return [
@@ -272,14 +272,14 @@ def _crossing(parts: LayerSamples, goal: float, total: Callable[[np.ndarray], fl
         values, owner = values[rest], owner[rest]
 
 
-def _narrowed(layers: Sequence[Scores], problem: SelectionProblem, processes: Communicator) -> _Bracket:
+def _narrowed(layers: Sequence[Scores], problem: SelectionProblem, communicator: Communicator) -> _Bracket:
     """A bracket that holds v for certain, and few scores besides, found without a sample."""
     low, high = _key(-math.inf), _key(math.inf)
     base = np.zeros_like(problem.sizes)
     few = 2**18 + int(problem.sizes.sum()) // 64
     while True:
         width = (high - low) // _BUCKETS + 1
-        counts_LB = processes.sum(np.stack([_histogram(layer, low, high, width) for layer in layers]))
+        counts_LB = communicator.sum_counts(np.stack([_histogram(layer, low, high, width) for layer in layers]))
         upto_LB = base[:, None] + counts_LB.cumsum(1)
         reached = problem.fallen(upto_LB.T).sum(1) >= problem.k
         # NaN, which no bucket takes, may keep all from reaching k; the pass that follows refuses it

@@ -230,7 +230,7 @@ class SparsityCallback(TrainerCallback):
         if self.pruner is None or not self._training or not state.is_world_process_zero:
             return
         if self.alone:
-            self._saved = self.pruner.report() if get_communicator().size == 1 else None
+            self._saved = self.pruner.report() if get_communicator().world_size == 1 else None
         self.write_figures(args, state)
 
     def config_as_run(self) -> PruningConfig:
@@ -302,7 +302,7 @@ def _forget_best(state) -> None:
 def _keep_masks(previous: Pruner, pruner: Pruner) -> None:
     """What an earlier `train` of the same weights pruned stays pruned: zeros do not come back to life between two
     runs. Weights that were replaced, reset or split otherwise in between start anew."""
-    if pruner.processes.any(not _still_zero(previous, pruner)):
+    if pruner.communicator.any(not _still_zero(previous, pruner)):
         return
     for name in pruner.shards:
         pruner.masks.replace(name, previous.masks[name] & pruner.masks[name])
@@ -313,7 +313,7 @@ def _still_zero(previous: Pruner, pruner: Pruner) -> bool:
         return False
     for name, shard in pruner.shards.items():
         bits, weight = previous.masks.bits(name), shard.tensor
-        if previous.shards[name].own != shard.own or bits.shape != weight.shape:
+        if previous.shards[name].local_regions != shard.local_regions or bits.shape != weight.shape:
             return False
         if torch.count_nonzero(weight[bits.to(weight.device) == 0]):
             return False

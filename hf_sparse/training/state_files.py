@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..config.pruning import TRAINING_CRITERION, PruningConfig
-from ..distributed import ShardRegion, get_communicator, whole
+from ..distributed import ShardRegion, full_region, get_communicator
 from ..engine.masks import unpack_mask
 from ..engine.pruner import Pruner, build_groups
 from ..files import STATE_FILE, open_tensors, write_tensors
@@ -38,12 +38,12 @@ def write_state(
     directory: str | Path, pruner: Pruner, schedule: PruningSchedule, step: int, main: bool = True
 ) -> None:
     """Write what a resumed run needs. All processes call this; where weights are whole only `main` ones write."""
-    rank, size = pruner.processes.rank, pruner.processes.size
+    rank, size = pruner.communicator.rank, pruner.communicator.world_size
     if size == 1 and not main:
         return
     name = STATE_FILE if size == 1 else f"pruning_state-{rank + 1:05d}-of-{size:05d}.safetensors"
     tensors, values = pruner.state_dict()
-    values |= {"config": _identity(pruner.config, schedule), "step": step, "processes": get_communicator().size}
+    values |= {"config": _identity(pruner.config, schedule), "step": step, "processes": get_communicator().world_size}
     values["checksum"] = _checksum(tensors, values)
     write_tensors(Path(directory) / name, tensors, {"format": "pt", "hf_sparse": json.dumps(values)})
 
@@ -104,7 +104,7 @@ def _damaged(path: Path, error: Exception | str) -> CheckpointError:
 def _verify(directory: str | Path, states: list[State]) -> None:
     """See that the files are as they were written. Several processes share the work."""
     peers = get_communicator()
-    own = range(len(states)) if len(states) == 1 else range(peers.rank, len(states), peers.size)
+    own = range(len(states)) if len(states) == 1 else range(peers.rank, len(states), peers.world_size)
     for index in own:
         tensors, values = states[index]
         given = {name: value for name, value in values.items() if name != "checksum"}
@@ -198,7 +198,7 @@ def read_masks(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
             boxes = [ShardRegion(tuple(start), tuple(stop)) for start, stop in values["boxes"].get(name, ())]
             flat = unpack_mask(tensors[f"mask/{name}"], sum(box.numel for box in boxes))
             for box, part in zip(boxes, flat.split([box.numel for box in boxes]), strict=True):
-                mask[box.within(whole(shape))] = part.view(box.shape)
+                mask[box.slices_in(full_region(shape))] = part.view(box.shape)
         yield name, mask
 
 

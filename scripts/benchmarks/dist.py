@@ -139,7 +139,7 @@ def fill(pruner: Pruner) -> None:
     from torch.distributed.tensor import DTensor
 
     # What ranks have in common must be the same, and the parts of one weight must differ.
-    torch.manual_seed(pruner.processes.rank)
+    torch.manual_seed(pruner.communicator.rank)
     for shard in pruner.shards.values():
         gradient, parameter = torch.randn_like(shard.tensor), shard.parameter
         shard.tensor.normal_()

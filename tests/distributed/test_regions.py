@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 
-from hf_sparse.distributed import Shard, ShardRegion, Transfer, assemble, move, regions_of_range, whole
+from hf_sparse.distributed import (
+    Shard,
+    ShardRegion,
+    Transfer,
+    full_region,
+    load_local_part,
+    redistribute,
+    regions_of_range,
+)
 from hf_sparse.distributed.communicator import Communicator
 from hf_sparse.model.layers import PrunableLayer
 from hf_sparse.selection.row_blocks import first_offset, keeps_units_whole, partition_rows
@@ -21,7 +29,7 @@ def entries(shape):
 
 
 def inside(box, tensor):
-    return tensor[box.within(whole(tensor.shape))]
+    return tensor[box.slices_in(full_region(tensor.shape))]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -41,9 +49,9 @@ def test_runs_are_the_places_of_a_box(shape):
     regular = 0
     for corners in itertools.product(*ranges):
         box = ShardRegion(*map(tuple, zip(*corners)))
-        runs = box.runs(shape)
+        runs = box.contiguous_runs(shape)
         places = inside(box, everything).reshape(-1).tolist()
-        assert places[0] == box.place(shape)
+        assert places[0] == box.flat_offset(shape)
         if runs is not None:
             regular += 1
             count, length, stride = runs
@@ -51,7 +59,7 @@ def test_runs_are_the_places_of_a_box(shape):
     assert regular
     for dim, size in enumerate(shape):  # what one dimension cuts is always regular
         box = ShardRegion(tuple(0 if d != dim else 1 for d in range(len(shape))), shape)
-        assert size == 1 or box.runs(shape) is not None
+        assert size == 1 or box.contiguous_runs(shape) is not None
 
 
 class Mail:
@@ -64,9 +72,9 @@ class Mail:
         mail = self
 
         class Process(Communicator):
-            size = len(mail.sent)
+            world_size = len(mail.sent)
 
-            def exchange(self, tensors, lengths):
+            def all_to_all(self, tensors, lengths):
                 mail.sent[rank] = tensors
                 assert all(sent is None or len(sent[rank]) == size for sent, size in zip(mail.sent, lengths))
                 return [sent[rank] if sent else tensors[0].new_empty(0) for sent in mail.sent]
@@ -87,7 +95,7 @@ def moved(tensor, sources, targets):
         parts, masks = ([inside(box, entire) for box in sources[rank]] for entire in (tensor, mask))
         try:
             loads = [Transfer(parts, sources, targets, tensor), Transfer(masks, sources, targets, mask, packed=True)]
-            results[rank] = list(move(loads, mail.process(rank)))
+            results[rank] = list(redistribute(loads, mail.process(rank)))
         except RuntimeError:  # nothing has come yet
             continue
     return results
@@ -102,7 +110,7 @@ def test_what_moves_arrives_and_comes_back(ends, dtype):
     size = len(ranges)
     columns = [(ShardRegion((0, rank), (5, rank + 1)),) if rank < 3 else () for rank in range(size)]
     columns[-1] = (ShardRegion((0, size - 1), (5, 4)),)
-    everywhere = [(whole(shape),)] * size
+    everywhere = [(full_region(shape),)] * size
     for sources, targets in [(ranges, columns), (columns, ranges), (ranges, everywhere), (columns, everywhere)]:
         for boxes, (parts, masks) in zip(targets, moved(tensor, sources, targets), strict=True):
             for box, part, mask in zip(boxes, parts, masks, strict=True):
@@ -133,7 +141,7 @@ def test_every_row_is_dealt_to_one_process_whole(layer, height, processes):
     seen = []
     for boxes in row_blocks:
         for box in boxes:
-            part = places[box.within(whole(layer.shape))]
+            part = places[box.slices_in(full_region(layer.shape))]
             assert first_offset(layer, box) == int(part.min())
             for matrix in layer.matrices(part):
                 assert matrix.shape[0] % height == 0 and matrix.shape[1:] == layer.matrix_shape[1:]
@@ -142,7 +150,7 @@ def test_every_row_is_dealt_to_one_process_whole(layer, height, processes):
     sizes = [sum(box.numel for box in boxes) for boxes in row_blocks]
     assert max(sizes) - min(sizes) <= height * layer.matrix_shape[1] * layer.matrix_shape[2]
     shard = Shard(torch.empty(layer.shape))
-    shard.boxes = row_blocks
+    shard.regions_by_rank = row_blocks
     assert keeps_units_whole(layer, shard, height, layer.matrix_shape[2])
 
 
@@ -154,11 +162,11 @@ def test_a_split_through_units_is_noticed(layer):
     size = layer.shape[layer.row_dim]
     start, stop = [0] * len(layer.shape), list(layer.shape)
     stop[layer.row_dim] = 3
-    shard.boxes = ((ShardRegion(tuple(start), tuple(stop)),),)
+    shard.regions_by_rank = ((ShardRegion(tuple(start), tuple(stop)),),)
     assert [keeps_units_whole(layer, shard, height, columns) for height in (1, 2, 3)] == [True, False, True]
     inner = next(dim for dim in range(len(layer.shape)) if dim not in (layer.row_dim, layer.expert_dim))
     stop[layer.row_dim], start[inner] = size, 1
-    shard.boxes = ((ShardRegion(tuple(start), tuple(stop)),),)
+    shard.regions_by_rank = ((ShardRegion(tuple(start), tuple(stop)),),)
     assert not keeps_units_whole(layer, shard, 1, 2)
     # Positions lie between the inputs of a convolution.
     assert keeps_units_whole(layer, shard, 1, 1) == (layer.kind != "conv2d")
@@ -173,10 +181,10 @@ def test_parts_saved_by_some_are_put_together_by_others():
             (regions_of_range(shape, first, last), lambda first=first, last=last: tensor.reshape(-1)[first:last])
             for first, last in zip(ends, ends[1:])
         ]
-        assert torch.equal(assemble(shard, saved, torch.float32), tensor)
+        assert torch.equal(load_local_part(shard, saved, torch.float32), tensor)
         twice = saved + saved  # two processes with the same part
-        assert torch.equal(assemble(shard, twice, torch.float32), tensor)
+        assert torch.equal(load_local_part(shard, twice, torch.float32), tensor)
         with pytest.raises(ValueError, match="entries are missing"):
-            assemble(shard, saved[1:], torch.float32)
+            load_local_part(shard, saved[1:], torch.float32)
     with pytest.raises(ValueError, match="3 entries were saved instead of 20"):
-        assemble(shard, [((whole(shape),), lambda: torch.zeros(3))], torch.float32)
+        load_local_part(shard, [((full_region(shape),), lambda: torch.zeros(3))], torch.float32)

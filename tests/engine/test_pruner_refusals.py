@@ -6,7 +6,7 @@ from helpers.mixed import NAMES, Mixed
 from torch import nn
 
 from hf_sparse import Pruner, PruningConfig, PruningConfigError
-from hf_sparse.distributed import place
+from hf_sparse.distributed import build_shards
 
 
 def faults_of(model, **options):
@@ -63,12 +63,12 @@ def test_frozen_weights_need_a_criterion_without_gradients():
 
 def test_weights_that_pruning_cannot_follow_are_refused():
     weight = nn.Parameter(torch.ones(2, 2))
-    shards, processes = place({"w": weight})
-    assert processes.size == 1 and shards["w"].tensor.data_ptr() == weight.data_ptr()
+    shards, communicator = build_shards({"w": weight})
+    assert communicator.world_size == 1 and shards["w"].tensor.data_ptr() == weight.data_ptr()
     flattened = nn.Parameter(torch.ones(4))
     flattened._is_flat_param = True
     with pytest.raises(NotImplementedError, match='"w" cannot be pruned: it is flattened by FSDP version 1: set'):
-        place({"v": weight, "w": flattened})
+        build_shards({"v": weight, "w": flattened})
     with pytest.raises(NotImplementedError, match="meta device"):
         Pruner(nn.Linear(2, 2, device="meta"), PruningConfig(target_sparsity=0.5))
 
