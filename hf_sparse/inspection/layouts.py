@@ -22,7 +22,7 @@ _HEADS = ("cls", "head", "heads", "score", "qa_outputs", "vocab_projector", "voc
 
 
 def layouts(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[str, ...]]:
-    """Name -> the layouts that the tensor may have, kinds of `targets.PrunableLayer`; () for what is no weight of a layer.
+    """Name -> the layouts that the tensor may have (kinds of `PrunableLayer`); () for what is no weight of a layer.
 
     GPT-2's Conv1D, (I, O), is told from Linear, (O, I), by the biases, which have O entries: where a weight of that
     name is not square, they say it, and all weights of that name in the checkpoint are taken to be the same.

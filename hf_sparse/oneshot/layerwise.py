@@ -59,7 +59,7 @@ class LayerPruner:
         Returns: of each layer the error ‖XWᵀ - XŴᵀ‖² / ‖XWᵀ‖² of its outputs over the tokens set aside.
 
         Raises:
-            ValueError: no token has reached a matrix; weights, inputs or sums are not finite; what `HessianFactor` refuses.
+            ValueError: no token has reached a matrix; weights, inputs or sums are not finite; or as `HessianFactor`.
         """
         self.check_reached(observers)
         layers = list(dict.fromkeys(layer for observer in observers for layer in observer.layers))

@@ -67,8 +67,8 @@ class Solver(ABC):
     """Gives the weights that survive their values."""
 
     needs: str = "nothing"
-    """What it gets as `stat`: "nothing" (None) or "gram" (a `GramMatrix` of the weight's inputs, a matrix of its sums, or a
-    `HessianFactor` made of one)."""
+    """What it gets as `stat`: "nothing" (None) or "gram" (a `GramMatrix` of the weight's inputs, a matrix of its sums,
+    or a `HessianFactor` made of one)."""
     selects: bool = False
     """Whether it can choose what falls by itself, from a pattern and a sparsity; if not, it needs a mask."""
 
