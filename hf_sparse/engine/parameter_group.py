@@ -16,7 +16,7 @@ from ..distributed import SINGLE_PROCESS, Communicator, Shard
 from ..model.layers import PrunableLayer
 from ..patterns import get_pattern
 from ..schedulers import get_scheduler
-from ..selection.budgets import apportion
+from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
 from ..selection.ranking import Threshold, find_thresholds
 from ..statistics import GradientStatistic, all_finite
@@ -76,8 +76,7 @@ class ParameterGroup:
 
     def _units(self, layer: PrunableLayer) -> int:
         shape = layer.matrix_shape
-        matrices = layer.numel // torch.Size(shape).numel()
-        return matrices * torch.Size(self.pattern.unit_shape(shape)).numel()
+        return layer.num_matrices * torch.Size(self.pattern.unit_shape(shape)).numel()
 
     @property
     def requires_gradients(self) -> bool:
@@ -204,7 +203,7 @@ class ParameterGroup:
             sizes.append(LayerSize(layer.name, units, rows, columns, positions, **known))
         share = wanted / sum(size.units for size in sizes)
         shares = ALLOCATIONS[self.options.allocation](share, sizes)
-        return apportion(wanted, [shares[size.name] * size.units for size in sizes], floors, caps).tolist()
+        return largest_remainder(wanted, [shares[size.name] * size.units for size in sizes], floors, caps).tolist()
 
     # One layer at a time, which one-shot pruning does
 
@@ -231,7 +230,9 @@ class ParameterGroup:
         count = int(rooms.sum()) if self.pattern.max_sparsity < 1 else count
         if self.scope == "row":
             gone = scores.pruned_units_by_row()
-            scores.write_rows(torch.from_numpy(apportion(count, [count / scores.rows] * scores.rows, gone, rooms)))
+            scores.write_rows(
+                torch.from_numpy(largest_remainder(count, [count / scores.rows] * scores.rows, gone, rooms))
+            )
         else:
             self._write([scores], self._each_lowest([scores], [count]))
 
@@ -274,7 +275,7 @@ class ParameterGroup:
         counts, rooms = self._counts(wanted, floors, caps), self._rooms_by_row(scores)
         pruned, error = self._sums([layer.pruned_units_by_row() for layer in scores]), None
         for layer, count, gone, room in zip(scores, counts, pruned, rooms, strict=True):
-            rows = apportion(count, [count / layer.rows] * layer.rows, gone, room)
+            rows = largest_remainder(count, [count / layer.rows] * layer.rows, gone, room)
             try:
                 layer.write_rows(torch.from_numpy(rows))
             except ValueError as problem:  # Go on: others wait for what this process has of the next layers.

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..model.layers import PrunableLayer
+from ..model.layers import LAYOUTS
 from ..reporting.report import LayerReport, SparsityReport
 from ..reporting.tables import figures, table
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from .layouts import MATRIX_DIMS, Selection, layouts, selection, tied_names
+from .layouts import Selection, layouts, selection, tied_names
 from .structure import Scan, Structure, readable_pattern
 from .tiles import read_tiles, tiles
 
@@ -251,7 +251,8 @@ def _contents_of(tensor: StoredTensor, kinds: Sequence[str], selected: bool) -> 
     scans = [(kind, _scan(tensor.shape, kind)) for kind in kinds]
     zeros = negative_zeros = 0
     digest, constant = hashlib.sha256(), None
-    for box, tile in read_tiles(tensor.file, tensor.name, tiles(tensor.shape, MATRIX_DIMS[kinds[0]] if kinds else ())):
+    matrix_dims = (LAYOUTS[kinds[0]].row_dim, LAYOUTS[kinds[0]].column_dim) if kinds else ()
+    for box, tile in read_tiles(tensor.file, tensor.name, tiles(tensor.shape, matrix_dims)):
         live = tile != 0
         found = live.numel() - int(live.count_nonzero())
         zeros += found
@@ -277,16 +278,15 @@ def _contents_of(tensor: StoredTensor, kinds: Sequence[str], selected: bool) -> 
 
 
 def _scan(shape: tuple[int, ...], kind: str) -> Scan:
-    row, column = MATRIX_DIMS[kind]
-    matrices = shape[0] if kind.startswith("experts") else 1
-    positions = torch.Size(shape[2:]).numel() if kind == "conv2d" else 1
-    return Scan(kind, matrices, shape[row], positions, shape[column])
+    layout = LAYOUTS[kind]
+    return Scan(kind, layout.num_matrices(shape), *layout.matrix_shape(shape))
 
 
 def _add(scan: Scan, kind: str, live: torch.Tensor, start: tuple[int, ...]) -> None:
-    row, column = (start[dim] for dim in MATRIX_DIMS[kind])
-    first = start[0] if kind.startswith("experts") else 0
-    for number, matrix_RPC in enumerate(PrunableLayer("", kind, tuple(live.shape)).matrices(live)):
+    layout = LAYOUTS[kind]
+    row, column = start[layout.row_dim], start[layout.column_dim]
+    first = 0 if layout.expert_dim is None else start[layout.expert_dim]
+    for number, matrix_RPC in enumerate(layout.matrices(live)):
         scan.add(matrix_RPC.contiguous().numpy(), first + number, row, column)
 
 

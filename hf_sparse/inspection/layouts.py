@@ -13,8 +13,6 @@ from ..model.layers import PrunableLayer, select_layers
 from .checkpoint import Checkpoint, StoredTensor
 
 
-# The dimensions of rows and columns in each layout.
-MATRIX_DIMS = {"linear": (0, 1), "conv1d": (1, 0), "conv2d": (0, 1), "experts": (1, 2), "experts_transposed": (2, 1)}
 # Parts of names that embeddings and task heads of Hugging Face models have.
 _EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias")
 _ROUTERS = ("gate", "router")

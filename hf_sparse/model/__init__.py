@@ -1,1 +1,1 @@
-"""What of a model can be pruned: layers and blocks, found by structure."""
+"""The prunable layers and the repeated blocks of a model, found from its module structure."""

@@ -1,4 +1,4 @@
-"""Repeated blocks of a model, found by its structure."""
+"""Finds the repeated blocks of a model, such as its transformer layers, from its module structure."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ from torch import nn
 from .layers import PrunableLayer
 
 
-def find_stacks(model: nn.Module, layers: Sequence[PrunableLayer]) -> dict[str, list[str]]:
-    """Lists of modules that hold layers, the outermost ones, with the names of their members.
+def find_block_lists(model: nn.Module, layers: Sequence[PrunableLayer]) -> dict[str, list[str]]:
+    """Finds the outermost `nn.ModuleList` and `nn.Sequential` modules that contain prunable layers.
+
+    Args:
+        model: the model.
+        layers: its prunable layers.
+
+    Returns:
+        For the name of each module list the names of its members, the blocks, in order.
 
     Example:
-        >>> from hf_sparse.targets import find_layers
+        >>> from hf_sparse.model.layers import find_layers
         >>> model = nn.ModuleDict({"body": nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)])})
-        >>> find_stacks(model, find_layers(model))
+        >>> find_block_lists(model, find_layers(model))
         {'body': ['body.0', 'body.1']}
     """
-    stacks: dict[str, list[str]] = {}
+    block_lists: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(is_within(name, outer) for outer in stacks):
+        is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+        if not is_list or any(is_within(name, outer) for outer in block_lists):
             continue
         blocks = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
         if any(is_within(layer.module, block) for layer in layers for block in blocks):
-            stacks[name] = blocks
-    return stacks
+            block_lists[name] = blocks
+    return block_lists
 
 
 def is_within(name: str, outer: str) -> bool:
-    """Whether a module is `outer` or in it.
+    """Returns whether the module `name` is the module `outer` or one of its descendants.
 
     Example:
         >>> is_within("layers.10.mlp", "layers.10"), is_within("layers.10.mlp", "layers.1")
@@ -38,11 +46,11 @@ def is_within(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(outer + ".")
 
 
-def by_block(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
-    """The layers of each block, and those of none, together."""
-    blocks = [block for stack in find_stacks(model, layers).values() for block in stack]
-    parts: dict[str | None, list[PrunableLayer]] = {}
+def group_by_block(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
+    """Groups layers by the block that contains them; layers outside all blocks form one group."""
+    blocks = [block for block_list in find_block_lists(model, layers).values() for block in block_list]
+    groups: dict[str | None, list[PrunableLayer]] = {}
     for layer in layers:
         block = next((block for block in blocks if is_within(layer.module, block)), None)
-        parts.setdefault(block, []).append(layer)
-    return list(parts.values())
+        groups.setdefault(block, []).append(layer)
+    return list(groups.values())

@@ -1,15 +1,17 @@
-"""Which parameters can be pruned, which of them are, and the one layout in which everything above sees them.
+"""Prunable layers: finds them in a model, selects among them, and defines the layout of their weights.
 
-Layout: every weight is shown as one or more matrices (R, P, C): R output rows, P kernel positions (1 but for a
-convolution), C inputs. They are always views, never copies.
+Every prunable weight is seen as one or more matrices (R, P, C): R output rows, P kernel positions (1 except for
+convolutions) and C input columns. The matrices are views of the parameter, never copies.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,20 +20,68 @@ from ..distributed import full_shape
 from ..registry import nearest
 
 
-# Experts of shape (E, I, O) that do not say so by an attribute `is_transposed`.
+# Modules whose experts have shape (E, I, O) without an attribute `is_transposed`.
 _TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The dimensions of a parameter that hold the rows, the columns and the experts of its matrices.
+
+    Dimensions that are none of these are kernel positions.
+    """
+
+    row_dim: int
+    column_dim: int
+    expert_dim: int | None = None
+
+    def num_matrices(self, shape: Sequence[int]) -> int:
+        """Returns the number of matrices of a parameter of `shape`: its experts, or 1."""
+        return 1 if self.expert_dim is None else shape[self.expert_dim]
+
+    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Returns the shape (R, P, C) of each matrix of a parameter of `shape`."""
+        others = set(range(len(shape))) - {self.row_dim, self.column_dim, self.expert_dim}
+        return shape[self.row_dim], math.prod(shape[dim] for dim in others), shape[self.column_dim]
+
+    def matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Returns views of shape (R, P, C) of a tensor of the parameter's shape, one for each matrix.
+
+        Example:
+            >>> [matrix.shape for matrix in LAYOUTS["experts_transposed"].matrices(torch.ones(2, 4, 3))]
+            [torch.Size([3, 1, 4]), torch.Size([3, 1, 4])]
+        """
+        matrices = [tensor] if self.expert_dim is None else list(tensor)
+        if self.row_dim > self.column_dim:
+            return [matrix.t()[:, None, :] for matrix in matrices]
+        return [matrix.flatten(2).transpose(1, 2) if matrix.ndim > 2 else matrix[:, None, :] for matrix in matrices]
+
+
+LAYOUTS = {
+    "linear": Layout(row_dim=0, column_dim=1),
+    "conv1d": Layout(row_dim=1, column_dim=0),
+    "conv2d": Layout(row_dim=0, column_dim=1),
+    "experts": Layout(row_dim=1, column_dim=2, expert_dim=0),
+    "experts_transposed": Layout(row_dim=2, column_dim=1, expert_dim=0),
+}
+"""Kind of a layer -> layout of its weight."""
+
+
+@dataclass(frozen=True)
 class PrunableLayer:
-    """One prunable parameter.
+    """A parameter that can be pruned.
 
     Args:
         name: its name in `model.named_parameters()`.
         kind: "linear" (O, I), "conv1d" (I, O), "conv2d" (O, I, kh, kw), "experts" (E, O, I) or
-            "experts_transposed" (E, I, O).
-        shape: of the parameter.
-        in_base: whether it belongs to the body of the model, not to its task head.
+            "experts_transposed" (E, I, O), for O outputs, I inputs and E experts.
+        shape: shape of the parameter.
+        in_body: whether it belongs to the body of the model, not to its embeddings or task head.
+
+    Example:
+        >>> layer = PrunableLayer("mlp.experts.down_proj", "experts", (8, 16, 64))
+        >>> layer.module, layer.num_matrices, layer.matrix_shape
+        ('mlp.experts', 8, (16, 1, 64))
     """
 
     name: str
@@ -47,93 +97,101 @@ class PrunableLayer:
     @property
     def numel(self) -> int:
         """The number of weights."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def row_dim(self) -> int:
         """The dimension of the parameter that holds the output rows."""
-        return {"conv1d": 1, "experts": 1, "experts_transposed": 2}.get(self.kind, 0)
+        return LAYOUTS[self.kind].row_dim
+
+    @property
+    def column_dim(self) -> int:
+        """The dimension of the parameter that holds the input columns."""
+        return LAYOUTS[self.kind].column_dim
 
     @property
     def expert_dim(self) -> int | None:
-        """The dimension of the parameter that counts matrices, if there are several."""
-        return 0 if self.kind.startswith("experts") else None
+        """The dimension of the parameter that holds the experts, or None."""
+        return LAYOUTS[self.kind].expert_dim
+
+    @property
+    def num_matrices(self) -> int:
+        """The number of matrices of the weight: its experts, or 1."""
+        return LAYOUTS[self.kind].num_matrices(self.shape)
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
-        """(R, P, C) of one matrix of the weight."""
-        if self.kind == "conv2d":
-            return self.shape[0], self.shape[2] * self.shape[3], self.shape[1]
-        rows, columns = self.shape[-2:]
-        return (columns, 1, rows) if self.kind in ("conv1d", "experts_transposed") else (rows, 1, columns)
+        """The shape (R, P, C) of each matrix of the weight."""
+        return LAYOUTS[self.kind].matrix_shape(self.shape)
 
     def matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """`tensor`, of the parameter's shape, as views of shape (R, P, C): one for each expert, one for others."""
-        if self.kind == "conv2d":
-            return [tensor.flatten(2).transpose(1, 2)]
-        matrices = list(tensor) if tensor.ndim == 3 else [tensor]
-        if self.kind in ("conv1d", "experts_transposed"):
-            matrices = [matrix.t() for matrix in matrices]
-        return [matrix[:, None, :] for matrix in matrices]
+        """Returns views of shape (R, P, C) of a tensor of the parameter's shape, one for each matrix."""
+        return LAYOUTS[self.kind].matrices(tensor)
 
 
 def find_layers(model: nn.Module) -> list[PrunableLayer]:
-    """Every parameter of `model` that can be pruned, in the order of the modules: weights of Linear, GPT-2's Conv1D
-    and Conv2d, and fused weights of experts.
+    """Finds the prunable parameters of a model: weights of `nn.Linear`, `nn.Conv2d` and transformers' `Conv1D`, and
+    fused weights of experts.
 
-    A weight shared by several modules is listed once, one tied to an embedding not at all. What lies in a module
-    called after embeddings does not count as the model's body. Under PEFT the weights of the base are listed, by the
-    names that they have there (`...base_layer.weight`), and nothing that an adapter adds.
+    A weight shared by several modules is returned once, a weight tied to an embedding not at all. Of a PEFT model the
+    base weights are returned, under their names in that model (`...base_layer.weight`), not those of the adapter.
+
+    Args:
+        model: the model, which may be sharded or on the meta device.
+
+    Returns:
+        The layers, in the order of `model.named_modules()`. Layers of the task head and layers in modules with
+        "embed" in their name have `in_body=False`.
 
     Example:
         >>> find_layers(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)))
         [PrunableLayer(name='1.weight', kind='linear', shape=(2, 4), in_body=True)]
     """
-    parameters = dict(model.named_parameters())  # kept, so that no other parameter gets the id of one of these
+    parameters = dict(model.named_parameters())  # kept alive, so that their ids stay unique
     names = {id(parameter): name for name, parameter in parameters.items()}
     seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     seen |= _adapter_parameters(model)
     body = _body_parameters(model)
     layers = []
     for path, module in model.named_modules():
-        embeds = "embed" in path.lower()
+        is_embedding = "embed" in path.lower()
         for parameter, kind in _prunable(module):
-            if id(parameter) not in names:  # PEFT makes weights of a MultiheadAttention anew at every look
+            if id(parameter) not in names:  # PEFT recreates weights of MultiheadAttention at each access
                 continue
-            # One byte means a quantized weight, whose zero is not the number's.
-            if id(parameter) not in seen and parameter.is_floating_point() and parameter.element_size() > 1:
+            is_quantized = not parameter.is_floating_point() or parameter.element_size() == 1
+            if id(parameter) not in seen and not is_quantized:
                 seen.add(id(parameter))
-                in_body = id(parameter) in body and not embeds
+                in_body = id(parameter) in body and not is_embedding
                 layers.append(PrunableLayer(names[id(parameter)], kind, tuple(full_shape(parameter)), in_body))
     return layers
 
 
 def _body_parameters(model: nn.Module) -> set[int]:
-    """The parameters of the model's body: of `base_model` where a transformers model has one, less what computes its
-    outputs (`get_output_embeddings`)."""
-    if hasattr(model, "get_base_model"):  # PEFT, whose own `base_model` is the whole model with its head
-        model = model.get_base_model()
+    """Returns the ids of the parameters of the model's body: of `base_model` where a transformers model has one,
+    without the output embeddings."""
+    if hasattr(model, "get_base_model"):  # a PEFT model, whose own `base_model` is the whole model with its head
+        model = cast(Any, model).get_base_model()
     body = getattr(model, "base_model", model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     outputs = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
     return {id(parameter) for parameter in body.parameters()} - outputs
 
 
 def _adapter_parameters(model: nn.Module) -> set[int]:
-    """What PEFT puts beside the weights of the base: the matrices of its adapters, and of each module that it trains
-    as a copy (`modules_to_save`) the original, which the copy stands in for."""
-    found = set()
+    """Returns the ids of the parameters that PEFT adds to the base weights: the matrices of adapters and, of each
+    module in `modules_to_save`, the original that its trained copy replaces."""
+    adapters: set[int] = set()
     for module in model.modules():
-        if not hasattr(module, "adapter_layer_names"):  # what every layer of PEFT's has
+        if not hasattr(module, "adapter_layer_names"):  # the mark of a PEFT layer
             continue
-        kept = getattr(module, "modules_to_save", None) or getattr(module, "base_layer", None)
-        base = {id(parameter) for parameter in kept.parameters()} if isinstance(kept, nn.Module) else set()
-        found |= {id(parameter) for parameter in module.parameters()} - base
-    return found
+        active = getattr(module, "modules_to_save", None) or getattr(module, "base_layer", None)
+        base = {id(parameter) for parameter in active.parameters()} if isinstance(active, nn.Module) else set()
+        adapters |= {id(parameter) for parameter in module.parameters()} - base
+    return adapters
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter has without PEFT.
+    """Returns the name that a parameter of a PEFT model has in the model without PEFT.
 
     Example:
         >>> plain_name("base_model.model.encoder.query.base_layer.weight")
@@ -146,13 +204,15 @@ def plain_name(name: str) -> str:
 
 
 def _prunable(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
-    """The prunable parameters that `module` itself holds, each with its kind."""
+    """Yields the prunable parameters that `module` itself holds, each with its kind."""
+    weight = module._parameters.get("weight")
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        # A parametrized weight is computed anew at each access: it is no parameter, and cannot be pruned in place.
-        if isinstance(module._parameters.get("weight"), nn.Parameter):
-            yield module.weight, "linear" if isinstance(module, nn.Linear) else "conv2d"
+        # A parametrized weight is recomputed at each access: it is not a parameter and cannot be pruned in place.
+        if isinstance(weight, nn.Parameter):
+            yield weight, "linear" if isinstance(module, nn.Linear) else "conv2d"
     elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
-        yield module.weight, "conv1d"
+        if isinstance(weight, nn.Parameter):
+            yield weight, "conv1d"
     elif type(module).__name__.endswith("Experts") or hasattr(module, "num_experts"):
         transposed = getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED_EXPERTS)
         kind = "experts_transposed" if transposed else "experts"
@@ -164,12 +224,20 @@ def _prunable(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
 def select_layers(
     layers: Sequence[PrunableLayer], targets: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> tuple[list[PrunableLayer], list[str]]:
-    """The layers that `targets` name (by default all of the model's body) less those that `exclude` names.
+    """Selects the layers that match `targets` and do not match `exclude`.
 
-    A pattern is a glob (`*` also crosses dots) that the whole parameter name or module name matches, or `re:` and a
-    regular expression that is found in one. The name may leave out the model's leading parts.
+    A pattern is a glob or, after the prefix `re:`, a regular expression. A glob must match the whole name of a
+    parameter or its module, of which leading parts may be left out; `*` also matches dots. A regular expression may
+    match anywhere in the parameter name.
 
-    Returns: the layers, in model order, and the faults found: patterns that are malformed or match nothing.
+    Args:
+        layers: the layers to select from.
+        targets: patterns of layers to select; None selects all layers of the model's body.
+        exclude: patterns of layers to leave out; None or an empty sequence excludes nothing.
+
+    Returns:
+        The selected layers in their original order, and one error message for each invalid pattern, each pattern
+        without a match, and an empty selection.
 
     Example:
         >>> layers = find_layers(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)))
@@ -178,40 +246,40 @@ def select_layers(
     """
     errors: list[str] = []
     if targets is None:
-        chosen = [layer for layer in layers if layer.in_body]
+        selected = [layer for layer in layers if layer.in_body]
     else:
-        chosen = _matching(layers, targets, "targets", errors)
-    dropped = set(_matching(layers, exclude or (), "exclude", errors))
-    chosen = [layer for layer in chosen if layer not in dropped]
-    if not chosen and not errors:
+        selected = _matching(layers, targets, "targets", errors)
+    excluded = set(_matching(layers, exclude or (), "exclude", errors))
+    selected = [layer for layer in selected if layer not in excluded]
+    if not selected and not errors:
         errors.append(f"nothing is left to prune: targets={targets}, exclude={exclude}.")
-    return chosen, errors
+    return selected, errors
 
 
 def _matching(
     layers: Sequence[PrunableLayer], patterns: Sequence[str], field: str, errors: list[str]
 ) -> list[PrunableLayer]:
-    found: set[PrunableLayer] = set()
+    """Returns the layers that match any pattern; appends to `errors`, where `field` names the option."""
+    matching: set[PrunableLayer] = set()
     for pattern in patterns:
         try:
-            hits = {layer for layer in layers if _matches(pattern, layer)}
+            matches = {layer for layer in layers if _matches(pattern, layer)}
         except re.error as error:
             errors.append(f'{field}: "{pattern}" is not a regular expression: {error}.')
             continue
-        if not hits:
+        if not matches:
             names = [layer.module for layer in layers]
             errors.append(
                 f'{field}: "{pattern}" matches none of the {len(layers)} prunable parameters '
                 f"(such as {', '.join(names[:3]) or 'none'}).{nearest(pattern, names)}"
             )
-        found |= hits
-    return [layer for layer in layers if layer in found]
+        matching |= matches
+    return [layer for layer in layers if layer in matching]
 
 
 def _matches(pattern: str, layer: PrunableLayer) -> bool:
     if pattern.startswith("re:"):
         return re.search(pattern[3:], layer.name) is not None
-    # Targets written for the model without an adapter also hold with one.
-    plain = plain_name(layer.name)
+    plain = plain_name(layer.name)  # so that patterns for a model also match once PEFT wraps it
     names = (layer.name, layer.module, plain, plain.rpartition(".")[0])
     return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern) for name in names)

@@ -18,7 +18,7 @@ from ..criteria import CRITERIA
 from ..distributed import Shard
 from ..engine.parameter_group import ParameterGroup
 from ..model.layers import PrunableLayer
-from ..selection.budgets import apportion
+from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
 from ..solvers import SOLVERS, HessianFactor, PruneRequest, Solver
 from ..statistics import GramMatrix
@@ -142,7 +142,7 @@ class LayerPruner:
     def _shares(self, layer: PrunableLayer, kept: torch.Tensor | None) -> list[float | None]:
         """Of each matrix the share of units that the solver is to choose; None where a mask says it all."""
         group = self.groups[layer.name]
-        matrices = layer.numel // torch.Size(layer.matrix_shape).numel()
+        matrices = layer.num_matrices
         if group.criterion is not None or layer.name in self.masks or not group.target:
             return [None] * matrices
         if group.pattern.max_sparsity < 1:
@@ -154,7 +154,10 @@ class LayerPruner:
             else [int(group.pattern.fallen(part).sum()) for part in layer.matrices(kept)]
         )
         total = max(self.prune_counts[layer.name], sum(locked))
-        return [count / units for count in apportion(total, [total / matrices] * matrices, locked, [units] * matrices)]
+        return [
+            count / units
+            for count in largest_remainder(total, [total / matrices] * matrices, locked, [units] * matrices)
+        ]
 
     # What becomes of the others
 

@@ -102,7 +102,7 @@ def plan_oneshot(model: nn.Module, calibration_data: Iterable[Any] | None, confi
 
 
 def _units(group: ParameterGroup, layer: PrunableLayer) -> int:
-    matrices = layer.numel // torch.Size(layer.matrix_shape).numel()
+    matrices = layer.num_matrices
     return matrices * torch.Size(group.pattern.unit_shape(layer.matrix_shape)).numel()
 
 

@@ -18,7 +18,7 @@ from ..calibration.batches import token_masks
 from ..config.oneshot import OneshotConfig
 from ..distributed import Communicator, onload
 from ..engine.parameter_group import ParameterGroup
-from ..model.blocks import by_block
+from ..model.blocks import group_by_block
 from ..model.layers import PrunableLayer
 from ..numerics import count_zeros
 from ..solvers import SOLVERS
@@ -75,7 +75,7 @@ class SequentialPruner:
                     )
                     shares.check_reached(observers)
                     owls = [layer for layer in own if self._groups[layer.name].options.allocation == "owl"]
-                    for block in by_block(self._model, owls):
+                    for block in group_by_block(self._model, owls):
                         outliers |= shares.outliers(observers, block, self._weights(block))
                     norms |= {layer.name: norms_of(layer, observers) for layer in own if layer.name in ranked}
         return norms, outliers

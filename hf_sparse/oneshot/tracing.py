@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from ..calibration.batches import count_tokens, first_row
-from ..model.blocks import find_stacks, is_within
+from ..model.blocks import find_block_lists, is_within
 from ..model.layers import PrunableLayer
 from .pipeline import BlockPipeline, Subgraph
 
@@ -54,7 +54,7 @@ def trace_model(model: nn.Module, layers: Sequence[PrunableLayer], batch: Any, s
             several times, or that read more than the blocks before them pass on.
     """
     batch = first_row(batch)
-    stacks = find_stacks(model, layers) if sequential else {}
+    stacks = find_block_lists(model, layers) if sequential else {}
     if sequential and not stacks:
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks (an nn.ModuleList or nn.Sequential) that hold what is to "

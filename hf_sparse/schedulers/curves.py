@@ -1,23 +1,64 @@
-"""Curves: the sparsity after a share `t` of the prune steps, on the way from 0 to `target`.
+"""Curves f(t, A): the sparsity after the fraction t = c/n of the prune steps, for prune step c of n and target A.
 
-Legend: t in [0, 1] = c/n, prune step c of n; A = target. Every curve f has f(0) = 0, f(1) = A and never falls.
-A new curve is one function and one decorator.
+Every curve is non-decreasing in t, with f(0, A) = 0 and f(1, A) = A.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from ..registry import Registry
 
 
 CURVES = Registry("sparsity_decay_type")
-register_curve = CURVES.register
+"""Curves by name."""
+
+
+class Curve(Protocol):
+    """A function of the fraction of prune steps done and the target sparsity, both in [0, 1], that returns a sparsity
+    from 0 to the target."""
+
+    def __call__(self, t: float, target: float, /) -> float: ...
+
+
+C = TypeVar("C", bound=Curve)
+
+
+def register_curve(name: str) -> Callable[[C], C]:
+    """Function decorator: registers a `Curve` as `sparsity_decay_type=name`, in arguments and on the command line.
+
+    Raises:
+        TypeError: the function cannot be called as `curve(t, target)`.
+        ValueError: another curve has this name.
+
+    Example:
+        >>> @register_curve("two_steps")
+        ... def two_steps(t, target):
+        ...     return target if t == 1 else target / 2
+        >>> from hf_sparse.schedulers import IterativeScheduler
+        >>> IterativeScheduler({"sparsity_decay_type": "two_steps"}).update_sparsity_ratio(0.8, 1, 4, {})
+        0.4
+    """
+
+    def register(curve: C) -> C:
+        try:
+            inspect.signature(curve).bind(0.5, 0.5)
+        except TypeError as error:
+            raise TypeError(
+                f'curve "{name}" is called as curve(t, target), but {curve!r} cannot be ({error}): define it as '
+                "def curve(t: float, target: float) -> float."
+            ) from error
+        return CURVES.register(name)(curve)
+
+    return register
 
 
 @register_curve("linear")
 def linear(t: float, target: float) -> float:
-    """A·t: every prune step removes the same number of weights.
+    """A·t: every prune step prunes the same number of weights.
 
     Example:
         >>> [round(linear(t / 4, 0.8), 4) for t in range(5)]
@@ -28,7 +69,7 @@ def linear(t: float, target: float) -> float:
 
 @register_curve("exp")
 def exp(t: float, target: float) -> float:
-    """1 - (1-A)^t: every prune step removes the same share of the weights that are left.
+    """1 - (1-A)^t: every prune step prunes the same fraction of the remaining weights.
 
     Example:
         >>> [round(exp(t / 4, 0.8), 4) for t in range(5)]
@@ -50,7 +91,7 @@ def cos(t: float, target: float) -> float:
 
 @register_curve("cube")
 def cube(t: float, target: float) -> float:
-    """A·t³: almost nothing at first, almost everything at the end.
+    """A·t³: prunes most weights in the last prune steps.
 
     Example:
         >>> [round(cube(t / 4, 0.8), 4) for t in range(5)]
@@ -61,7 +102,7 @@ def cube(t: float, target: float) -> float:
 
 @register_curve("cubic")
 def cubic(t: float, target: float) -> float:
-    """A·(1 - (1-t)³): fast while much is redundant, gentle near the target. The default.
+    """A·(1 - (1-t)³): fast while many weights are redundant, slow near the target. The default.
 
     Example:
         >>> [round(cubic(t / 4, 0.8), 4) for t in range(5)]

@@ -1,4 +1,4 @@
-"""At which optimizer steps a prune step happens."""
+"""The pruning schedule: at which optimizer steps a prune step takes place."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PruningSchedule:
-    """Prune steps after the optimizer steps start, start + every, ..., and always one at `end`.
+    """Prune steps after the optimizer steps start, start + every, start + 2·every, ... < end, and at end.
 
-    It is a value: the answer depends on the step asked about and on nothing that happened before, so a resumed run
-    asks the same questions and gets the same answers.
+    A schedule has no state: a resumed run with the same schedule prunes at the same optimizer steps.
 
     Args:
-        start: the optimizer step (the first is 1) after which the first prune step happens.
-        end: the one of the last prune step, at which the target is reached.
-        every: optimizer steps between two prune steps.
+        start: optimizer step of the first prune step; optimizer steps count from 1.
+        end: optimizer step of the last prune step, which reaches the target.
+        every: number of optimizer steps between two prune steps.
 
     Raises:
-        ValueError: not 1 <= start <= end, or every < 1.
+        ValueError: start < 1, start > end or every < 1.
 
     Example:
         >>> schedule = PruningSchedule(start=2, end=9, every=3)
@@ -36,31 +35,41 @@ class PruningSchedule:
         if not 1 <= self.start <= self.end:
             raise ValueError(
                 f"prune_start is step {self.start} and prune_end is step {self.end}: "
-                "1 <= prune_start <= prune_end is needed."
+                "they must satisfy 1 <= prune_start <= prune_end."
             )
         if self.every < 1:
             raise ValueError(f"prune_every is {self.every} steps: it must be at least 1.")
 
     @classmethod
     def from_fractions(cls, start: float, end: float, every: float, max_steps: int) -> PruningSchedule:
-        """Turn settings into steps: a value below 1 is a fraction of `max_steps`, as for `warmup_steps`; 1 or more
-        is a number of steps. 0 as a start or end means the first step. A fraction never falls below one step.
+        """Creates a schedule from the options `prune_start`, `prune_end` and `prune_every`.
+
+        A value below 1 is a fraction of `max_steps`, as for `warmup_steps` of transformers; a value of 1 or more is a
+        number of optimizer steps. Fractions are rounded to the nearest step, but at least to 1.
+
+        Args:
+            start, end, every: as for the class, in steps or as a fraction.
+            max_steps: number of optimizer steps of the training.
 
         Raises:
-            ValueError: pruning would start or end after the last step, or end before it starts.
+            ValueError: `start` or `end` is after the last step, or `start` is after `end`.
 
         Example:
             >>> PruningSchedule.from_fractions(0.1, 0.5, 0.02, max_steps=200)
             PruningSchedule(start=20, end=100, every=4)
         """
-        steps = {name: _to_steps(value, max_steps) for name, value in (("start", start), ("end", end))}
+
+        def to_steps(value: float) -> int:
+            return max(1, round(value * max_steps) if value < 1 else int(value))
+
+        steps = {"start": to_steps(start), "end": to_steps(end)}
         for name, step in steps.items():
             if step > max_steps:
                 raise ValueError(
                     f"prune_{name} is step {step}, but training has {max_steps} optimizer steps, so the target would "
                     f"never be reached. Lower prune_{name}, give it as a fraction below 1, or train longer."
                 )
-        return cls(start=steps["start"], end=steps["end"], every=_to_steps(every, max_steps))
+        return cls(start=steps["start"], end=steps["end"], every=to_steps(every))
 
     @property
     def total(self) -> int:
@@ -68,7 +77,7 @@ class PruningSchedule:
         return -(-(self.end - self.start) // self.every) + 1
 
     def prune_step(self, step: int) -> int | None:
-        """Which prune step (1..total) happens after optimizer step `step` (the first is 1), or None."""
+        """Returns the number (1 to `total`) of the prune step after optimizer step `step`, or None if there is none."""
         if step == self.end:
             return self.total
         if self.start <= step < self.end and (step - self.start) % self.every == 0:
@@ -76,11 +85,7 @@ class PruningSchedule:
         return None
 
     def done(self, step: int) -> int:
-        """How many prune steps have happened once optimizer step `step` is over."""
+        """Returns the number of prune steps up to and including the one after optimizer step `step`."""
         if step >= self.end:
             return self.total
         return 0 if step < self.start else (step - self.start) // self.every + 1
-
-
-def _to_steps(value: float, max_steps: int) -> int:
-    return max(1, round(value * max_steps) if value < 1 else int(value))

@@ -1,26 +1,30 @@
-"""The scheduler API of Intel Neural Compressor's pytorch_pruner, letter for letter.
+"""Schedulers: how sparse the selected weights are after each prune step.
 
-A scheduler is a pure function of (target, prune step, number of prune steps): it keeps no counter, so a resumed run
-needs nothing from it.
+Names and arguments are those of Intel Neural Compressor's `pytorch_pruner`. A scheduler has no state: the sparsity
+depends only on the target, the prune step and the number of prune steps.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ..registry import Registry
-from .curves import CURVES
+from .curves import CURVES, Curve
 
 
 SCHEDULERS = Registry("scheduler")
+"""Scheduler classes by name."""
 
 
-def register_scheduler(name: str):
-    """Class decorator: makes a `Scheduler` selectable as `scheduler=name`, in arguments and on the command line.
+def register_scheduler(name: str) -> Callable[[Any], Any]:
+    """Class decorator: registers a `Scheduler` as `scheduler=name`, in arguments and on the command line.
+
+    Raises:
+        ValueError: another scheduler has this name.
 
     Example:
         >>> @register_scheduler("half_at_once")
@@ -34,14 +38,16 @@ def register_scheduler(name: str):
 
 
 def get_scheduler(config: Any) -> Scheduler:
-    """The scheduler that `config` asks for: by `config.scheduler` where given; else one-shot when pruning starts and
-    ends at the same step (`prune_start`/`prune_end`, or `start_step`/`end_step`); else iterative.
+    """Creates the scheduler that `config` selects.
+
+    This is the scheduler named by `config.scheduler`. If that is unset, it is "oneshot" where pruning starts and ends
+    at the same step (`prune_start` and `prune_end`, or `start_step` and `end_step`), and "iterative" otherwise.
 
     Args:
         config: a mapping or any object with the settings as keys or attributes.
 
     Raises:
-        ValueError: the name is not registered; the known ones are listed.
+        ValueError: no scheduler of this name is registered.
 
     Example:
         >>> type(get_scheduler({"prune_start": 5, "prune_end": 5})).__name__
@@ -56,7 +62,7 @@ def get_scheduler(config: Any) -> Scheduler:
 
 
 def _setting(config: Any, *names: str, default: Any = None) -> Any:
-    """The first of `names` that `config` (mapping or object) gives a value other than None."""
+    """Returns the first setting of these names in `config`, a mapping or an object, that is not None."""
     for name in names:
         value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
         if value is not None:
@@ -65,10 +71,10 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
 
 
 class Scheduler(ABC):
-    """Says how sparse the selected weights must be after each prune step.
+    """Base class of schedulers, which map a prune step to the sparsity of the selected weights after it.
 
     Args:
-        config: a mapping or any object; each scheduler documents the settings it reads.
+        config: a mapping or any object; each scheduler documents the settings that it reads.
     """
 
     def __init__(self, config: Any):
@@ -82,29 +88,30 @@ class Scheduler(ABC):
         total_prune_steps: int,
         masks: dict[str, torch.Tensor],
     ) -> float:
-        """The sparsity, in [0, aggressive_ratio], that prune step `current_prune_step` of `total_prune_steps` brings.
+        """Returns the sparsity, in [0, aggressive_ratio], after prune step `current_prune_step`.
 
         Args:
-            aggressive_ratio: the final sparsity.
-            current_prune_step: counts from 1; 0 means "nothing pruned yet"; beyond the last it stays at the target.
-            total_prune_steps: how many prune steps there are, at least 1.
-            masks: name -> mask, True is kept; may be ignored.
+            aggressive_ratio: the target sparsity.
+            current_prune_step: from 1 to `total_prune_steps`; 0 is the state before pruning, and values beyond the
+                last prune step return the target.
+            total_prune_steps: number of prune steps, at least 1.
+            masks: parameter name -> current mask (bool, True is kept); may be ignored.
         """
 
 
 def _check_steps(current_prune_step: int, total_prune_steps: int) -> None:
     if total_prune_steps < 1:
         raise ValueError(
-            f"total_prune_steps is {total_prune_steps}: it must be at least 1. Check that prune_end lies within the "
-            "training steps."
+            f"total_prune_steps is {total_prune_steps}: it must be at least 1. Check that prune_end is not after the "
+            "last training step."
         )
     if current_prune_step < 0:
-        raise ValueError(f"current_prune_step is {current_prune_step}: it counts from 0 to total_prune_steps.")
+        raise ValueError(f"current_prune_step is {current_prune_step}: it must be at least 0.")
 
 
 @register_scheduler("oneshot")
 class OneshotScheduler(Scheduler):
-    """Everything in one prune step.
+    """Reaches the target sparsity in the first prune step.
 
     Example:
         >>> OneshotScheduler({}).update_sparsity_ratio(0.8, 1, 1, {})
@@ -118,21 +125,24 @@ class OneshotScheduler(Scheduler):
         total_prune_steps: int,
         masks: dict[str, torch.Tensor],
     ) -> float:
-        """`aggressive_ratio`, whatever the step."""
+        """Returns `aggressive_ratio` at every prune step."""
         _check_steps(current_prune_step, total_prune_steps)
         return aggressive_ratio
 
 
 @register_scheduler("iterative")
 class IterativeScheduler(Scheduler):
-    """Step by step along a curve: s0 + (1-s0)·f(c/n, (A-s0)/(1-s0)), which for s0 = 0 is f(c/n, A).
+    """Increases the sparsity along a curve f from the initial sparsity s0 to the target A, at prune step c of n:
 
-    Settings read from `config`: `sparsity_decay_type`, the curve (default `cubic`); `max_sparsity_per_layer` (also
-    under its older name `max_sparsity_ratio_per_op`), which caps the target: A = min(cap, target);
-    `initial_sparsity`, s0 (default 0).
+        sparsity = s0 + (1-s0)·f(c/n, (A-s0)/(1-s0)), which is f(c/n, A) for s0 = 0
+
+    Args:
+        config: a mapping or any object. Settings read from it: `sparsity_decay_type`, the name of the curve (default
+            "cubic"); `max_sparsity_per_layer`, or its older name `max_sparsity_ratio_per_op`, an upper bound of the
+            target (default 1); `initial_sparsity`, s0 (default 0).
 
     Raises:
-        ValueError: the curve is unknown (the known ones are listed).
+        ValueError: no curve of this name is registered.
 
     Example:
         >>> scheduler = IterativeScheduler({"sparsity_decay_type": "linear"})
@@ -142,7 +152,7 @@ class IterativeScheduler(Scheduler):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self._curve = CURVES[_setting(config, "sparsity_decay_type", default="cubic")]
+        self._curve: Curve = CURVES[_setting(config, "sparsity_decay_type", default="cubic")]
 
     def update_sparsity_ratio(
         self,
@@ -151,7 +161,7 @@ class IterativeScheduler(Scheduler):
         total_prune_steps: int,
         masks: dict[str, torch.Tensor],
     ) -> float:
-        """The curve's value at c/n; exactly A at the last prune step and after it."""
+        """Returns the sparsity on the curve; exactly the target A from the last prune step on."""
         _check_steps(current_prune_step, total_prune_steps)
         cap = _setting(self.config, "max_sparsity_per_layer", "max_sparsity_ratio_per_op", default=1.0)
         target = min(cap, target_ratio)
@@ -160,6 +170,6 @@ class IterativeScheduler(Scheduler):
         initial = min(_setting(self.config, "initial_sparsity", default=0.0), target)
         if initial >= 1.0:
             return target
-        share = current_prune_step / total_prune_steps
-        ratio = initial + (1.0 - initial) * self._curve(share, (target - initial) / (1.0 - initial))
+        t = current_prune_step / total_prune_steps
+        ratio = initial + (1.0 - initial) * self._curve(t, (target - initial) / (1.0 - initial))
         return min(max(ratio, initial), target)

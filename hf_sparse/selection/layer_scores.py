@@ -90,7 +90,7 @@ class LayerScores:
         self._salt = zlib.crc32(layer.name.encode()) << 31
         rows = layer.matrix_shape[0]
         self._height = pattern.unit_rows(rows)
-        self.matrices = layer.numel // torch.Size(layer.matrix_shape).numel()
+        self.matrices = layer.num_matrices
         per_matrix = pattern.unit_shape(layer.matrix_shape)
         self.numel = self.matrices * torch.Size(per_matrix).numel()
         self.rows = self.matrices * per_matrix[0]

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from ..patterns import Pattern
-from ..selection.budgets import apportion
+from ..selection.budgets import largest_remainder
 from ..selection.ranking import keep, lowest
 from ..selection.scores import TensorScores
 from .base import PruneRequest, Solver, register_solver
@@ -210,7 +210,7 @@ def _counts(wanted: PruneRequest, pattern: Pattern, block: int) -> list[int]:
         masks = wanted.mask_RC.split(block, dim=1)
         locked = [int(pattern.fallen(mask[:, None, :]).sum()) for mask in masks]
     total = max(round(wanted.sparsity * sum(units)), sum(locked))
-    return apportion(total, [total * count / sum(units) for count in units], locked, units).tolist()
+    return largest_remainder(total, [total * count / sum(units) for count in units], locked, units).tolist()
 
 
 def _choose(

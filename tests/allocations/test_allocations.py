@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_sparse.allocations import ALLOCATIONS, LayerSize
-from hf_sparse.selection.budgets import apportion
+from hf_sparse.selection.budgets import largest_remainder
 
 
 def test_uniform_gives_every_layer_the_same_and_moves_what_a_bound_holds_back():
@@ -32,19 +32,19 @@ def test_erdos_renyi_by_hand():
 def test_bounds_without_room_are_told():
     with pytest.raises(ValueError, match="sparsity 0.5 cannot be shared out: the layers' bounds allow 0 to 0.2"):
         ALLOCATIONS["uniform"](0.5, [LayerSize("a", 100, 10, 10, most=0.2)])
-    with pytest.raises(ValueError, match="5 units cannot be shared out: the bounds allow 6 to 7"):
-        apportion(5, [1.0, 1.0], [3, 3], [3, 4])
+    with pytest.raises(ValueError, match="5 units cannot be distributed: the bounds allow 6 to 7"):
+        largest_remainder(5, [1.0, 1.0], [3, 3], [3, 4])
 
 
-def test_apportion_by_hand():
-    assert apportion(7, [2.5, 2.5, 2.0], [0, 0, 0], [9, 9, 9]).tolist() == [3, 2, 2]
-    assert apportion(4, [1.9, 1.2, 0.9], [0, 0, 0], [9, 9, 9]).tolist() == [2, 1, 1]
-    assert apportion(0, [0.0, 0.0], [0, 0], [5, 5]).tolist() == [0, 0]
-    assert apportion(10, [5.0, 5.0], [0, 0], [5, 5]).tolist() == [5, 5]
-    assert apportion(6, [4.0, 2.0], [0, 3], [9, 9]).tolist() == [3, 3]
+def test_largest_remainder_by_hand():
+    assert largest_remainder(7, [2.5, 2.5, 2.0], [0, 0, 0], [9, 9, 9]).tolist() == [3, 2, 2]
+    assert largest_remainder(4, [1.9, 1.2, 0.9], [0, 0, 0], [9, 9, 9]).tolist() == [2, 1, 1]
+    assert largest_remainder(0, [0.0, 0.0], [0, 0], [5, 5]).tolist() == [0, 0]
+    assert largest_remainder(10, [5.0, 5.0], [0, 0], [5, 5]).tolist() == [5, 5]
+    assert largest_remainder(6, [4.0, 2.0], [0, 3], [9, 9]).tolist() == [3, 3]
 
 
-def test_apportion_is_exact_within_bounds_and_near_the_shares():
+def test_largest_remainder_is_exact_within_bounds_and_near_the_shares():
     random = np.random.default_rng(0)
     for _ in range(300):
         count = int(random.integers(1, 9))
@@ -52,17 +52,17 @@ def test_apportion_is_exact_within_bounds_and_near_the_shares():
         most = least + random.integers(0, 50, count)
         total = int(random.integers(least.sum(), most.sum() + 1))
         shares = random.random(count) * 80
-        found = apportion(total, shares, least, most)
+        found = largest_remainder(total, shares, least, most)
         assert found.sum() == total and (least <= found).all() and (found <= most).all()
         fitting = np.clip(shares, least, most)
         if abs(shares.sum() - total) < 1e-9 and (fitting == shares).all():
             assert (abs(found - shares) < 1).all()
 
 
-def test_apportion_of_fitting_shares_is_less_than_one_away():
+def test_largest_remainder_of_fitting_shares_is_less_than_one_away():
     random = np.random.default_rng(1)
     for total in random.integers(0, 1000, 50).tolist():
         shares = random.random(7)
         shares *= total / shares.sum()
-        found = apportion(total, shares, [0] * 7, [2000] * 7)
+        found = largest_remainder(total, shares, [0] * 7, [2000] * 7)
         assert found.sum() == total and (abs(found - shares) < 1).all()

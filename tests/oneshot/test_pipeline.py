@@ -5,7 +5,7 @@ import torch
 from helpers.architectures import ARCHITECTURES
 from torch import nn
 
-from hf_sparse.model.blocks import by_block, find_stacks
+from hf_sparse.model.blocks import find_block_lists, group_by_block
 from hf_sparse.model.evaluation_mode import evaluation_mode
 from hf_sparse.model.layers import find_layers
 from hf_sparse.oneshot.pipeline import BlockPipeline, Stop, Subgraph
@@ -53,9 +53,9 @@ def test_stacks_of_every_family_are_those_of_its_blocks(name):
     architecture = ARCHITECTURES[name]
     model = architecture.model()
     layers = [layer for layer in find_layers(model) if layer.in_body]
-    blocks = [f"{block}." for stack in find_stacks(model, layers).values() for block in stack]
+    blocks = [f"{block}." for stack in find_block_lists(model, layers).values() for block in stack]
     assert blocks == list(architecture.blocks)
-    parts = by_block(model, layers)
+    parts = group_by_block(model, layers)
     assert sorted(layer.name for part in parts for layer in part) == sorted(layer.name for layer in layers)
     for part in parts:
         prefixes = {next((block for block in blocks if layer.name.startswith(block)), None) for layer in part}
@@ -64,11 +64,11 @@ def test_stacks_of_every_family_are_those_of_its_blocks(name):
 
 def test_lists_that_hold_no_layer_are_no_stacks(model):
     layers = find_layers(model)
-    assert find_stacks(model, layers) == {
+    assert find_block_lists(model, layers) == {
         "first": ["first.0", "first.1", "first.2"],
         "second": ["second.0", "second.1"],
     }
-    assert list(find_stacks(model, [layer for layer in layers if "second" in layer.name])) == ["second"]
+    assert list(find_block_lists(model, [layer for layer in layers if "second" in layer.name])) == ["second"]
 
 
 def test_each_block_computes_once_for_each_batch(model):

@@ -9,11 +9,13 @@ from torch import nn
 
 from hf_sparse import Pruner, PruningConfig, PruningConfigError
 from hf_sparse.schedulers import (
+    CURVES,
     SCHEDULERS,
     IterativeScheduler,
     OneshotScheduler,
     Scheduler,
     get_scheduler,
+    register_curve,
     register_scheduler,
 )
 
@@ -102,7 +104,7 @@ def test_initial_sparsity_is_where_the_curve_starts():
 
 def test_errors_say_what_is_wrong():
     known = "known are cos, cube, cubic, exp, linear"
-    with pytest.raises(ValueError, match=f'unknown sparsity_decay_type "cubik": {known}. Did you mean "cubic"?'):
+    with pytest.raises(ValueError, match=f'unknown sparsity_decay_type "cubik": {known}.* Did you mean "cubic"?'):
         IterativeScheduler({"sparsity_decay_type": "cubik"})
     for scheduler in (IterativeScheduler({}), OneshotScheduler({})):
         with pytest.raises(ValueError, match="total_prune_steps is 0: it must be at least 1"):
@@ -159,6 +161,13 @@ def test_a_users_scheduler_is_selected_by_name(own_schedulers):
     assert [pruner.update(step, 3).sparsity for step in (1, 2, 3)] == [0.25, 0.25, 0.5]
     with pytest.raises(PruningConfigError, match='scheduler is "two_half": known are .*Did you mean "two_halves"?'):
         PruningConfig(scheduler="two_half")
+
+
+@pytest.mark.parametrize("curve", [lambda t: t, lambda t, target, power: t**power, lambda *, t, target: t, 0.5])
+def test_a_curve_of_another_signature_is_refused_when_it_is_registered(curve):
+    with pytest.raises(TypeError, match=r'curve "bent" is called as curve\(t, target\), but .* cannot be .*def curve'):
+        register_curve("bent")(curve)
+    assert "bent" not in CURVES
 
 
 def test_duplicates_are_refused(own_schedulers):
