@@ -26,7 +26,7 @@ from ..distributed import (
 from ..model.layers import PrunableLayer, find_layers, select_layers
 from ..numerics import count_zeros
 from ..patterns import get_pattern
-from ..reporting.report import LayerReport, SparsityReport
+from ..reporting.report import SparsityReport
 from ..statistics import all_finite
 from .masks import MaskStore, unpack_mask
 from .parameter_group import ParameterGroup
@@ -203,20 +203,8 @@ class Pruner:
     def report(self) -> SparsityReport:
         """The figures of the model as it is now, counted in all processes at once."""
         zeros = dict(zip(self._everything, self._zeros(self._everything).tolist(), strict=True))
-        layers = tuple(
-            LayerReport(
-                name=layer.name,
-                group=group.name,
-                pattern=group.options.pattern,
-                shape=layer.shape,
-                weights=layer.numel,
-                zeros=zeros[layer.name],
-            )
-            for group in self.groups
-            for layer in group.layers
-        )
-        count = sum(shard.shape.numel() for shard in self._everything.values())
-        return SparsityReport(layers, count, sum(zeros.values()), self.target)
+        sizes = {name: shard.shape.numel() for name, shard in self._everything.items()}
+        return SparsityReport.from_counts(self.groups, zeros, sizes)
 
     # Saving and resuming
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..reporting.tables import table
+from ..reporting.tables import format_table
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .files import InspectionError
 from .layouts import selection
@@ -79,7 +79,7 @@ class Comparison:
         for place, names in ((self.first, self.only_in_first), (self.second, self.only_in_second)):
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             notes += [f"Only in {place}: {', '.join(names[:5])}{more}."] if names else []
-        return "\n".join([table(rows, left=len(rows[0]) - 4), "", *notes]).rstrip()
+        return "\n".join([format_table(rows, text_columns=len(rows[0]) - 4), "", *notes]).rstrip()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, the derived figures included."""

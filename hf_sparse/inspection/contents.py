@@ -13,7 +13,7 @@ import torch
 
 from ..model.layers import LAYOUTS
 from ..reporting.report import LayerReport, SparsityReport
-from ..reporting.tables import figures, table
+from ..reporting.tables import format_sparsity, format_table
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .layouts import Selection, layouts, selection, tied_names
 from .structure import Scan, Structure, readable_pattern
@@ -179,10 +179,10 @@ class CheckpointContents:
                 shape = "x".join(map(str, tensor.shape))
                 structure = str(tensor.structure or "")
                 name = tensor.name if tensor.selected else f"({tensor.name})"
-                rows.append((name, shape, tensor.dtype, structure, *figures(tensor.zeros, tensor.weights)))
-        rows.append(("selected", "", "", "", *figures(self.selected_zeros, self.selected_weights)))
-        rows.append(("parameters", "", "", "", *figures(self.parameter_zeros, self.parameters)))
-        return "\n".join([table(rows, left=4), "", *self.notes])
+                rows.append((name, shape, tensor.dtype, structure, *format_sparsity(tensor.zeros, tensor.weights)))
+        rows.append(("selected", "", "", "", *format_sparsity(self.selected_zeros, self.selected_weights)))
+        rows.append(("parameters", "", "", "", *format_sparsity(self.parameter_zeros, self.parameters)))
+        return "\n".join([format_table(rows, text_columns=4), "", *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, the derived figures included, with the keys of `SparsityReport.to_dict` for what is the same."""

@@ -19,7 +19,7 @@ from torch import nn
 from ..engine.masks import MaskStore
 from ..model.layers import find_layers, plain_name
 from ..registry import nearest
-from ..reporting.tables import table
+from ..reporting.tables import format_table
 
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class MergeReport:
             rows.append(
                 (layer.name, f"{layer.zeros:,}", f"{layer.weights:,}", f"{layer.masked:,}", f"{layer.lost:.1%}")
             )
-        return table(rows, left=1)
+        return format_table(rows, text_columns=1)
 
 
 def merge_and_unload(

@@ -14,7 +14,7 @@ from ..config.oneshot import OneshotConfig
 from ..config.pruning import PruningConfig
 from ..engine.parameter_group import ParameterGroup
 from ..model.layers import PrunableLayer
-from ..reporting.tables import table
+from ..reporting.tables import format_table
 from .costs import Costs, costs_of
 from .prune import OneshotRun
 from .validation import ranks_dense_model
@@ -59,7 +59,7 @@ class OneshotPlan:
             rows.append((layer.name, shape, layer.pattern, layer.subgraph or "-", f"{layer.units:,}", falling))
         weights = sum(layer.weights for layer in self.layers)
         text = f"{len(self.layers)} weights of {weights:,} in all, {self.subgraphs} stages, {self.tokens:,} tokens"
-        return f"{table(rows, left=4)}\n\n{text}\n{self.costs}"
+        return f"{format_table(rows, text_columns=4)}\n\n{text}\n{self.costs}"
 
 
 def plan_oneshot(model: nn.Module, calibration_data: Iterable[Any] | None, config: PruningConfig) -> OneshotPlan:

@@ -23,7 +23,7 @@ from ..engine.parameter_group import ParameterGroup
 from ..engine.pruner import build_groups
 from ..model.layers import PrunableLayer
 from ..numerics import count_zeros
-from ..reporting.report import LayerReport, SparsityReport
+from ..reporting.report import SparsityReport
 from .dense_pass import accumulate_gradients, masks_from_dense_model
 from .layerwise import LayerPruner
 from .resume import FinishedSubgraphs, ResumeError, identity_of
@@ -181,19 +181,4 @@ class OneshotRun:
         zeros, sizes = {}, {}
         for name, tensor in iter_parameters(self.model):
             zeros[name], sizes[name] = count_zeros(tensor), tensor.numel()
-        layers = tuple(
-            LayerReport(
-                layer.name,
-                group.name,
-                group.options.pattern,
-                layer.shape,
-                layer.numel,
-                zeros[layer.name],
-                errors.get(layer.name),
-            )
-            for group in self.groups
-            for layer in group.layers
-        )
-        weights = sum(layer.weights for layer in layers)
-        target = sum(group.target * layer.numel for group in self.groups for layer in group.layers) / weights
-        return SparsityReport(layers, sum(sizes.values()), sum(zeros.values()), target)
+        return SparsityReport.from_counts(self.groups, zeros, sizes, errors)

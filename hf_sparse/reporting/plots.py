@@ -1,19 +1,32 @@
-"""The two figures of a pruning run: the schedule, and the sparsity of each layer."""
+"""Plots of a pruning run: sparsity over the optimizer steps, and sparsity of each layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import write_atomically
 from .report import SparsityReport
 
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
 def plot_schedule(
     path: str | Path, planned: Sequence[tuple[int, float]], measured: Sequence[tuple[int, float]], steps: int
 ) -> None:
-    """Sparsity of the selected weights over the optimizer steps: the plan as a staircase, measurements as dots."""
-    figure, axes = _figure(8, 4)
+    """Plots the sparsity of the selected weights over the optimizer steps: planned as a staircase, measured as dots.
+
+    Args:
+        path: the PNG file to write.
+        planned: (optimizer step, scheduled sparsity) of each prune step.
+        measured: (optimizer step, measured sparsity) of each log.
+        steps: number of optimizer steps of the run.
+    """
+    figure, axes = _new_figure(8, 4)
     points = [(0, 0.0), *planned]
     points.append((steps, points[-1][1]))
     axes.step(*zip(*points), where="post", color="tab:blue", label="planned")
@@ -26,9 +39,9 @@ def plot_schedule(
 
 
 def plot_layers(path: str | Path, report: SparsityReport) -> None:
-    """One bar per selected weight, and a line at the mean of all of them."""
+    """Plots the sparsity of each selected weight as a bar, and their overall sparsity as a line, into a PNG file."""
     names = [layer.name.removesuffix(".weight") for layer in report.layers]
-    figure, axes = _figure(9, max(2.5, 0.22 * len(names) + 1.2))
+    figure, axes = _new_figure(9, max(2.5, 0.22 * len(names) + 1.2))
     axes.barh(range(len(names)), [layer.sparsity for layer in report.layers], color="tab:blue")
     axes.axvline(report.sparsity, color="tab:orange", label=f"all selected weights: {report.sparsity:.1%}")
     axes.set(xlabel="sparsity", xlim=(0, 1), yticks=range(len(names)))
@@ -38,13 +51,13 @@ def plot_layers(path: str | Path, report: SparsityReport) -> None:
     _save(figure, path)
 
 
-def _figure(width: float, height: float):
-    # The object interface draws to a file without touching the backend that the user's process may have chosen.
+def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    # matplotlib's object interface draws to a file without changing the backend of the user's process.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _save(figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

@@ -1,20 +1,29 @@
-"""SparsityReport: how much is zero, out of what, layer by layer. Counted in the weights, not in the masks."""
+"""The sparsity of a model and of each of its pruned layers, counted in the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_json
-from .tables import figures, table
+from .tables import format_sparsity, format_table
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One selected weight: `zeros` of its `weights` are exactly zero. `error` is the relative squared error of its
-    outputs on calibration data, where one-shot pruning has measured it."""
+    """The sparsity of one selected weight.
+
+    Args:
+        name: parameter name.
+        group: name of the parameter group that the weight belongs to.
+        pattern: text form of the pattern, such as "2:4".
+        shape: shape of the parameter.
+        weights: number of its entries.
+        zeros: number of its entries that are exactly zero.
+        error: relative squared error of the layer's outputs on the calibration data; None where it was not measured.
+    """
 
     name: str
     group: str
@@ -26,18 +35,19 @@ class LayerReport:
 
     @property
     def sparsity(self) -> float:
+        """zeros / weights."""
         return self.zeros / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """The selected weights, and beside them all parameters of the model, so that every share names its denominator.
+    """The sparsity of the selected weights and of all parameters, counted in the weights themselves, not in the masks.
 
     Args:
         layers: the selected weights.
-        parameters: the number of all the model's parameters, biases and embeddings included.
-        parameter_zeros: how many of those are exactly zero.
-        target: the share of the selected weights that the last prune step asked for.
+        parameters: number of entries of all parameters of the model, biases and embeddings included.
+        parameter_zeros: number of those that are exactly zero.
+        target: sparsity of the selected weights that was requested.
 
     Example:
         >>> report = SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5)
@@ -55,6 +65,31 @@ class SparsityReport:
     parameter_zeros: int
     target: float = 0.0
 
+    @classmethod
+    def from_counts(
+        cls,
+        groups: Iterable[Any],
+        zeros: Mapping[str, int],
+        sizes: Mapping[str, int],
+        errors: Mapping[str, float] | None = None,
+    ) -> SparsityReport:
+        """Builds the report of a model from its parameter groups and the counts of its parameters.
+
+        Args:
+            groups: the `ParameterGroup`s of the model.
+            zeros: number of zeros of every parameter of the model, by name.
+            sizes: number of entries of every parameter of the model, by name.
+            errors: relative squared output errors of the selected weights, where measured.
+        """
+        errors, layers, requested = errors or {}, [], 0.0
+        for group in groups:
+            for layer in group.layers:
+                counts = layer.numel, zeros[layer.name], errors.get(layer.name)
+                layers.append(LayerReport(layer.name, group.name, group.options.pattern, layer.shape, *counts))
+            requested += group.target * sum(layer.numel for layer in group.layers)
+        target = requested / sum(layer.weights for layer in layers)
+        return cls(tuple(layers), sum(sizes.values()), sum(zeros.values()), target)
+
     @property
     def selected(self) -> int:
         """The number of selected weights."""
@@ -62,7 +97,7 @@ class SparsityReport:
 
     @property
     def zeros(self) -> int:
-        """How many of the selected weights are zero."""
+        """The number of selected weights that are zero."""
         return sum(layer.zeros for layer in self.layers)
 
     @property
@@ -76,19 +111,19 @@ class SparsityReport:
         return self.parameter_zeros / self.parameters if self.parameters else 0.0
 
     def __str__(self) -> str:
-        measured = any(layer.error is not None for layer in self.layers)
-        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", *(["error"] if measured else []))]
+        has_errors = any(layer.error is not None for layer in self.layers)
+        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", *(["error"] if has_errors else []))]
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
-            error = ["" if layer.error is None else f"{layer.error:.4f}"] if measured else []
-            rows.append((layer.name, shape, layer.pattern, *figures(layer.zeros, layer.weights), *error))
-        rest = [""] if measured else []
-        rows.append(("selected", "", "", *figures(self.zeros, self.selected), *rest))
-        rows.append(("parameters", "", "", *figures(self.parameter_zeros, self.parameters), *rest))
-        return table(rows, left=3)
+            error = ["" if layer.error is None else f"{layer.error:.4f}"] if has_errors else []
+            rows.append((layer.name, shape, layer.pattern, *format_sparsity(layer.zeros, layer.weights), *error))
+        no_error = [""] if has_errors else []
+        rows.append(("selected", "", "", *format_sparsity(self.zeros, self.selected), *no_error))
+        rows.append(("parameters", "", "", *format_sparsity(self.parameter_zeros, self.parameters), *no_error))
+        return format_table(rows, text_columns=3)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, the derived figures included."""
+        """Returns all counts and the sparsities computed from them, ready for JSON."""
         layers = [asdict(layer) | {"shape": list(layer.shape), "sparsity": layer.sparsity} for layer in self.layers]
         return {
             "selected_weights": self.selected,
@@ -112,7 +147,7 @@ class SparsityReport:
         return cls(tuple(layers), values["parameters"], values["parameter_zeros"], values["target_sparsity"])
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict` as JSON."""
+        """Writes `to_dict` as JSON."""
         write_json(path, self.to_dict())
 
     @classmethod

@@ -1,27 +1,57 @@
-"""Plain-text tables."""
+"""Tables in plain text and in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
-def figures(zeros: int, weights: int) -> tuple[str, str, str]:
-    """Zeros, weights and the share of the one in the other, as they are printed."""
-    share = zeros / weights if weights else 0.0
-    return f"{zeros:,}", f"{weights:,}", f"{share:.2%}"
-
-
-def table(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Rows in aligned columns, the first `left` of them to the left and the others to the right.
+def format_sparsity(zeros: int, weights: int) -> tuple[str, str, str]:
+    """Formats the number of zeros, the number of weights and the sparsity, zeros / weights, as three table cells.
 
     Example:
-        >>> print(table([("layer", "zeros"), ("a.weight", "8")], left=1))
+        >>> format_sparsity(1_500, 2_000)
+        ('1,500', '2,000', '75.00%')
+    """
+    sparsity = zeros / weights if weights else 0.0
+    return f"{zeros:,}", f"{weights:,}", f"{sparsity:.2%}"
+
+
+def format_table(rows: Sequence[Sequence[str]], text_columns: int) -> str:
+    """Formats rows as a plain-text table.
+
+    Args:
+        rows: the cells of each row; all rows have the same length.
+        text_columns: number of leading columns that are aligned left; the others are aligned right.
+
+    Example:
+        >>> print(format_table([("layer", "zeros"), ("a.weight", "8")], text_columns=1))
         layer     zeros
         a.weight      8
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = (
-        [cell.ljust(width) if column < left else cell.rjust(width) for column, (cell, width) in enumerate(cells)]
-        for cells in (zip(row, widths, strict=True) for row in rows)
+        [
+            cell.ljust(width) if column < text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
     )
     return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def format_markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> str:
+    """Formats rows as a Markdown table. The cells are inserted as they are: escape them first.
+
+    Args:
+        header: the name of each column.
+        rows: the cells of each row.
+        text_columns: number of leading columns that are aligned left; the others are aligned right.
+
+    Example:
+        >>> print(format_markdown_table(("of", "zeros"), [("all", "8")], text_columns=1))
+        | of | zeros |
+        |---|--:|
+        | all | 8 |
+    """
+    rule = "|" + "---|" * text_columns + "--:|" * (len(header) - text_columns)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from huggingface_hub.utils import yaml_dump
@@ -12,7 +12,7 @@ from huggingface_hub.utils import yaml_dump
 from ...config.pruning import PruningConfig
 from ...files import LAYERS_FILE, SCHEDULE_FILE
 from ...reporting.report import SparsityReport
-from ...reporting.tables import figures
+from ...reporting.tables import format_markdown_table, format_sparsity
 from ...schedulers import PruningSchedule
 from .data import SparsityCard, measurements
 from .edits import END, START
@@ -47,15 +47,15 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
     """What template.md needs beside the metadata. `images` are the names of the figures that lie beside the card."""
     report = card.report
     totals = [
-        ("selected weights", *figures(report.zeros, report.selected)),
-        ("all parameters", *figures(report.parameter_zeros, report.parameters)),
+        ("selected weights", *format_sparsity(report.zeros, report.selected)),
+        ("all parameters", *format_sparsity(report.parameter_zeros, report.parameters)),
     ]
     return {
         "title": escape(card.model_name),
         "introduction": _introduction(card),
         "start": START,
         "end": END,
-        "totals": table(("of", "zeros", "count", "sparsity"), totals, text_columns=1),
+        "totals": format_markdown_table(("of", "zeros", "count", "sparsity"), totals, text_columns=1),
         "layer_count": len(report.layers),
         "settings": _settings(card.settings),
         "how": _how(card),
@@ -75,31 +75,18 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
     }
 
 
-def table(names: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> str:
-    """A table in Markdown, its cells escaped before; the columns after `text_columns` hold numbers.
-
-    Example:
-        >>> print(table(("of", "zeros"), [("all", "8")], text_columns=1))
-        | of | zeros |
-        |---|--:|
-        | all | 8 |
-    """
-    rule = "|" + "---|" * text_columns + "--:|" * (len(names) - text_columns)
-    return "\n".join(["| " + " | ".join(names) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def _layers(report: SparsityReport) -> str:
     names = ["layer", "shape", "pattern", "zeros", "weights", "sparsity"]
     rows = [
         [escape(layer.name), "x".join(map(str, layer.shape)), escape(layer.pattern)]
-        + [*figures(layer.zeros, layer.weights)]
+        + [*format_sparsity(layer.zeros, layer.weights)]
         for layer in report.layers
     ]
     if any(layer.error is not None for layer in report.layers):
         names.append("error")
         for layer, row in zip(report.layers, rows, strict=True):
             row.append("-" if layer.error is None else _number(layer.error))
-    return table(names, rows, text_columns=3)
+    return format_markdown_table(names, rows, text_columns=3)
 
 
 def _introduction(card: SparsityCard) -> str:
@@ -117,7 +104,7 @@ def _settings(rows: Sequence[dict[str, Any]]) -> str:
         if any(row.get(name) not in quiet.get(name, ()) for row in rows)
     ]
     cells = ([_setting(name, row.get(name)) for name in names] for row in rows)
-    return table(names, cells, text_columns=len(names))
+    return format_markdown_table(names, cells, text_columns=len(names))
 
 
 def _setting(name: str, value: Any) -> str:
@@ -161,13 +148,13 @@ def _evaluation(card: SparsityCard) -> str:
     sparse, dense = measurements(card.metrics), measurements(card.dense_metrics)
     if not dense:
         rows = [(escape(name), _number(value)) for name, value in sparse.items()]
-        return table(("metric", "sparse"), rows, text_columns=1) if rows else ""
+        return format_markdown_table(("metric", "sparse"), rows, text_columns=1) if rows else ""
     rows = []
     for name, value in sparse.items():
         known = name in dense
         difference = f"{value - dense[name]:+.4f}" if known else "-"
         rows.append((escape(name), _number(dense[name]) if known else "-", _number(value), difference))
-    return table(("metric", "dense", "sparse", "difference"), rows, text_columns=1) if rows else ""
+    return format_markdown_table(("metric", "dense", "sparse", "difference"), rows, text_columns=1) if rows else ""
 
 
 def _number(value: float) -> str:
