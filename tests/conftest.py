@@ -52,7 +52,7 @@ def hub(monkeypatch):
     with HubServer() as server:
         speak_to(server.url, monkeypatch.setattr)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(hf_sparse.hub.upload, "WAITS", (0, 0))
+        monkeypatch.setattr(hf_sparse.hub.upload, "RETRY_DELAYS", (0, 0))
         monkeypatch.setattr(http, "time", types.SimpleNamespace(**vars(time) | {"sleep": lambda _: None}))
         yield server
     huggingface_hub.close_session()

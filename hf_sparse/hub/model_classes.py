@@ -1,4 +1,4 @@
-"""Which class of transformers opens a saved model."""
+"""Finds the class of transformers whose `from_pretrained` opens a saved model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 
-# The most common tasks first: a class of models may be listed under several.
+# The most common tasks first: a model class may be listed under several tasks.
 _MAPPINGS = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
@@ -27,7 +27,9 @@ _MAPPINGS = {
 
 
 def auto_class(architecture: str | None) -> str | None:
-    """The Auto class that opens a class of models, or that class itself, or None when transformers knows neither.
+    """Returns the Auto class that opens models of class `architecture`.
+
+    Without an Auto class it is the model class itself, and None where transformers has no class of that name.
 
     Example:
         >>> auto_class("BertForSequenceClassification"), auto_class("MyOwnModel")

@@ -1,4 +1,4 @@
-"""Uploads to the Hub: tried again where that helps, explained where it does not, and never with a token in a file."""
+"""Uploads to the Hub: transient failures are retried, others explained, and files that hold a token are refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -18,30 +18,28 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 logger = logging.getLogger(__name__)
 
-# `HTTPError` is httpx's or httpx2's, whichever this huggingface_hub uses; one without an answer is of the connection.
+# Files that Trainer does not upload either, and temporary files that an interrupted run may have left behind.
+IGNORED_PATTERNS = (*DEFAULT_IGNORE_PATTERNS, "_*", "checkpoint-*", ".pruning_*")
+# Seconds before the second and the third attempt. Within each attempt huggingface_hub retries most requests itself.
+RETRY_DELAYS = (2, 10)
 
-# What Trainer does not upload either, and what a killed run may have left of a file that it was writing.
-IGNORED = (*DEFAULT_IGNORE_PATTERNS, "_*", "checkpoint-*", ".pruning_*")
-# Seconds before the second and the third attempt. Within each, huggingface_hub tries most requests again by itself.
-WAITS = (2, 10)
-
-_BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
-# Without an end: in a pickled file, what comes next may be a letter.
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{34}")
-# Files of text or of pickled arguments are small; a token in gigabytes of weights is chance.
-_SEARCHED_BYTES = 2**24
+_TRANSIENT_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
+# Not anchored at the end: in a pickled file the byte after the token may be a letter.
+_TOKEN_PATTERN = re.compile(rb"\bhf_[A-Za-z0-9]{34}")
+# Text files and pickled arguments are small. In gigabytes of weights, bytes that look like a token are chance.
+_MAX_SEARCHED_BYTES = 2**24
 
 Result = TypeVar("Result")
 
 
 class UploadError(RuntimeError):
-    """An upload that failed: what failed, and the command that tries it again. Local files are as they were."""
+    """Raised when an upload fails. The message has the cause and the command to try again; local files are unchanged."""
 
 
 class HiddenToken(str):
-    """A token that works, and is left out when what holds it is printed or saved.
+    """An access token that is replaced by "<HUB_TOKEN>" when an object that holds it is printed or pickled.
 
-    Trainer saves its arguments, `hub_token` among them, in every checkpoint, and uploads them.
+    Trainer pickles its arguments, `hub_token` among them, into every checkpoint and uploads them.
 
     Example:
         >>> HiddenToken("secret") == "secret", repr(HiddenToken("secret"))
@@ -50,7 +48,7 @@ class HiddenToken(str):
 
     __slots__ = ()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, ("<HUB_TOKEN>",)
 
     def __repr__(self) -> str:
@@ -59,12 +57,12 @@ class HiddenToken(str):
     def __copy__(self) -> HiddenToken:
         return self
 
-    def __deepcopy__(self, memo) -> HiddenToken:
+    def __deepcopy__(self, memo: dict[int, Any]) -> HiddenToken:
         return self
 
 
-def hide_token(args) -> None:
-    """Keep the token in a trainer's arguments out of what is saved of them."""
+def hide_token(args: Any) -> None:
+    """Replaces `args.hub_token` by a `HiddenToken`, so that saved training arguments do not contain the token."""
     if getattr(args, "hub_token", None) and not isinstance(args.hub_token, HiddenToken):
         args.hub_token = HiddenToken(args.hub_token)
 
@@ -79,20 +77,22 @@ def push(
     message: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Upload a folder to the Hub; the repository is made where there is none. Checkpoints inside are left out.
+    """Uploads a folder to the Hub and creates the repository if there is none. Checkpoint subfolders are left out.
 
     Args:
-        directory: the folder: of a trainer, one of its checkpoints, or any model.
-        repo: "user/name", or "name" under the user whose token it is.
-        private: whether the repository, if it is made, is private. Left out: as the Hub has it by default.
-        revision: the branch to commit to.
-        path_in_repo: the folder in the repository; its root if left out.
-        message: of the commit.
-        token: one with write permission; that of HF_TOKEN, or of `hf auth login`, if left out.
+        directory: the output folder of a trainer, one of its checkpoints, or the folder of any model.
+        repo: "user/name", or "name" for the user of the token.
+        private: whether a new repository is private; None for the Hub's default.
+        revision: branch to commit to; None for the main branch.
+        path_in_repo: folder in the repository; None for its root.
+        message: commit message.
+        token: access token with write permission; None for HF_TOKEN or the token of `hf auth login`.
+
+    Returns: the commit.
 
     Raises:
-        FileNotFoundError: there is no such folder, or nothing in it.
-        UploadError: the Hub refused, or could not be reached in three attempts; or a file holds an access token.
+        FileNotFoundError: the folder does not exist or has no files to upload.
+        UploadError: the Hub refused, it could not be reached in three attempts, or a file holds an access token.
 
     Example:
         >>> push("no/such/folder", "user/name")
@@ -101,10 +101,10 @@ def push(
         FileNotFoundError: no/such/folder: there is no such folder, or nothing in it to upload.
     """
     directory = Path(directory)
-    files = _files(directory)
+    files = _files_to_upload(directory)
     if not files:
         raise FileNotFoundError(f"{directory}: there is no such folder, or nothing in it to upload.")
-    _refuse_tokens(files, token or get_token())
+    _check_for_tokens(files, token or get_token())
     api = HfApi(library_name="hf_sparse")
 
     def upload() -> CommitInfo:
@@ -116,32 +116,31 @@ def push(
             commit_message=message or "Upload with hf_sparse",
             revision=revision,
             token=token,
-            ignore_patterns=list(IGNORED),
+            ignore_patterns=list(IGNORED_PATTERNS),
         )
 
     try:
-        return with_patience(upload)
+        return retry_transient(upload)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         command = push_command(directory, repo, private=private, revision=revision, path_in_repo=path_in_repo)
         raise upload_error(error, directory, repo, command) from error
 
 
-def _files(directory: Path) -> list[Path]:
-    """What would be uploaded."""
+def _files_to_upload(directory: Path) -> list[Path]:
     names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file())
-    return [directory / name for name in filter_repo_objects(names, ignore_patterns=list(IGNORED))]
+    return [directory / name for name in filter_repo_objects(names, ignore_patterns=list(IGNORED_PATTERNS))]
 
 
-def _refuse_tokens(files: list[Path], token: str | None) -> None:
-    """A token that is uploaded is everybody's: a stock Trainer leaves its `hub_token` in training_args.bin."""
+def _check_for_tokens(files: list[Path], token: str | None) -> None:
+    """Raises an UploadError if a file holds an access token; a stock Trainer pickles it into training_args.bin."""
     for path in files:
-        if path.suffix == ".safetensors" or path.stat().st_size > _SEARCHED_BYTES:
+        if path.suffix == ".safetensors" or path.stat().st_size > _MAX_SEARCHED_BYTES:
             continue
         content = path.read_bytes()
-        if _TOKEN.search(content) or (token and token.encode() in content):
+        if _TOKEN_PATTERN.search(content) or (token and token.encode() in content):
             raise UploadError(
-                f"{path} holds an access token, so nothing was uploaded: take the token, or the file, away. If others "
-                "have seen it, revoke it in the settings of your account."
+                f"{path} holds an access token, so nothing was uploaded: remove the token or the file. If others may "
+                "have seen the token, revoke it in the settings of your account."
             )
 
 
@@ -153,7 +152,7 @@ def push_command(
     revision: str | None = None,
     path_in_repo: str | None = None,
 ) -> str:
-    """The command line that uploads `directory`.
+    """Returns the command line that uploads `directory`.
 
     Example:
         >>> push_command("my models/out", "user/name", private=True)
@@ -165,92 +164,95 @@ def push_command(
     return shlex.join(words)
 
 
-def with_patience(work: Callable[[], Result]) -> Result:
-    """Do `work`, again after a while when the Hub was busy or could not be reached, and raise what it raised last."""
-    for wait in WAITS:
+def retry_transient(request: Callable[[], Result]) -> Result:
+    """Calls `request`, up to three times while it fails with transient errors, and returns its result."""
+    for delay in RETRY_DELAYS:
         try:
-            return work()
+            return request()
         except Exception as error:
             if not is_transient(error):
                 raise
-            logger.warning("%s Trying again in %d seconds.", explain(error), wait)
-            time.sleep(wait)
-    return work()
+            logger.warning("%s Trying again in %d seconds.", describe_error(error), delay)
+            time.sleep(delay)
+    return request()
 
 
 def upload_error(error: BaseException, directory: str | Path, repo: str, command: str) -> UploadError:
-    """What to raise, or to log, in the place of `error`."""
+    """Returns the `UploadError` for `error`, with the cause and the command to try again."""
     return UploadError(
-        f"{directory} was not uploaded to {repo}. {explain(error)} The files are all still there. To try again:\n"
-        f"    {command}"
+        f"{directory} was not uploaded to {repo}. {describe_error(error)} The local files are unchanged. To try "
+        f"again:\n    {command}"
     )
 
 
-def is_from_hub(error: Exception) -> bool:
-    """Whether huggingface_hub's API raised it: what fails while a model is written is no failure of its upload."""
+def is_hub_error(error: Exception) -> bool:
+    """Whether huggingface_hub's API raised `error`, in contrast to, say, a full disk while the model is saved."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__") == "huggingface_hub.hf_api" for frame, _ in frames)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: the Hub was busy, or the connection failed."""
-    status = _status(error)
+    """Whether the same request may succeed later: the Hub was busy or the connection failed."""
+    status = _http_status(error)
     if status is not None:
-        return status in _BUSY
-    if _lacks_xet(error):
+        return status in _TRANSIENT_STATUSES
+    if _is_xet_unsupported(error):
         return False
-    return not _has(error, OfflineModeIsEnabled) and _has(error, HTTPError, ConnectionError, TimeoutError)
+    # An HTTPError without a response is a failed connection.
+    return not _is_caused_by(error, OfflineModeIsEnabled) and _is_caused_by(
+        error, HTTPError, ConnectionError, TimeoutError
+    )
 
 
-def explain(error: BaseException) -> str:
-    """One line for people: what went wrong, and the remedy where there is one."""
-    status = _status(error)
-    if _has(error, OfflineModeIsEnabled):
-        return "The Hub was not asked, because HF_HUB_OFFLINE is set: unset it."
-    if status == 401 or _has(error, LocalTokenNotFoundError):
-        return "The Hub wants a valid token (401): log in with `hf auth login`, or set HF_TOKEN."
+def describe_error(error: BaseException) -> str:
+    """Returns one line with the cause of a failed request, and the remedy if there is one."""
+    status = _http_status(error)
+    if _is_caused_by(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing was sent to the Hub: unset it."
+    if status == 401 or _is_caused_by(error, LocalTokenNotFoundError):
+        return "The Hub requires a valid token (401): log in with `hf auth login`, or set HF_TOKEN."
     if status == 403:
-        return "The token may not write there (403): take one with write permission, or another repository."
-    if _lacks_xet(error):
-        return "This Hub does not take uploads by Xet (404): set HF_HUB_DISABLE_XET=1."
+        return "The token has no write permission (403): use one that has, or another repository."
+    if _is_xet_unsupported(error):
+        return "This Hub does not support Xet uploads (404): set HF_HUB_DISABLE_XET=1."
     if status == 404:
-        return "The Hub knows no such repository or revision, or hides it from this token (404)."
+        return "The repository or revision does not exist, or the token has no access to it (404)."
     if status is not None:
-        return f"The Hub answered {status}: {_details(error)}."
-    if _has(error, HTTPError, ConnectionError, TimeoutError):
-        return f"The Hub could not be reached, or the connection was cut ({_first_line(error)})."
-    return f"{_first_line(error)}."
+        return f"The Hub answered {status}: {_server_message(error)}."
+    if _is_caused_by(error, HTTPError, ConnectionError, TimeoutError):
+        return f"The Hub could not be reached, or the connection was cut ({_root_cause(error)})."
+    return f"{_root_cause(error)}."
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those behind it."""
+def _exception_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields `error` and the exceptions that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _has(error: BaseException, *types: type[BaseException]) -> bool:
-    return any(isinstance(link, types) for link in _chain(error))
+def _is_caused_by(error: BaseException, *types: type[BaseException]) -> bool:
+    return any(isinstance(cause, types) for cause in _exception_chain(error))
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status with which the Hub refused, if it answered at all."""
-    answers = (getattr(link, "response", None) for link in _chain(error))
-    return next((answer.status_code for answer in answers if answer is not None), None)
+def _http_status(error: BaseException) -> int | None:
+    """Returns the HTTP status of the Hub's response; None if there was no response."""
+    responses = (getattr(cause, "response", None) for cause in _exception_chain(error))
+    return next((response.status_code for response in responses if response is not None), None)
 
 
-def _lacks_xet(error: BaseException) -> bool:
-    """Whether a Hub that is not huggingface.co has refused a Xet upload; hf_xet says so in words only."""
-    return any("xet-write-token" in str(link) and "404" in str(link) for link in _chain(error))
+def _is_xet_unsupported(error: BaseException) -> bool:
+    """Whether a Hub other than huggingface.co refused a Xet upload; hf_xet has no exception type for that."""
+    return any("xet-write-token" in str(cause) and "404" in str(cause) for cause in _exception_chain(error))
 
 
-def _details(error: BaseException) -> str:
-    """What the Hub said on its refusal, or what huggingface_hub made of it."""
-    said = getattr(error, "server_message", None) or str(error)
-    return " ".join(said.split()).rstrip(".")
+def _server_message(error: BaseException) -> str:
+    message = getattr(error, "server_message", None) or str(error)
+    return " ".join(message.split()).rstrip(".")
 
 
-def _first_line(error: BaseException) -> str:
-    cause = list(_chain(error))[-1]
-    text = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {text[0].rstrip('.')}" if text else type(cause).__name__
+def _root_cause(error: BaseException) -> str:
+    """Returns the type and the first line of the exception at the end of the chain."""
+    cause = list(_exception_chain(error))[-1]
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[0].rstrip('.')}" if lines else type(cause).__name__

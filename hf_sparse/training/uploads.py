@@ -10,13 +10,13 @@ from transformers.trainer_utils import HubStrategy
 from ..distributed import get_communicator
 from ..hub.upload import (
     UploadError,
-    explain,
-    is_from_hub,
+    describe_error,
+    is_hub_error,
     is_transient,
     push,
     push_command,
     upload_error,
-    with_patience,
+    retry_transient,
 )
 
 
@@ -37,12 +37,12 @@ class UploadMixin:
         """
         error = None
         try:
-            with_patience(lambda: super(UploadMixin, self).init_hf_repo(*args, **kwargs))
+            retry_transient(lambda: super(UploadMixin, self).init_hf_repo(*args, **kwargs))
         except Exception as problem:
             error = problem
-            if is_from_hub(problem):
+            if is_hub_error(problem):
                 error = UploadError(
-                    f"{self._repo} could not be made or reached on the Hub. {explain(problem)} To train without it "
+                    f"{self._repo} could not be made or reached on the Hub. {describe_error(problem)} To train without it "
                     f"leave push_to_hub out; what is in {self.args.output_dir} can be uploaded at any time:\n"
                     f"    {self._push_command()}"
                 )
@@ -75,13 +75,13 @@ class UploadMixin:
         except UploadError:
             raise
         except Exception as error:
-            if not is_from_hub(error):
+            if not is_hub_error(error):
                 raise
             where = {"private": kwargs.get("private"), "revision": revision}
             if not is_transient(error):
                 command = self._push_command(**where)
                 raise upload_error(error, self.args.output_dir, self._repo, command) from error
-            logger.warning("%s Trying again.", explain(error))
+            logger.warning("%s Trying again.", describe_error(error))
             # The files are all written by now.
             token = token or self.args.hub_token
             return push(
@@ -140,4 +140,6 @@ class UploadMixin:
 def _log_failure(job) -> None:
     """Called when an upload in the background has ended."""
     if not job.cancelled() and job.exception() is not None:
-        logger.warning("An upload in the background failed. %s All files are on disk.", explain(job.exception()))
+        logger.warning(
+            "An upload in the background failed. %s All files are on disk.", describe_error(job.exception())
+        )

@@ -40,7 +40,7 @@ def test_all_stop_where_the_main_one_may_not_upload(ranks, hub, tmp_path):
     options = OPTIONS | {"hub_token": READ_TOKEN, "hub_model_id": "pruned"}
     run = ranks.run("ddp", "ddp-no-push", fails=True, output_dir=tmp_path / "out", options=options, hub=hub.url)
     assert run.exits == [1, 1], run.log
-    assert "UploadError: pruned could not be made or reached on the Hub. The token may not write there" in run.log
+    assert "UploadError: pruned could not be made or reached on the Hub. The token has no write permission" in run.log
     assert "another process stopped with an error" in run.log
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from hf_sparse import UploadError
 from hf_sparse.files import write_json
-from hf_sparse.hub.upload import HiddenToken, hide_token, is_from_hub, push, push_command
+from hf_sparse.hub.upload import HiddenToken, hide_token, is_hub_error, push, push_command
 
 
 REPO = f"{USER}/pruned"
@@ -84,8 +84,11 @@ def test_a_slow_hub_is_waited_for(hub, folder):
 FAILURES = {
     "no token": (lambda hub, patch: patch.delenv("HF_TOKEN"), r"\(401\): log in with `hf auth login`"),
     "token of nobody": (lambda hub, patch: patch.setenv("HF_TOKEN", "unknown"), r"\(401\): log in"),
-    "token to read": (lambda hub, patch: patch.setenv("HF_TOKEN", READ_TOKEN), r"may not write there \(403\)"),
-    "no such branch": (lambda hub, patch: hub.fail("/commit/", 404), r"no such repository or revision.*\(404\)"),
+    "token to read": (lambda hub, patch: patch.setenv("HF_TOKEN", READ_TOKEN), r"no write permission \(403\)"),
+    "no such branch": (
+        lambda hub, patch: hub.fail("/commit/", 404),
+        r"repository or revision does not exist.*\(404\)",
+    ),
     "always busy": (lambda hub, patch: hub.fail("/commit/", 503), r"The Hub answered 503: injected 503\."),
     "no room": (lambda hub, patch: hub.fail("/objects/batch", 413), r"The Hub answered 413: injected 413\."),
     "cut": (lambda hub, patch: hub.fail("PUT ", 0), "could not be reached, or the connection was cut"),
@@ -177,7 +180,7 @@ def test_what_is_no_failure_of_an_upload(hub):
     for work, expected in [(lambda: huggingface_hub.model_info(f"{USER}/none"), True), (lambda: open("/none"), False)]:
         with pytest.raises(OSError) as raised:
             work()
-        assert is_from_hub(raised.value) == expected
+        assert is_hub_error(raised.value) == expected
 
 
 def test_the_command_to_try_again():

@@ -32,8 +32,8 @@ def test_a_failure_is_told_with_the_command_and_exit_code_1(hub, folder):
     done = run(folder, REPO, "--revision", "main", "--private")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == (
-        f"hf-sparse: {folder} was not uploaded to {REPO}. The Hub answered 503: injected 503. The files are all still "
-        f"there. To try again:\n    hf-sparse push {folder} {REPO} --private --revision main\n"
+        f"hf-sparse: {folder} was not uploaded to {REPO}. The Hub answered 503: injected 503. The local files are "
+        f"unchanged. To try again:\n    hf-sparse push {folder} {REPO} --private --revision main\n"
     )
 
 

@@ -161,7 +161,7 @@ def content_of_model(folder):
 BROKEN = {
     "refused": (lambda hub, patch: hub.refuse(), "could not be reached"),
     "busy": (lambda hub, patch: hub.fail("POST ", 503), "answered 503"),
-    "no permission": (lambda hub, patch: patch.setenv("HF_TOKEN", READ_TOKEN), r"may not write there \(403\)"),
+    "no permission": (lambda hub, patch: patch.setenv("HF_TOKEN", READ_TOKEN), r"no write permission \(403\)"),
     "no token": (lambda hub, patch: patch.delenv("HF_TOKEN"), r"\(401\): log in"),
     "offline": (lambda hub, patch: patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE"),
     "cut": (lambda hub, patch: hub.fail("PUT |create", 0), "the connection was cut"),

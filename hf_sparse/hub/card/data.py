@@ -61,7 +61,7 @@ class SparsityCard:
         written: kept from one writing to the next: what was written last, so that a person's edits can be told.
 
     Example:
-        >>> from hf_sparse.report import LayerReport
+        >>> from hf_sparse.reporting.report import LayerReport
         >>> report = SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5)
         >>> card = SparsityCard("my-model", report, PruningConfig(pattern="2:4").to_dict())
         >>> card.hub_metadata()["tags"], card.settings[0]["scope"]

@@ -66,7 +66,7 @@ def render_card(card: SparsityCard, images: Sequence[str] = ()) -> ModelCard:
 
     Example:
         >>> from hf_sparse import PruningConfig, SparsityReport
-        >>> from hf_sparse.report import LayerReport
+        >>> from hf_sparse.reporting.report import LayerReport
         >>> report = SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5)
         >>> card = render_card(SparsityCard("my-model", report, PruningConfig(pattern="2:4").to_dict()))
         >>> card.data["sparsity"]["selected"], "| a.weight | 4x4 | 2:4 | 8 | 16 | 50.00% |" in card.text
