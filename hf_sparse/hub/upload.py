@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 class UploadError(RuntimeError):
-    """Raised when an upload fails. The message has the cause and the command to try again; local files are unchanged."""
+    """Raised when an upload fails, with the cause and the command to try again. Local files are unchanged."""
 
 
 class HiddenToken(str):

@@ -15,8 +15,8 @@ from ..hub.upload import (
     is_transient,
     push,
     push_command,
-    upload_error,
     retry_transient,
+    upload_error,
 )
 
 
@@ -42,9 +42,9 @@ class UploadMixin:
             error = problem
             if is_hub_error(problem):
                 error = UploadError(
-                    f"{self._repo} could not be made or reached on the Hub. {describe_error(problem)} To train without it "
-                    f"leave push_to_hub out; what is in {self.args.output_dir} can be uploaded at any time:\n"
-                    f"    {self._push_command()}"
+                    f"{self._repo} could not be made or reached on the Hub. {describe_error(problem)} To train "
+                    f"without it leave push_to_hub out; what is in {self.args.output_dir} can be uploaded at "
+                    f"any time:\n    {self._push_command()}"
                 )
                 error.__cause__ = problem
         get_communicator().raise_together(error)
