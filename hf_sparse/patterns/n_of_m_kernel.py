@@ -18,10 +18,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from ..numerics import chunk_size, prefers_numpy
 
-_CHUNK = 262_144  # scores whose temporaries stay in a core's cache
-_CHUNK_ON_ACCELERATOR = 4_194_304
-_NUMPY_DEVICES = ("cpu",)
+
+_MAX_PATTERN = 4_194_304  # units per chunk: patterns hold M arrays of this length, and several of them are cached
 
 
 def keep_n_of_m(scores_GM: torch.Tensor, keep: int) -> torch.Tensor:
@@ -45,10 +45,9 @@ def keep_n_of_m(scores_GM: torch.Tensor, keep: int) -> torch.Tensor:
     keep_GM = torch.empty(groups, of, dtype=torch.bool, device=scores_GM.device)
     if not keep_GM.numel():
         return keep_GM
-    on_cpu = scores_GM.device.type == "cpu"
-    step = max(1, (_CHUNK if on_cpu else _CHUNK_ON_ACCELERATOR) // of)
+    step = max(1, min(chunk_size(scores_GM.device), _MAX_PATTERN) // of)
     # the two have these operations under the same names; on CPUs numpy's comparisons are several times faster
-    library = np if scores_GM.device.type in _NUMPY_DEVICES else torch
+    library = np if prefers_numpy(scores_GM.device) else torch
     size = min(step, 1 << (groups - 1).bit_length())  # few sizes, so that few patterns are held
     pattern = _pattern(size, of, scores_GM.device, library)
     for start in range(0, groups, step):

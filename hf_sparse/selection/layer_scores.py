@@ -14,7 +14,7 @@ import torch
 from ..criteria import Criterion
 from ..distributed import SINGLE_PROCESS, Communicator, Shard, Transfer, redistribute
 from ..model.layers import PrunableLayer
-from ..numerics import CHUNK, CHUNK_ON_ACCELERATOR
+from ..numerics import chunk_size
 from ..patterns import Pattern
 from .ranking import Threshold, keep, keep_mask_by_row
 from .row_blocks import first_offset, keeps_units_whole, partition_rows
@@ -271,8 +271,7 @@ class LayerScores:
             if not part.weight.numel():
                 continue
             high = self.pattern.unit_rows(rows)
-            chunk = CHUNK_ON_ACCELERATOR if part.weight.is_cuda else CHUNK
-            step = max(high, chunk // part.weight[0].numel() // high * high)
+            step = max(high, chunk_size(part.weight.device) // part.weight[0].numel() // high * high)
             for first in range(0, rows, step):
                 yield part.rows(first, min(rows, first + step))
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..distributed import SINGLE_PROCESS, Communicator
-from ..numerics import CHUNK, CHUNK_ON_ACCELERATOR, array
+from ..numerics import as_fastest_array, chunk_size, prefers_numpy
 from .scores import Scores, count_threads, each
 from .threshold import SelectionProblem, search
 
@@ -96,7 +96,7 @@ def keep(chunk: torch.Tensor, cut: Threshold, ties_left: int) -> tuple[torch.Ten
     >>> keep(torch.tensor([0.0, 1.0, 1.0, 2.0]), Threshold(1.0, 1), 1)
     (tensor([False, False,  True,  True]), 0)
     """
-    scores = array(chunk)
+    scores = as_fastest_array(chunk)
     kept = scores >= cut.value
     if ties_left:
         places = (scores == cut.value).nonzero()
@@ -126,7 +126,7 @@ def keep_mask_by_row(scores_RU: torch.Tensor, k_R: torch.Tensor | int) -> torch.
     if rows and not (0 <= int(k_R.min()) and int(k_R.max()) <= units):
         raise ValueError(f"k must be in 0..{units}, the units of a row, but is {int(k_R.min())}..{int(k_R.max())}")
     keep_RU = torch.empty(rows, units, dtype=torch.bool, device=scores_RU.device)
-    step = max(1, (CHUNK if scores_RU.device.type == "cpu" else CHUNK_ON_ACCELERATOR) // max(1, units))
+    step = max(1, chunk_size(scores_RU.device) // max(1, units))
     for start in range(0, rows if units else 0, step):
         scores, k = scores_RU[start : start + step].detach().float(), k_R[start : start + step]
         if torch.isnan(scores.amax()):
@@ -152,7 +152,7 @@ def _row_values(scores: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     for place in distinct.tolist():
         rows = (index == place).nonzero()[:, 0]
         part = scores[rows]
-        if isinstance(array(part), np.ndarray):
+        if prefers_numpy(part.device):
             part.numpy().partition(place, axis=1)
             value[rows] = part[:, place]
         else:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..distributed import Communicator
-from ..numerics import CHUNK, CHUNK_ON_ACCELERATOR, array
+from ..numerics import as_fastest_array, chunk_size
 
 
 _MANY = 4_000_000  # so many are worth starting threads
@@ -51,7 +51,7 @@ class LayerSamples:
 
     def count(self, test: Callable) -> np.ndarray:
         """(L) how many scores pass a test."""
-        hits = test(array(self.values)).nonzero()
+        hits = test(as_fastest_array(self.values)).nonzero()
         hits = hits[0] if isinstance(hits, tuple) else hits[:, 0].contiguous()
         ends = self.lengths.cumsum()
         library = np if isinstance(hits, np.ndarray) else torch
@@ -161,7 +161,7 @@ class TensorScores:
 
     def chunks(self) -> Iterator[torch.Tensor]:
         flat = self.tensor.reshape(-1)
-        size = CHUNK if flat.device.type == "cpu" else CHUNK_ON_ACCELERATOR
+        size = chunk_size(flat.device)
         buffer = torch.empty(min(size, self.numel), dtype=torch.float32, device=flat.device)
         on_cpu = flat.device.type == "cpu" and flat.dtype == torch.float32
         source, target = (flat.numpy(), buffer.numpy()) if on_cpu else (flat, buffer)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..distributed import Communicator
-from ..numerics import NUMPY_DEVICES, array
+from ..numerics import as_fastest_array, prefers_numpy
 from .scores import LayerSamples, Scores, collect, count_threads, each
 
 
@@ -116,7 +116,7 @@ def _sampled(
 
     def look(index: int) -> list:
         layer, share = layers[index], int(shares[index])
-        return [array(layer.sample(math.ceil(share * layer.held / layer.numel)))] if share else []
+        return [as_fastest_array(layer.sample(math.ceil(share * layer.held / layer.numel)))] if share else []
 
     threads = count_threads(layers, communicator)
     samples = collect(each(look, range(len(layers)), threads), names, communicator)
@@ -203,7 +203,7 @@ def _tally_layer(layer: Scores, bracket: _Bracket, left: list[float]) -> tuple[i
     below = at_low = at_high = 0
     parts = []
     for chunk in layer.chunks():
-        scores = array(chunk)
+        scores = as_fastest_array(chunk)
         count = np.count_nonzero if isinstance(scores, np.ndarray) else torch.count_nonzero
         lower = scores < bracket.low
         inside = lower == (scores > bracket.high)  # where neither holds
@@ -245,7 +245,7 @@ def _decide(problem: SelectionProblem, tally: _Tally) -> Found | None:
 def _ranked(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
     """The values of these ascending ranks, counted from 1; may reorder `values`."""
     places = [rank - 1 for rank in ranks]
-    if values.device.type not in NUMPY_DEVICES:
+    if not prefers_numpy(values.device):
         return values.sort()[0][places].tolist()
     found, done = [], 0
     for place in places:  # one after the other is faster than both at once, for the second looks only at the rest

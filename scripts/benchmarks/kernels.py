@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from memory import extra_bytes
 
-from hf_sparse.numerics import CHUNK
+from hf_sparse.numerics import CPU_CHUNK
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
 from hf_sparse.selection.ranking import find_thresholds, keep, lowest
 from hf_sparse.selection.scores import TensorScores
@@ -118,7 +118,7 @@ def rank(options: argparse.Namespace) -> None:
 
 def masks_2_of_4(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     groups, mask = weight.view(-1, 4), mask.view(-1, 4)
-    buffer = torch.empty(CHUNK // 4, 4)
+    buffer = torch.empty(CPU_CHUNK // 4, 4)
     for start in range(0, len(groups), len(buffer)):
         part = groups[start : start + len(buffer)]
         scores = torch.abs(part, out=buffer[: len(part)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sparse.patterns import n_of_m_kernel
+from hf_sparse import numerics
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
 
 
@@ -14,7 +14,7 @@ from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
 def library(request, monkeypatch):
     """Runs a test with the code for CPU memory and with the code for accelerators."""
     if request.param == "torch":
-        monkeypatch.setattr(n_of_m_kernel, "_NUMPY_DEVICES", ())
+        monkeypatch.setattr(numerics, "NUMPY_DEVICES", ())
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def library(request, monkeypatch):
 )
 @pytest.mark.parametrize("kind", ["normal", "ties", "constant", "infinite"])
 def test_is_a_stable_sort_of_each_group(library, keep, of, kind, monkeypatch):
-    monkeypatch.setattr(n_of_m_kernel, "_CHUNK", 100)
+    monkeypatch.setattr(numerics, "CPU_CHUNK", 100)
     random = np.random.default_rng(keep)
     for groups in (0, 1, 25, 77):
         scores = {

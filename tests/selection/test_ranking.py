@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sparse.selection import ranking, scores, threshold
+from hf_sparse import numerics
+from hf_sparse.selection import scores, threshold
 from hf_sparse.selection.ranking import Threshold, find_thresholds, keep, keep_mask_by_row, lowest
 from hf_sparse.selection.scores import TensorScores
 
@@ -18,14 +19,13 @@ INFINITY = math.inf
 def library(request, monkeypatch):
     """Runs a test with the code for CPU memory and with the code for accelerators."""
     if request.param == "torch":
-        for module in (scores, threshold):
-            monkeypatch.setattr(module, "NUMPY_DEVICES", ())
+        monkeypatch.setattr(numerics, "NUMPY_DEVICES", ())
 
 
 @pytest.fixture(params=["collected", "sampled", "missed"])
 def path(request, library, monkeypatch):
     """Makes few scores take the ways that many take: small chunks, a sample, and a sample that misled."""
-    monkeypatch.setattr(ranking, "CHUNK", 37)
+    monkeypatch.setattr(numerics, "CPU_CHUNK", 37)
     monkeypatch.setattr(scores, "_MANY", 100)
     if request.param != "collected":
         monkeypatch.setattr(threshold, "_FEW", 3)
@@ -188,7 +188,7 @@ def test_impossible_requests_are_refused():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lowest_per_row_is_a_stable_sort_of_each(library, kind, monkeypatch):
-    monkeypatch.setattr(ranking, "CHUNK", 50)
+    monkeypatch.setattr(numerics, "CPU_CHUNK", 50)
     random = np.random.default_rng(KINDS.index(kind))
     for rows, units in ((1, 1), (5, 7), (20, 13), (3, 200), (0, 4), (4, 0)):
         scores = random_scores(random, kind, rows * units).reshape(rows, units)
