@@ -3,7 +3,8 @@ from .config.pruning import PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
 from .engine.pruner import Pruner
 from .hub.upload import UploadError
-from .integrations.peft import MergeReport, merge_and_unload, merged_adapter
+from .integrations.merge_report import MergeReport
+from .integrations.peft import merge_and_unload, merged_adapter
 from .oneshot import OneshotConfig, ResumeError, calibration_batches, evaluate_model, plan_oneshot, prune_oneshot
 from .patterns import register_pattern
 from .reporting.report import SparsityReport

@@ -1,1 +1,1 @@
-"""Other libraries."""
+"""Support for models of other libraries."""

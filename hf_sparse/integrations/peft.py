@@ -1,8 +1,8 @@
-"""Merging the adapters of a PEFT model into a pruned base, whose zeros stay.
+"""Merging the adapters of a PEFT model into a pruned base without losing the zeros of the base.
 
-The base holds zeros, the update of an adapter is dense. Added together they would be dense again, so the update is
-left out where the base is zero: with the base W, its mask M (False where W is zero) and the update U that PEFT merges,
-W <- W + M * U. What is left out changes what the model computes, so it is counted and told.
+The base W is sparse, the update U of an adapter is dense, so W + U would be dense. With the mask M of the base (False
+where W is zero) the merged weight is W + M * U. The part of U that is left out changes the outputs of the model, so it
+is measured and reported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,106 +20,48 @@ from torch import nn
 from ..engine.masks import MaskStore
 from ..model.layers import find_layers, plain_name
 from ..registry import nearest
-from ..reporting.tables import format_table
+from .merge_report import MergedLayer, MergeReport
+
+
+if TYPE_CHECKING:
+    from peft import PeftMixedModel, PeftModel
 
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class MergedLayer:
-    """One weight of the base: `zeros` of its `weights` were held, and `masked` entries of the update, other than zero,
-    were left out there. `update` is the Frobenius norm of the whole update, `left_out` that of what was left out."""
-
-    name: str
-    weights: int
-    zeros: int
-    masked: int
-    update: float
-    left_out: float
-
-    @property
-    def lost(self) -> float:
-        """The share of the update's norm that was left out."""
-        return self.left_out / self.update if self.update else 0.0
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What merging left out, so that the zeros of the base stay.
-
-    Args:
-        layers: the weights that were merged into.
-
-    Example:
-        >>> layer = MergedLayer("query.weight", weights=16, zeros=8, masked=8, update=5.0, left_out=3.0)
-        >>> MergeReport((layer,)).lost
-        0.6
-        >>> print(MergeReport((layer,)))
-        layer         zeros  weights  masked  norm lost
-        query.weight      8       16       8      60.0%
-        all               8       16       8      60.0%
-    """
-
-    layers: tuple[MergedLayer, ...]
-
-    @property
-    def total(self) -> MergedLayer:
-        """All layers, taken together."""
-        counts = (sum(getattr(layer, field) for layer in self.layers) for field in ("weights", "zeros", "masked"))
-        norms = (sum(getattr(layer, field) ** 2 for layer in self.layers) ** 0.5 for field in ("update", "left_out"))
-        return MergedLayer("all", *counts, *norms)
-
-    @property
-    def masked(self) -> int:
-        """How many entries of the updates were left out."""
-        return self.total.masked
-
-    @property
-    def lost(self) -> float:
-        """The share of the updates' norm, over all layers, that was left out."""
-        return self.total.lost
-
-    def __str__(self) -> str:
-        rows = [("layer", "zeros", "weights", "masked", "norm lost")]
-        for layer in (*self.layers, self.total):
-            rows.append(
-                (layer.name, f"{layer.zeros:,}", f"{layer.weights:,}", f"{layer.masked:,}", f"{layer.lost:.1%}")
-            )
-        return format_table(rows, text_columns=1)
-
-
 def merge_and_unload(
-    model: nn.Module,
+    model: PeftModel | PeftMixedModel,
     masks: Mapping[str, torch.Tensor] | None = None,
     safe_merge: bool = False,
     adapter_names: Sequence[str] | None = None,
 ) -> tuple[nn.Module, MergeReport]:
-    """PEFT's `merge_and_unload`, with every weight of the base that is exactly zero left at exactly +0.0.
+    """PEFT's `merge_and_unload`, except that zero weights of the base stay zero.
 
-    W <- W + M * U for every prunable weight W that has an adapter: U is the update that PEFT itself merges (LoRA,
-    DoRA, several adapters at once), M is False where W is zero, or where `masks` say so. Embeddings and biases are
-    merged as PEFT merges them, and modules that were trained as copies (`modules_to_save`) are taken as trained.
+    W <- W + M * U for every prunable weight W that has an adapter, where U is the update that PEFT merges (LoRA, DoRA,
+    several adapters at once) and M is False where W is zero, or as given by `masks`. Embeddings and biases are merged
+    as PEFT merges them, and modules that were trained as copies (`modules_to_save`) replace the originals.
 
-    The merged model is not the model with adapters beside a base with zeros: what was left out is logged, and
-    returned, layer by layer. Evaluate the merged model.
+    The merged model computes something else than the base with its adapters: the part of the updates that was left out
+    is logged and returned for each layer. Evaluate the merged model.
 
     Args:
-        model: a PeftModel.
-        masks: parameter name -> bool mask, True is kept, such as a `Pruner`'s: they take the place of a weight's own
-            zeros, so that a kept weight that is zero by chance may still change. Names may be those with or without
-            PEFT; weights that are not named go by their zeros.
-        safe_merge: as in PEFT, refuse updates that are not finite. What was merged before is then taken back, see
-            `merged_adapter`.
-        adapter_names: which adapters; left out, the active ones.
+        model: the model with adapters.
+        masks: parameter name -> bool mask of the parameter's shape, True is kept, such as the masks of a `Pruner`. A
+            weight in it is masked by this mask instead of its zeros, so that a kept weight that happens to be zero
+            can change. The names are those with or without PEFT's prefixes.
+        safe_merge: refuse updates that are not finite, as in PEFT. Layers that were merged before are then unmerged,
+            see `merged_adapter`.
+        adapter_names: the adapters to merge; None for the active ones.
 
     Returns: the base model without adapters, and the report.
 
     Raises:
         ImportError: peft is not installed.
         TypeError: `model` is not a PeftModel.
-        ValueError: no adapter that changes weights, or none of that name, adapters merged before, replicated layers,
-            a quantized base, masks of other weights, or an update that is not finite (`safe_merge`).
+        ValueError: there is no adapter of that name or none that changes weights, adapters are merged already, the
+            adapter replicates layers, the base is quantized, the masks do not belong to the weights, or an update is
+            not finite (`safe_merge`).
         NotImplementedError: the base is sharded or offloaded, or the adapter is on an `nn.MultiheadAttention`.
 
     Example:
@@ -127,24 +70,27 @@ def merge_and_unload(
         >>> model.save_pretrained("merged")  # doctest: +SKIP
     """
     with merged_adapter(model, masks, safe_merge, adapter_names) as report:
-        with _merged_before_is_no_news():
-            # Nothing is left to merge for PEFT, which takes its layers out.
-            merged = model.merge_and_unload(safe_merge=safe_merge, adapter_names=_check_names(model, adapter_names))
+        with _ignore_merged_warnings():
+            # All updates are merged already: PEFT only removes the adapter layers.
+            names = _validate_adapter_names(model, adapter_names)
+            merged = model.merge_and_unload(safe_merge=safe_merge, adapter_names=names)
     return merged, report
 
 
 @contextmanager
 def merged_adapter(
-    model: nn.Module,
+    model: PeftModel | PeftMixedModel,
     masks: Mapping[str, torch.Tensor] | None = None,
     safe_merge: bool = False,
     adapter_names: Sequence[str] | None = None,
 ) -> Iterator[MergeReport]:
-    """The adapters merged for a while, in place, with the zeros of the base held; see `merge_and_unload`.
+    """Context manager that merges the adapters in place as `merge_and_unload` does, and unmerges them on exit.
 
-    On leaving, PEFT takes its update back: kept weights return as far as PEFT returns them, up to the rounding of
-    W + U - U, and the zeros are +0.0. Do not call PEFT's `unmerge_adapter` inside: it takes the update away from the
-    zeros too, where it was never added.
+    On exit PEFT subtracts the updates: kept weights are restored up to the rounding of W + U - U, and zeros are +0.0.
+    Do not call PEFT's `unmerge_adapter` inside: it would subtract the updates from the zeros as well, where they were
+    not added.
+
+    Args: as in `merge_and_unload`.
 
     Yields: the report.
 
@@ -154,110 +100,118 @@ def merged_adapter(
         >>> with merged_adapter(peft_model) as report:  # doctest: +SKIP
         ...     trainer.evaluate()
     """
-    plan = _Plan(model, masks, adapter_names)
+    merge = _MaskedMerge(model, masks, adapter_names)
     try:
-        with _merged_before_is_no_news():
-            report = plan.merge(safe_merge)
-            model.merge_adapter(safe_merge=safe_merge, adapter_names=plan.adapter_names)
+        with _ignore_merged_warnings():
+            report = merge.run(safe_merge)
+            # Merges what has no mask: embeddings and biases.
+            model.merge_adapter(safe_merge=safe_merge, adapter_names=merge.adapter_names)
         if report.masked:
             logger.warning(
-                "%s entries of the adapters' updates fell on zeros of the base and were left out: %.1f%% of the "
-                "updates' norm. The merged model differs from the one with adapters; evaluate it.",
+                "%s entries of the adapters' updates were left out to keep the zeros of the base: %.1f%% of the norm "
+                "of the updates. The merged model differs from the base with adapters: evaluate it.",
                 f"{report.masked:,}",
-                100 * report.lost,
+                100 * report.norm_lost,
             )
         yield report
     finally:
-        with _merged_before_is_no_news():
+        with _ignore_merged_warnings():
             model.unmerge_adapter()
-        plan.enforce()
+        merge.enforce_masks()
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A layer of adapters with those inside it, the weights that it merges into, and the masks of these."""
+class _AdaptedModule:
+    """An outermost adapter layer.
 
-    layers: list[nn.Module]
+    Args:
+        adapter_layers: the layer itself and the adapter layers inside it.
+        weights: the prunable weights that they are merged into, by parameter name.
+        masks: the masks of these weights.
+    """
+
+    adapter_layers: list[Any]
     weights: dict[str, nn.Parameter]
     masks: MaskStore
 
 
-class _Plan:
-    """Which weights are merged into, and which of them stay zero. Making it changes nothing."""
+class _MaskedMerge:
+    """The adapted modules of a model with the masks of their weights. The constructor changes nothing."""
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PeftModel | PeftMixedModel,
         masks: Mapping[str, torch.Tensor] | None,
         adapter_names: Sequence[str] | None,
     ):
-        tuner_layer = _check_model(model)
-        self.adapter_names = _check_names(model, adapter_names)
-        modules, inside = [], set()
-        for module in model.modules():  # the outermost layers of adapters; those inside are merged with them
-            if isinstance(module, tuner_layer) and id(module) not in inside:
-                modules.append([layer for layer in module.modules() if isinstance(layer, tuner_layer)])
-                inside |= {id(layer) for layer in modules[-1]}
-        _check_modules(model, modules)
-        masks = _check_mask_names(model, masks)
+        adapter_layer_class = _validate_model(model)
+        self.adapter_names = _validate_adapter_names(model, adapter_names)
+        outermost: list[list[Any]] = []
+        visited: set[int] = set()
+        for module in model.modules():
+            if isinstance(module, adapter_layer_class) and id(module) not in visited:
+                outermost.append([layer for layer in module.modules() if isinstance(layer, adapter_layer_class)])
+                visited |= {id(layer) for layer in outermost[-1]}
+        _validate_adapters(model, outermost)
+        masks = _masks_by_plain_name(model, masks)
         prunable = {layer.name for layer in find_layers(model)}
         names = {id(weight): name for name, weight in model.named_parameters() if name in prunable}
-        self.blocks = []
-        for layers in modules:
-            weights = {names[id(weight)]: weight for weight in layers[0].parameters() if id(weight) in names}
+        self.modules = []
+        for adapter_layers in outermost:
+            parameters = adapter_layers[0].parameters()
+            weights = {names[id(weight)]: weight for weight in parameters if id(weight) in names}
             if weights:
-                _check_whole(weights)
-                self.blocks.append(_Block(layers, weights, _lock(weights, masks)))
+                _validate_weights(weights)
+                self.modules.append(_AdaptedModule(adapter_layers, weights, _build_masks(weights, masks)))
 
     @torch.no_grad()
-    def merge(self, safe_merge: bool) -> MergeReport:
-        """Merge and mask, one block after another, so that no more than one is held twice."""
+    def run(self, safe_merge: bool) -> MergeReport:
+        """Merges and masks one module after the other, so that only one module's weights are copied at a time."""
         merged = []
-        for block in self.blocks:
-            before = {name: weight.detach().clone() for name, weight in block.weights.items()}
-            for layer in block.layers:
+        for module in self.modules:
+            before = {name: weight.detach().clone() for name, weight in module.weights.items()}
+            for layer in module.adapter_layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=self.adapter_names)
-            merged += [_measure(name, block, before[name]) for name in block.weights]
-            block.masks.enforce(block.weights)
+            for name, weight in module.weights.items():
+                merged.append(_measure_update(name, weight.detach() - before[name], module.masks))
+            module.masks.enforce(module.weights)
         return MergeReport(tuple(merged))
 
-    def enforce(self) -> None:
-        """Write +0.0 at all places that are held."""
-        for block in self.blocks:
-            block.masks.enforce(block.weights)
+    def enforce_masks(self) -> None:
+        """Sets all masked weights to +0.0."""
+        for module in self.modules:
+            module.masks.enforce(module.weights)
 
 
-def _lock(weights: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> MaskStore:
-    """The masks given, and the zeros of the weights that those do not name."""
+def _build_masks(weights: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> MaskStore:
+    """Returns the given masks, and for weights without one the mask of their zeros."""
     store = MaskStore({name: (weight.shape, weight.device) for name, weight in weights.items()})
-    for name, weight in weights.items():
-        weight = weight.detach()
+    for name, parameter in weights.items():
+        weight = parameter.detach()
         store.replace(name, masks.get(plain_name(name), weight != 0))
-        alive = int(torch.count_nonzero(weight[store.bits(name) == 0]))
-        if alive:
+        nonzero = int(torch.count_nonzero(weight[store.bits(name) == 0]))
+        if nonzero:
             raise ValueError(
-                f'masks: {alive:,} of the pruned weights of "{name}" are not zero, so the masks belong to other '
-                "weights. Give those of this base, or leave them out and its zeros are held."
+                f'masks: {nonzero:,} of the pruned weights of "{name}" are not zero, so the masks belong to other '
+                "weights. Give those of this base, or none to keep its zeros."
             )
     return store
 
 
-def _measure(name: str, block: _Block, before: torch.Tensor) -> MergedLayer:
-    """What the update was, and what of it falls on zeros."""
-    update = block.weights[name].detach() - before
-    left_out = update[block.masks.bits(name) == 0]
+def _measure_update(name: str, update: torch.Tensor, masks: MaskStore) -> MergedLayer:
+    masked_update = update[masks.bits(name) == 0]
     return MergedLayer(
         name=plain_name(name),
         weights=update.numel(),
-        zeros=left_out.numel(),
-        masked=int(torch.count_nonzero(left_out)),
-        update=float(torch.linalg.vector_norm(update, dtype=torch.float32)),
-        left_out=float(torch.linalg.vector_norm(left_out, dtype=torch.float32)),
+        zeros=masked_update.numel(),
+        masked=int(torch.count_nonzero(masked_update)),
+        update_norm=float(torch.linalg.vector_norm(update, dtype=torch.float32)),
+        masked_norm=float(torch.linalg.vector_norm(masked_update, dtype=torch.float32)),
     )
 
 
-def _check_model(model: nn.Module) -> type:
-    """See that it is PEFT's; returns the class of PEFT's layers."""
+def _validate_model(model: object) -> type:
+    """Checks that `model` has PEFT adapters, and returns the base class of PEFT's adapter layers."""
     try:
         from peft import PeftMixedModel, PeftModel
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -265,83 +219,94 @@ def _check_model(model: nn.Module) -> type:
         raise ImportError("merging adapters needs peft, which is not installed: pip install peft.") from error
     if not isinstance(model, (PeftModel, PeftMixedModel)):
         raise TypeError(
-            f"model is a {type(model).__name__}; adapters are merged from a PeftModel, as get_peft_model or "
-            "PeftModel.from_pretrained return it."
+            f"model is a {type(model).__name__}, but must be a PeftModel, as returned by get_peft_model or "
+            "PeftModel.from_pretrained."
         )
     return BaseTunerLayer
 
 
-def _check_names(model: nn.Module, adapter_names: Sequence[str] | None) -> list[str] | None:
-    """The names as a list. PEFT passes over names that it does not know."""
+def _validate_adapter_names(
+    model: PeftModel | PeftMixedModel, adapter_names: Sequence[str] | None
+) -> list[str] | None:
+    """Checks the names, because PEFT ignores unknown ones, and returns them as a list."""
     if adapter_names is None:
         return None
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    known = sorted(model.peft_config)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(f"adapter_names={names}: the model has the adapters {', '.join(known)}. Name one of these.")
+    adapters = sorted(model.peft_config)
+    if not names or not set(names) <= set(adapters):
+        raise ValueError(
+            f"adapter_names={names}: the model has the adapters {', '.join(adapters)}. Name one of these."
+        )
     return names
 
 
-def _check_mask_names(model: nn.Module, masks: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    """The masks by the names that their weights have without PEFT."""
-    known = [plain_name(name) for name, _ in model.named_parameters()]
-    given = {plain_name(name): mask for name, mask in (masks or {}).items()}
-    unknown = sorted(given.keys() - set(known))
+def _masks_by_plain_name(
+    model: PeftModel | PeftMixedModel, masks: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """Returns the masks under the parameter names without PEFT's prefixes."""
+    parameters = [plain_name(name) for name, _ in model.named_parameters()]
+    by_plain_name = {plain_name(name): mask for name, mask in (masks or {}).items()}
+    unknown = sorted(by_plain_name.keys() - set(parameters))
     if unknown:
-        raise ValueError(f'masks: "{unknown[0]}" is no parameter of the model.{nearest(unknown[0], known)}')
-    return given
+        raise ValueError(f'masks: "{unknown[0]}" is no parameter of the model.{nearest(unknown[0], parameters)}')
+    return by_plain_name
 
 
-def _check_modules(model: nn.Module, modules: Sequence[Sequence[nn.Module]]) -> None:
-    """See that there is something to merge, that none of it is merged yet, and that the base holds numbers."""
-    if not modules:
-        kinds = sorted({str(config.peft_type).rpartition(".")[2] for config in model.peft_config.values()})
+def _validate_adapters(model: PeftModel | PeftMixedModel, outermost: Sequence[Sequence[Any]]) -> None:
+    """Checks that the adapters change weights, are not merged yet, and that the base can be merged into."""
+    configs = model.peft_config.values()
+    if not outermost:
+        types = sorted({str(config.peft_type).rpartition(".")[2] for config in configs})
         raise ValueError(
-            f"the adapter ({', '.join(kinds)}) changes no weights, so there is nothing to merge: it stays beside the "
-            "base, whose zeros it does not touch."
+            f"the adapter ({', '.join(types)}) changes no weights, so there is nothing to merge: use it with the "
+            "base, whose zeros it does not change."
         )
-    merged = sorted({name for layers in modules for layer in layers for name in layer.merged_adapters})
+    merged = sorted({name for layers in outermost for layer in layers for name in layer.merged_adapters})
     if merged:
         raise ValueError(
-            f"{', '.join(merged)}: merged already, over the zeros of the base. Call model.unmerge_adapter() first."
+            f"{', '.join(merged)}: already merged, without keeping the zeros of the base. Call "
+            "model.unmerge_adapter() first."
         )
-    if any(isinstance(layers[0].get_base_layer(), nn.MultiheadAttention) for layers in modules):
+    if any(isinstance(layers[0].get_base_layer(), nn.MultiheadAttention) for layers in outermost):
         raise NotImplementedError(
-            "an adapter is on a MultiheadAttention, whose weights PEFT replaces when it merges, so no zeros can be "
-            "held there: leave that module out of the adapter's target_modules."
+            "an adapter is on a MultiheadAttention, whose weights PEFT replaces when it merges, so their zeros cannot "
+            "be kept: leave that module out of the adapter's target_modules."
         )
+    _validate_not_quantized(model)
+    if any(getattr(config, "layer_replication", None) for config in configs):
+        raise ValueError("the adapter replicates layers of the base (layer_replication), which PEFT cannot merge.")
+
+
+def _validate_not_quantized(model: PeftModel | PeftMixedModel) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     method = getattr(base, "quantization_method", None)
     quantized = [
-        name
+        f"{name} is {parameter.dtype}"
         for name, parameter in model.named_parameters()
         if not parameter.is_floating_point() or parameter.element_size() == 1
     ]
     if method or getattr(base, "is_quantized", False) or quantized:
-        which = f"{quantized[0]} is {dict(model.named_parameters())[quantized[0]].dtype}" if quantized else method
+        reason = quantized[0] if quantized else method or "is_quantized"
         raise ValueError(
-            f"the base is quantized ({which or 'is_quantized'}), and a quantized zero is not kept by merging: load "
-            "the base in float32, bfloat16 or float16, put the adapter on it, and merge that."
+            f"the base is quantized ({reason}), and merging does not keep the zeros of quantized weights: load the "
+            "base in float32, bfloat16 or float16, put the adapter on it, and merge that."
         )
-    if any(getattr(config, "layer_replication", None) for config in model.peft_config.values()):
-        raise ValueError("the adapter replicates layers of the base (layer_replication), which PEFT cannot merge.")
 
 
-def _check_whole(weights: Mapping[str, nn.Parameter]) -> None:
-    """See that this process holds the values: as a plain tensor that is not empty."""
+def _validate_weights(weights: Mapping[str, nn.Parameter]) -> None:
+    """Checks that every weight is a full, plain tensor of this process."""
     for name, weight in weights.items():
         if type(weight.data) is not torch.Tensor or weight.is_meta or not weight.numel():
             kind = "meta" if weight.is_meta else type(weight.data).__name__
             raise NotImplementedError(
-                f'"{name}" ({kind}, shape {tuple(weight.shape)}) is not whole here: it is sharded or offloaded. Load '
-                "the model whole, in one process, and merge there."
+                f'"{name}" ({kind}, shape {tuple(weight.shape)}) is sharded or offloaded, but merging needs the full '
+                "weight: load the model unsharded in one process and merge there."
             )
 
 
 @contextmanager
-def _merged_before_is_no_news() -> Iterator[None]:
-    """PEFT warns of layers that were merged before, which is how they are merged here."""
+def _ignore_merged_warnings() -> Iterator[None]:
+    """Suppresses PEFT's warnings that layers are merged or unmerged already, as they are by design here."""
     with warnings.catch_warnings():
         for message in ("All adapters are already merged", "Already following adapters", "Already unmerged"):
             warnings.filterwarnings("ignore", message=message)
