@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from hf_sparse.calibration.data_files import TABLE_FILES, check_columns, check_files, load_files, load_from_hub, quoted
+from hf_sparse.calibration.data_files import TABLE_FILES, check_files, format_names, load_files, load_from_hub
 
 
 __all__ = [
@@ -28,7 +28,8 @@ def need_split(splits, names: tuple[str, ...], flag: str, remedy: str) -> list[s
     found = [name for name in names if name in splits]
     if not found:
         raise ValueError(
-            f"{flag} needs a split named {quoted(names)}, but the data has {quoted(splits)}. Pass {remedy}."
+            f"{flag} needs a split named {format_names(names)}, but the data has {format_names(splits)}. "
+            f"Pass {remedy}."
         )
     return found
 
@@ -36,3 +37,13 @@ def need_split(splits, names: tuple[str, ...], flag: str, remedy: str) -> list[s
 def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
     """The first `limit` rows, or all of them if there are fewer or `limit` is None."""
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def check_columns(columns: list[str], needed: tuple[str, ...], split: str) -> None:
+    """Refuses a split that lacks one of the needed columns."""
+    absent = [column for column in needed if column not in columns]
+    if absent:
+        raise ValueError(
+            f"the {split} split has no column {format_names(absent)}: it has {format_names(columns)}. Rename the "
+            f"columns of the file (needed: {format_names(needed)})."
+        )

@@ -5,14 +5,10 @@ a network; the functions below need scikit-learn and scipy only.
 """
 
 import numpy as np
-from _metrics import Metric, load_or_fall_back
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-
-def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """Share of equal labels, 1/n sum [p_i = r_i]."""
-    return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+from hf_sparse.evaluation import Metric, accuracy, load_metric_or_fallback
 
 
 def accuracy_and_f1(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -67,7 +63,7 @@ def load_metric(task: str | None, is_regression: bool, cache_dir: str | None = N
         cache_dir: where evaluate keeps its files.
     """
     name = ("glue", task) if task is not None else ("mse" if is_regression else "accuracy",)
-    return load_or_fall_back(name, local_metric(task, is_regression), cache_dir)
+    return load_metric_or_fallback(name, local_metric(task, is_regression), cache_dir)
 
 
 def with_combined_score(metrics: dict[str, float]) -> dict[str, float]:

@@ -30,13 +30,13 @@ from _common import (
     use_mean_loss,
 )
 from _data import first_rows, load_from_hub, need_split
-from _metrics import load_or_fall_back
 from qa_data import Windows, check_questions, load_qa_files
 from qa_postprocessing import postprocess, write_answers
 from qa_trainer import SparseQuestionAnsweringTrainer
 from transformers import AutoModelForQuestionAnswering, set_seed
 
 from hf_sparse import SparseTrainingArguments
+from hf_sparse.evaluation import load_metric_or_fallback
 
 
 logger = logging.getLogger("scripts.qa")
@@ -158,7 +158,7 @@ def build_metrics(data_args: DataTrainingArguments, model_args: ModelArguments):
     """The function that scores answers against the references."""
     with_negative = data_args.version_2_with_negative
     fallback = qa_metrics.squad_v2 if with_negative else qa_metrics.squad
-    metric = load_or_fall_back((fallback.__name__,), fallback, model_args.cache_dir)
+    metric = load_metric_or_fallback((fallback.__name__,), fallback, model_args.cache_dir)
 
     def compute_metrics(answers: dict[str, str], examples) -> dict[str, float]:
         predictions = [{"id": key, "prediction_text": text} for key, text in answers.items()]

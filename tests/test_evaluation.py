@@ -1,6 +1,8 @@
 """Perplexity and accuracy, against the model called by hand."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from helpers.tiny_texts import bert_tokenizer, classifier, llama, word_tokenizer
 from transformers import BertForMaskedLM
 
 from hf_sparse.calibration.text_batches import TextReader
-from hf_sparse.oneshot import evaluate_model
+from hf_sparse.evaluation import accuracy, evaluate_model
 
 
 def test_perplexity_is_of_all_tokens_alike_and_of_no_padding():
@@ -36,6 +38,23 @@ def test_accuracy():
     answers = [int(model(**batch).logits.argmax()) for batch in tokenized]
     right = sum(answer == row["label"] for answer, row in zip(answers, rows, strict=True))
     assert evaluate_model(model, reader.first(rows)) == {"accuracy": right / 3, "samples": 3}
+
+
+def test_accuracy_is_computed_by_the_evaluate_library_where_it_can_be_loaded(monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+
+    def load(*name, cache_dir):
+        calls.append(name)
+        return types.SimpleNamespace(compute=accuracy)
+
+    monkeypatch.setitem(sys.modules, "evaluate", types.SimpleNamespace(load=load))
+    batches = [{"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3], [2, 7, 3]]), "labels": torch.tensor([0, 1, 1])}]
+    by_library = evaluate_model(classifier(), batches)
+    assert calls == [("accuracy",)]
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    assert evaluate_model(classifier(), batches) == by_library
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -1,4 +1,4 @@
-"""Batches: what a model is called with. Mappings of keyword arguments, tuples of positional ones, or a tensor."""
+"""Batches of a model's inputs: a mapping of keyword arguments, a tuple of positional arguments, or one tensor."""
 
 from __future__ import annotations
 
@@ -10,56 +10,57 @@ from torch import nn
 from torch.utils import _pytree
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model with a batch as its arguments."""
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Calls `model` with the arguments in `batch` and returns its outputs."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def on_device(batch: Any, device: torch.device) -> Any:
-    """A batch whose tensors are on `device`, copies of the given ones: a model may write to its inputs."""
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Returns `batch` with every tensor copied to `device`. Always a copy, as a model may write to its inputs."""
     if torch.is_tensor(batch):
         return batch.to(device, copy=True)
     if isinstance(batch, Mapping):
-        return {name: on_device(value, device) for name, value in batch.items()}
+        return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(on_device(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch
 
 
 def first_row(batch: Any) -> Any:
-    """The first row of a batch whose tensors have as many rows each, or else the whole batch.
+    """Returns the first row of a batch, or the whole batch if its tensors differ in their number of rows.
 
     Example:
         >>> first_row({"input_ids": torch.tensor([[1, 2], [3, 4]]), "labels": torch.tensor([0, 1])})
         {'input_ids': tensor([[1, 2]]), 'labels': tensor([0])}
     """
-    leaves, layout = _pytree.tree_flatten(_plain(batch))
-    rows = {len(leaf) if leaf.ndim else 0 for leaf in leaves if torch.is_tensor(leaf)}
-    if len(rows) != 1 or 0 in rows:
+    leaves, layout = _pytree.tree_flatten(_as_dict(batch))
+    num_rows = {len(leaf) if leaf.ndim else 0 for leaf in leaves if torch.is_tensor(leaf)}
+    if len(num_rows) != 1 or 0 in num_rows:
         return batch
     return _pytree.tree_unflatten([leaf[:1] if torch.is_tensor(leaf) else leaf for leaf in leaves], layout)
 
 
-def merged(batches: Sequence[Any]) -> Any:
-    """All batches as one.
+def concatenate_batches(batches: Sequence[Any]) -> Any:
+    """Concatenates batches along their first dimension.
 
     Raises:
-        ValueError: they do not fit together.
+        ValueError: if the batches differ in their names, in what is not a tensor, or in a tensor's shape beyond the
+            first dimension.
 
     Example:
-        >>> merged([{"input_ids": torch.tensor([[1, 2]])}, {"input_ids": torch.tensor([[3, 4]])}])
+        >>> concatenate_batches([{"input_ids": torch.tensor([[1, 2]])}, {"input_ids": torch.tensor([[3, 4]])}])
         {'input_ids': tensor([[1, 2],
                 [3, 4]])}
     """
-    flat = [_pytree.tree_flatten(_plain(batch)) for batch in batches]
+    flat = [_pytree.tree_flatten(_as_dict(batch)) for batch in batches]
     layout = flat[0][1]
     shapes = [[leaf.shape[1:] if torch.is_tensor(leaf) else leaf for leaf in leaves] for leaves, _ in flat]
     if any(other != layout for _, other in flat) or any(shape != shapes[0] for shape in shapes):
         raise ValueError(
-            "calibration batches of different lengths or kinds cannot become one, which forwards=1 needs: make them "
-            "of one length, or use forwards=2."
+            "calibration batches of different lengths or kinds cannot be concatenated, which forwards=1 needs: pad "
+            "them to one length, or use forwards=2."
         )
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     return _pytree.tree_unflatten(
@@ -67,14 +68,16 @@ def merged(batches: Sequence[Any]) -> Any:
     )
 
 
-def _plain(batch: Any) -> Any:
-    """A mapping of any kind as a dict."""
+def _as_dict(batch: Any) -> Any:
+    """Turns mappings of other classes (BatchEncoding, UserDict) into a dict, the only one that pytree flattens."""
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def count_tokens(batch: Any) -> int:
-    """How many tokens of a batch count: those of its attention mask, or else the entries of its first tensor of whole
-    numbers, or the rows of its first tensor.
+    """Returns the number of tokens in a batch without padding.
+
+    These are the ones of a 2-D `attention_mask`. Without one: the entries of the first integer tensor, or else the
+    product of all dimensions but the last of the first tensor.
 
     Example:
         >>> ids, mask = torch.ones(2, 3).long(), torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -83,29 +86,36 @@ def count_tokens(batch: Any) -> int:
         >>> count_tokens(torch.ones(2, 3))
         2
     """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if torch.is_tensor(mask) and mask.ndim == 2:
+    mask = _attention_mask(batch)
+    if mask is not None:
         return int(mask.sum())
-    tensors = [leaf for leaf in _pytree.tree_leaves(_plain(batch)) if torch.is_tensor(leaf) and leaf.ndim]
-    whole = [tensor for tensor in tensors if not tensor.is_floating_point()]
-    if whole:
-        return whole[0].numel()
+    tensors = [leaf for leaf in _pytree.tree_leaves(_as_dict(batch)) if torch.is_tensor(leaf) and leaf.ndim]
+    integers = [tensor for tensor in tensors if not tensor.is_floating_point()]
+    if integers:
+        return integers[0].numel()
     return tensors[0].shape[:-1].numel() if tensors else 0
 
 
 def is_padded(batch: Any) -> bool:
-    """Whether some tokens of a batch do not count."""
+    """Returns whether the attention mask of a batch leaves out any token."""
+    mask = _attention_mask(batch)
+    return mask is not None and not bool(mask.bool().all())
+
+
+def _attention_mask(batch: Any) -> torch.Tensor | None:
+    """Returns the 2-D attention mask (B, T) of a batch, None if it has none."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return torch.is_tensor(mask) and mask.ndim == 2 and not bool(mask.bool().all())
+    return mask if torch.is_tensor(mask) and mask.ndim == 2 else None
 
 
-def token_masks(batch: Any, decodes: bool = False) -> list[torch.Tensor]:
-    """Which tokens of a batch are no padding, bool (B, T): what `attention_mask` and `decoder_attention_mask` say.
+def token_masks(batch: Any, has_decoder: bool = False) -> list[torch.Tensor]:
+    """Returns the masks of a batch's real tokens, bool (B, T) with False at padding.
 
     Args:
-        batch: keyword arguments of the model; of others nothing is known.
-        decodes: whether there is a decoder beside an encoder. It gets its tokens from `decoder_input_ids`, or from
-            `labels`, where -100 is padding.
+        batch: the model's keyword arguments, of which `attention_mask` and `decoder_attention_mask` are read. Nothing
+            is known about batches of other types, which have no mask.
+        has_decoder: whether the model has a decoder beside its encoder. Its tokens are `decoder_input_ids`, or
+            `labels`, where -100 marks padding.
 
     Example:
         >>> token_masks({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
@@ -114,25 +124,33 @@ def token_masks(batch: Any, decodes: bool = False) -> list[torch.Tensor]:
     if not isinstance(batch, Mapping):
         return []
     masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
-    if decodes:
-        ids = [batch.get("input_ids"), batch.get("decoder_input_ids")]
+    if has_decoder:
+        token_ids = [batch.get("input_ids"), batch.get("decoder_input_ids")]
         if masks[1] is None and torch.is_tensor(batch.get("labels")):
             masks[1] = batch["labels"] != -100
-        # what has no mask counts, also where it is as long as what has one
+        # Tokens without a mask get one of ones, so that inputs of equal length in encoder and decoder are noticed.
         masks = [
-            torch.ones_like(own) if mask is None and torch.is_tensor(own) else mask for mask, own in zip(masks, ids)
+            torch.ones_like(ids) if mask is None and torch.is_tensor(ids) else mask
+            for mask, ids in zip(masks, token_ids, strict=True)
         ]
     return [mask.bool() for mask in masks if torch.is_tensor(mask) and mask.ndim == 2]
 
 
-def matching(masks: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
-    """The mask of the tokens of `x` (..., I), of shape (...); None where all count, or no mask fits.
+def mask_for_inputs(masks: Sequence[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor | None:
+    """Returns the mask of the real tokens among a layer's inputs.
+
+    Args:
+        masks: as `token_masks` returns them.
+        inputs: of a layer, (..., I), or (B * T, I) with rows and tokens flattened.
+
+    Returns:
+        A bool tensor of shape `inputs.shape[:-1]`; None if no mask has that shape or no token is padding.
 
     Raises:
-        ValueError: two masks fit, and they differ.
+        ValueError: if two different masks have that shape.
     """
-    shape = x.shape[:-1]
-    fitting = [mask for mask in masks if mask.shape == shape or (len(shape) == 1 and mask.numel() == len(x))]
+    shape = inputs.shape[:-1]
+    fitting = [mask for mask in masks if mask.shape == shape or (len(shape) == 1 and mask.numel() == len(inputs))]
     if not fitting:
         return None
     if any(not torch.equal(mask, fitting[0]) for mask in fitting[1:]):
@@ -143,13 +161,15 @@ def matching(masks: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor | N
     return None if bool(fitting[0].all()) else fitting[0].reshape(shape)
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether it is a language model that predicts each token from those before it, by the name of its class."""
+def is_causal_lm(model: nn.Module) -> bool:
+    """Returns whether `model` is a causal language model, judged by the name of its class."""
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def with_labels(model: nn.Module, batch: Any) -> Any:
-    """A batch for a causal language model with its own tokens as labels, where it has none; padding is left out.
+    """Returns a batch of a causal language model with its tokens as `labels`, -100 at padding.
+
+    Batches that have labels, and those of other models, are returned as they are.
 
     Example:
         >>> class TinyForCausalLM(nn.Module): ...
@@ -157,7 +177,7 @@ def with_labels(model: nn.Module, batch: Any) -> Any:
         >>> with_labels(TinyForCausalLM(), batch)["labels"]
         tensor([[   7, -100]])
     """
-    if not is_causal(model) or not isinstance(batch, Mapping) or "labels" in batch or "input_ids" not in batch:
+    if not is_causal_lm(model) or not isinstance(batch, Mapping) or "labels" in batch or "input_ids" not in batch:
         return batch
     labels = batch["input_ids"].clone()
     if torch.is_tensor(batch.get("attention_mask")):

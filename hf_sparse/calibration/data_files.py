@@ -1,17 +1,20 @@
-"""Data sets from files or from the Hub, and what is wrong with them told before any work starts."""
+"""Loading of data sets from files or from the Hub, with errors raised before any work starts."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
 
 
 # Tab-separated files are read without quoting, as the GLUE files need: a quote character there is part of the text.
-BUILDERS = {
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "csv": ("csv", {}),
     "tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE}),
     "json": ("json", {}),
@@ -22,15 +25,30 @@ BUILDERS = {
 TABLE_FILES = ("csv", "tsv", "json", "jsonl", "parquet")
 
 
-def check_files(files: dict[str, str | None], extensions: tuple[str, ...]) -> dict[str, Path]:
-    """Drops the splits without a file and returns the others' paths.
+def import_datasets() -> ModuleType:
+    """Imports the datasets library, which only text needs: pruning with ready-made batches works without it.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "reading texts needs the datasets library: run `pip install datasets`, or pass batches of tensors."
+        ) from error
+    return datasets
+
+
+def check_files(files: Mapping[str, str | None], extensions: Sequence[str]) -> dict[str, Path]:
+    """Returns the paths of the splits that have a file.
 
     Args:
         files: split name -> file name or None.
-        extensions: the allowed endings, without the dot.
+        extensions: the allowed extensions, without the dot.
 
     Raises:
-        FileNotFoundError, ValueError: with every fault found, not only the first.
+        FileNotFoundError, ValueError: listing every missing file and every wrong extension.
     """
     missing, wrong, paths = [], [], {}
     for split, name in files.items():
@@ -49,35 +67,43 @@ def check_files(files: dict[str, str | None], extensions: tuple[str, ...]) -> di
 
 
 def extension(path: Path) -> str:
-    """The ending without its dot, in lower case: "data/Train.CSV" gives "csv"."""
+    """Returns the extension without its dot, in lower case: "csv" for "data/Train.CSV"."""
     return path.suffix.lstrip(".").lower()
 
 
 def load_files(
-    files: dict[str, str | None], extensions: tuple[str, ...] = TABLE_FILES, cache_dir: str | None = None, **kwargs
+    files: Mapping[str, str | None],
+    extensions: Sequence[str] = TABLE_FILES,
+    cache_dir: str | None = None,
+    **kwargs: Any,
 ) -> DatasetDict | dict[str, IterableDataset]:
-    """Loads one file per split; the splits may come in different formats.
+    """Loads one file per split. The splits may come in different formats.
 
     Args:
         files: split name -> file name or None.
-        extensions: the allowed endings.
-        kwargs: passed on to `load_dataset` (`streaming=True`, `keep_linebreaks=...`).
+        extensions: the allowed extensions, without the dot.
+        cache_dir: folder of the prepared data; that of the datasets library if None.
+        **kwargs: passed to `datasets.load_dataset` (`streaming=True`, `keep_linebreaks=...`).
+
+    Raises:
+        FileNotFoundError, ValueError: if a file is missing, of another format, damaged or empty.
     """
+    datasets = import_datasets()
     splits = {}
     for split, path in check_files(files, extensions).items():
         builder, options = BUILDERS[extension(path)]
         if not path.stat().st_size:
             raise ValueError(f'{split} file "{path}" is empty.')
         try:
-            splits[split] = load_dataset(
+            splits[split] = datasets.load_dataset(
                 builder, data_files=str(path), split="train", cache_dir=cache_dir, **options, **kwargs
             )
-        except DatasetGenerationError as error:
+        except datasets.exceptions.DatasetGenerationError as error:
             reason = error.__cause__ or error
             raise ValueError(f'{split} file "{path}" cannot be read as {extension(path)}: {reason}') from error
-        if isinstance(splits[split], Dataset) and len(splits[split]) == 0:
+        if isinstance(splits[split], datasets.Dataset) and len(splits[split]) == 0:
             raise ValueError(f'{split} file "{path}" has no rows.')
-    return splits if kwargs.get("streaming") else DatasetDict(splits)
+    return splits if kwargs.get("streaming") else datasets.DatasetDict(splits)
 
 
 def load_from_hub(
@@ -86,11 +112,20 @@ def load_from_hub(
     cache_dir: str | None,
     token: str | None,
     remedy: str = "--train_file, --validation_file and --test_file",
-    **kwargs,
-):
-    """Loads a data set by its Hub name (or from a folder of that name). `remedy`: the options that take files."""
+    **kwargs: Any,
+) -> Dataset | IterableDataset | DatasetDict:
+    """Loads a data set by its name on the Hub, or from a folder of that name.
+
+    Args:
+        name, config: of the data set.
+        cache_dir, token: as in `datasets.load_dataset`, as well as `kwargs`.
+        remedy: options that take local files, for the error message.
+
+    Raises:
+        ConnectionError: if the Hub cannot be reached.
+    """
     try:
-        return load_dataset(name, config, cache_dir=cache_dir, token=token, **kwargs)
+        return import_datasets().load_dataset(name, config, cache_dir=cache_dir, token=token, **kwargs)
     except ConnectionError as error:
         raise ConnectionError(
             f'data set "{name}" could not be loaded from the Hub ({error}). Check the connection and HF_HUB_OFFLINE, '
@@ -98,16 +133,6 @@ def load_from_hub(
         ) from error
 
 
-def check_columns(columns: list[str], needed: tuple[str, ...], split: str) -> None:
-    """Refuses a split that lacks one of the needed columns."""
-    absent = [column for column in needed if column not in columns]
-    if absent:
-        raise ValueError(
-            f"the {split} split has no column {quoted(absent)}: it has {quoted(columns)}. Rename the columns of the "
-            f"file (needed: {quoted(needed)})."
-        )
-
-
-def quoted(names: Iterable[str]) -> str:
-    """Names for an error: "a", "b"."""
+def format_names(names: Iterable[str]) -> str:
+    """Returns names quoted for an error message, as in '"a", "b"'; "nothing" if there are none."""
     return ", ".join(f'"{name}"' for name in names) or "nothing"

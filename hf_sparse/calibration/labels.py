@@ -1,60 +1,77 @@
-"""Labels: what a model's loss asks for beside the inputs."""
+"""Labels that a model's loss needs beside its inputs."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 
-from .data_files import quoted
-from .text_rows import check_names
+from .data_files import format_names
+from .text_rows import check_columns
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 LABEL_COLUMNS = ("label", "labels")
 
 
-class Labels:
-    """Of one kind of model: classes, or the target texts of an encoder with a decoder."""
+class LabelReader:
+    """Reads labels from a table: class numbers or names, numbers to regress on, or an encoder-decoder's target texts.
+
+    Args:
+        tokenizer: of the model, for target texts.
+        model: that gets the labels.
+        length: the most tokens of a target text.
+    """
 
     def __init__(self, tokenizer: Any, model: nn.Module, length: int):
         self._tokenizer, self._length = tokenizer, length
-        self._config = getattr(model, "config", None)
-        self.are_texts = bool(getattr(self._config, "is_encoder_decoder", False))
-        self._of_classes = type(model).__name__.endswith("ForSequenceClassification")
+        self._config: Any = getattr(model, "config", None)
+        self._is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+        self._has_target_texts = bool(getattr(self._config, "is_encoder_decoder", False)) and not self._is_classifier
 
-    def column(self, rows: Dataset, name: str | None) -> str | None:
-        """The column that holds them, None if there are none.
+    def find_column(self, rows: Dataset, requested: str | None) -> str | None:
+        """Returns the name of the label column, None if the model needs no labels or the table has none.
 
         Raises:
-            ValueError: the data lack it.
+            ValueError: if the requested column is missing, or an encoder-decoder's is not named.
         """
-        if name is not None:
-            check_names(rows, (name,))
-            return name
-        if self.are_texts and not self._of_classes:
+        if requested is not None:
+            check_columns(rows, (requested,))
+            return requested
+        if self._has_target_texts:
             raise ValueError(
-                f"an encoder with a decoder needs a target text for each row: name its label_column, out of "
-                f"{quoted(rows.column_names)}."
+                "an encoder-decoder model needs a target text for each row: name their column with label_column "
+                f"(columns: {format_names(rows.column_names)})."
             )
-        return next((name for name in LABEL_COLUMNS if name in rows.column_names), None) if self._of_classes else None
+        if not self._is_classifier:
+            return None
+        return next((name for name in LABEL_COLUMNS if name in rows.column_names), None)
 
     def read(self, value: Any) -> Any:
-        """One row's label: a number, or token ids."""
-        known = {name: number for number, name in (getattr(self._config, "id2label", None) or {}).items()}
-        if isinstance(value, str) and self.are_texts and not self._of_classes:
+        """Converts the label of one row to a number, or to token ids.
+
+        Raises:
+            ValueError: if it is neither a number in the model's range nor the name of one of its classes.
+        """
+        if isinstance(value, str) and self._has_target_texts:
             return self._tokenizer(text_target=value, truncation=True, max_length=self._length)["input_ids"]
-        if isinstance(value, str) and value in known:
-            return known[value]
+        class_ids = {name: number for number, name in (getattr(self._config, "id2label", None) or {}).items()}
+        if isinstance(value, str) and value in class_ids:
+            return class_ids[value]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"a row has the label {value!r}: it must be a number, or one of {quoted(known)}.")
-        if self._of_classes and isinstance(value, int) and not 0 <= value < max(2, self._config.num_labels):
-            raise ValueError(f"a row has the label {value}: the model knows 0 to {self._config.num_labels - 1}.")
+            raise ValueError(
+                f"a row has the label {value!r}: it must be a number, or one of {format_names(class_ids)}."
+            )
+        if self._is_classifier and isinstance(value, int) and not 0 <= value < max(2, self._config.num_labels):
+            raise ValueError(f"a row has the label {value}: it must be from 0 to {self._config.num_labels - 1}.")
         return value
 
     def stack(self, labels: list[Any]) -> torch.Tensor:
-        """One tensor; token ids are padded with -100."""
+        """Stacks the labels of a batch to one tensor. Token ids are padded with -100, which the loss ignores."""
         if not isinstance(labels[0], list):
             return torch.tensor(labels)
         width = max(map(len, labels))

@@ -1,7 +1,7 @@
-"""Texts as batches that a model takes: calibration data, and data to evaluate on.
+"""Batches of token ids from texts, to calibrate or to evaluate on.
 
-Decoders get blocks: texts are joined and cut into full blocks, without padding. Other models get rows: one text, or
-pair of texts, in each, with padding that the attention mask leaves out.
+Causal language models get blocks: texts are tokenized, joined and cut into blocks of equal length, without padding.
+Other models get rows: each is one text or one pair of texts, padded to the longest in its batch.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 
-from .batches import is_causal
-from .data_files import quoted
-from .labels import Labels
-from .text_rows import as_table, is_text, text_columns
+from .batches import is_causal_lm
+from .data_files import format_names
+from .labels import LabelReader
+from .text_rows import find_text_columns, is_dataset, is_text, to_table
 
 
-# Texts that a tokenizer gets at once, and those by which the mean length of a row is told.
-_AT_ONCE = 256
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# Texts per call of the tokenizer, and rows from which the mean number of tokens is estimated.
+_CHUNK = 256
 
 
 def calibration_batches(
@@ -39,27 +42,32 @@ def calibration_batches(
     per_row: bool = False,
     same_length: bool = False,
 ) -> list[Any]:
-    """Batches for `prune_oneshot`.
+    """Makes the calibration batches of `prune_oneshot` from texts.
 
     Args:
-        data: a data set of the datasets library, or texts, pairs of texts, or mappings with them; or batches that
-            are ready, which are given back as they are.
+        data: a `datasets.Dataset`, or an iterable of texts, of pairs of texts, or of mappings with texts. Ready-made
+            batches of tensors are returned as they are.
         tokenizer: of the model.
-        model: that is to be pruned.
-        length: tokens of a block, or at most of a row.
-        samples: how many blocks or rows, from all over the data.
-        batch_size: how many of them in a batch.
-        seed: which ones.
-        text_column: the column of the texts, or both columns of pairs, also as "first,second". Left out: "text",
-            "sentence", or the only column of texts.
-        label_column: labels of a classifier, or the target texts of an encoder with a decoder. Left out: "label" or
-            "labels", for classifiers, where there is one.
-        per_row: take each text for a sample of its own; so it always is for other than causal models.
-        same_length: pad all batches to one length, which forwards=1 needs.
+        model: to prune. A causal language model gets blocks of `length` tokens, cut from the joined texts.
+        length: tokens per block, or the most tokens of a row.
+        samples: the number of blocks or rows, drawn from all over the data.
+        batch_size: the number of blocks or rows in a batch.
+        seed: of the draw.
+        text_column: the column of the texts, or both columns of pairs, also as "first,second". If None: "text",
+            "sentence", or the only column of strings.
+        label_column: the column of a classifier's labels, or of an encoder-decoder's target texts. If None: "label"
+            or "labels", for classifiers.
+        per_row: make each text a row of its own for causal language models as well.
+        same_length: pad all batches to one length, as `forwards=1` needs.
+
+    Returns:
+        A list of dicts of tensors: `input_ids` (B, T) and, for rows, `attention_mask`, `labels` and whatever else the
+        tokenizer returns.
 
     Raises:
-        ValueError: too little text, unknown columns, labels that are no labels, a length beyond the model's
-            positions.
+        ValueError: if there is too little text, a column is missing, a label is invalid, or `length` exceeds the
+            model's positions.
+        ImportError: if the datasets library is not installed.
 
     Example:
         >>> from transformers import BertConfig, BertModel, BertTokenizer
@@ -72,7 +80,7 @@ def calibration_batches(
         tensor([[2, 4, 3, 0, 0],
                 [2, 4, 5, 6, 3]])
     """
-    if not isinstance(data, Dataset):
+    if not is_dataset(data):
         data = list(data)
         if data and not is_text(data[0]):
             return data
@@ -81,7 +89,7 @@ def calibration_batches(
 
 
 class TextReader:
-    """Texts to batches. For the arguments see `calibration_batches`."""
+    """Makes batches from texts. The arguments are those of `calibration_batches`."""
 
     def __init__(
         self,
@@ -94,110 +102,111 @@ class TextReader:
         per_row: bool = False,
         same_length: bool = False,
     ):
-        self._tokenizer, self._model, self._length = tokenizer, model, length
+        self._tokenizer, self._length = tokenizer, length
         self._batch_size, self._same_length = batch_size, same_length
-        self._text_column, self._label_column = text_column, label_column
-        self.per_row = per_row or not is_causal(model)
-        tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # which one does not matter: it is masked
-        self._padding = next(token for token in tokens if token is not None)
-        self._labels = Labels(tokenizer, model, length)
+        self._requested_text_column, self._requested_label_column = text_column, label_column
+        self.per_row = per_row or not is_causal_lm(model)
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # any id will do, as padding is masked
+        self._pad_token_id = next(token for token in candidates if token is not None)
+        self._labels = LabelReader(tokenizer, model, length)
         for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}: it must be {least} or more.")
-        limit = positions(model, tokenizer)
+        limit = max_positions(model, tokenizer)
         if limit is not None and length > limit:
             raise ValueError(f"length {length} is beyond the model's {limit} positions: use length={limit} or less.")
 
     def sample(self, data: Dataset | Iterable[Any], samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
-        """So many blocks or rows, chosen by the seed from all over the data.
+        """Makes batches of blocks or rows drawn at random from all over the data.
 
         Raises:
-            ValueError: there are fewer, among others.
+            ValueError: if the data hold fewer than `samples`.
         """
         if samples < 1:
             raise ValueError(f"samples is {samples}: it must be 1 or more.")
-        rows = self._rows(data)
-        order = random.Random(seed)
+        rows = self._read_table(data)
+        generator = random.Random(seed)
         if self.per_row:
-            numbers = list(range(len(rows)))
-            order.shuffle(numbers)
-            found = self._encode(rows, numbers, samples)
+            indices = list(range(len(rows)))
+            generator.shuffle(indices)
+            drawn = self._tokenize_rows(rows, indices, samples)
         else:
-            found = self._cut(rows, self._shuffled_runs(rows, order), samples)
-        if len(found) < samples:
+            drawn = self._cut_blocks(rows, self._shuffled_runs(rows, generator), samples)
+        if len(drawn) < samples:
             unit = "rows with text" if self.per_row else f"blocks of {self._length} tokens"
-            less = "" if self.per_row else ", or a smaller length"
+            shorter = "" if self.per_row else ", or a smaller length"
             raise ValueError(
-                f"{samples} samples are asked for, but the calibration data of {len(rows)} rows are {len(found)} "
-                f"{unit}: give more text, or samples={len(found)}{less}."
+                f"samples is {samples}, but the {len(rows)} rows of the calibration data give only {len(drawn)} "
+                f"{unit}: give more text, or samples={len(drawn)}{shorter}."
             )
-        return self._batches(found)
+        return self._make_batches(drawn)
 
     def first(self, data: Dataset | Iterable[Any], limit: int | None = None) -> list[dict[str, torch.Tensor]]:
-        """The first blocks or rows of the data, or all.
+        """Makes batches of the first `limit` blocks or rows of the data, of all if `limit` is None.
 
         Raises:
-            ValueError: there is none, among others.
+            ValueError: if there is none.
         """
-        rows = self._rows(data)
-        numbers = range(len(rows))
-        found = (self._encode if self.per_row else self._cut)(rows, numbers, limit)
-        if not found:
+        rows = self._read_table(data)
+        samples = (self._tokenize_rows if self.per_row else self._cut_blocks)(rows, range(len(rows)), limit)
+        if not samples:
             unit = "row with text" if self.per_row else f"block of {self._length} tokens"
-            raise ValueError(f"{len(rows)} rows hold not one {unit}: give more text, or a smaller length.")
-        return self._batches(found)
+            raise ValueError(f"{len(rows)} rows give not one {unit}: give more text, or a smaller length.")
+        return self._make_batches(samples)
 
-    # Rows
+    def _read_table(self, data: Dataset | Iterable[Any]) -> Dataset:
+        """Returns the table's columns of texts and labels, whose names it keeps in this object."""
+        rows, known_columns = (data, None) if is_dataset(data) else to_table(list(data))
+        self._text_columns = find_text_columns(rows, self._requested_text_column or known_columns)
+        if not self.per_row and len(self._text_columns) > 1:
+            raise ValueError(
+                f"pairs of texts ({format_names(self._text_columns)}) are not cut into blocks: name one text_column."
+            )
+        self._label_column = self._labels.find_column(rows, self._requested_label_column) if self.per_row else None
+        return rows.select_columns([*self._text_columns, *([self._label_column] if self._label_column else [])])
 
-    def _rows(self, data: Dataset | Iterable[Any]) -> Dataset:
-        """The columns that matter, texts first."""
-        rows, known = (data, None) if isinstance(data, Dataset) else as_table(list(data))
-        texts = text_columns(rows, self._text_column or known)
-        if not self.per_row and len(texts) > 1:
-            raise ValueError(f"pairs of texts ({quoted(texts)}) are not cut into blocks: name one text_column.")
-        labels = self._labels.column(rows, self._label_column) if self.per_row else None
-        self._texts, self._target = texts, labels
-        return rows.select_columns([*texts, *([labels] if labels else [])])
-
-    def _text(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """The texts of a row; None where the first is empty."""
-        texts = tuple(row[name] for name in self._texts)
-        wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
-        if wrong is not None:
-            raise ValueError(f"a row of column {quoted(self._texts)} holds {wrong!r}: it must be text.")
+    def _texts_of(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Returns the text or pair of texts of a row, None if the first is empty."""
+        texts = tuple(row[name] for name in self._text_columns)
+        for text in texts:
+            if text is not None and not isinstance(text, str):
+                raise ValueError(
+                    f"a row of column {format_names(self._text_columns)} holds {text!r}: it must be text."
+                )
         return tuple(text or "" for text in texts) if (texts[0] or "").strip() else None
 
-    def _encode(self, rows: Dataset, numbers: Iterable[int], limit: int | None) -> list[dict[str, Any]]:
-        """Rows with text, truncated, in the order of `numbers`."""
-        samples = []
-        for row in rows.select(list(numbers)) if not isinstance(numbers, range) else rows:
+    def _tokenize_rows(self, rows: Dataset, indices: Sequence[int], limit: int | None) -> list[dict[str, Any]]:
+        """Tokenizes the first `limit` rows with text, in the order of `indices`."""
+        samples: list[dict[str, Any]] = []
+        for row in rows.select(indices) if not isinstance(indices, range) else rows:
             if limit is not None and len(samples) == limit:
                 break
-            texts = self._text(row)
+            texts = self._texts_of(row)
             if texts is not None:
                 sample = dict(self._tokenizer(*texts, truncation=True, max_length=self._length))
                 sample.setdefault("attention_mask", [1] * len(sample["input_ids"]))
-                if self._target is not None:
-                    sample["labels"] = self._labels.read(row[self._target])
+                if self._label_column is not None:
+                    sample["labels"] = self._labels.read(row[self._label_column])
                 samples.append(sample)
         return samples
 
-    # Blocks
+    def _shuffled_runs(self, rows: Dataset, generator: random.Random) -> list[int]:
+        """Returns the indices of all rows: runs of neighbours, each enough for about one block, in random order.
 
-    def _shuffled_runs(self, rows: Dataset, order: random.Random) -> list[int]:
-        """The numbers of all rows: runs of neighbours, each long enough for about one block, in random order. So a
-        few blocks come from all over the data, and what belongs together stays together."""
-        some = order.sample(range(len(rows)), min(len(rows), _AT_ONCE))
-        tokens = sum(len(ids) for ids in self._token_ids(rows, some))
-        each = max(1, -(-self._length * len(some) // max(1, tokens)))
-        runs = [range(start, min(start + each, len(rows))) for start in range(0, len(rows), each)]
-        order.shuffle(runs)
+        So a few blocks sample the whole data, and text that continues in the next row stays together.
+        """
+        some = generator.sample(range(len(rows)), min(len(rows), _CHUNK))
+        num_tokens = sum(len(ids) for ids in self._token_ids(rows, some))
+        rows_per_run = max(1, -(-self._length * len(some) // max(1, num_tokens)))
+        runs = [range(start, min(start + rows_per_run, len(rows))) for start in range(0, len(rows), rows_per_run)]
+        generator.shuffle(runs)
         return list(chain.from_iterable(runs))
 
-    def _cut(self, rows: Dataset, numbers: Sequence[int], limit: int | None) -> list[dict[str, Any]]:
-        """Full blocks of the joined rows, in the order of `numbers`."""
-        blocks, rest = [], []
-        for ids in self._token_ids(rows, numbers):
+    def _cut_blocks(self, rows: Dataset, indices: Sequence[int], limit: int | None) -> list[dict[str, Any]]:
+        """Cuts the first `limit` full blocks from the joined tokens of the rows, in the order of `indices`."""
+        blocks: list[dict[str, Any]] = []
+        rest: list[int] = []
+        for ids in self._token_ids(rows, indices):
             rest += ids
             while len(rest) >= self._length and (limit is None or len(blocks) < limit):
                 blocks.append({"input_ids": rest[: self._length]})
@@ -206,44 +215,42 @@ class TextReader:
                 break
         return blocks
 
-    def _token_ids(self, rows: Dataset, numbers: Sequence[int]) -> Iterator[list[int]]:
-        numbers = iter(numbers)
-        while some := list(islice(numbers, _AT_ONCE)):
-            texts = [text[0] for text in map(self._text, rows.select(some)) if text is not None]
+    def _token_ids(self, rows: Dataset, indices: Sequence[int]) -> Iterator[list[int]]:
+        remaining = iter(indices)
+        while chunk := list(islice(remaining, _CHUNK)):
+            texts = [texts[0] for texts in map(self._texts_of, rows.select(chunk)) if texts is not None]
             if texts:
-                # verbose: texts longer than the model's limit are no fault here, they are cut.
+                # verbose=False: no warning about texts longer than the model's limit, as they are cut into blocks.
                 yield from self._tokenizer(texts, verbose=False)["input_ids"]
 
-    # Batches
-
-    def _batches(self, samples: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-        """Rows of similar length together, so that little is padding."""
+    def _make_batches(self, samples: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+        """Batches samples of similar length, which keeps padding short."""
         samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
         longest = len(samples[-1]["input_ids"])
         return [
-            self._batch(samples[start : start + self._batch_size], longest if self._same_length else None)
+            self._pad(samples[start : start + self._batch_size], longest if self._same_length else None)
             for start in range(0, len(samples), self._batch_size)
         ]
 
-    def _batch(self, samples: list[dict[str, Any]], longest: int | None) -> dict[str, torch.Tensor]:
+    def _pad(self, samples: list[dict[str, Any]], width: int | None) -> dict[str, torch.Tensor]:
+        """Stacks samples to tensors, padded to `width` or to the longest of them."""
         labels = [sample.pop("labels") for sample in samples if "labels" in sample]
-        width = longest or max(len(sample["input_ids"]) for sample in samples)
+        width = width or max(len(sample["input_ids"]) for sample in samples)
         batch = {
             name: torch.tensor([sample[name] + [0] * (width - len(sample[name])) for sample in samples])
             for name in samples[0]
         }
         if self.per_row:
-            padding = ~batch["attention_mask"].bool()
-            batch["input_ids"].masked_fill_(padding, self._padding)
+            batch["input_ids"].masked_fill_(~batch["attention_mask"].bool(), self._pad_token_id)
         return batch | ({"labels": self._labels.stack(labels)} if labels else {})
 
 
-def positions(model: nn.Module, tokenizer: Any) -> int | None:
-    """How many tokens the model takes at once; None if it does not say."""
-    config = getattr(model, "config", None)
+def max_positions(model: nn.Module, tokenizer: Any) -> int | None:
+    """Returns the most tokens that the model takes at once, None if its config has no limit."""
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
-    # RoBERTa's positions begin at 2, which only its tokenizer tells.
+    # RoBERTa's positions start at 2, so 514 of them take 512 tokens. Only its tokenizer has that number.
     return tokenizer.model_max_length if 0 < limit - tokenizer.model_max_length <= 4 else limit

@@ -1,18 +1,20 @@
-"""Rows of text: from a file, from the Hub, or from memory, and which of their columns matter."""
+"""Tables of texts from a file, the Hub or memory, and the choice of their columns."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from datasets import Dataset, IterableDataset
+from .data_files import TABLE_FILES, format_names, import_datasets, load_files, load_from_hub
 
-from .data_files import TABLE_FILES, load_files, load_from_hub, quoted
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 TEXT_COLUMNS = ("text", "sentence")
-STREAMED = 10_000
-"""Rows that are read of a stream, which has no end."""
+MAX_STREAMED_ROWS = 10_000
 
 
 def load_texts(
@@ -22,72 +24,109 @@ def load_texts(
     split: str = "train",
     streaming: bool = False,
     cache_dir: str | None = None,
-    what: str = "calibration",
+    purpose: str = "calibration",
 ) -> Dataset:
-    """Rows of a file (.txt: lines; .json, .jsonl, .csv, .tsv, .parquet), or of a data set of the Hub.
+    """Loads a table of texts from a file or from the Hub.
+
+    Args:
+        file: .txt (one text per line), .json, .jsonl, .csv, .tsv or .parquet.
+        dataset_name, dataset_config_name, split: of a data set on the Hub, in place of a file.
+        streaming: read the first `MAX_STREAMED_ROWS` rows of the data set without downloading the others.
+        cache_dir: folder of downloads and prepared data.
+        purpose: "calibration" or "validation", for error messages.
 
     Raises:
-        FileNotFoundError, ConnectionError, ValueError: there is none, or it cannot be read.
+        FileNotFoundError, ConnectionError, ValueError: if the data are missing or cannot be read.
     """
-    remedy = f"--{what}_file"
-    if (file is None) == (dataset_name is None):
+    remedy = f"--{purpose}_file"
+    options: dict[str, Any] = {}
+    if file is not None and dataset_name is None:
+        if str(file).lower().endswith(".txt"):
+            options["keep_linebreaks"] = True
+        return load_files({purpose: file}, (*TABLE_FILES, "txt"), cache_dir, **options)[purpose]
+    if dataset_name is None or file is not None:
         raise ValueError(
-            f"{what} data come from a file or from a data set: pass {remedy} or --dataset_name, not both."
+            f"{purpose} data come from a file or from a data set: pass {remedy} or --dataset_name, not both."
         )
-    if file is not None:
-        extra = {"keep_linebreaks": True} if str(file).lower().endswith(".txt") else {}
-        return load_files({what: file}, (*TABLE_FILES, "txt"), cache_dir, **extra)[what]
-    options = {"split": split} | ({"streaming": True} if streaming else {})
-    data = load_from_hub(dataset_name, dataset_config_name, cache_dir, None, remedy, **options)
-    return Dataset.from_list(list(data.take(STREAMED))) if isinstance(data, IterableDataset) else data
+    if streaming:
+        options["streaming"] = True
+    rows: Any = load_from_hub(dataset_name, dataset_config_name, cache_dir, None, remedy, split=split, **options)
+    return import_datasets().Dataset.from_list(list(rows.take(MAX_STREAMED_ROWS))) if streaming else rows
 
 
-def text_columns(rows: Dataset, named: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The column of the texts, or both columns of pairs.
+def is_dataset(data: Any) -> TypeGuard[Dataset]:
+    """Returns whether `data` is a `datasets.Dataset`. Does not import that library, which made any that exists."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(data, datasets.Dataset)
+
+
+def find_text_columns(rows: Dataset, requested: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the name of the column that holds the texts, or of both columns of text pairs.
+
+    Args:
+        rows: the table.
+        requested: the name, or two names for pairs, also as "first,second". If None: "text", "sentence", or the only
+            column of strings.
+
+    Raises:
+        ValueError: if a requested column is missing, or none or several hold strings.
 
     Example:
-        >>> text_columns(Dataset.from_dict({"label": [1], "review": ["good"]}), None)
+        >>> from datasets import Dataset
+        >>> find_text_columns(Dataset.from_dict({"label": [1], "review": ["good"]}), None)
         ('review',)
     """
-    if named is not None:
-        names = tuple(name.strip() for name in named.split(",")) if isinstance(named, str) else tuple(named)
+    if requested is not None:
+        split = requested.split(",") if isinstance(requested, str) else requested
+        names = tuple(name.strip() for name in split)
         if not 1 <= len(names) <= 2:
             raise ValueError(f"text_column names {len(names)} columns: it must be one, or two for pairs of texts.")
-        check_names(rows, names)
+        check_columns(rows, names)
         return names
     for name in TEXT_COLUMNS:
         if name in rows.column_names:
             return (name,)
-    texts = [
-        name for name, kind in rows.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")
-    ]
-    if len(texts) != 1:
-        kinds = ", ".join(f"{name} ({getattr(kind, 'dtype', kind)})" for name, kind in rows.features.items())
-        raise ValueError(f"{len(texts)} columns may hold the texts: name text_column, out of {kinds}.")
-    return (texts[0],)
+    dtypes = {name: getattr(feature, "dtype", feature) for name, feature in rows.features.items()}
+    strings = [name for name, dtype in dtypes.items() if dtype in ("string", "large_string")]
+    if len(strings) > 1:
+        raise ValueError(f"{len(strings)} columns hold texts ({', '.join(strings)}): name one with text_column.")
+    if not strings:
+        columns = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"no text column found (columns: {columns}): name one with text_column.")
+    return (strings[0],)
 
 
-def check_names(rows: Dataset, names: Sequence[str]) -> None:
-    """Refuse columns that the data lack."""
+def check_columns(rows: Dataset, names: Sequence[str]) -> None:
+    """Raises a ValueError if the table lacks any of the named columns."""
     absent = [name for name in names if name not in rows.column_names]
     if absent:
-        raise ValueError(f"there is no column {quoted(absent)}: the data have {quoted(rows.column_names)}.")
+        raise ValueError(
+            f"there is no column {format_names(absent)}: the data have {format_names(rows.column_names)}."
+        )
 
 
 def is_text(row: Any) -> bool:
-    """Whether it is a text, a pair, or a mapping with texts; else it is a batch."""
+    """Returns whether `row` is a text, a pair of texts or a mapping with texts, and not a batch of tensors."""
     values = row.values() if isinstance(row, Mapping) else row if isinstance(row, (tuple, list)) else [row]
     return any(isinstance(value, str) for value in values)
 
 
-def as_table(rows: Sequence[Any]) -> tuple[Dataset, tuple[str, ...] | None]:
-    """Texts, pairs or mappings as a data set, and its text columns where they are known."""
+def to_table(rows: Sequence[Any]) -> tuple[Dataset, tuple[str, ...] | None]:
+    """Turns texts, pairs of texts or mappings into a table.
+
+    Returns:
+        The table, and the names of its text columns; None in their place for mappings, whose columns are the user's.
+
+    Raises:
+        ValueError: if there are no rows, or they differ in kind.
+    """
     if not rows:
         raise ValueError("there is no calibration text: give some.")
+    table = import_datasets().Dataset
     if isinstance(rows[0], Mapping):
-        return Dataset.from_list([dict(row) for row in rows]), None
+        return table.from_list([dict(row) for row in rows]), None
     pairs = [(row,) if isinstance(row, str) or row is None else tuple(row) for row in rows]
     if any(len(pair) != len(pairs[0]) for pair in pairs) or len(pairs[0]) > 2:
-        raise ValueError("texts are given as texts, or as pairs of texts, all alike.")
+        raise ValueError("the rows must be all texts, or all pairs of texts.")
     names = ("text", "text_pair")[: len(pairs[0])]
-    return Dataset.from_dict(dict(zip(names, map(list, zip(*pairs)), strict=True))), names
+    return table.from_dict(dict(zip(names, map(list, zip(*pairs, strict=True)), strict=True))), names

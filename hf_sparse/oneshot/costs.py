@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from ..calibration.batches import call, count_tokens, first_row, on_device
+from ..calibration.batches import call_model, count_tokens, first_row, to_device
 from ..distributed import input_device
 from ..model.evaluation_mode import evaluation_mode
 from ..model.layers import PrunableLayer
@@ -149,7 +149,7 @@ def _sample(model: nn.Module, batch: Any) -> Any:
 
 def _forward(model: nn.Module, batch: Any) -> None:
     with torch.no_grad(), evaluation_mode(model):
-        call(model, on_device(batch, input_device(model)))
+        call_model(model, to_device(batch, input_device(model)))
 
 
 def _timed(work: Callable[[], Any]) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..calibration.batches import call, on_device, with_labels
+from ..calibration.batches import call_model, to_device, with_labels
 from ..distributed import Communicator, build_shards, input_device
 from ..engine.masks import MaskStore
 from ..engine.parameter_group import ParameterGroup
@@ -77,7 +77,7 @@ def accumulate_gradients(
 
 def _observe(model: nn.Module, groups: Sequence[ParameterGroup], shards, batch: Any, index: int) -> None:
     model.zero_grad(set_to_none=True)
-    loss = _loss(model, on_device(with_labels(model, batch), input_device(model)), index)
+    loss = _loss(model, to_device(with_labels(model, batch), input_device(model)), index)
     loss.backward()
     gradients = [shards[layer.name].gradient for group in groups for layer in group.layers]
     if not all_finite(gradient for gradient in gradients if gradient is not None):
@@ -90,7 +90,7 @@ def _observe(model: nn.Module, groups: Sequence[ParameterGroup], shards, batch: 
 
 
 def _loss(model: nn.Module, batch: Any, index: int) -> torch.Tensor:
-    output = call(model, batch)
+    output = call_model(model, batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise ValueError(

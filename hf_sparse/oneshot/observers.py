@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..calibration.batches import matching
+from ..calibration.batches import mask_for_inputs
 from ..model.layers import PrunableLayer
 from ..statistics import GramMatrix, InputNorms
 from .pipeline import stop
@@ -124,7 +124,7 @@ class InputObservers:
                 (GramMatrix if needed else InputNorms)(x.shape[-1], x.device), layers, key[1]
             )
         try:
-            observer.observe(x, matching(self.masks, x))
+            observer.observe(x, mask_for_inputs(self.masks, x))
         except ValueError as error:
             if self._ready is None:
                 raise

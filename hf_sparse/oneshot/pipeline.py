@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration.batches import call, on_device
+from ..calibration.batches import call_model, to_device
 from ..distributed import input_device
 from ..model.evaluation_mode import evaluation_mode
 from ..model.layers import PrunableLayer
@@ -87,7 +87,7 @@ class BlockPipeline:
         """Run one batch until something raises `Stop`. Returns what the model gives, if nothing does."""
         self._now = index
         try:
-            return call(self.model, on_device(self.batches[index], input_device(self.model)))
+            return call_model(self.model, to_device(self.batches[index], input_device(self.model)))
         except Stop:
             return None
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration.batches import merged
+from ..calibration.batches import concatenate_batches
 from ..config.oneshot import OneshotConfig
 from ..config.pruning import PruningConfig
 from ..distributed import get_communicator, iter_parameters, onload
@@ -90,7 +90,7 @@ class OneshotRun:
         self.group_of = {layer.name: group for group in self.groups for layer in group.layers}
         self.own = self.batches[self.communicator.rank :: self.communicator.world_size]
         if config.forwards == 1 and self.own:
-            self.own = [merged(self.own)]
+            self.own = [concatenate_batches(self.own)]
 
     # What each group needs
 

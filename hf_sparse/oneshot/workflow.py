@@ -16,7 +16,7 @@ from ..calibration.text_rows import load_texts
 from ..config.oneshot import OneshotConfig
 from ..criteria import CRITERIA
 from ..distributed import get_communicator, init_distributed
-from ..evaluation import evaluate_model, measure_of
+from ..evaluation import evaluate_model, metric_for
 from ..files import write_folder_atomically, write_json
 from ..reporting.report import SparsityReport
 from ..solvers import SOLVERS
@@ -125,7 +125,7 @@ class _Run:
             raise ValueError(f"{needing} needs calibration data: pass calibration_file or dataset_name.")
         if job.eval:
             named = () if job.validation_file else named
-            hub |= {"split": job.validation_split, "what": "validation"}
+            hub |= {"split": job.validation_split, "purpose": "validation"}
             self._validation = load_texts(job.validation_file, *named, **hub)
 
     def _load(self) -> None:
@@ -136,7 +136,7 @@ class _Run:
             job.model_name_or_path, job.dtype, self._device, job.device_map, job.offload_folder, **job.hub_options()
         )
         if job.eval:
-            measure_of(self._model)  # refuses what cannot be measured
+            metric_for(self._model)  # raises before any work if the model cannot be evaluated
         own = {} if job.tokenizer_name is None else {"revision": "main"}
         try:
             self._tokenizer = load_tokenizer(job.tokenizer_name or job.model_name_or_path, **job.hub_options() | own)

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from hf_sparse.calibration.batches import (
-    call,
+    call_model,
+    concatenate_batches,
     count_tokens,
     first_row,
     is_padded,
-    matching,
-    merged,
-    on_device,
+    mask_for_inputs,
+    to_device,
     token_masks,
     with_labels,
 )
@@ -27,17 +27,20 @@ def test_models_are_called_with_what_the_batch_is():
     def model(*args, **kwargs):
         return args, kwargs
 
-    assert call(model, {"x": 1}) == ((), {"x": 1}) == call(model, UserDict(x=1))
-    assert call(model, (1, 2)) == ((1, 2), {}) == call(model, [1, 2]) and call(model, 3) == ((3,), {})
+    assert call_model(model, {"x": 1}) == ((), {"x": 1}) == call_model(model, UserDict(x=1))
+    assert call_model(model, (1, 2)) == ((1, 2), {}) == call_model(model, [1, 2]) and call_model(model, 3) == (
+        (3,),
+        {},
+    )
 
 
 def test_batches_on_a_device_are_copies():
     batch = {"a": IDS, "b": [IDS, (MASK, "text")], "c": None}
-    moved = on_device(batch, torch.device("cpu"))
+    moved = to_device(batch, torch.device("cpu"))
     assert moved["b"][1][1] == "text" and moved["c"] is None and torch.equal(moved["b"][1][0], MASK)
     moved["a"].zero_(), moved["b"][0].zero_()
-    assert IDS.any() and on_device(IDS, torch.device("meta")).is_meta
-    assert type(on_device(UserDict(a=IDS), torch.device("cpu"))) is dict
+    assert IDS.any() and to_device(IDS, torch.device("meta")).is_meta
+    assert type(to_device(UserDict(a=IDS), torch.device("cpu"))) is dict
 
 
 def test_the_first_row_of_what_has_rows():
@@ -48,12 +51,15 @@ def test_the_first_row_of_what_has_rows():
 
 
 def test_batches_become_one():
-    both = merged([{"a": IDS, "flag": True}, {"a": IDS[:1], "flag": True}])
+    both = concatenate_batches([{"a": IDS, "flag": True}, {"a": IDS[:1], "flag": True}])
     assert both["a"].tolist() == [*IDS.tolist(), IDS[0].tolist()] and both["flag"] is True
-    assert merged([(IDS,), (MASK,)])[0].shape == (4, 3) and merged([UserDict(a=IDS)])["a"] is not None
+    assert (
+        concatenate_batches([(IDS,), (MASK,)])[0].shape == (4, 3)
+        and concatenate_batches([UserDict(a=IDS)])["a"] is not None
+    )
     for other in ({"a": IDS[:, :2]}, {"b": IDS}, {"a": IDS, "b": IDS}, (IDS,), {"a": 3}):
-        with pytest.raises(ValueError, match="different lengths or kinds cannot become one, .*forwards=2"):
-            merged([{"a": IDS}, other])
+        with pytest.raises(ValueError, match="different lengths or kinds cannot be concatenated, .*forwards=2"):
+            concatenate_batches([{"a": IDS}, other])
 
 
 @pytest.mark.parametrize(
@@ -104,14 +110,14 @@ def test_masks_of_tokens(batch, decodes, expected):
 def test_which_mask_belongs_to_an_input():
     encoder, decoder = MASK.bool(), torch.tensor([[True, False], [True, True]])
     masks = [encoder, decoder]
-    assert torch.equal(matching(masks, torch.ones(2, 3, 8)), encoder)
-    assert torch.equal(matching(masks, torch.ones(2, 2, 8)), decoder)
-    assert torch.equal(matching(masks, torch.ones(6, 8)), encoder.reshape(6)), "rows and tokens in one"
-    assert matching(masks, torch.ones(2, 5, 8)) is None and matching(masks, torch.ones(2, 8)) is None
-    assert matching([torch.ones(2, 3).bool()], torch.ones(2, 3, 8)) is None
-    assert torch.equal(matching([encoder, encoder.clone()], torch.ones(2, 3, 8)), encoder)
+    assert torch.equal(mask_for_inputs(masks, torch.ones(2, 3, 8)), encoder)
+    assert torch.equal(mask_for_inputs(masks, torch.ones(2, 2, 8)), decoder)
+    assert torch.equal(mask_for_inputs(masks, torch.ones(6, 8)), encoder.reshape(6)), "rows and tokens flattened"
+    assert mask_for_inputs(masks, torch.ones(2, 5, 8)) is None and mask_for_inputs(masks, torch.ones(2, 8)) is None
+    assert mask_for_inputs([torch.ones(2, 3).bool()], torch.ones(2, 3, 8)) is None
+    assert torch.equal(mask_for_inputs([encoder, encoder.clone()], torch.ones(2, 3, 8)), encoder)
     with pytest.raises(ValueError, match=r"both \(2, 3\) tokens, .* pad them to different lengths"):
-        matching([encoder, ~encoder], torch.ones(2, 3, 8))
+        mask_for_inputs([encoder, ~encoder], torch.ones(2, 3, 8))
 
 
 class SomeForCausalLM(nn.Module): ...

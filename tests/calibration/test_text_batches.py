@@ -15,8 +15,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_sparse.calibration.text_batches import TextReader, positions
-from hf_sparse.calibration.text_rows import load_texts, text_columns
+from hf_sparse.calibration.text_batches import TextReader, max_positions
+from hf_sparse.calibration.text_rows import find_text_columns, load_texts
 from hf_sparse.oneshot import calibration_batches
 
 
@@ -107,7 +107,12 @@ def test_labels_are_numbers_or_names_that_the_model_knows():
     model = classifier(id2label={0: "negative", 1: "positive"})
     reader = TextReader(bert_tokenizer(), model, length=9)
     assert reader.first([{"text": "good", "label": "positive"}])[0]["labels"].tolist() == [1]
-    for label, text in (("nice", "label 'nice'"), (2, "knows 0 to 1"), (-1, "the label -1"), (None, "label None")):
+    for label, text in (
+        ("nice", "label 'nice'"),
+        (2, "must be from 0 to 1"),
+        (-1, "the label -1"),
+        (None, "label None"),
+    ):
         with pytest.raises(ValueError, match=text):
             reader.first([{"text": "good", "label": label}])
     score = TextReader(bert_tokenizer(), classifier(num_labels=1), length=9).first([{"text": "good", "label": 2.5}])
@@ -123,7 +128,7 @@ def test_an_encoder_with_a_decoder_gets_target_texts():
     batch = reader.first([{"text": "good film", "short": "good"}, {"text": "bad", "short": "bad bad"}])[0]
     assert batch["labels"].tolist() == [[2, 6, 6, 3], [2, 5, 3, -100]]
     assert model(**batch).loss.isfinite()
-    with pytest.raises(ValueError, match='name its label_column, out of "text", "short"'):
+    with pytest.raises(ValueError, match='label_column .columns: "text", "short"'):
         TextReader(bert_tokenizer(), model, length=6).first([{"text": "good film", "short": "good"}])
 
 
@@ -134,14 +139,14 @@ def test_batches_that_are_ready_are_left_alone():
 
 def test_the_column_of_texts():
     def columns(named=None, **data):
-        return text_columns(Dataset.from_dict(data), named)
+        return find_text_columns(Dataset.from_dict(data), named)
 
     assert columns(id=[1], text=["a"], sentence=["b"]) == ("text",)
     assert columns(title=["a"], sentence=["b"]) == ("sentence",)
     assert columns(label=[1], review=["a"]) == ("review",)
     assert columns("title", title=["a"], text=["b"]) == ("title",)
     for named, text in (
-        (None, r"2 columns may hold the texts: name text_column, out of title \(string\), body \(string\)"),
+        (None, r"2 columns hold texts \(title, body\): name one with text_column"),
         ("tilte", 'no column "tilte": the data have "title", "body"'),
         ("title,body,x", "names 3 columns"),
     ):
@@ -165,7 +170,7 @@ def test_files(tmp_path, ending):
 
 def test_a_stream_is_read_as_far_as_it_is_kept(tmp_path, monkeypatch):
     tiny_texts.write_rows(tmp_path / "train.jsonl", [{"text": text} for text in numbered(9)])
-    monkeypatch.setattr("hf_sparse.calibration.text_rows.STREAMED", 4)
+    monkeypatch.setattr("hf_sparse.calibration.text_rows.MAX_STREAMED_ROWS", 4)
     assert list(load_texts(None, str(tmp_path), streaming=True)["text"]) == numbered(4)
     assert len(load_texts(None, str(tmp_path))) == 9
 
@@ -183,7 +188,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="empty.jsonl"):
         load_texts(str(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match="pass --validation_file or --dataset_name, not both"):
-        load_texts("a.txt", "name", what="validation")
+        load_texts("a.txt", "name", purpose="validation")
     with pytest.raises(ConnectionError, match='"no/such" could not be loaded.*local files with --calibration_file'):
         load_texts(None, "no/such")
 
@@ -193,9 +198,11 @@ def test_too_little_text_is_refused_with_what_there_is():
         return calibration_batches(texts, word_tokenizer(), llama(), **{"length": 4, "samples": 3} | options)
 
     # Five texts of two tokens are two blocks of four and a half.
-    with pytest.raises(ValueError, match=r"3 samples .* 5 rows are 2 blocks of 4 tokens: .* samples=2, or a smaller"):
+    with pytest.raises(
+        ValueError, match=r"samples is 3, but the 5 rows .* only 2 blocks of 4 tokens: .* samples=2, or a smaller"
+    ):
         make(numbered(5))
-    with pytest.raises(ValueError, match="3 samples .* are 2 rows with text: give more text, or samples=2"):
+    with pytest.raises(ValueError, match="samples is 3, .* only 2 rows with text: give more text, or samples=2"):
         make(["good", "", "bad"], per_row=True)
     with pytest.raises(ValueError, match="0 blocks"):
         make(["", " "])
@@ -217,13 +224,14 @@ def test_a_length_beyond_the_models_positions_is_refused():
         TextReader(word_tokenizer(), llama(), length=33)
     TextReader(word_tokenizer(), llama(), length=32)
     assert (
-        positions(GPT2LMHeadModel(GPT2Config(n_positions=24, n_embd=4, n_layer=1, n_head=1)), word_tokenizer()) == 24
+        max_positions(GPT2LMHeadModel(GPT2Config(n_positions=24, n_embd=4, n_layer=1, n_head=1)), word_tokenizer())
+        == 24
     )
     torch.manual_seed(0)
     roberta = BertModel(BertConfig(vocab_size=9, hidden_size=4, num_attention_heads=1, num_hidden_layers=1))
     roberta.config = RobertaConfig(max_position_embeddings=514)
     tokenizer = word_tokenizer()
     tokenizer.model_max_length = 512
-    assert positions(roberta, tokenizer) == 512
+    assert max_positions(roberta, tokenizer) == 512
     tokenizer.model_max_length = 128  # as a tokenizer says that was saved for short texts
-    assert positions(roberta, tokenizer) == 514
+    assert max_positions(roberta, tokenizer) == 514

@@ -34,7 +34,7 @@ def model(tmp_path):
 def given(monkeypatch):
     """What the program gives to `run_oneshot`, which does nothing."""
     calls = []
-    monkeypatch.setattr(oneshot, "run_job", lambda job, config, say: calls.append((job, config)))
+    monkeypatch.setattr(oneshot, "run_oneshot", lambda job, config, say: calls.append((job, config)))
     return calls
 
 
@@ -132,7 +132,7 @@ def test_ctrl_c_is_130(run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(oneshot, "run_job", interrupted)
+    monkeypatch.setattr(oneshot, "run_oneshot", interrupted)
     assert run("m", "out", "--target-sparsity", 0.5)[0] == 130
 
 

@@ -224,7 +224,7 @@ def test_one_forward_needs_batches_of_one_length():
     batches = ARCHITECTURES["gpt2"].batches(2)
     batches[1] = {"input_ids": batches[1]["input_ids"][:, :7]}
     model = ARCHITECTURES["gpt2"].model()
-    refused(model, batches, "batches of different lengths or kinds cannot become one, which forwards=1", forwards=1)
+    refused(model, batches, "different lengths or kinds cannot be concatenated, which forwards=1", forwards=1)
     prune_oneshot(model, batches, OneshotConfig(target_sparsity=0.5), progress=False)
 
 

@@ -4,9 +4,10 @@ import math
 import sys
 import types
 
-import _metrics
 import glue_metrics
 import pytest
+
+from hf_sparse.evaluation import load_metric_or_fallback
 
 
 # tp 2, fp 1, fn 1, tn 2
@@ -99,11 +100,12 @@ def test_other_errors_are_not_hidden(monkeypatch):
 
     online(monkeypatch, load)
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        _metrics.load_or_fall_back(("accuracy",), glue_metrics.accuracy)
+        load_metric_or_fallback(("accuracy",), glue_metrics.accuracy)
 
 
 def test_offline_evaluate_is_not_asked(monkeypatch, caplog):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(sys.modules, "evaluate", types.SimpleNamespace(load=None))
+    caplog.set_level("INFO", "hf_sparse.evaluation")
     assert glue_metrics.load_metric("rte", False) is glue_metrics.accuracy
     assert "offline mode" in caplog.text

@@ -12,8 +12,6 @@ from glue_metrics import GLUE_METRICS
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from hf_sparse.calibration import data_files
-
 
 # The tiny checkpoint has a head for two labels.
 NEW_HEAD = "--ignore_mismatched_sizes"
@@ -136,7 +134,7 @@ def mnli(*name, **kwargs) -> DatasetDict:
 
 def test_mnli_is_evaluated_and_predicted_twice(tiny_bert, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(data_files, "load_dataset", lambda *name, **kwargs: asked.append(name) or mnli())
+    monkeypatch.setattr("datasets.load_dataset", lambda *name, **kwargs: asked.append(name) or mnli())
     out = tmp_path / "out"
     parts = ["--task_name", "mnli", "--do_train", "--do_eval", "--do_predict", "--max_eval_samples", "7"]
     run_glue.main(arguments(tiny_bert, out, *parts, NEW_HEAD))
