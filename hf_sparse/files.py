@@ -1,9 +1,13 @@
-"""Files: written whole or not at all, read without trusting them."""
+"""The names of the files that the package writes, and atomic writing: a file is complete or absent.
+
+Reading never unpickles, and damaged files raise a ValueError that names them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +19,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
-def write_atomically(path: str | Path, write: Callable[[str], None]) -> None:
-    """Have `write` fill a file beside `path`, then rename it: whoever reads `path` sees the old or the new, whole."""
+STATE_FILE = "pruning_state.safetensors"
+"""Masks, sums of the criteria and the config of a checkpoint, where every process holds whole weights."""
+STATE_SHARD_FILE = re.compile(r"pruning_state-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+"""The same for one process of several that hold parts of the weights; numbers start at 1."""
+STATE_GLOB = "pruning_state*"
+CONFIG_FILE = "pruning_config.json"
+REPORT_FILE = "pruning_report.json"
+CARD_FILE = "pruning_card.json"
+SCHEDULE_PLOT_FILE = "pruning_schedule.png"
+LAYERS_PLOT_FILE = "pruning_layers.png"
+TEMPORARY_GLOB = ".pruning_*"
+"""What `write_atomically` leaves of the files above when the process is killed."""
+README_FILE = "README.md"
+DENSE_RESULTS_FILE = "dense_results.json"
+ONESHOT_RESULTS_FILE = "oneshot_results.json"
+FINISHED_BLOCK_GLOB = "stage-*.safetensors"
+
+
+def state_shard_file(rank: int, world_size: int) -> str:
+    """Returns the name of the state file of one rank, which `STATE_SHARD_FILE` matches."""
+    return f"pruning_state-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
+def finished_block_file(index: int) -> str:
+    """Returns the name of the file that holds the pruned weights of one block of an interrupted one-shot run."""
+    return f"stage-{index:05d}.safetensors"
+
+
+def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
+    """Replaces a file atomically: readers see the old content or the new, never a part.
+
+    Args:
+        path: the file; missing parent folders are created.
+        write: called with the name of a temporary file in the same folder, which is then renamed to `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -36,13 +73,19 @@ def _umask() -> int:
     return mask
 
 
-def write_folder_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder beside `path`, then rename it. What was at `path` before is removed then, and so is
-    what a writing that was killed has left."""
+def write_folder_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Replaces a folder: `write` fills a new folder beside `path`, which is then renamed to `path`.
+
+    Leftovers of an earlier call that was killed are removed.
+
+    Args:
+        path: the folder; its old content is removed once the new is complete.
+        write: called with the new folder, which exists and is empty.
+    """
     path = Path(path)
     new, old = (path.with_name(f".{path.name}-{end}") for end in ("new", "old"))
-    for rest in (new, old):
-        shutil.rmtree(rest, ignore_errors=True)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         new.mkdir(parents=True)
         write(new)
@@ -50,22 +93,22 @@ def write_folder_atomically(path: str | Path, write: Callable[[Path], None]) -> 
             path.rename(old)
         new.rename(path)
     finally:
-        for rest in (new, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON."""
+    """Writes `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Returns the JSON object in a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is no JSON, or holds another type than an object.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -77,29 +120,33 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and text to one safetensors file."""
+    """Writes a safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def open_tensors(path: str | Path) -> tuple[Mapping[str, torch.Tensor], dict[str, str]]:
-    """What `write_tensors` wrote: tensors, each read when it is asked for, and text.
+    """Opens a safetensors file.
+
+    Returns: its tensors, each read from disk when it is looked up, and its metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut short or not a safetensors file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is cut short or is no safetensors file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
         file = safe_open(str(path), framework="pt")
-        return _Tensors(file), file.metadata() or {}
+        return _LazyTensors(file), file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from error
 
 
-class _Tensors(Mapping[str, torch.Tensor]):
-    def __init__(self, file):
+class _LazyTensors(Mapping[str, torch.Tensor]):
+    """The tensors of an open safetensors file, by name."""
+
+    def __init__(self, file: safe_open):
         self._file, self._names = file, list(file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -112,24 +159,3 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-STATE_FILE = "pruning_state.safetensors"
-
-
-CONFIG_FILE = "pruning_config.json"
-
-
-REPORT_FILE = "pruning_report.json"
-
-
-CARD_FILE = "pruning_card.json"
-
-
-SCHEDULE_FILE = "pruning_schedule.png"
-
-
-LAYERS_FILE = "pruning_layers.png"
-
-
-README = "README.md"

@@ -15,11 +15,13 @@ from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
+from ..files import TEMPORARY_GLOB
+
 
 logger = logging.getLogger(__name__)
 
 # Files that Trainer does not upload either, and temporary files that an interrupted run may have left behind.
-IGNORED_PATTERNS = (*DEFAULT_IGNORE_PATTERNS, "_*", "checkpoint-*", ".pruning_*")
+IGNORED_PATTERNS = (*DEFAULT_IGNORE_PATTERNS, "_*", "checkpoint-*", TEMPORARY_GLOB)
 # Seconds before the second and the third attempt. Within each attempt huggingface_hub retries most requests itself.
 RETRY_DELAYS = (2, 10)
 

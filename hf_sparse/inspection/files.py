@@ -109,9 +109,7 @@ def _downloaded(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
 
     try:
-        folder = snapshot(
-            "config.json", "pruning_report.json", "pruning_config.json", *(f"{s}{_INDEX}" for s in _STEMS)
-        )
+        folder = snapshot("config.json", storage.REPORT_FILE, storage.CONFIG_FILE, *(f"{s}{_INDEX}" for s in _STEMS))
         for stem in _STEMS:
             names = read_json(folder / f"{stem}{_INDEX}").get("weight_map", {})
             wanted = {name for name in names.values() if isinstance(name, str)} or {f"{stem}.safetensors"}

@@ -10,14 +10,12 @@ from torch import nn
 
 from ..config.oneshot import OneshotConfig
 from ..engine.pruner import build_groups
-from ..files import LAYERS_FILE, write_json
+from ..files import LAYERS_PLOT_FILE, ONESHOT_RESULTS_FILE, write_json
 from ..hub.card import SparsityCard, auto_class, describe, write_card
 from ..hub.card.escaping import command_line
 from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
 
-
-RESULTS_FILE = "oneshot_results.json"
 
 # What the Hub calls the task of a model, by its Auto class.
 _TASKS = {
@@ -64,8 +62,8 @@ class OneshotResult:
             tokenizer.save_pretrained(folder)
         results = {"model": self.base_model, "calibration": self.calibration or None}
         results |= _named("dense", self.dense) | _named("eval", self.sparse)
-        write_json(folder / RESULTS_FILE, results)
-        plot_layers(folder / LAYERS_FILE, self.report)
+        write_json(folder / ONESHOT_RESULTS_FILE, results)
+        plot_layers(folder / LAYERS_PLOT_FILE, self.report)
         write_card(folder, self._card(model))
 
     def _card(self, model: nn.Module) -> SparsityCard:

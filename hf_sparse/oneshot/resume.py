@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from ..files import open_tensors, write_tensors
+from ..files import FINISHED_BLOCK_GLOB, finished_block_file, open_tensors, write_tensors
 
 
 class ResumeError(ValueError):
@@ -66,18 +66,18 @@ class FinishedSubgraphs:
             remove_finished(self._folder)
 
     def _file(self, subgraph: int) -> Path:
-        return self._folder / f"stage-{subgraph:05d}.safetensors"
+        return self._folder / finished_block_file(subgraph)
 
 
 def count_finished(folder: str | Path) -> int:
     """How many stages have been finished there, of whatever run."""
-    return sum(1 for _ in Path(folder).glob("stage-*.safetensors"))
+    return sum(1 for _ in Path(folder).glob(FINISHED_BLOCK_GLOB))
 
 
 def remove_finished(folder: str | Path) -> None:
     """Remove what finished stages have left there, and the folder when it is empty then."""
     folder = Path(folder)
-    for path in folder.glob("*stage-*.safetensors"):
+    for path in folder.glob(f"*{FINISHED_BLOCK_GLOB}"):
         path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -17,7 +17,7 @@ from ..config.oneshot import OneshotConfig
 from ..criteria import CRITERIA
 from ..distributed import get_communicator, init_distributed
 from ..evaluation import evaluate_model, metric_for
-from ..files import write_folder_atomically, write_json
+from ..files import DENSE_RESULTS_FILE, write_folder_atomically, write_json
 from ..reporting.report import SparsityReport
 from ..solvers import SOLVERS
 from .arguments import OneshotArguments
@@ -27,8 +27,6 @@ from .prune import prune_oneshot
 from .result import OneshotResult, told
 from .resume import count_finished, remove_finished
 
-
-DENSE_FILE = "dense_results.json"
 
 # What the measurements of the dense model depend on: the same run, started again, does not make them again.
 _MEASURED_BY = (
@@ -178,7 +176,7 @@ class _Run:
     def _measure_dense(self, held_out: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Before pruning; once, however often the run is started."""
         asked = {name: getattr(self._job, name) for name in _MEASURED_BY}
-        path = self._state / DENSE_FILE
+        path = self._state / DENSE_RESULTS_FILE
         known = {}
         if self._main and path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -210,7 +208,7 @@ class _Run:
             write_folder_atomically(job.output_dir, lambda folder: result.save(folder, self._model, self._tokenizer))
         except Exception as error:  # the other processes wait to hear of it
             return error
-        for path in self._state.glob(f"*{Path(DENSE_FILE).stem}*"):
+        for path in self._state.glob(f"*{Path(DENSE_RESULTS_FILE).stem}*"):
             path.unlink()
         remove_finished(self._state)
         return None

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from ..config.pruning import PruningConfig
 from ..distributed import get_communicator, is_deepspeed, observe_zero_gradients
 from ..engine.pruner import Pruner, build_groups
-from ..files import CONFIG_FILE, LAYERS_FILE, REPORT_FILE, SCHEDULE_FILE
+from ..files import CONFIG_FILE, LAYERS_PLOT_FILE, REPORT_FILE, SCHEDULE_PLOT_FILE
 from ..hub.upload import hide_token
 from ..reporting.plots import plot_layers, plot_schedule
 from ..reporting.report import SparsityReport
@@ -272,8 +272,8 @@ class SparsityCallback(TrainerCallback):
             if schedule.prune_step(step)
         ]
         measured = [(log["step"], log["sparsity"]) for log in state.log_history if "sparsity" in log]
-        plot_schedule(directory / SCHEDULE_FILE, planned, measured, state.max_steps)
-        plot_layers(directory / LAYERS_FILE, self._saved)
+        plot_schedule(directory / SCHEDULE_PLOT_FILE, planned, measured, state.max_steps)
+        plot_layers(directory / LAYERS_PLOT_FILE, self._saved)
 
     def _final(self, state) -> bool:
         """Whether the last prune step has happened."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import CARD_FILE, README, REPORT_FILE
+from ..files import CARD_FILE, README_FILE, REPORT_FILE
 from ..hub.card import (
     SparsityCard,
     Version,
@@ -36,20 +36,20 @@ def write_trainer_card(trainer: Any, create: Callable, args: tuple, kwargs: dict
     directory, args_of_run = Path(trainer.args.output_dir), trainer.args
     name, given, escaped = _escape_given(trainer, create, args, kwargs)
     tags = _listed(given.arguments.get("tags"))
-    here = Version.read(directory / README, directory / CARD_FILE)
+    here = Version.read(directory / README_FILE, directory / CARD_FILE)
     there = None
     if trainer.hub_model_id:
         there = published(trainer.hub_model_id, args_of_run.hub_token, getattr(args_of_run, "hub_revision", None))
     edited = [version for version in (there, here) if version is not None and version.is_ours]
     try:
         create(*given.args, **given.kwargs)
-        outer = _with_true_base((directory / README).read_text(encoding="utf-8"), given.arguments)
+        outer = _with_true_base((directory / README_FILE).read_text(encoding="utf-8"), given.arguments)
         metadata = _restore(parsed(outer).data.to_dict(), escaped)
         metadata["tags"] = [tag for tag in _listed(metadata.get("tags")) if tag in tags or tag not in _earlier(here)]
         write_card(directory, _fill(trainer, name, metadata), outer, edited, secrets=[args_of_run.hub_token])
     except BaseException:
         if here is not None:  # what a person wrote outlives this too
-            (directory / README).write_text(here.text, encoding="utf-8")
+            (directory / README_FILE).write_text(here.text, encoding="utf-8")
         raise
 
 

@@ -7,7 +7,6 @@ number of processes can read it back.
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,11 +18,18 @@ from ..config.pruning import TRAINING_CRITERION, PruningConfig
 from ..distributed import ShardRegion, full_region, get_communicator
 from ..engine.masks import unpack_mask
 from ..engine.pruner import Pruner, build_groups
-from ..files import STATE_FILE, open_tensors, write_tensors
+from ..files import (
+    STATE_FILE,
+    STATE_GLOB,
+    STATE_SHARD_FILE,
+    TEMPORARY_GLOB,
+    open_tensors,
+    state_shard_file,
+    write_tensors,
+)
 from ..schedulers import PruningSchedule
 
 
-_SHARD_FILE = re.compile(r"pruning_state-(\d+)-of-(\d+)\.safetensors")
 _FIELDS = {"shapes", "boxes", "counters", "config", "step", "processes"}
 
 # Options that act through something else which is compared: the cadence they come to, the weights they select.
@@ -41,7 +47,7 @@ def write_state(
     rank, size = pruner.communicator.rank, pruner.communicator.world_size
     if size == 1 and not main:
         return
-    name = STATE_FILE if size == 1 else f"pruning_state-{rank + 1:05d}-of-{size:05d}.safetensors"
+    name = STATE_FILE if size == 1 else state_shard_file(rank, size)
     tensors, values = pruner.state_dict()
     values |= {"config": _identity(pruner.config, schedule), "step": step, "processes": get_communicator().world_size}
     values["checksum"] = _checksum(tensors, values)
@@ -52,17 +58,17 @@ def state_files(directory: str | Path) -> list[Path]:
     """The state files in `directory`, or those that should be there; [] if there is no sign of any."""
     directory = Path(directory)
     counts = {
-        int(match[2]) for path in directory.glob("pruning_state-*") if (match := _SHARD_FILE.fullmatch(path.name))
+        int(match["count"]) for path in directory.glob(STATE_GLOB) if (match := STATE_SHARD_FILE.fullmatch(path.name))
     }
     if counts:
         size = max(counts)
-        return [directory / f"pruning_state-{rank + 1:05d}-of-{size:05d}.safetensors" for rank in range(size)]
+        return [directory / state_shard_file(rank, size) for rank in range(size)]
     return [directory / STATE_FILE] if (directory / STATE_FILE).is_file() else []
 
 
 def clear_states(directory: str | Path) -> None:
     """Remove the masks of an earlier run, perhaps of more processes, and what a killed one left half-written."""
-    for pattern in (".pruning_*", "pruning_state*"):
+    for pattern in (TEMPORARY_GLOB, STATE_GLOB):
         for leftover in Path(directory).glob(pattern):
             leftover.unlink(missing_ok=True)
 

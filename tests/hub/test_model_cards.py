@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_sparse import SparsityReport
-from hf_sparse.files import SCHEDULE_FILE
+from hf_sparse.files import SCHEDULE_PLOT_FILE
 from hf_sparse.hub.card import PUBLISHED_FILES, SparsityCard, rewrite_card
 from hf_sparse.hub.card.edits import END, START
 
@@ -57,7 +57,7 @@ def test_the_card_says_what_the_report_says(folder):
 
 
 def test_the_folder_is_complete_and_names_no_place_on_a_machine(folder):
-    absent = {SCHEDULE_FILE} if SparsityCard.load(folder).oneshot else set()  # one prune step is no schedule
+    absent = {SCHEDULE_PLOT_FILE} if SparsityCard.load(folder).oneshot else set()  # one prune step is no schedule
     assert {path.name for path in folder.iterdir()} == {"README.md", *PUBLISHED_FILES} - absent
     for path in folder.glob("*.*"):
         if path.suffix != ".png":

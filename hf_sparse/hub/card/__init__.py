@@ -3,7 +3,7 @@
 It is made from files alone, so it can be made again: the report, the config, and `pruning_card.json` beside them.
 """
 
-from ...files import CARD_FILE, README
+from ...files import CARD_FILE, README_FILE
 from ..model_classes import auto_class
 from .data import SparsityCard, describe, measurements
 from .writing import (
@@ -23,7 +23,7 @@ __all__ = [
     "CARD_FILE",
     "has_card",
     "PUBLISHED_FILES",
-    "README",
+    "README_FILE",
     "SparsityCard",
     "Version",
     "auto_class",

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.utils import yaml_dump
 
 from ...config.pruning import PruningConfig
-from ...files import LAYERS_FILE, SCHEDULE_FILE
+from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ...reporting.report import SparsityReport
 from ...reporting.tables import format_markdown_table, format_sparsity
 from ...schedulers import PruningSchedule
@@ -20,8 +20,8 @@ from .escaping import escape, fenced
 
 
 IMAGES = {
-    SCHEDULE_FILE: "Sparsity of the selected weights over the optimizer steps",
-    LAYERS_FILE: "Sparsity of each selected weight",
+    SCHEDULE_PLOT_FILE: "Sparsity of the selected weights over the optimizer steps",
+    LAYERS_PLOT_FILE: "Sparsity of each selected weight",
 }
 
 # Forms of patterns, and what can be said for each of speed and size.

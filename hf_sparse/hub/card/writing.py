@@ -12,7 +12,15 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
-from ...files import CARD_FILE, CONFIG_FILE, LAYERS_FILE, README, REPORT_FILE, SCHEDULE_FILE, write_atomically
+from ...files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    LAYERS_PLOT_FILE,
+    README_FILE,
+    REPORT_FILE,
+    SCHEDULE_PLOT_FILE,
+    write_atomically,
+)
 from ...inspection.checkpoint import StoredTensor, open_checkpoint
 from ...inspection.tiles import read_tiles, tiles
 from ...numerics import count_zeros
@@ -25,7 +33,7 @@ from .section import IMAGES, template_values
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED_FILES = (CARD_FILE, CONFIG_FILE, REPORT_FILE, SCHEDULE_FILE, LAYERS_FILE)
+PUBLISHED_FILES = (CARD_FILE, CONFIG_FILE, REPORT_FILE, SCHEDULE_PLOT_FILE, LAYERS_PLOT_FILE)
 """What belongs beside a card wherever it is uploaded."""
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -99,7 +107,7 @@ def write_card(
     """
     directory = Path(directory)
     if edited is None:
-        found = Version.read(directory / README, directory / CARD_FILE)
+        found = Version.read(directory / README_FILE, directory / CARD_FILE)
         edited = [found] if found is not None else []
     images = [name for name in IMAGES if (directory / name).is_file()]
     plain = render_card(card, images)
@@ -121,7 +129,7 @@ def write_card(
     metadata = ModelCardData(**metadata).to_yaml(original_order=list(metadata))
     content = without_secrets(f"---\n{metadata}\n---\n{text}".rstrip("\n") + "\n", secrets)
     replace(card, written=written).save(directory, secrets)
-    path = directory / README
+    path = directory / README_FILE
     write_atomically(path, lambda temporary: Path(temporary).write_text(content, encoding="utf-8"))
     return path
 
@@ -135,7 +143,7 @@ def parsed(text: str) -> ModelCard:
     try:
         return ModelCard(text, ignore_metadata_errors=True)
     except yaml.YAMLError as error:
-        raise ValueError(f"the head of {README} is no YAML: mend it, or delete the file. {error}") from error
+        raise ValueError(f"the head of {README_FILE} is no YAML: mend it, or delete the file. {error}") from error
 
 
 def has_card(directory: str | Path) -> bool:
@@ -157,7 +165,7 @@ def rewrite_card(directory: str | Path, repo_id: str | None = None, token: str |
     """
     card = SparsityCard.load(directory)
     card = replace(card, report=recount(directory, card.report), repo_id=repo_id or card.repo_id)
-    here = Version.read(Path(directory) / README, Path(directory) / CARD_FILE)
+    here = Version.read(Path(directory) / README_FILE, Path(directory) / CARD_FILE)
     there = published(repo_id, token) if repo_id else None
     edited = [there] if there is not None and there.is_ours else []
     return write_card(directory, card, edited=[*edited, *([here] if here is not None else [])], secrets=[token])
@@ -196,7 +204,7 @@ def _zeros(tensor: StoredTensor) -> int:
 def published(repo_id: str, token: str | None = None, revision: str | None = None) -> Version | None:
     """The card that the Hub has, edited there perhaps; None where it has none, or cannot be reached."""
     try:
-        readme = hf_hub_download(repo_id, README, token=token, revision=revision)
+        readme = hf_hub_download(repo_id, README_FILE, token=token, revision=revision)
     except (OSError, EntryNotFoundError, HTTPError) as error:
         logger.info("the card of %s was not read: %s", repo_id, error)
         return None
