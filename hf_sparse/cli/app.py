@@ -119,7 +119,7 @@ def push(
     The card of a pruned model is written anew before, as by `hf-sparse card --repo`, where it goes to "user/name".
     Tried again where the Hub is busy or out of reach. Exit codes: 0 uploaded, 1 it failed, 2 there is no such folder.
     """
-    from ..hub.card import has_card, rewrite_card
+    from ..hub.card import has_card_files, rewrite_card
     from ..hub.upload import UploadError
     from ..hub.upload import push as upload
 
@@ -127,7 +127,7 @@ def push(
     if token_from_env is not None and not token:
         raise ValueError("--token-from-env: there is no such variable. It takes the name of one, never the token.")
     where = {"private": private or None, "revision": revision, "path_in_repo": path_in_repo}
-    if has_card(directory) and "/" in repo and not path_in_repo:
+    if has_card_files(directory) and "/" in repo and not path_in_repo:
         rewrite_card(directory, repo, token)
     try:
         typer.echo(upload(directory, repo, message=message, token=token, **where).repo_url)

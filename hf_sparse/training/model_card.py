@@ -10,14 +10,14 @@ from typing import Any
 
 from ..files import CARD_FILE, README_FILE, REPORT_FILE
 from ..hub.card import (
+    CardVersion,
     SparsityCard,
-    Version,
     auto_class,
     describe,
+    download_card,
     measurements,
-    parsed,
-    published,
-    recount,
+    parse_card,
+    recount_zeros,
     write_card,
 )
 from ..hub.card.escaping import command_line, escape
@@ -36,15 +36,15 @@ def write_trainer_card(trainer: Any, create: Callable, args: tuple, kwargs: dict
     directory, args_of_run = Path(trainer.args.output_dir), trainer.args
     name, given, escaped = _escape_given(trainer, create, args, kwargs)
     tags = _listed(given.arguments.get("tags"))
-    here = Version.read(directory / README_FILE, directory / CARD_FILE)
+    here = CardVersion.read(directory / README_FILE, directory / CARD_FILE)
     there = None
     if trainer.hub_model_id:
-        there = published(trainer.hub_model_id, args_of_run.hub_token, getattr(args_of_run, "hub_revision", None))
+        there = download_card(trainer.hub_model_id, args_of_run.hub_token, getattr(args_of_run, "hub_revision", None))
     edited = [version for version in (there, here) if version is not None and version.is_ours]
     try:
         create(*given.args, **given.kwargs)
         outer = _with_true_base((directory / README_FILE).read_text(encoding="utf-8"), given.arguments)
-        metadata = _restore(parsed(outer).data.to_dict(), escaped)
+        metadata = _restore(parse_card(outer).data.to_dict(), escaped)
         metadata["tags"] = [tag for tag in _listed(metadata.get("tags")) if tag in tags or tag not in _earlier(here)]
         write_card(directory, _fill(trainer, name, metadata), outer, edited, secrets=[args_of_run.hub_token])
     except BaseException:
@@ -53,9 +53,9 @@ def write_trainer_card(trainer: Any, create: Callable, args: tuple, kwargs: dict
         raise
 
 
-def _earlier(here: Version | None) -> list[str]:
+def _earlier(here: CardVersion | None) -> list[str]:
     """Our tags of an earlier run, which Trainer takes over from the card that it finds."""
-    metadata = here.written.get("metadata", {}) if here is not None else {}
+    metadata = here.base.get("metadata", {}) if here is not None else {}
     return _listed(metadata.get("sparsity", {}).get("pattern"))
 
 
@@ -96,7 +96,7 @@ def _report(trainer: Any) -> SparsityReport:
     directory = Path(trainer.args.output_dir)
     stored = SparsityReport.load(directory / REPORT_FILE)
     try:
-        return recount(directory, stored)
+        return recount_zeros(directory, stored)
     except InspectionError as error:
         logger.warning("the zeros are counted as in %s: %s", REPORT_FILE, error)
         return stored

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 
 from hf_sparse import PruningConfig, SparsityReport
-from hf_sparse.hub.card import SparsityCard, Version, recount, render_card, rewrite_card, write_card
-from hf_sparse.hub.card.edits import END, START
+from hf_sparse.hub.card import CardVersion, SparsityCard, recount_zeros, render_card, rewrite_card, write_card
+from hf_sparse.hub.card.merge import SECTION_END, SECTION_START
 from hf_sparse.inspection import InspectionError
 from hf_sparse.oneshot import OneshotConfig
 from hf_sparse.reporting.report import LayerReport
@@ -109,7 +109,7 @@ def test_limits_of_each_pattern(pattern, words):
 
 def test_what_others_wrote_changes_no_structure(tmp_path):
     """The same lines as with plain names, and the same values when the metadata is read back."""
-    nasty = NASTY + f"\n{END}\n"
+    nasty = NASTY + f"\n{SECTION_END}\n"
     layers = (LayerReport(nasty, "weights", "2:4", (4, 4), 16, 8),)
     groups = {nasty: {"targets": [nasty], "pattern": "2:4"}}
     values = {
@@ -130,7 +130,7 @@ def test_what_others_wrote_changes_no_structure(tmp_path):
     assert found.data.eval_results[0].dataset_name == nasty
     headings = [line for line in found.text.splitlines() if line.startswith("#")]
     assert headings[1:] == ["## Sparsity", "### Evaluation", "### Use", "### Reproduce", "### Limits"]
-    assert text.splitlines().count(START) == text.splitlines().count(END) == 1
+    assert text.splitlines().count(SECTION_START) == text.splitlines().count(SECTION_END) == 1
     assert write_card(tmp_path, card(**values)).read_text(encoding="utf-8") == text
     assert render_card(SparsityCard.load(tmp_path)).content.rstrip("\n") == text.rstrip("\n")
 
@@ -205,27 +205,27 @@ def test_edits_stay_and_ours_is_written_anew(tmp_path):
 def test_edits_on_the_hub_and_here_meet_in_a_fresh_card(tmp_path):
     outer = "---\nlicense: mit\n---\n# m\nresults 1\n\n## A\n-\n\n## B\n-\n"
     write_card(tmp_path, card(), outer, [])
-    here = Version.read(tmp_path / "README.md", tmp_path / "pruning_card.json")
+    here = CardVersion.read(tmp_path / "README.md", tmp_path / "pruning_card.json")
     there = replace(here, text=here.text.replace("## A\n-", "## A\nfrom the Hub"))
     here = replace(here, text=here.text.replace("## B\n-", "## B\nfrom here"))
     text = write_card(tmp_path, card(), outer.replace("results 1", "results 2"), [there, here]).read_text()
     assert "# m\nresults 2\n" in text and "## A\nfrom the Hub\n" in text and "## B\nfrom here\n" in text
-    again = [Version.read(tmp_path / "README.md", tmp_path / "pruning_card.json")]
+    again = [CardVersion.read(tmp_path / "README.md", tmp_path / "pruning_card.json")]
     assert write_card(tmp_path, card(), outer.replace("results 1", "results 2"), again).read_text() == text
 
 
 def test_a_card_that_is_rewritten_for_the_hub_takes_over_what_was_changed_there(tmp_path, monkeypatch):
     outer = "---\nlicense: mit\n---\n# m\n\n## A\n-\n\n## B\n-\n"
     path = write_card(tmp_path, card(repo_id=None), outer, [])
-    hub = Version.read(path, tmp_path / "pruning_card.json")
+    hub = CardVersion.read(path, tmp_path / "pruning_card.json")
     hub = replace(hub, text=hub.text.replace("## A\n-", "## A\nfrom the Hub").replace("- sparse", "- sparse\n- there"))
     path.write_text(path.read_text().replace("## B\n-", "## B\nfrom here").replace("- sparse", "- sparse\n- here"))
-    monkeypatch.setattr("hf_sparse.hub.card.writing.published", lambda repo, token: hub)
+    monkeypatch.setattr("hf_sparse.hub.card.writing.download_card", lambda repo, token: hub)
     for _ in range(2):
         text = rewrite_card(tmp_path, "user/m").read_text()
         assert "## A\nfrom the Hub\n" in text and "## B\nfrom here\n" in text and 'from_pretrained("user/m")' in text
         assert {"here", "there"} < set(ModelCard(text).data.tags)
-    again = [Version.read(path, tmp_path / "pruning_card.json")]
+    again = [CardVersion.read(path, tmp_path / "pruning_card.json")]
     text = write_card(tmp_path, card(), outer, again).read_text()  # still told from what was written
     assert "from the Hub" in text and "from here" in text
 
@@ -238,7 +238,9 @@ def test_a_damaged_card(tmp_path, caplog):
     assert write_card(tmp_path, card()).read_text().endswith("My words.\n")
     assert "is damaged" in caplog.text
     path.write_text(path.read_text().replace("license: mit", "license: [mit"))
-    with pytest.raises(ValueError, match="the head of README.md is no YAML: mend it, or delete the file"):
+    with pytest.raises(
+        ValueError, match="the metadata of README.md is not valid YAML: correct it, or delete the file"
+    ):
         write_card(tmp_path, card())
 
 
@@ -256,20 +258,20 @@ def test_zeros_are_counted_in_the_files(tmp_path, caplog):
     weights["a.weight"][:2] = 0
     weights["b.weight"][0, :3] = -0.0
     report = card().report
-    assert recount(tmp_path, report) == report
+    assert recount_zeros(tmp_path, report) == report
     save_file({"a.weight": weights["a.weight"]}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({name: weights[name] for name in ("b.weight", "c")}, tmp_path / "model-00002-of-00002.safetensors")
     files = {"a.weight": "model-00001-of-00002.safetensors", "b.weight": "model-00002-of-00002.safetensors"}
     index = {"weight_map": files | {"c": files["b.weight"]}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = recount(tmp_path, report)
+    found = recount_zeros(tmp_path, report)
     assert [layer.zeros for layer in found.layers] == [8, 3] and (found.zeros, found.parameter_zeros) == (11, 13)
     card().save(tmp_path)
     assert "| selected weights | 11 | 32 | 34.38% |" in rewrite_card(tmp_path).read_text()
     assert json.loads((tmp_path / "pruning_report.json").read_text())["selected_zeros"] == 11
     save_file({"b.weight": torch.ones(2), "c": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
-    assert recount(tmp_path, report) == report
-    assert "does not hold 1 of the weights that the report lists, such as b.weight" in caplog.text
+    assert recount_zeros(tmp_path, report) == report
+    assert "does not hold 1 of the weights in the report, such as b.weight" in caplog.text
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"cut")
     with pytest.raises(InspectionError, match="cut short"):
         rewrite_card(tmp_path)
@@ -283,15 +285,18 @@ def test_any_edit_of_whole_lines_outside_survives(tmp_path):
         folder = tmp_path / str(round)
         path = write_card(folder, card(), outer, [])
         head, body = path.read_text().split("\n---\n", 1)
-        before, section, after = body.partition(START)[0], *body.partition(START)[2].split(f"{END}\n", 1)
+        before, section, after = (
+            body.partition(SECTION_START)[0],
+            *body.partition(SECTION_START)[2].split(f"{SECTION_END}\n", 1),
+        )
         mine = f"mine {round}"
         parts = [before.splitlines(), after.splitlines()]
         lines = choice.choice(parts)
         lines.insert(choice.randrange(len(lines) + 1), choice.choice([mine, f"## {mine}", f"- {mine}"]))
-        text = "\n".join([*parts[0], START]) + section + "\n".join([END, *parts[1], ""])
+        text = "\n".join([*parts[0], SECTION_START]) + section + "\n".join([SECTION_END, *parts[1], ""])
         path.write_text(f"{head}\n---\n{text}")
-        written = write_card(folder, card(), outer, [Version.read(path, folder / "pruning_card.json")]).read_text()
-        assert written.count(mine) == 1 and written.count(START) == written.count(END) == 1
+        written = write_card(folder, card(), outer, [CardVersion.read(path, folder / "pruning_card.json")]).read_text()
+        assert written.count(mine) == 1 and written.count(SECTION_START) == written.count(SECTION_END) == 1
 
 
 def test_the_model_of_the_tiny_tests_opens_as_its_card_says():

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from hf_sparse import SparsityReport
 from hf_sparse.files import SCHEDULE_PLOT_FILE
 from hf_sparse.hub.card import PUBLISHED_FILES, SparsityCard, rewrite_card
-from hf_sparse.hub.card.edits import END, START
+from hf_sparse.hub.card.merge import SECTION_END, SECTION_START
 
 
 ROOT = Path(__file__).parents[2] / "model_cards"
@@ -35,8 +35,8 @@ def test_the_card_comes_again_from_its_files_byte_by_byte(folder, tmp_path):
 
     head, body = expected.split("\n---\n", 1)
     head = re.sub(r"((?:value|selected|parameters|\w+_zeros): )[\d.]+", r"\g<1>7", head)
-    between = re.compile(rf"{re.escape(START)}.*{re.escape(END)}", flags=re.DOTALL)
-    spoilt = f"{head}\n---\n{between.sub(f'{START}{chr(10)}{END}', body)}"
+    between = re.compile(rf"{re.escape(SECTION_START)}.*{re.escape(SECTION_END)}", flags=re.DOTALL)
+    spoilt = f"{head}\n---\n{between.sub(f'{SECTION_START}{chr(10)}{SECTION_END}', body)}"
     assert len(spoilt) < len(expected) / 2 and ModelCard(spoilt).data["sparsity"]["selected"] == 7
     (copy / "README.md").write_text(spoilt, encoding="utf-8")
     assert rewrite_card(copy).read_text(encoding="utf-8") == expected

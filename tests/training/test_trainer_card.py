@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from hf_sparse import SparseTrainer
 from hf_sparse.hub.card import PUBLISHED_FILES
-from hf_sparse.hub.card.edits import END, START
+from hf_sparse.hub.card.merge import SECTION_END, SECTION_START
 
 
 TOKEN = "not-for-anybody-else"
@@ -36,7 +36,7 @@ GLUE = {"tasks": "text-classification", "dataset_tags": "glue", "dataset": "GLUE
 
 
 def section_of(text: str) -> str:
-    return text.split(START)[1].split(END)[0]
+    return text.split(SECTION_START)[1].split(SECTION_END)[0]
 
 
 def test_the_card_is_trainers_with_a_section_after_the_title(tmp_path):
@@ -46,8 +46,8 @@ def test_the_card_is_trainers_with_a_section_after_the_title(tmp_path):
     text = (tmp_path / "sparse" / "README.md").read_text()
     Trainer.create_model_card(run, **given)
     plain = (tmp_path / "sparse" / "README.md").read_text()
-    before, rest = ModelCard(text).text.split(START)
-    assert (before + rest.split(END)[1].removeprefix("\n\n")).split() == ModelCard(plain).text.split()
+    before, rest = ModelCard(text).text.split(SECTION_START)
+    assert (before + rest.split(SECTION_END)[1].removeprefix("\n\n")).split() == ModelCard(plain).text.split()
     assert before.count("\n# sparse\n") == 1 and "It achieves the following results" in before
 
     section = section_of(text)
@@ -139,7 +139,7 @@ def test_edits_stay_and_figures_do_not(tmp_path):
     text = path.read_text()
     assert "## Model description\n\nMy words\n" in text and "tampered" not in text
     assert "training_steps: 12" in text and "training_steps: 10" not in text  # nobody had touched that
-    assert "mine" in ModelCard(text).data.tags and text.count(START) == 1
+    assert "mine" in ModelCard(text).data.tags and text.count(SECTION_START) == 1
     run.create_model_card(language="en", **GLUE)
     assert path.read_text() == text
 
@@ -188,7 +188,7 @@ def test_a_model_from_nowhere_is_not_fine_tuned(tmp_path):
 
 def test_no_token_lands_in_a_card(tmp_path, monkeypatch):
     command = f"python x.py --run_name {TOKEN}"
-    monkeypatch.setattr("hf_sparse.trainer_card.command_line", lambda: command)
+    monkeypatch.setattr("hf_sparse.training.model_card.command_line", lambda: command)
     trained(tmp_path, hub_token=TOKEN).create_model_card(tags=TOKEN)
     for name in ("README.md", "pruning_card.json", "pruning_config.json", "pruning_report.json"):
         assert TOKEN not in (tmp_path / name).read_text(), name
@@ -235,5 +235,5 @@ def test_a_hub_out_of_reach_stops_no_card(tmp_path, caplog):
     run.hub_model_id = "user/model"  # the tests are offline
     with caplog.at_level(logging.INFO, "hf_sparse"):
         run.create_model_card()
-    assert START in (tmp_path / "README.md").read_text()
+    assert SECTION_START in (tmp_path / "README.md").read_text()
     assert "the card of user/model was not read" in caplog.text

@@ -120,8 +120,8 @@ class SparsityCard:
             ValueError: a file is damaged.
         """
         directory = Path(directory)
-        report, config = (read_json(directory / name) for name in (REPORT_FILE, CONFIG_FILE))
-        stored = read_json(directory / CARD_FILE) if (directory / CARD_FILE).is_file() else {}
+        report, config = (read_card_file(directory / name) for name in (REPORT_FILE, CONFIG_FILE))
+        stored = read_card_file(directory / CARD_FILE) if (directory / CARD_FILE).is_file() else {}
         if not stored:
             stored = _found_beside(directory) | {"oneshot": bool(config.keys() - set(OPTIONS))}
         try:
@@ -243,16 +243,16 @@ def _found_beside(directory: Path) -> dict[str, Any]:
     """What the files of Trainer and transformers tell about a model that has no card yet."""
     found: dict[str, Any] = {}
     if (directory / "all_results.json").is_file():
-        found["metrics"] = measurements(read_json(directory / "all_results.json"))
+        found["metrics"] = measurements(read_card_file(directory / "all_results.json"))
     if (directory / "trainer_state.json").is_file():
-        found["max_steps"] = read_json(directory / "trainer_state.json").get("max_steps")
+        found["max_steps"] = read_card_file(directory / "trainer_state.json").get("max_steps")
     if (directory / "config.json").is_file():
-        architectures = read_json(directory / "config.json").get("architectures") or [None]
+        architectures = read_card_file(directory / "config.json").get("architectures") or [None]
         found["auto_class"] = auto_class(architectures[0])
     return found
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_card_file(path: str | Path) -> dict[str, Any]:
     """The values of one of the files that a card is made from."""
     path = Path(path)
     if not path.is_file():

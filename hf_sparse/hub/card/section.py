@@ -15,8 +15,8 @@ from ...reporting.report import SparsityReport
 from ...reporting.tables import format_markdown_table, format_sparsity
 from ...schedulers import PruningSchedule
 from .data import SparsityCard, measurements
-from .edits import END, START
 from .escaping import escape, fenced
+from .merge import SECTION_END, SECTION_START
 
 
 IMAGES = {
@@ -53,8 +53,8 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
     return {
         "title": escape(card.model_name),
         "introduction": _introduction(card),
-        "start": START,
-        "end": END,
+        "start": SECTION_START,
+        "end": SECTION_END,
         "totals": format_markdown_table(("of", "zeros", "count", "sparsity"), totals, text_columns=1),
         "layer_count": len(report.layers),
         "settings": _settings(card.settings),

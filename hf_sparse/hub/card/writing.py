@@ -1,4 +1,4 @@
-"""Cards are rendered, and written into what others have written: a trainer, a person."""
+"""Renders cards and writes them to files, with the edits that a person made to earlier ones."""
 
 from __future__ import annotations
 
@@ -25,52 +25,58 @@ from ...inspection.checkpoint import StoredTensor, open_checkpoint
 from ...inspection.tiles import read_tiles, tiles
 from ...numerics import count_zeros
 from ...reporting.report import SparsityReport
-from .data import SparsityCard, read_json
-from .edits import SECTION, chunks, digests, merge_metadata, merge_text, with_section
+from .data import SparsityCard, read_card_file
 from .escaping import without_secrets
+from .merge import SECTION, chunk_digests, merge_metadata, merge_text, replace_section, split_chunks
 from .section import IMAGES, template_values
 
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_FILES = (CARD_FILE, CONFIG_FILE, REPORT_FILE, SCHEDULE_PLOT_FILE, LAYERS_PLOT_FILE)
-"""What belongs beside a card wherever it is uploaded."""
+"""Files that are uploaded beside a card."""
 
 TEMPLATE = Path(__file__).with_name("template.md")
 
 
 @dataclass(frozen=True)
-class Version:
-    """A card as it was found somewhere, and what was written there last: by that a person's edits are told."""
+class CardVersion:
+    """An existing card, perhaps edited by a person.
+
+    Args:
+        text: content of README.md.
+        base: what hf_sparse generated last, from which edits are recognised: its metadata under "metadata" and its
+            `chunk_digests` under "text". Empty if that is unknown; then the whole text counts as edited.
+    """
 
     text: str
-    written: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, readme: str | Path, stored: str | Path | None) -> Version | None:
-        """From files; None where there is no card."""
+    def read(cls, readme: str | Path, card_file: str | Path | None) -> CardVersion | None:
+        """Reads a card from README.md and pruning_card.json. Returns None if there is no README.md."""
         if not Path(readme).is_file():
             return None
-        written = {}
-        if stored is not None and Path(stored).is_file():
+        base = {}
+        if card_file is not None and Path(card_file).is_file():
             try:
-                written = read_json(stored).get("written", {})
+                base = read_card_file(card_file).get("written", {})
             except ValueError as error:
-                logger.warning("%s So all of %s is taken for written by hand.", error, readme)
-        return cls(Path(readme).read_text(encoding="utf-8-sig"), written)
+                logger.warning("%s The whole text of %s is kept as if it were written by hand.", error, readme)
+        return cls(Path(readme).read_text(encoding="utf-8-sig"), base)
 
     @property
     def is_ours(self) -> bool:
-        """Whether hf_sparse wrote it, or into it."""
-        return bool(self.written) or SECTION in chunks(self.text)
+        """Whether hf_sparse generated the card or a section of it."""
+        return bool(self.base) or SECTION in split_chunks(self.text)
 
 
 def render_card(card: SparsityCard, images: Sequence[str] = ()) -> ModelCard:
-    """A whole card, by itself.
+    """Renders a card.
 
     Args:
-        card: what is known.
-        images: the names of the figures that lie beside it.
+        card: the contents.
+        images: file names of the plots beside the card.
 
     Example:
         >>> from hf_sparse import PruningConfig, SparsityReport
@@ -87,93 +93,102 @@ def render_card(card: SparsityCard, images: Sequence[str] = ()) -> ModelCard:
 def write_card(
     directory: str | Path,
     card: SparsityCard,
-    outer: str | None = None,
-    edited: Sequence[Version] | None = None,
+    enclosing_card: str | None = None,
+    existing: Sequence[CardVersion] | None = None,
     secrets: Sequence[str | None] = (),
 ) -> Path:
-    """Write README.md and, beside it, the files that it is made from.
+    """Writes README.md and, beside it, the files that it is generated from.
 
-    What a person wrote into an earlier card stays: all but the section between the marks and the metadata that nobody
-    else has changed. One process does this, where there are several.
+    Edits in existing cards are kept: all text outside of the hf_sparse section, and metadata that differs from what
+    was generated last. Call this on one rank only.
 
     Args:
-        directory: where the model is saved. Figures are shown that lie there.
-        card: what is known.
-        outer: the text of the card that another library has just written, which the section goes into.
-        edited: earlier cards, the most important last. Left out: the one in `directory`.
-        secrets: what must not be in any file.
+        directory: folder of the saved model. Plots in it are shown in the card.
+        card: the contents.
+        enclosing_card: text of a card that another library has just generated, to insert the hf_sparse section into.
+        existing: cards whose edits are kept; of conflicting edits those of the last card win. None for the card in
+            `directory`.
+        secrets: strings that are removed from all files.
 
-    Returns: the path of the card.
+    Returns: the path of README.md.
     """
     directory = Path(directory)
-    if edited is None:
-        found = Version.read(directory / README_FILE, directory / CARD_FILE)
-        edited = [found] if found is not None else []
-    images = [name for name in IMAGES if (directory / name).is_file()]
-    plain = render_card(card, images)
-    metadata, text, generated = card.hub_metadata(), plain.text, None
-    if outer is not None:
-        text = with_section(parsed(outer).text, chunks(plain.text)[SECTION])
-    elif edited:
-        # What stands around the section is nobody's to write anew.
-        text, generated = (
-            with_section(parsed(edited[-1].text).text, chunks(plain.text)[SECTION]),
-            edited[-1].written.get("text", {}),
-        )
-    written = {"metadata": metadata, "text": digests(text) if generated is None else generated}
-    for version in edited:
-        theirs = parsed(version.text)
-        metadata = merge_metadata(theirs.data.to_dict(), version.written.get("metadata", {}), metadata)
-        if outer is not None or version is not edited[-1]:
-            text = merge_text(theirs.text, version.written.get("text", {}), text)
-    metadata = ModelCardData(**metadata).to_yaml(original_order=list(metadata))
-    content = without_secrets(f"---\n{metadata}\n---\n{text}".rstrip("\n") + "\n", secrets)
-    replace(card, written=written).save(directory, secrets)
+    if existing is None:
+        local = CardVersion.read(directory / README_FILE, directory / CARD_FILE)
+        existing = [local] if local is not None else []
+    rendered = render_card(card, [name for name in IMAGES if (directory / name).is_file()])
+    section = split_chunks(rendered.text)[SECTION]
+    metadata, to_merge = card.hub_metadata(), existing
+    if enclosing_card is not None:
+        text = replace_section(parse_card(enclosing_card).text, section)
+        digests = chunk_digests(text)
+    elif existing:
+        # The text around the section is not generated again: it is that of the existing card.
+        *to_merge, last = existing
+        text = replace_section(parse_card(last.text).text, section)
+        digests = last.base.get("text", {})
+    else:
+        text = rendered.text
+        digests = chunk_digests(text)
+    base = {"metadata": metadata, "text": digests}
+    for version in existing:
+        metadata = merge_metadata(parse_card(version.text).data.to_dict(), version.base.get("metadata", {}), metadata)
+    for version in to_merge:
+        text = merge_text(parse_card(version.text).text, version.base.get("text", {}), text)
+    header = ModelCardData(**metadata).to_yaml(original_order=list(metadata))
+    content = without_secrets(f"---\n{header}\n---\n{text}".rstrip("\n") + "\n", secrets)
+    replace(card, written=base).save(directory, secrets)
     path = directory / README_FILE
     write_atomically(path, lambda temporary: Path(temporary).write_text(content, encoding="utf-8"))
     return path
 
 
-def parsed(text: str) -> ModelCard:
-    """A card that somebody wrote.
+def parse_card(text: str) -> ModelCard:
+    """Parses the text of a README.md.
 
     Raises:
-        ValueError: its head is no YAML.
+        ValueError: its metadata is not valid YAML.
     """
     try:
         return ModelCard(text, ignore_metadata_errors=True)
     except yaml.YAMLError as error:
-        raise ValueError(f"the head of {README_FILE} is no YAML: mend it, or delete the file. {error}") from error
+        raise ValueError(
+            f"the metadata of {README_FILE} is not valid YAML: correct it, or delete the file. {error}"
+        ) from error
 
 
-def has_card(directory: str | Path) -> bool:
-    """Whether the files that a card is made from are there."""
+def has_card_files(directory: str | Path) -> bool:
+    """Whether a folder has all files that a card is generated from."""
     return all((Path(directory) / name).is_file() for name in (CARD_FILE, REPORT_FILE, CONFIG_FILE))
 
 
 def rewrite_card(directory: str | Path, repo_id: str | None = None, token: str | None = None) -> Path:
-    """Write the card of a saved model anew from the files beside it, with the zeros that its weights have now.
+    """Generates the card of a saved model again from the files beside it, with the zeros that its weights have now.
 
     Args:
-        directory: where the model is saved.
-        repo_id: where it is going to be uploaded: what a person has changed in the card there is taken over.
-        token: to read it with.
+        directory: folder of the saved model.
+        repo_id: repository that it will be uploaded to; edits in the card there are kept.
+        token: access token for the repository.
+
+    Returns: the path of README.md.
 
     Raises:
         FileNotFoundError: the report or the config is missing.
         ValueError: a file is damaged.
     """
     card = SparsityCard.load(directory)
-    card = replace(card, report=recount(directory, card.report), repo_id=repo_id or card.repo_id)
-    here = Version.read(Path(directory) / README_FILE, Path(directory) / CARD_FILE)
-    there = published(repo_id, token) if repo_id else None
-    edited = [there] if there is not None and there.is_ours else []
-    return write_card(directory, card, edited=[*edited, *([here] if here is not None else [])], secrets=[token])
+    card = replace(card, report=recount_zeros(directory, card.report), repo_id=repo_id or card.repo_id)
+    local = CardVersion.read(Path(directory) / README_FILE, Path(directory) / CARD_FILE)
+    remote = download_card(repo_id, token) if repo_id else None
+    existing = [remote] if remote is not None and remote.is_ours else []
+    return write_card(directory, card, existing=[*existing, *([local] if local is not None else [])], secrets=[token])
 
 
-def recount(directory: str | Path, report: SparsityReport) -> SparsityReport:
-    """`report` with the zeros that the safetensors files in `directory` have, read in parts of bounded size. As it is
-    where there are none, or where they name their weights otherwise.
+def recount_zeros(directory: str | Path, report: SparsityReport) -> SparsityReport:
+    """Returns the report with the zeros counted in the safetensors files in `directory`.
+
+    The files are read in parts of bounded size. The report is returned unchanged if there are no such files or if they
+    lack a weight of the report.
 
     Raises:
         InspectionError: the files cannot be read.
@@ -181,35 +196,38 @@ def recount(directory: str | Path, report: SparsityReport) -> SparsityReport:
     if not any(Path(directory).glob("*.safetensors")):
         return report
     tensors = open_checkpoint(directory).tensors
-    known = {layer.name: layer.shape for layer in report.layers}
-    if other := [name for name, shape in known.items() if name not in tensors or tensors[name].shape != shape]:
+    missing = [
+        layer.name for layer in report.layers if layer.name not in tensors or tensors[layer.name].shape != layer.shape
+    ]
+    if missing:
         logger.warning(
-            "%s does not hold %d of the weights that the report lists, such as %s: its figures are taken as they are.",
+            "%s does not hold %d of the weights in the report, such as %s: the zeros in the report are not counted "
+            "again.",
             directory,
-            len(other),
-            other[0],
+            len(missing),
+            missing[0],
         )
         return report
-    layers = tuple(replace(layer, zeros=_zeros(tensors[layer.name])) for layer in report.layers)
-    # Files may hold more than parameters, so the others count as the report says.
-    others = report.parameter_zeros - report.zeros
-    return replace(report, layers=layers, parameter_zeros=others + sum(layer.zeros for layer in layers))
+    layers = tuple(replace(layer, zeros=_count_zeros(tensors[layer.name])) for layer in report.layers)
+    # The files may hold more than parameters, so the zeros of other parameters are those of the report.
+    other_zeros = report.parameter_zeros - report.zeros
+    return replace(report, layers=layers, parameter_zeros=other_zeros + sum(layer.zeros for layer in layers))
 
 
-def _zeros(tensor: StoredTensor) -> int:
+def _count_zeros(tensor: StoredTensor) -> int:
     parts = read_tiles(tensor.file, tensor.name, tiles(tensor.shape))
     return sum(count_zeros(part) for _, part in parts)
 
 
-def published(repo_id: str, token: str | None = None, revision: str | None = None) -> Version | None:
-    """The card that the Hub has, edited there perhaps; None where it has none, or cannot be reached."""
+def download_card(repo_id: str, token: str | None = None, revision: str | None = None) -> CardVersion | None:
+    """Returns the card of a repository on the Hub; None if there is none, or if the Hub cannot be reached."""
     try:
         readme = hf_hub_download(repo_id, README_FILE, token=token, revision=revision)
     except (OSError, EntryNotFoundError, HTTPError) as error:
         logger.info("the card of %s was not read: %s", repo_id, error)
         return None
     try:
-        stored = hf_hub_download(repo_id, CARD_FILE, token=token, revision=revision)
+        card_file = hf_hub_download(repo_id, CARD_FILE, token=token, revision=revision)
     except (OSError, EntryNotFoundError, HTTPError):
-        stored = None
-    return Version.read(readme, stored)
+        card_file = None
+    return CardVersion.read(readme, card_file)
