@@ -1,18 +1,19 @@
-"""Checkpoints read from their safetensors files, part by part and without building the model.
+"""Inspection of checkpoints from their safetensors files, without building the model.
 
-`files` finds them, `checkpoint` reads their headers, `layouts` says what a tensor is likely to be, `tiles` reads
-values in bounded parts, `structure` sees what zeros have in common; `contents` and `compare` put it together.
+`weight_files` finds the files, `checkpoint` reads their headers, `roles` guesses what each tensor is, `tiles` reads
+values in parts of bounded size, `structure` detects patterns of zeros; `reading` and `compare` combine them.
 """
 
-from .compare import Comparison, compare_checkpoints
-from .contents import CheckpointContents, inspect_checkpoint
-from .expectations import unmet_expectations
-from .files import InspectionError
+from .compare import CheckpointComparison, compare_checkpoints
+from .contents import CheckpointContents
+from .reading import inspect_checkpoint
+from .verification import unmet_expectations
+from .weight_files import InspectionError
 
 
 __all__ = [
+    "CheckpointComparison",
     "CheckpointContents",
-    "Comparison",
     "InspectionError",
     "compare_checkpoints",
     "inspect_checkpoint",

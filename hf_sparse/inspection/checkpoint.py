@@ -1,4 +1,4 @@
-"""A checkpoint's headers: what its tensors are, and what lies beside them. No values are read."""
+"""The headers of a checkpoint's weight files, and the JSON files beside them. No values are read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..files import CONFIG_FILE, REPORT_FILE
 from ..reporting.report import SparsityReport
-from .files import InspectionError, find_weights, read_json
+from .weight_files import InspectionError, find_weight_files, read_json
 
 
-# The types whose zeros are counted. Numbers of one byte or less are codes, whose zero need not be the weight's.
-FLOATS = ("F64", "F32", "F16", "BF16")
+# Types whose zeros are counted. Values of one byte or less are codes: a code of zero need not be a weight of zero.
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class StoredTensor:
     """A tensor as its file's header describes it.
 
     Args:
-        name, shape: as saved.
-        dtype: in the words of safetensors, such as "BF16" or "F8_E4M3".
-        file: that holds it.
+        name: its name in the file.
+        dtype: its type as safetensors writes it, such as "BF16" or "F8_E4M3".
+        shape: its shape.
+        file: the file that holds it.
     """
 
     name: str
@@ -40,25 +41,26 @@ class StoredTensor:
 
     @property
     def is_float(self) -> bool:
-        """Whether its values are the numbers themselves."""
-        return self.dtype in FLOATS
+        """Whether the type is a float of 16 bits or more."""
+        return self.dtype in FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a checkpoint before a value is read.
+    """The tensors of a checkpoint and the files beside its weights.
 
     Args:
-        place: as it was named.
-        files: that hold the weights.
-        tensors: by name, in the order of the files.
-        shared: names that were left out -> the tensor of the same memory, as the files' metadata tell.
-        config: of the model (config.json); {} if there is none.
-        report: what a run of hf_sparse left beside the weights (pruning_report.json), if it did.
-        pruning_config: the same of its options (pruning_config.json), as they are written; {} if there are none.
+        source: path or repository name that it was opened by.
+        files: the weight files.
+        tensors: name -> tensor, in the order of the files.
+        shared: name that the files leave out -> name of the stored tensor that it shares memory with, from the files'
+            metadata.
+        config: content of config.json; {} without one.
+        report: content of pruning_report.json; None without one.
+        pruning_config: content of pruning_config.json; {} without one.
     """
 
-    place: str
+    source: str
     files: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
     shared: dict[str, str]
@@ -67,13 +69,17 @@ class Checkpoint:
     pruning_config: dict[str, Any]
 
 
-def open_checkpoint(place: str | Path, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint and read its headers.
+def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """Finds a checkpoint and reads its headers.
+
+    Args:
+        source: a .safetensors file, an index, a directory, or the name of a repository on the Hub.
+        revision: branch, tag or commit of the repository.
 
     Raises:
-        InspectionError: it cannot be found or read.
+        InspectionError: if it cannot be found or read.
     """
-    files = find_weights(place, revision)
+    files = find_weight_files(source, revision)
     tensors: dict[str, StoredTensor] = {}
     shared: dict[str, str] = {}
     for file in files:
@@ -85,34 +91,34 @@ def open_checkpoint(place: str | Path, revision: str | None = None) -> Checkpoin
                 shared |= opened.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise InspectionError(
-                f"{file} is cut short or is no safetensors file: {error}. Copy or download it again."
+                f"{file} is cut short or not a safetensors file: {error}. Copy or download it again."
             ) from error
     folder = files[0].parent
     _check_index(folder, files, tensors)
     return Checkpoint(
-        str(place),
+        str(source),
         tuple(files),
         tensors,
         {name: kept for name, kept in shared.items() if kept in tensors and name not in tensors},
         read_json(folder / "config.json"),
-        _report(folder / REPORT_FILE),
+        _read_report(folder / REPORT_FILE),
         read_json(folder / CONFIG_FILE),
     )
 
 
 def _check_index(folder: Path, files: list[Path], tensors: dict[str, StoredTensor]) -> None:
-    """See that the files hold what the index that names them says. Others may lie there, of other formats."""
+    """Checks that the files hold all tensors of their index. The folder may hold indices of other formats as well."""
     for index in folder.glob("*.safetensors.index.json") if len(files) > 1 else ():
-        names = read_json(index).get("weight_map", {})
-        absent = names.keys() - tensors.keys()
-        if absent and set(names.values()) == {file.name for file in files}:
+        file_of = read_json(index).get("weight_map", {})
+        missing = file_of.keys() - tensors.keys()
+        if missing and set(file_of.values()) == {file.name for file in files}:
             raise InspectionError(
-                f"{index} names {len(absent)} tensors that are not in its files, such as {min(absent)}: copy or "
+                f"{index} names {len(missing)} tensors that are not in its files, such as {min(missing)}: copy or "
                 "download the checkpoint again."
             )
 
 
-def _report(path: Path) -> SparsityReport | None:
+def _read_report(path: Path) -> SparsityReport | None:
     values = read_json(path)
     try:
         return SparsityReport.from_dict(values) if values else None

@@ -1,4 +1,4 @@
-"""Two checkpoints of one model: are the zeros of the first still zero in the second?"""
+"""Comparison of two checkpoints of a model: whether the zeros of the first are still zero in the second."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from ..reporting.tables import format_table
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from .files import InspectionError
-from .layouts import selection
-from .tiles import read_tiles, tiles
+from .roles import select_tensors
+from .tiles import read_tiles, tile_regions
+from .weight_files import InspectionError
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class LayerComparison:
     """The zeros of one selected weight in both checkpoints.
 
     Args:
-        name: in the first.
-        zeros: in the first.
-        kept: how many of those are zero in the second as well.
-        new: zeros of the second that are not zero in the first.
-        problem: why the two cannot be compared, if they cannot; then `kept` and `new` are 0.
+        name: in the first checkpoint.
+        zeros: the number of zeros in the first.
+        kept: the number of those that are also zero in the second.
+        new: the number of zeros in the second that are not zero in the first.
+        problem: why the weights cannot be compared, if they cannot. Then `kept` and `new` are 0.
     """
 
     name: str
@@ -38,15 +38,15 @@ class LayerComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Whether fine-tuning kept the zeros. `str` is a table, `to_dict` is what `--compare --json` prints.
+class CheckpointComparison:
+    """The zeros of two checkpoints, as `compare_checkpoints` returns them. `str` makes a table of them.
 
     Args:
-        first, second: the checkpoints, as they were named.
-        selected_by: as in `CheckpointContents`, of the first.
+        first, second: paths or repository names of the checkpoints.
+        selected_by: how the selected weights of the first are known, as in `CheckpointContents`.
         layers: the selected weights of the first.
-        only_in_first, only_in_second: names of tensors.
-        prefix: what the names of the second have in front ("+bert.") or lack ("-bert."), beside those of the first.
+        only_in_first, only_in_second: names of tensors that the other does not have.
+        prefix: what the names in the second have in addition ("+bert.") or lack ("-bert.") at their beginning.
     """
 
     first: str
@@ -59,30 +59,32 @@ class Comparison:
 
     @property
     def kept_all(self) -> bool:
-        """Whether every selected zero of the first is one of the second."""
+        """Whether every zero in the selected weights of the first is zero in the second."""
         return all(layer.lost == 0 for layer in self.layers)
 
     @property
     def total(self) -> LayerComparison:
-        """Over all layers."""
+        """The sums over all layers."""
         zeros, kept, new = (sum(getattr(layer, name) for layer in self.layers) for name in ("zeros", "kept", "new"))
         return LayerComparison("selected", zeros, kept, new)
 
     def __str__(self) -> str:
-        rows = [("layer", "problem", "zeros", "still zero", "lost", "new zeros")]
+        has_problems = any(layer.problem for layer in self.layers)
+        rows: list[tuple[str, ...]] = [
+            ("layer", *(("problem",) if has_problems else ()), "zeros", "still zero", "lost", "new zeros")
+        ]
         for layer in (*self.layers, self.total):
             counts = (layer.zeros, layer.kept, layer.lost, layer.new)
-            rows.append((layer.name, layer.problem or "", *(f"{count:,}" for count in counts)))
-        if not any(layer.problem for layer in self.layers):
-            rows = [(row[0], *row[2:]) for row in rows]
+            problem = (layer.problem or "",) if has_problems else ()
+            rows.append((layer.name, *problem, *(f"{count:,}" for count in counts)))
         notes = [f"Compared by name, with {self.prefix} in the second."] if self.prefix else []
-        for place, names in ((self.first, self.only_in_first), (self.second, self.only_in_second)):
+        for source, names in ((self.first, self.only_in_first), (self.second, self.only_in_second)):
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            notes += [f"Only in {place}: {', '.join(names[:5])}{more}."] if names else []
+            notes += [f"Only in {source}: {', '.join(names[:5])}{more}."] if names else []
         return "\n".join([format_table(rows, text_columns=len(rows[0]) - 4), "", *notes]).rstrip()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, the derived figures included."""
+        """Returns the comparison as JSON values, as `hf-sparse report --compare --json` prints them."""
         layers = [asdict(layer) | {"lost": layer.lost} for layer in self.layers]
         return {
             "first": self.first,
@@ -100,45 +102,65 @@ class Comparison:
         }
 
 
-def compare_checkpoints(first: str | Path, second: str | Path, revision: str | None = None) -> Comparison:
-    """See whether the zeros of `first`, among the weights that pruning selects, are zero in `second`.
+def compare_checkpoints(first: str | Path, second: str | Path, revision: str | None = None) -> CheckpointComparison:
+    """Compares the zeros of two checkpoints, such as a pruned model before and after fine-tuning.
 
-    Zeros of a weight that is missing in `second`, of another shape there, or quantised, count as lost. Names may
-    differ by a prefix of the model's body, as they do when a task head is added. `revision` is the first's.
+    Names may differ by the prefix of the model's body, as they do once a task head is added.
+
+    Args:
+        first: a .safetensors file, an index, a directory, or the name of a repository on the Hub.
+        second: the same of the checkpoint to compare with it.
+        revision: branch, tag or commit of the first repository.
+
+    Returns:
+        For each weight of `first` that pruning selects, how many of its zeros are zero in `second`. Zeros of a weight
+        that is missing there, quantised, or of another shape count as lost.
 
     Raises:
-        InspectionError: one cannot be read, or they have no name in common.
+        InspectionError: if a checkpoint cannot be read, or they have no tensor name in common.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"up.weight": torch.tensor([[0.0, 0.0, 3.0]])}, f"{folder}/pruned.safetensors")
+        ...     save_file({"up.weight": torch.tensor([[0.0, 0.1, 2.0]])}, f"{folder}/tuned.safetensors")
+        ...     comparison = compare_checkpoints(f"{folder}/pruned.safetensors", f"{folder}/tuned.safetensors")
+        >>> comparison.kept_all, comparison.total.kept, comparison.total.lost
+        (False, 1, 1)
     """
     one, two = open_checkpoint(first, revision), open_checkpoint(second)
-    prefix = _prefix(one, two)
-    others = {_renamed(name, prefix): tensor for name, tensor in two.tensors.items()}
-    selected = selection(one)
-    return Comparison(
-        one.place,
-        two.place,
-        selected.known_by,
-        tuple(_compare(tensor, others.get(name)) for name, tensor in one.tensors.items() if name in selected.names),
+    prefix = _find_prefix(one, two)
+    others = {_name_in_first(name, prefix): tensor for name, tensor in two.tensors.items()}
+    selection = select_tensors(one)
+    return CheckpointComparison(
+        one.source,
+        two.source,
+        selection.selected_by,
+        tuple(_compare(tensor, others.get(name)) for name, tensor in one.tensors.items() if name in selection.names),
         tuple(name for name in one.tensors if name not in others),
         tuple(tensor.name for name, tensor in others.items() if name not in one.tensors),
         prefix,
     )
 
 
-def _prefix(one: Checkpoint, two: Checkpoint) -> str:
-    """The prefix ("", "+p." or "-p.") under which most names of the second are names of the first."""
+def _find_prefix(one: Checkpoint, two: Checkpoint) -> str:
+    """Returns the prefix ("", "+p." or "-p.") under which the checkpoints have most names in common."""
     heads = [{f"{name.partition('.')[0]}." for name in checkpoint.tensors} for checkpoint in (one, two)]
     candidates = ["", *(f"-{head}" for head in sorted(heads[0])), *(f"+{head}" for head in sorted(heads[1]))]
-    common = {
-        prefix: sum(_renamed(name, prefix) in one.tensors for name in two.tensors) for prefix in candidates
-    }  # "" comes first, so it wins a tie
-    best = max(common, key=common.__getitem__)
-    if not common[best]:
-        raise InspectionError(f"{one.place} and {two.place} have no tensor's name in common: they are not one model.")
+    num_common = {
+        prefix: sum(_name_in_first(name, prefix) in one.tensors for name in two.tensors) for prefix in candidates
+    }
+    best = max(num_common, key=num_common.__getitem__)  # of equal numbers the first: "" before all others
+    if not num_common[best]:
+        raise InspectionError(
+            f"{one.source} and {two.source} have no tensor name in common: they are not of one model."
+        )
     return best
 
 
-def _renamed(name: str, prefix: str) -> str:
-    """The name in the first checkpoint of what is called `name` in the second."""
+def _name_in_first(name: str, prefix: str) -> str:
+    """Returns the name that a tensor of the second checkpoint has in the first."""
     return prefix[1:] + name if prefix.startswith("-") else name.removeprefix(prefix[1:])
 
 
@@ -153,14 +175,14 @@ def _compare(one: StoredTensor, two: StoredTensor | None) -> LayerComparison:
     elif not two.is_float:
         problem = f"{two.dtype} in the second: its zeros cannot be counted"
     zeros = kept = new = 0
-    seconds = read_tiles(two.file, two.name, tiles(two.shape)) if two is not None and problem is None else None
-    for _, tile in read_tiles(one.file, one.name, tiles(one.shape)):
-        zero = tile == 0
-        zeros += int(zero.count_nonzero())
-        if seconds is not None:
-            _, other = next(seconds)
-            also = other == 0
-            both = int((zero & also).count_nonzero())
-            kept += both
-            new += int(also.count_nonzero()) - both
+    others = read_tiles(two.file, two.name, tile_regions(two.shape)) if two is not None and problem is None else None
+    for _, tile in read_tiles(one.file, one.name, tile_regions(one.shape)):
+        is_zero = tile == 0
+        zeros += int(is_zero.count_nonzero())
+        if others is not None:
+            _, other = next(others)
+            is_other_zero = other == 0
+            zero_in_both = int((is_zero & is_other_zero).count_nonzero())
+            kept += zero_in_both
+            new += int(is_other_zero.count_nonzero()) - zero_in_both
     return LayerComparison(one.name, zeros, kept, new, problem)

@@ -1,46 +1,46 @@
-"""Tensors in parts of bounded size, whatever theirs is."""
+"""Reading of tensors in tiles: parts of bounded size, whatever the tensor's."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..distributed import ShardRegion
-from .files import InspectionError
+from .weight_files import InspectionError
 
 
-# The most values that are read at once.
-TILE = 2**21
-# The largest side of a block that is looked for. Tiles begin at multiples of it, so they cut no block.
-SIDE = 64
-# A file's mapping into memory is given up after so many values: the pages that were read would count as ours.
-_REMAP = 2**26
+# The most values of a tile.
+TILE_NUMEL = 2**21
+# The largest side of a block that is detected. Tiles begin at multiples of it, so they cut no block.
+MAX_BLOCK_SIDE = 64
+# A file is opened anew after this many values: it is mapped into memory, and pages that were read count as ours.
+_REOPEN_NUMEL = 2**26
 
 
-def tiles(shape: Sequence[int], matrix_dims: Sequence[int] = ()) -> Iterator[ShardRegion]:
-    """The boxes that a tensor of `shape` is read in, none of more than TILE entries.
+def tile_regions(shape: Sequence[int], matrix_dims: Sequence[int] = ()) -> Iterator[ShardRegion]:
+    """Yields regions of at most `TILE_NUMEL` values that together cover a tensor.
 
     Args:
         shape: of the tensor.
-        matrix_dims: its dimensions of rows and columns, in which boxes begin at multiples of SIDE.
+        matrix_dims: the dimensions of rows and columns, in which regions begin at multiples of `MAX_BLOCK_SIDE`.
 
     Example:
-        >>> [box.shape for box in tiles((3000, 1024), (0, 1))]
+        >>> [region.shape for region in tile_regions((3000, 1024), (0, 1))]
         [(2048, 1024), (952, 1024)]
-        >>> [box.shape for box in tiles((70, 2**16), (0, 1))]
+        >>> [region.shape for region in tile_regions((70, 2**16), (0, 1))]
         [(64, 32768), (64, 32768), (6, 32768), (6, 32768)]
     """
-    units = [SIDE if dim in matrix_dims else 1 for dim in range(len(shape))]
+    units = [MAX_BLOCK_SIDE if dim in matrix_dims else 1 for dim in range(len(shape))]
     steps = [min(unit, size) for unit, size in zip(units, shape, strict=True)]
     for dim in reversed(range(len(shape))):
         others = math.prod(steps[:dim] + steps[dim + 1 :])
-        grown = TILE // max(others, 1) // units[dim] * units[dim]
-        steps[dim] = min(shape[dim], max(steps[dim], grown))
+        largest = TILE_NUMEL // max(others, 1) // units[dim] * units[dim]
+        steps[dim] = min(shape[dim], max(steps[dim], largest))
     if math.prod(shape) == 0:
         return
     for start in itertools.product(*(range(0, size, step) for size, step in zip(shape, steps, strict=True))):
@@ -48,18 +48,18 @@ def tiles(shape: Sequence[int], matrix_dims: Sequence[int] = ()) -> Iterator[Sha
         yield ShardRegion(start, tuple(stop))
 
 
-def read_tiles(file: Path, name: str, boxes: Iterator[ShardRegion]) -> Iterator[tuple[ShardRegion, torch.Tensor]]:
-    """Each box with its values.
+def read_tiles(file: Path, name: str, regions: Iterable[ShardRegion]) -> Iterator[tuple[ShardRegion, torch.Tensor]]:
+    """Yields each region of a tensor with its values.
 
     Raises:
-        InspectionError: the file cannot be read.
+        InspectionError: if the file cannot be read.
     """
     try:
-        tensor, read = None, 0
-        for box in boxes:
-            if tensor is None or read > _REMAP:
-                tensor, read = safe_open(str(file), framework="pt").get_slice(name), 0
-            read += box.numel
-            yield box, tensor[tuple(map(slice, box.start, box.stop))]
+        view, num_read = None, 0
+        for region in regions:
+            if view is None or num_read > _REOPEN_NUMEL:
+                view, num_read = safe_open(str(file), framework="pt").get_slice(name), 0
+            num_read += region.numel
+            yield region, view[tuple(map(slice, region.start, region.stop))]
     except (SafetensorError, OSError) as error:
         raise InspectionError(f'"{name}" cannot be read from {file}: {error}') from error

@@ -49,7 +49,7 @@ def test_checks_decide_the_exit_code(folder, run):
     assert code == 1 and "up.weight" in out
     assert err.splitlines() == [
         "hf-sparse: 256 of 512 selected weights are zero (50.0000%), expected at least 51.0000%.",
-        "hf-sparse: 1 of 1 selected weights do not hold 1:4, such as up.weight.",
+        "hf-sparse: 1 of 1 selected weights do not have pattern 1:4, such as up.weight.",
     ]
     code, out, _ = run("report", folder, "--expect", "1:4", "--json")
     assert code == 1 and len(json.loads(out)["unmet"]) == 1
@@ -89,7 +89,7 @@ def test_help_imports_nothing_heavy():
 def test_the_module_is_the_program(folder):
     command = [sys.executable, "-m", "hf_sparse", "report", str(folder), "--expect", "1:4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "do not hold 1:4" in done.stderr
+    assert done.returncode == 1 and "do not have pattern 1:4" in done.stderr
 
 
 def test_card(folder, run):

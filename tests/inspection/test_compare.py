@@ -82,5 +82,5 @@ def test_a_body_is_found_under_a_task_head(tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
-    with pytest.raises(InspectionError, match="no tensor's name in common"):
+    with pytest.raises(InspectionError, match="no tensor name in common"):
         compare_checkpoints(save(tmp_path / "1", a=[[0.0]]), save(tmp_path / "2", b=[[0.0]]))

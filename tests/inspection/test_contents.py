@@ -48,14 +48,14 @@ def test_the_table(folder):
         "selected                                      128      256    50.00%",
         "parameters                                    144      353    40.79%",
         "",
-        "Selected: a guess by name and shape (no embeddings, no task head), for there is no report.",
-        "2 of the selected zeros, in 2 weights, are -0.0: not written by hf_sparse, but perhaps by multiplying "
-        "weights by a mask.",
+        "Selected: guessed by name and shape (no embeddings, no task head), as there is no pruning_report.json.",
+        "2 of the selected zeros, in 2 weights, are -0.0. hf_sparse writes +0.0, so these may come from a "
+        "multiplication of weights by a mask.",
         "Not counted: 2 tensors of F8_E4M3, 24 values.",
         "Not counted: 1 tensor of I64, 5 values.",
-        "Quantised by fp8, says config.json.",
-        "The same values: layers.0.up.weight, layers.1.up.weight.",
-        "Tied: head.weight is embed_tokens.weight.",
+        "Quantised: config.json names the method fp8.",
+        "Equal values: layers.0.up.weight, layers.1.up.weight.",
+        "Tied: head.weight shares embed_tokens.weight.",
     ]
 
 
@@ -120,7 +120,7 @@ def test_a_report_beside_the_weights_is_held_against_them(folder):
     contents = inspect_checkpoint(folder)
     assert contents.differences == (
         "layers.0.up.weight has 64 zeros, in the report 65.",
-        "layers.1.up.weight does not hold 4x1, its pattern in the report.",
+        "layers.1.up.weight does not have pattern 4x1, which is in the report.",
         "embed_tokens.weight is (5, 16), in the report (16, 5).",
         "gone.weight is not in the files, or its zeros cannot be counted.",
         "layers.0.down.weight is not in the files, or its zeros cannot be counted.",
@@ -133,12 +133,12 @@ def test_expectations(folder):
     assert unmet_expectations(contents, min_sparsity=0.5, pattern="2:4") == []
     low, other = unmet_expectations(contents, min_sparsity=0.6, pattern="4x1")
     assert low == "128 of 256 selected weights are zero (50.0000%), expected at least 60.0000%."
-    assert other == "2 of 2 selected weights do not hold 4x1, such as layers.0.up.weight."
+    assert other == "2 of 2 selected weights do not have pattern 4x1, such as layers.0.up.weight."
     for options, words in (
-        ({"min_sparsity": 60}, "from 0 to 1"),
-        ({"min_sparsity": float("nan")}, "from 0 to 1"),
+        ({"min_sparsity": 80}, r"min_sparsity is 80, but must be between 0 and 1 \(0.8 for 80%\)"),
+        ({"min_sparsity": float("nan")}, "between 0 and 1"),
         ({"pattern": "2;4"}, "unknown pattern"),
-        ({"verify": True}, "no pruning_report.json lies beside"),
+        ({"verify": True}, "no pruning_report.json beside"),
     ):
         with pytest.raises(ValueError, match=words):
             unmet_expectations(contents, **options)

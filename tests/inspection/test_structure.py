@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from hf_sparse.inspection.structure import GROUPS, SIDES, Scan, readable_pattern
+from hf_sparse.inspection.structure import BLOCK_SIDES, GROUP_SIZES, StructureScan, detectable_pattern
 
 
 def structure(live, layout="linear"):
     """Of one matrix (R, C), True where not zero."""
-    scan = Scan(layout, 1, live.shape[0], 1, live.shape[1])
+    scan = StructureScan(layout, 1, live.shape[0], 1, live.shape[1])
     if live.size:
         scan.add(np.ascontiguousarray(live[:, None, :]), 0, 0, 0)
-    return scan.result
+    return scan.structure
 
 
 def n_of_m(keep, of, rows=64, columns=128):
@@ -40,7 +40,7 @@ def test_one_group_too_full_is_no_n_of_m():
     live = n_of_m(2, 4)
     live[3, 8:12] = True, True, True, False
     found = structure(live)
-    assert found.n_of_m == () and (found.most_kept[4], found.full_groups[4]) == (3, 1)
+    assert found.n_of_m == () and (found.max_kept[4], found.full_groups[4]) == (3, 1)
 
 
 def test_n_of_m_runs_along_the_inputs_only():
@@ -63,7 +63,7 @@ def test_rows_and_columns_are_not_called_blocks():
     assert str(structure(live)) == "16 of 64 rows zero"
     live[:, 3] = False
     assert str(structure(live)) == "16 of 64 rows zero, 1 of 32 columns zero"
-    assert structure(live).in_lines == structure(live).zeros == 16 * 32 + 64 - 16
+    assert structure(live).zeros_in_lines == structure(live).zeros == 16 * 32 + 64 - 16
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.99, 0.999, 0.9999])
@@ -82,20 +82,20 @@ def test_the_extremes():
 def test_counts_are_those_of_plain_loops(rows, columns):
     live = blocks(1, 1, 0.7, rows, columns) & strewn(0.2, rows, columns)
     found = structure(live)
-    for of in GROUPS:
+    for of in GROUP_SIZES:
         if columns % of == 0:
-            assert found.most_kept[of] == max(
+            assert found.max_kept[of] == max(
                 sum(row[start : start + of]) for row in live for start in range(0, columns, of)
             )
-    assert found.most_kept.keys() == {of for of in GROUPS if columns % of == 0}
-    for height in SIDES:
-        for width in SIDES:
+    assert found.max_kept.keys() == {of for of in GROUP_SIZES if columns % of == 0}
+    for height in BLOCK_SIDES:
+        for width in BLOCK_SIDES:
             if rows % height or columns % width:
-                assert (height, width) not in found.in_blocks
+                assert (height, width) not in found.zeros_in_blocks
                 continue
             starts = [(r, c) for r in range(0, rows, height) for c in range(0, columns, width)]
             whole = sum(not live[r : r + height, c : c + width].any() for r, c in starts)
-            assert found.in_blocks[height, width] == whole * height * width
+            assert found.zeros_in_blocks[height, width] == whole * height * width
 
 
 def test_tiles_positions_and_matrices_add_up():
@@ -103,7 +103,7 @@ def test_tiles_positions_and_matrices_add_up():
     rows, columns = 128, 192
     live = np.stack([np.stack([strewn(0.6, rows, columns), blocks(4, 2, 0.5, rows, columns)]) for _ in range(3)], 2)
     live[1, 7] = False
-    scan = Scan("conv2d", 2, rows, 3, columns)
+    scan = StructureScan("conv2d", 2, rows, 3, columns)
     for matrix in range(2):
         for row in (0, 64):
             for column in (0, 128):
@@ -111,14 +111,16 @@ def test_tiles_positions_and_matrices_add_up():
                 tile = np.ascontiguousarray(live[matrix, row : row + 64, :, column:stop])
                 scan.add(tile, matrix, row, column)
     apart = [structure(live[matrix, :, position]) for matrix in range(2) for position in range(3)]
-    found = scan.result
+    found = scan.structure
     assert found.weights == live.size and found.zeros == live.size - live.sum()
-    assert found.in_blocks == {side: sum(part.in_blocks[side] for part in apart) for side in found.in_blocks}
-    assert found.most_kept == {of: max(part.most_kept[of] for part in apart) for of in found.most_kept}
-    for of, most in found.most_kept.items():
-        assert found.full_groups[of] == sum(part.full_groups[of] for part in apart if part.most_kept[of] == most)
+    assert found.zeros_in_blocks == {
+        side: sum(part.zeros_in_blocks[side] for part in apart) for side in found.zeros_in_blocks
+    }
+    assert found.max_kept == {of: max(part.max_kept[of] for part in apart) for of in found.max_kept}
+    for of, most in found.max_kept.items():
+        assert found.full_groups[of] == sum(part.full_groups[of] for part in apart if part.max_kept[of] == most)
     assert (found.rows, found.zero_rows, found.columns, found.zero_columns) == (256, 1, 384, 0)
-    assert found.in_lines == 3 * columns
+    assert found.zeros_in_lines == 3 * columns
 
 
 @pytest.mark.parametrize(
@@ -135,10 +137,10 @@ def test_tiles_positions_and_matrices_add_up():
 )
 def test_patterns_hold_or_do_not(live, held, missed):
     found = structure(live)
-    assert [pattern for pattern in held + missed if found.holds(pattern)] == held
+    assert [pattern for pattern in held + missed if found.has_pattern(pattern)] == held
 
 
 @pytest.mark.parametrize("pattern", ["3:6", "3x1", "128x1", "unstructured", "2;4"])
 def test_patterns_that_zeros_cannot_tell_are_refused(pattern):
     with pytest.raises(ValueError, match=f'pattern "{pattern}"'):
-        readable_pattern(pattern)
+        detectable_pattern(pattern)

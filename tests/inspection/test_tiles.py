@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from hf_sparse.inspection import InspectionError, inspect_checkpoint
 from hf_sparse.inspection import tiles as tiles_module
-from hf_sparse.inspection.tiles import SIDE, read_tiles, tiles
+from hf_sparse.inspection.tiles import MAX_BLOCK_SIDE, read_tiles, tile_regions
 
 
 SHAPES = [
@@ -25,12 +25,12 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape, matrix_dims", SHAPES)
 def test_every_entry_is_in_one_tile_of_bounded_size(shape, matrix_dims, monkeypatch):
-    monkeypatch.setattr(tiles_module, "TILE", 2**13)
+    monkeypatch.setattr(tiles_module, "TILE_NUMEL", 2**13)
     seen = np.zeros(shape, dtype=int)
-    for box in tiles(shape, matrix_dims):
-        assert box.numel <= 2**13
-        assert all(box.start[dim] % SIDE == 0 for dim in matrix_dims)
-        seen[tuple(map(slice, box.start, box.stop))] += 1
+    for region in tile_regions(shape, matrix_dims):
+        assert region.numel <= 2**13
+        assert all(region.start[dim] % MAX_BLOCK_SIDE == 0 for dim in matrix_dims)
+        seen[tuple(map(slice, region.start, region.stop))] += 1
     assert (seen == 1).all()
 
 
@@ -62,12 +62,12 @@ def test_no_more_than_a_tile_is_ever_read(tmp_path, monkeypatch):
             return Slice()
 
     monkeypatch.setattr(tiles_module, "safe_open", Spy)
-    monkeypatch.setattr(tiles_module, "TILE", 2**13)
-    monkeypatch.setattr(tiles_module, "_REMAP", 2**14)
+    monkeypatch.setattr(tiles_module, "TILE_NUMEL", 2**13)
+    monkeypatch.setattr(tiles_module, "_REOPEN_NUMEL", 2**14)
     assert inspect_checkpoint(tmp_path) == expected
     assert max(sizes) <= 2**13 and sum(sizes) == sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_a_file_that_vanishes_is_told(tmp_path):
     with pytest.raises(InspectionError, match='"a" cannot be read from'):
-        next(read_tiles(tmp_path / "gone.safetensors", "a", tiles((2,))))
+        next(read_tiles(tmp_path / "gone.safetensors", "a", tile_regions((2,))))

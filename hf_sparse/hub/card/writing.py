@@ -22,7 +22,7 @@ from ...files import (
     write_atomically,
 )
 from ...inspection.checkpoint import StoredTensor, open_checkpoint
-from ...inspection.tiles import read_tiles, tiles
+from ...inspection.tiles import read_tiles, tile_regions
 from ...numerics import count_zeros
 from ...reporting.report import SparsityReport
 from .data import SparsityCard, read_card_file
@@ -215,7 +215,7 @@ def recount_zeros(directory: str | Path, report: SparsityReport) -> SparsityRepo
 
 
 def _count_zeros(tensor: StoredTensor) -> int:
-    parts = read_tiles(tensor.file, tensor.name, tiles(tensor.shape))
+    parts = read_tiles(tensor.file, tensor.name, tile_regions(tensor.shape))
     return sum(count_zeros(part) for _, part in parts)
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from hf_sparse.inspection import InspectionError, inspect_checkpoint
-from hf_sparse.inspection.files import find_weights
+from hf_sparse.inspection.weight_files import find_weight_files
 
 
 def save(path, **tensors):
@@ -28,10 +28,10 @@ def sharded(folder, names=("x.safetensors", "y.safetensors")):
 
 def test_a_file_a_directory_an_index(tmp_path):
     path = save(tmp_path / "one" / "model.safetensors")
-    assert find_weights(path) == find_weights(tmp_path / "one") == [path]
+    assert find_weight_files(path) == find_weight_files(tmp_path / "one") == [path]
     folder = sharded(tmp_path)
     shards = [folder / "x.safetensors", folder / "y.safetensors"]
-    assert find_weights(folder) == find_weights(folder / "model.safetensors.index.json") == shards
+    assert find_weight_files(folder) == find_weight_files(folder / "model.safetensors.index.json") == shards
     assert [tensor.name for tensor in inspect_checkpoint(folder).tensors] == ["t0", "t1"]
 
 
@@ -39,15 +39,15 @@ def test_masks_and_optimizers_are_no_weights(tmp_path):
     for name in ("pruning_state", "pruning_state-00001-of-00002", "optimizer"):
         save(tmp_path / f"{name}.safetensors")
     unet = save(tmp_path / "custom.safetensors")
-    assert find_weights(tmp_path) == [unet]
+    assert find_weight_files(tmp_path) == [unet]
     adapter = save(tmp_path / "adapter_model.safetensors")
-    assert find_weights(tmp_path) == [adapter]
+    assert find_weight_files(tmp_path) == [adapter]
 
 
 def test_what_is_refused(tmp_path):
-    def refused(place, *words):
+    def refused(source, *words):
         with pytest.raises(InspectionError) as error:
-            inspect_checkpoint(place)
+            inspect_checkpoint(source)
         assert all(word in str(error.value) for word in words), error.value
 
     refused(tmp_path / "gone" / "model.safetensors", "does not exist")
@@ -74,7 +74,7 @@ def test_damaged_files_are_told(tmp_path):
     whole = save(tmp_path / "model.safetensors").read_bytes()
     for content in (whole[:-2], whole[:5], b"", b"GGUF" + bytes(100)):
         (tmp_path / "model.safetensors").write_bytes(content)
-        refused(tmp_path, "cut short or is no safetensors file")
+        refused(tmp_path, "is cut short or not a safetensors file")
     (tmp_path / "model.safetensors").write_bytes(whole)
     (tmp_path / "config.json").write_text("{")
     refused(tmp_path, "config.json is damaged")
@@ -117,10 +117,10 @@ def test_a_repository_in_the_cache(tmp_path, monkeypatch):
     snapshot = repo / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     sharded(snapshot)
-    assert find_weights("someone/small") == [snapshot / "x.safetensors", snapshot / "y.safetensors"]
+    assert find_weight_files("someone/small") == [snapshot / "x.safetensors", snapshot / "y.safetensors"]
     with pytest.raises(InspectionError) as error:
-        find_weights("someone/absent")
-    assert "someone/absent is no file or directory here" in str(error.value)
+        find_weight_files("someone/absent")
+    assert 'there is no file or folder "someone/absent"' in str(error.value)
     assert "without a network" in str(error.value)
 
 
@@ -138,15 +138,15 @@ def test_no_more_is_downloaded_than_is_read(tmp_path, monkeypatch):
                 (cache / name).write_bytes(path.read_bytes())
         return str(cache)
 
-    monkeypatch.setattr("hf_sparse.inspection.files.snapshot_download", snapshot_download)
+    monkeypatch.setattr("hf_sparse.inspection.weight_files.snapshot_download", snapshot_download)
     save(remote / "onnx" / "model.safetensors")
-    with pytest.raises(InspectionError, match="someone/small holds no safetensors file at its top"):
-        find_weights("someone/small", "v1")
+    with pytest.raises(InspectionError, match="someone/small holds no safetensors file at its top level"):
+        find_weight_files("someone/small", "v1")
     save(remote / "consolidated.safetensors")
     for name in ("config.json", "tokenizer.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
         (remote / name).write_text("{}")
     sharded(remote)
-    assert find_weights("someone/small", "v1") == [cache / "x.safetensors", cache / "y.safetensors"]
+    assert find_weight_files("someone/small", "v1") == [cache / "x.safetensors", cache / "y.safetensors"]
     assert {path.name for path in cache.iterdir()} == {
         "config.json",
         "model.safetensors.index.json",

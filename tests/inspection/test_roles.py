@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from hf_sparse import Pruner, PruningConfig
 from hf_sparse.inspection import inspect_checkpoint
 from hf_sparse.inspection.checkpoint import open_checkpoint
-from hf_sparse.inspection.layouts import Selection, layouts, selection
+from hf_sparse.inspection.roles import Selection, guess_kinds, select_tensors
 from hf_sparse.model.layers import find_layers, select_layers
 
 
@@ -54,8 +54,8 @@ def test_the_guess_is_what_the_pruner_selects(saved):
     """Name for name, or in sum where the files' names are not the model's."""
     model, folder = saved
     checkpoint, layers = open_checkpoint(folder), select_layers(find_layers(model), None, None)[0]
-    guess, kinds = selection(checkpoint), layouts(checkpoint.tensors)
-    assert guess.known_by == "guess"
+    guess, kinds = select_tensors(checkpoint), guess_kinds(checkpoint.tensors)
+    assert guess.selected_by == "guess"
     assert sum(checkpoint.tensors[name].numel for name in guess.names) == sum(layer.numel for layer in layers)
     if not isinstance(model, (transformers.MixtralForCausalLM, transformers.ViTForImageClassification)):
         assert {layer.name: (layer.kind,) for layer in layers} == {name: kinds[name] for name in guess.names}
@@ -88,25 +88,25 @@ def test_fused_experts_are_seen_in_both_layouts(tmp_path):
         {"mlp.experts.up": weight_EOI, "mlp.experts.down": weight_EOI.mT.contiguous()}, tmp_path / "a.safetensors"
     )
     down, up = inspect_checkpoint(tmp_path).tensors
-    assert (up.selected, up.structure.layout, up.structure.n_of_m) == (True, "experts", ("2:4",))
-    assert (down.selected, down.structure.layout, down.structure.n_of_m) == (True, "experts_transposed", ("2:4",))
+    assert (up.selected, up.structure.kind, up.structure.n_of_m) == (True, "experts", ("2:4",))
+    assert (down.selected, down.structure.kind, down.structure.n_of_m) == (True, "experts_transposed", ("2:4",))
 
 
 def test_what_a_run_left_says_what_is_selected(tmp_path):
     bert().save_pretrained(tmp_path)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     (tmp_path / "pruning_config.json").write_text(json.dumps({"targets": ["*.query"]}))
-    assert selection(open_checkpoint(tmp_path)) == Selection("config", frozenset({name}))
+    assert select_tensors(open_checkpoint(tmp_path)) == Selection("config", frozenset({name}))
     options = {
         "exclude": ["*.key"],
         "groups": {"a": {"targets": ["*.query", "*.key"]}, "b": {"targets": ["classifier"]}},
     }
     (tmp_path / "pruning_config.json").write_text(json.dumps(options))
-    assert selection(open_checkpoint(tmp_path)) == Selection("config", frozenset({name, "classifier.weight"}))
+    assert select_tensors(open_checkpoint(tmp_path)) == Selection("config", frozenset({name, "classifier.weight"}))
     report = {"parameters": 1, "parameter_zeros": 0, "target_sparsity": 0.5}
     layer = {"name": "classifier.weight", "group": "a", "pattern": "2:4", "weights": 48, "zeros": 0, "shape": [2, 24]}
     (tmp_path / "pruning_report.json").write_text(json.dumps(report | {"layers": [layer]}))
-    assert selection(open_checkpoint(tmp_path)) == Selection("report", frozenset({"classifier.weight"}))
+    assert select_tensors(open_checkpoint(tmp_path)) == Selection("report", frozenset({"classifier.weight"}))
 
 
 def test_tied_embeddings(tmp_path):
