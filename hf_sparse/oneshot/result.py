@@ -12,7 +12,7 @@ from ..config.oneshot import OneshotConfig
 from ..engine.pruner import build_groups
 from ..files import LAYERS_PLOT_FILE, ONESHOT_RESULTS_FILE, write_json
 from ..hub.card import SparsityCard, auto_class, describe, write_card
-from ..hub.card.escaping import command_line
+from ..hub.card.command import command_line
 from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
 

@@ -20,7 +20,8 @@ from ..hub.card import (
     recount_zeros,
     write_card,
 )
-from ..hub.card.escaping import command_line, escape
+from ..hub.card.command import command_line
+from ..hub.card.escaping import escape
 from ..inspection import InspectionError
 from ..reporting.report import SparsityReport
 

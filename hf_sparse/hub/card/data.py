@@ -21,7 +21,7 @@ from ...engine.parameter_group import ParameterGroup
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, write_json
 from ...reporting.report import SparsityReport
 from ..model_classes import auto_class
-from .escaping import without_secrets
+from .escaping import remove_secrets
 
 
 # What `evaluate` returns beside measurements, by the end of its name.
@@ -109,7 +109,7 @@ class SparsityCard:
         self.report.save(directory / REPORT_FILE)
         write_json(directory / CONFIG_FILE, self.config)
         stored = json.dumps({name: getattr(self, name) for name in _STORED}, ensure_ascii=False)
-        write_json(directory / CARD_FILE, json.loads(without_secrets(stored, secrets)))
+        write_json(directory / CARD_FILE, json.loads(remove_secrets(stored, secrets)))
 
     @classmethod
     def load(cls, directory: str | Path) -> SparsityCard:

@@ -15,7 +15,7 @@ from ...reporting.report import SparsityReport
 from ...reporting.tables import format_markdown_table, format_sparsity
 from ...schedulers import PruningSchedule
 from .data import SparsityCard, measurements
-from .escaping import escape, fenced
+from .escaping import code_block, escape
 from .merge import SECTION_END, SECTION_START
 
 
@@ -69,7 +69,7 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
         "tuning": _tuning(card),
         "version": escape(card.version),
         "processes": f", on {card.processes} processes" if card.processes > 1 else "",
-        "command": fenced(card.command, "bash") if card.command else None,
+        "command": code_block(card.command, "bash") if card.command else None,
         "options": _options(card.config),
         "limits": [*_limits(card.patterns), _STORED_DENSE],
     }
@@ -171,7 +171,7 @@ def _loading(card: SparsityCard) -> str:
     name = card.auto_class
     where = json.dumps(card.repo_id or f"path/to/{card.model_name}", ensure_ascii=False)
     code = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({where})  # no hf_sparse needed"
-    return fenced(code, "python")
+    return code_block(code, "python")
 
 
 def _tuning(card: SparsityCard) -> str:
@@ -182,7 +182,7 @@ def _tuning(card: SparsityCard) -> str:
         f'args = SparseTrainingArguments(output_dir="out", keep_zeros=True{more})\n'
         "SparseTrainer(model=model, args=args, train_dataset=train_dataset).train()"
     )
-    return fenced(code, "python")
+    return code_block(code, "python")
 
 
 def _all_of(config: dict[str, Any], name: str) -> list[str]:
@@ -195,7 +195,7 @@ def _options(config: dict[str, Any]) -> str:
     """A recipe file."""
     defaults = PruningConfig().to_dict()
     given = {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
-    return fenced(yaml_dump(given, sort_keys=False) if given else "{}", "yaml")
+    return code_block(yaml_dump(given, sort_keys=False) if given else "{}", "yaml")
 
 
 def _limits(patterns: Sequence[str]) -> Iterator[str]:

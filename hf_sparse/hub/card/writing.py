@@ -26,7 +26,7 @@ from ...inspection.tiles import read_tiles, tile_regions
 from ...numerics import count_zeros
 from ...reporting.report import SparsityReport
 from .data import SparsityCard, read_card_file
-from .escaping import without_secrets
+from .escaping import remove_secrets
 from .merge import SECTION, chunk_digests, merge_metadata, merge_text, replace_section, split_chunks
 from .section import IMAGES, template_values
 
@@ -136,7 +136,7 @@ def write_card(
     for version in to_merge:
         text = merge_text(parse_card(version.text).text, version.base.get("text", {}), text)
     header = ModelCardData(**metadata).to_yaml(original_order=list(metadata))
-    content = without_secrets(f"---\n{header}\n---\n{text}".rstrip("\n") + "\n", secrets)
+    content = remove_secrets(f"---\n{header}\n---\n{text}".rstrip("\n") + "\n", secrets)
     replace(card, written=base).save(directory, secrets)
     path = directory / README_FILE
     write_atomically(path, lambda temporary: Path(temporary).write_text(content, encoding="utf-8"))
