@@ -1,14 +1,18 @@
 # The public names and where they come from: type checkers read this, and __init__.py does.
-from .config.pruning import PruningConfig, PruningConfigError
+from .allocations import Allocation, register_allocation
+from .config import OneshotConfig, PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
 from .engine.pruner import Pruner
 from .hub.upload import UploadError
 from .integrations.merge_report import MergeReport
 from .integrations.peft import merge_and_unload, merged_adapter
-from .oneshot import OneshotConfig, ResumeError, calibration_batches, evaluate_model, plan_oneshot, prune_oneshot
-from .patterns import register_pattern
+from .oneshot import ResumeError, calibration_batches, evaluate_model, plan_oneshot, prune_oneshot
+from .patterns import Pattern, register_pattern
+from .plugins import load_plugin
 from .reporting.report import SparsityReport
+from .requires import Requires
 from .schedulers import (
+    Curve,
     IterativeScheduler,
     OneshotScheduler,
     Scheduler,
@@ -16,6 +20,7 @@ from .schedulers import (
     register_curve,
     register_scheduler,
 )
+from .solvers import Solver, register_solver
 from .training.arguments import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
 from .training.callback import SparsityCallback
 from .training.state_files import CheckpointError
@@ -24,18 +29,23 @@ from .training.trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainer
 __version__: str
 
 __all__ = [
+    "Allocation",
     "CheckpointError",
     "Criterion",
+    "Curve",
     "GradientCriterion",
     "IterativeScheduler",
     "MergeReport",
     "OneshotConfig",
     "OneshotScheduler",
+    "Pattern",
     "Pruner",
     "PruningConfig",
     "PruningConfigError",
+    "Requires",
     "ResumeError",
     "Scheduler",
+    "Solver",
     "SparseSeq2SeqTrainer",
     "SparseSeq2SeqTrainingArguments",
     "SparseTrainer",
@@ -47,12 +57,15 @@ __all__ = [
     "calibration_batches",
     "evaluate_model",
     "get_scheduler",
+    "load_plugin",
     "merge_and_unload",
     "merged_adapter",
     "plan_oneshot",
     "prune_oneshot",
+    "register_allocation",
     "register_criterion",
     "register_curve",
     "register_pattern",
     "register_scheduler",
+    "register_solver",
 ]

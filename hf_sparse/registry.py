@@ -1,4 +1,4 @@
-"""Name -> class, one registry per family (schedulers, curves, criteria, patterns, allocations)."""
+"""Registries: name -> class or function, one registry per family of methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name closest to `name`, or nothing when none is close.
+    """Returns a hint at the known name closest to `name`, or "" when none is close.
 
     Example:
         >>> nearest("magnitud", ["magnitude", "snip"])
@@ -19,7 +19,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class Registry:
-    """The members of one family, by name.
+    """The members of one family by name.
+
+    Args:
+        family: the word for a member in error messages, such as "scheduler".
 
     Example:
         >>> colours = Registry("colour")
@@ -38,23 +41,27 @@ class Registry:
         self._members: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[Any], Any]:
-        """A decorator that files a class or function under `name`.
+        """Returns a decorator that registers a class or function under `name`.
 
         Raises:
-            ValueError: `name` is taken by another member.
+            ValueError: `name` is taken by another member, or `check` refuses the member.
         """
 
-        def file(member: Any) -> Any:
+        def add(member: Any) -> Any:
             taken = self._members.get(name)
             if taken is not None and taken is not member:
                 raise ValueError(
                     f'{self.family} "{name}" is already registered, by {taken.__module__}.{taken.__qualname__}: '
                     "choose another name."
                 )
+            self.check(name, member)
             self._members[name] = member
             return member
 
-        return file
+        return add
+
+    def check(self, name: str, member: Any) -> None:
+        """Called before a member is registered. Subclasses raise an error when it does not belong here."""
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._members:
@@ -65,9 +72,9 @@ class Registry:
         return name in self._members
 
     def names(self) -> list[str]:
-        """The registered names, sorted."""
+        """Returns the registered names, sorted."""
         return sorted(self._members)
 
     def describe(self, name: object) -> str:
-        """Text for an error about an unknown `name`: the name, the known ones, the nearest."""
+        """Returns text for an error about an unknown `name`: the name, the known names, the nearest."""
         return f'"{name}": known are {", ".join(self.names())}.{nearest(str(name), self.names())}'

@@ -1,10 +1,8 @@
-"""How much of the target each layer owes."""
+"""Allocations: how the target sparsity is distributed over layers. One file each."""
 
-from ..selection.budgets import largest_remainder
 from . import erdos_renyi, owl, uniform
-from .base import ALLOCATIONS, LayerSize, register_allocation
-from .owl import outlier_share
+from .base import ALLOCATIONS, Allocation, LayerSize, outlier_ratio, register_allocation
 
 
-__all__ = ["ALLOCATIONS", "LayerSize", "largest_remainder", "outlier_share", "register_allocation"]
+__all__ = ["ALLOCATIONS", "Allocation", "LayerSize", "outlier_ratio", "register_allocation"]
 __all__ += ["erdos_renyi", "owl", "uniform"]

@@ -1,36 +1,30 @@
-"""What an allocation is, and the two exact divisions that every one of them rests on."""
+"""Base class of allocations, and the two ways in which they meet the target exactly."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 
-from ..registry import Registry
-
-
-ALLOCATIONS = Registry("allocation")
-"""Functions `allocate(ratio, layers) -> {name: sparsity}`."""
-
-
-def register_allocation(name: str, needs: str = "sizes") -> Callable:
-    """A decorator that files an allocation under `name`. It needs "sizes" alone, or also "outliers" (see `LayerSize`),
-    which come from the inputs of the weights and so only in one-shot pruning."""
-
-    def file(allocate: Callable) -> Callable:
-        ALLOCATIONS.register(name)(allocate)
-        allocate.needs = needs
-        return allocate
-
-    return file
+from ..methods import MethodRegistry
+from ..requires import Requires
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What an allocation knows of a layer: `units` that compete, the weight's `rows` outputs, `positions` of a kernel
-    and `columns` inputs, the least and largest sparsity it may get, and, if counted, its share of `outliers` (0 to 1,
-    see `outlier_share`)."""
+    """What an allocation knows of a layer.
+
+    Args:
+        name: of the layer.
+        units: the number of units that compete.
+        rows, positions, columns: outputs, kernel positions and inputs of one matrix of the weight.
+        least, most: the bounds of the layer's sparsity, from 0 to 1.
+        outliers: the layer's outlier ratio, where the allocation requires `Requires.OUTLIERS`.
+    """
 
     name: str
     units: int
@@ -42,23 +36,78 @@ class LayerSize:
     outliers: float | None = None
 
 
-def scale_densities(raw: Sequence[float], ratio: float, layers: Sequence[LayerSize]) -> dict[str, float]:
-    """Sparsities s_l = clamp(1 - ε·raw_l, least_l, most_l) with the one ε that makes their mean, weighted by units,
-    equal to `ratio`.
+class Allocation(ABC):
+    """Distributes the target sparsity over the layers of a group, with scope row or layer.
+
+    A subclass is registered with `register_allocation`; when it is a frozen dataclass, its fields are its options
+    (`allocation_kwargs`).
+    """
+
+    requires: ClassVar[Requires] = Requires.NOTHING
+    """`NOTHING`, or `OUTLIERS` to get `LayerSize.outliers`, which needs one-shot pruning."""
+
+    @abstractmethod
+    def allocate(self, target: float, layers: Sequence[LayerSize]) -> dict[str, float]:
+        """Returns the sparsity of each layer by name.
+
+        Args:
+            target: the mean of the sparsities, weighted by units, from 0 to 1.
+            layers: the layers of the group.
+
+        Raises:
+            ValueError: the layers' bounds leave no room for the target.
+        """
+
+    def outlier_ratio(self, scores: Sequence[torch.Tensor]) -> float:
+        """Returns `LayerSize.outliers` of the layers of one block: by default the share of scores above 5 times their
+        mean.
+
+        Args:
+            scores: |w|·‖x‖ of each layer of the block in this group, see `Wanda`.
+        """
+        return outlier_ratio(scores)
+
+
+def outlier_ratio(scores: Sequence[torch.Tensor], multiple: float = 5.0) -> float:
+    """Returns #{score > multiple·mean} / #{score}, over all tensors together.
 
     Raises:
-        ValueError: no ε does: the bounds leave no room for `ratio`.
+        ValueError: there are no scores, or some are not finite.
+
+    Example:
+        >>> outlier_ratio([torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 60.0])])
+        0.1
+
+    Reference: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", 2023, section 3.
+    """
+    count = sum(tensor.numel() for tensor in scores)
+    total = sum(float(tensor.sum(dtype=torch.float64)) for tensor in scores)
+    if not count or not np.isfinite(total):
+        raise ValueError(f"the outlier ratio needs finite scores, but their sum is {total}, of {count} scores")
+    return sum(int(torch.count_nonzero(tensor > multiple * total / count)) for tensor in scores) / count
+
+
+ALLOCATIONS = MethodRegistry("allocation", Allocation)
+register_allocation = ALLOCATIONS.register
+
+
+def scale_densities(raw: Sequence[float], ratio: float, layers: Sequence[LayerSize]) -> dict[str, float]:
+    """Returns sparsities s_l = clamp(1 - ε·raw_l, least_l, most_l), with ε such that their mean, weighted by units, is
+    `ratio`.
+
+    Raises:
+        ValueError: the layers' bounds leave no room for `ratio`.
     """
     raw = np.asarray(raw, dtype=np.float64)
-    return _settle_level(lambda epsilon: 1.0 - epsilon * raw, 0.0, float(1.0 / raw.min()), ratio, layers)
+    return _solve_level(lambda epsilon: 1.0 - epsilon * raw, 0.0, float(1.0 / raw.min()), ratio, layers)
 
 
 def shift_sparsities(offsets: Sequence[float], ratio: float, layers: Sequence[LayerSize]) -> dict[str, float]:
-    """Sparsities s_l = clamp(offset_l - ε, least_l, most_l) with the one ε that makes their mean, weighted by units,
-    equal to `ratio`.
+    """Returns sparsities s_l = clamp(offset_l - ε, least_l, most_l), with ε such that their mean, weighted by units, is
+    `ratio`.
 
     Raises:
-        ValueError: no ε does: the bounds leave no room for `ratio`.
+        ValueError: the layers' bounds leave no room for `ratio`.
 
     Example:
         >>> shares = shift_sparsities([0.0, 0.2], 0.5, [LayerSize("a", 10, 2, 5), LayerSize("b", 10, 2, 5)])
@@ -67,19 +116,19 @@ def shift_sparsities(offsets: Sequence[float], ratio: float, layers: Sequence[La
     """
     offsets = np.asarray(offsets, dtype=np.float64)
     low, high = float(offsets.min()) - 1.0, float(offsets.max())
-    return _settle_level(lambda epsilon: offsets - epsilon, low, high, ratio, layers)
+    return _solve_level(lambda epsilon: offsets - epsilon, low, high, ratio, layers)
 
 
-def _settle_level(
+def _solve_level(
     sparsities: Callable[[float], np.ndarray], low: float, high: float, ratio: float, layers: Sequence[LayerSize]
 ) -> dict[str, float]:
-    """`sparsities` of the number from low (most is pruned) to high (least) whose mean within the bounds is `ratio`."""
+    """Solves mean(clamp(sparsities(level))) = ratio by bisection over low..high; sparsities decrease with the level."""
     units = np.array([layer.units for layer in layers], dtype=np.float64)
     least, most = (np.array([getattr(layer, side) for layer in layers]) for side in ("least", "most"))
     lowest, highest = (float(np.average(side, weights=units)) for side in (least, most))
     if not lowest - 1e-9 <= ratio <= highest + 1e-9:
         raise ValueError(
-            f"sparsity {ratio:.4g} cannot be shared out: the layers' bounds allow {lowest:.4g} to {highest:.4g}. "
+            f"sparsity {ratio:.4g} cannot be distributed: the layers' bounds allow {lowest:.4g} to {highest:.4g}. "
             "Change target_sparsity, min_sparsity_per_layer or max_sparsity_per_layer."
         )
 

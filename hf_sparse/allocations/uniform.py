@@ -1,17 +1,22 @@
-"""Uniform: every layer the same."""
+"""Uniform: the same sparsity in every layer."""
 
-from .base import register_allocation, scale_densities
+from dataclasses import dataclass
+
+from .base import Allocation, register_allocation, scale_densities
 
 
 @register_allocation("uniform")
-def uniform(ratio, layers):
-    """s_l = ratio, as far as each layer's bounds allow.
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """s_l = target, within each layer's bounds.
 
     Example:
         >>> from hf_sparse.allocations import LayerSize
-        >>> uniform(0.5, [LayerSize("a", 100, 10, 10), LayerSize("b", 50, 5, 10)])
+        >>> Uniform().allocate(0.5, [LayerSize("a", 100, 10, 10), LayerSize("b", 50, 5, 10)])
         {'a': 0.5, 'b': 0.5}
     """
-    shares = scale_densities([1.0] * len(layers), ratio, layers)
-    free = all(layer.least <= ratio <= layer.most for layer in layers)
-    return dict.fromkeys(shares, ratio) if free else shares
+
+    def allocate(self, target, layers):
+        if all(layer.least <= target <= layer.most for layer in layers):
+            return dict.fromkeys((layer.name for layer in layers), target)
+        return scale_densities([1.0] * len(layers), target, layers)

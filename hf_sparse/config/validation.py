@@ -1,62 +1,95 @@
-"""What can be wrong with the options of pruning: each fault a sentence or two, with the value and the remedy.
+"""Validation of options: each error is one or two sentences, with the value, what is allowed, and the remedy.
 
-`options` is a `PruningConfig` (of one group).
+`options` is a namespace of the options of one group.
 """
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 from ..allocations import ALLOCATIONS
 from ..criteria import CRITERIA
 from ..patterns import get_pattern
 from ..registry import nearest
+from ..requires import Requires
 from ..schedulers import CURVES, SCHEDULERS
 from ..solvers import SOLVERS
+from .resolved import ResolvedGroup
 
 
 SCOPES = ("row", "layer", "global")
 ON_INDIVISIBLE = ("error", "skip")
 
+_TYPES: dict[str, tuple[Any, str]] = {
+    "float": ((int, float), "a number"),
+    "int": (int, "a whole number"),
+    "bool": (bool, "true or false"),
+    "list[str]": ((list, tuple), 'a list of text, as in ["*.query"]'),
+    "dict[str, Any]": (dict, "a mapping"),
+    "str": (str, 'text (YAML needs quotes for some: "2:4")'),
+}
+
 
 def type_error(name: str, value: Any, annotation: str) -> str | None:
-    """What keeps the value of an option from being of its annotation's type, or None."""
+    """Returns why the value of an option is not of its annotation's type, or None."""
     declared = annotation.split(" | ")
     if value is None and "None" in declared:
         return None
-    kinds = {
-        "float": ((int, float), "a number"),
-        "str": (str, 'text (YAML needs quotes for some: "2:4")'),
-        "bool": (bool, "true or false"),
-        "list[str]": ((list, tuple), 'a list of text, as in ["*.query"]'),
-        "dict[str, Any]": (dict, "a mapping of group names to options"),
-    }
-    kind, words = kinds[declared[0]]
-    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if good and declared[0] == "list[str]":
-        good = all(isinstance(item, str) for item in value)
-    return None if good else f"{name} is {value!r}: it must be {words}."
+    # The text of a mapping is JSON, which has been parsed by now.
+    kind, words = _TYPES[next(kind for kind in _TYPES if kind in declared)]
+    valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if valid and "list[str]" in declared:
+        valid = all(isinstance(item, str) for item in value)
+    return None if valid else f"{name} is {value!r}: it must be {words}."
 
 
-def name_errors(options: Any) -> list[str]:
-    """Names that no registry knows."""
+def choice_error(name: str, value: Any, allowed: tuple[str, ...]) -> str | None:
+    """Returns why a value is none of the allowed ones, or None."""
+    if value in allowed:
+        return None
+    return f'{name} is "{value}": it must be {" or ".join(allowed)}.{nearest(str(value), allowed)}'
+
+
+def target_of(options: SimpleNamespace) -> float | None:
+    """Returns `target_sparsity`, or the sparsity that the pattern implies, or None."""
+    if options.target_sparsity is not None:
+        return options.target_sparsity
+    return get_pattern(options.pattern).implied_sparsity
+
+
+def option_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
+    """Returns the errors of options by themselves: unknown names, invalid method options, numbers out of range."""
+    return _name_errors(options, criterion) + _range_errors(options)
+
+
+def _name_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
     errors = []
-    known = {
-        "criterion": CRITERIA,
-        "solver": SOLVERS,
-        "allocation": ALLOCATIONS,
-        "scheduler": SCHEDULERS,
-        "sparsity_decay_type": CURVES,
-    }
-    for name, registry in known.items():
-        value = getattr(options, name)
-        if value not in registry and not (name in ("criterion", "scheduler") and value is None):
-            errors.append(f"{name} is {registry.describe(value)}")
-    for name, allowed in (("scope", SCOPES), ("on_indivisible", ON_INDIVISIBLE)):
-        value = getattr(options, name)
-        if value not in allowed and not (name == "scope" and value is None):
-            errors.append(f'{name} is "{value}": it must be {" or ".join(allowed)}.{nearest(value, allowed)}')
+    methods = {"criterion": CRITERIA, "solver": SOLVERS, "allocation": ALLOCATIONS}
+    for name, registry in methods.items():
+        if not hasattr(options, name):
+            continue
+        value, kwargs = getattr(options, name), getattr(options, f"{name}_kwargs")
+        chosen = criterion if name == "criterion" else value
+        if chosen is None:
+            if kwargs:
+                errors.append(f"{name}_kwargs is {kwargs!r}, but the solver selects the pruned units: name a {name}.")
+        elif chosen not in registry:
+            errors.append(f"{name} is {registry.describe(chosen)}")
+        else:
+            try:
+                registry.create(chosen, kwargs)
+            except ValueError as error:
+                errors.append(f"{name}_kwargs: {str(error).removesuffix('.')}.")
+    for name, names in {"scheduler": SCHEDULERS, "sparsity_decay_type": CURVES}.items():
+        value = getattr(options, name, None)
+        if value is not None and value not in names:
+            errors.append(f"{name} is {names.describe(value)}")
+    scope = choice_error("scope", options.scope, SCOPES) if options.scope is not None else None
+    errors += [
+        error for error in (scope, choice_error("on_indivisible", options.on_indivisible, ON_INDIVISIBLE)) if error
+    ]
     try:
         get_pattern(options.pattern)
     except ValueError as error:
@@ -64,14 +97,18 @@ def name_errors(options: Any) -> list[str]:
     return errors
 
 
-def range_errors(options: Any) -> list[str]:
-    """Numbers out of range."""
+def _range_errors(options: SimpleNamespace) -> list[str]:
     errors = []
     shares = ("target_sparsity", "initial_sparsity", "min_sparsity_per_layer", "max_sparsity_per_layer", "regrow")
     for name in shares:
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None and not 0 <= value <= 1:
             errors.append(f"{name} is {value}: it must be a number from 0 to 1 (0.8 prunes 80%).")
+    return errors + (_schedule_errors(options) if hasattr(options, "prune_start") else [])
+
+
+def _schedule_errors(options: SimpleNamespace) -> list[str]:
+    errors = []
     for name in ("prune_start", "prune_end", "prune_every"):
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= 0 and (value < 1 or value == int(value))):
@@ -87,77 +124,80 @@ def range_errors(options: Any) -> list[str]:
     return errors
 
 
-def pattern_errors(options: Any) -> list[str]:
-    """What the pattern does not go with."""
+def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
+    """Returns the errors of valid options that contradict each other."""
     errors, pattern = [], get_pattern(options.pattern)
+    target, regrow = target_of(options) or 0.0, getattr(options, "regrow", 0.0)
     implied = pattern.implied_sparsity
-    if implied is not None and options.target and abs(options.target - implied) > 1e-9:
+    if implied is not None and target and abs(target - implied) > 1e-9:
         errors.append(
-            f'target_sparsity is {options.target}, but pattern "{options.pattern}" ends at {implied:g} by its nature: '
-            "leave target_sparsity out or choose another pattern."
+            f'target_sparsity is {target}, but pattern "{options.pattern}" always gives {implied:g}: leave '
+            "target_sparsity out or choose another pattern."
         )
     if options.scope == "row" and not pattern.has_rows:
         errors.append(
-            f'scope "row" needs several units in a row, but pattern "{options.pattern}" has none: use layer.'
+            f'scope "row" needs several units in a row, but pattern "{options.pattern}" has one: use scope=layer.'
         )
     if options.scope == "global" and options.allocation != "uniform":
         errors.append(
-            f'allocation is "{options.allocation}", but with scope "global" nothing is shared out over layers: use '
+            f'allocation is "{options.allocation}", but scope "global" distributes nothing over layers: use '
             "scope=layer, or leave one of them out."
         )
-    if options.regrow and (not pattern.has_rows or options.scope == "row"):
+    if regrow and (not pattern.has_rows or options.scope == "row"):
         errors.append(
-            f'regrow is {options.regrow}, but it does not go with pattern "{options.pattern}" and scope '
-            f'"{options.scope}": use single weights or blocks with scope layer or global, or regrow=0.'
+            f'regrow is {regrow}, but it does not support pattern "{options.pattern}" with scope "{options.scope}": use '
+            "single weights or blocks with scope layer or global, or regrow=0."
         )
-    if options.regrow and options.keep_zeros:
-        errors.append("regrow brings zeros back to life and keep_zeros forbids it: choose one.")
-    return errors
+    if regrow and options.keep_zeros:
+        errors.append("regrow restores pruned weights and keep_zeros forbids it: choose one.")
+    return errors + _bound_errors(options, target)
 
 
-def input_errors(options: Any) -> list[str]:
-    """What is decided from the inputs of the weights, which training does not observe."""
-    errors, remedy = [], "needs inputs of the weights: use prune_oneshot, or"
-    if SOLVERS[options.solver].needs != "nothing":
-        errors.append(f'solver "{options.solver}" {remedy} zero in training.')
-    if CRITERIA[options.criterion].needs == "inputs":
-        errors.append(f'criterion "{options.criterion}" {remedy} magnitude / snip_momentum in training.')
-    if ALLOCATIONS[options.allocation].needs == "outliers":
-        errors.append(f'allocation "{options.allocation}" {remedy} uniform / erdos_renyi in training.')
-    return errors
-
-
-def oneshot_errors(options: Any) -> list[str]:
-    """What one-shot pruning cannot do."""
-    errors, criterion = [], CRITERIA[options.criterion] if options.criterion else None
-    if criterion is None and options.scope not in (None, "layer"):
-        errors.append(
-            f'scope is "{options.scope}", but solver "{options.solver}" chooses within a layer: use scope=layer, or '
-            'name a criterion, as in criterion="wanda".'
-        )
-    if criterion is None and not get_pattern(options.pattern).has_rows:
-        errors.append(
-            f'solver "{options.solver}" cannot choose for pattern "{options.pattern}", which leaves nothing in a row '
-            'to make up for it: name a criterion, as in criterion="wanda".'
-        )
-    if getattr(criterion, "decay", 1.0) < 1:
-        errors.append(
-            f'criterion "{options.criterion}" lets later batches count more, which means nothing while weights stand '
-            'still: use criterion="snip".'
-        )
-    return errors
-
-
-def bound_errors(options: Any) -> list[str]:
-    """Sparsities that contradict each other."""
-    target = options.target or 0.0
+def _bound_errors(options: SimpleNamespace, target: float) -> list[str]:
     least, most = options.min_sparsity_per_layer or 0.0, options.max_sparsity_per_layer
-    most = 1.0 if most is None else most
+    most, initial = 1.0 if most is None else most, getattr(options, "initial_sparsity", 0.0)
     errors = []
-    if options.initial_sparsity > target:
-        errors.append(f"initial_sparsity is {options.initial_sparsity}, above the target, {target}: lower it.")
+    if initial > target:
+        errors.append(f"initial_sparsity is {initial}, above the target, {target}: lower it.")
     if least > target:
         errors.append(f"min_sparsity_per_layer is {least}, above the target, {target}: lower it.")
     if most < target:
         errors.append(f"max_sparsity_per_layer is {most}, below the target, {target}: raise it.")
+    return errors
+
+
+def training_errors(group: ResolvedGroup) -> list[str]:
+    """Returns what a group needs that training does not compute: anything about the inputs of weights."""
+    methods = {"criterion": group.criterion, "allocation": group.allocation}
+    usable = {
+        "criterion": [name for name in CRITERIA.names() if not CRITERIA[name].requires & Requires.INPUTS],
+        "allocation": [name for name in ALLOCATIONS.names() if not ALLOCATIONS[name].requires & Requires.INPUTS],
+    }
+    names = {"criterion": group.criterion_name, "allocation": group.allocation_name}
+    return [
+        f'{kind} "{names[kind]}" needs inputs of the weights, which training does not observe: use prune_oneshot, or '
+        f"one of {', '.join(usable[kind])}."
+        for kind, method in methods.items()
+        if method is not None and method.requires & Requires.INPUTS
+    ]
+
+
+def oneshot_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
+    """Returns what one-shot pruning cannot do."""
+    errors = []
+    if criterion is None and options.scope not in (None, "layer"):
+        errors.append(
+            f'scope is "{options.scope}", but solver "{options.solver}" selects within a layer: use scope=layer, or '
+            'name a criterion, as in criterion="wanda".'
+        )
+    if criterion is None and not get_pattern(options.pattern).has_rows:
+        errors.append(
+            f'solver "{options.solver}" cannot select units of pattern "{options.pattern}", which leaves no weight in a '
+            'row to compensate: name a criterion, as in criterion="wanda".'
+        )
+    if criterion is not None and getattr(CRITERIA.create(criterion, options.criterion_kwargs), "decay", 1.0) < 1:
+        errors.append(
+            f'criterion "{criterion}" weights later batches more, which has no meaning while weights are constant: use '
+            'criterion="snip", or criterion_kwargs={"decay": 1.0}.'
+        )
     return errors

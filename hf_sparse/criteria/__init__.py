@@ -1,4 +1,4 @@
-"""What a weight is worth. One small file each; importing it here makes it selectable by name."""
+"""Importance criteria, one file each. Importing a file here makes its criterion selectable by name."""
 
 from . import fisher, gradient, magnitude, movement, random_scores, snip, snip_momentum, taylor, wanda
 from .base import CRITERIA, Criterion, GradientCriterion, register_criterion

@@ -1,46 +1,88 @@
-"""The kinds of criterion: those that look at the weight, or also at its inputs, and those that sum up gradients."""
+"""Base classes of importance criteria."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 
-from ..registry import Registry
-
-
-CRITERIA = Registry("criterion")
-register_criterion = CRITERIA.register
+from ..methods import MethodRegistry
+from ..requires import Requires
 
 
 class Criterion(ABC):
-    """One number per weight; higher is kept.
+    """An importance criterion: one score per weight; higher scores are kept.
 
-    A criterion is elementwise: it sees any part of a weight, of any shape, with the same part of what it needs.
+    A criterion is elementwise: `score` is called with any part of a weight, of any shape, and the same part of its
+    statistic. A subclass is registered with `register_criterion`; when it is a frozen dataclass, its fields are its
+    options (`criterion_kwargs`).
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @register_criterion("power")
+        ... @dataclass(frozen=True)
+        ... class Power(Criterion):
+        ...     exponent: float = 2.0
+        ...
+        ...     def score(self, weight, statistic):
+        ...         return weight.detach().float().abs() ** self.exponent
+        >>> CRITERIA.create("power", {"exponent": 3.0}).score(torch.tensor([-2.0]), None)
+        tensor([8.])
     """
 
-    needs: str = "nothing"
-    """What `score` gets as `stat`: "nothing" (None), "position" (int64 positions, unique over all layers), "gradient"
-    (a sum of `GradientCriterion.saliency` over optimizer steps) or "inputs" (float32, the norm of each weight's input,
-    of a shape that broadcasts to the weight's: (C,) for a matrix (R, C)). Training does not observe inputs."""
+    requires: ClassVar[Requires] = Requires.NOTHING
+    """What `score` gets as `statistic`: nothing (None), `POSITION` (int64), `GRADIENTS` (the sum of
+    `GradientCriterion.saliency`, float32) or `INPUT_NORMS` (the norm of each weight's input, float32, of a shape that
+    broadcasts to the weight's: (C,) for a matrix (R, C))."""
+    default_scope: ClassVar[str] = "global"
+    """The ranking scope of the criterion's paper, where the options name none."""
 
     @abstractmethod
-    def score(self, weight: torch.Tensor, stat: torch.Tensor | None) -> torch.Tensor:
-        """Scores of `weight`'s shape: float32, detached, finite where weight and stat are; inputs are untouched."""
+    def score(self, weight: torch.Tensor, statistic: torch.Tensor | None) -> torch.Tensor:
+        """Returns the scores of a weight.
+
+        Args:
+            weight: any floating dtype; not modified.
+            statistic: see `requires`; not modified.
+
+        Returns:
+            A tensor of the weight's shape: float32, detached, finite where both arguments are.
+        """
 
 
 class GradientCriterion(Criterion):
-    """A criterion whose score is a sum over optimizer steps: total <- decay·total + saliency(weight, gradient)."""
+    """A criterion whose statistic is a decayed sum over optimizer steps:
 
-    needs = "gradient"
+        total <- decay * total + saliency(weight, gradient)
+
+    Its scores must keep their order when all gradients are multiplied by one positive constant, because the scale of
+    the loss depends on gradient accumulation and on the number of processes.
+
+    Example:
+        >>> class Sensitivity(GradientCriterion):
+        ...     def saliency(self, weight, gradient, out):
+        ...         return torch.mul(weight, gradient, out=out).abs_()
+        >>> Sensitivity().saliency(torch.tensor([2.0]), torch.tensor([-3.0]), torch.empty(1))
+        tensor([6.])
+    """
+
+    requires: ClassVar[Requires] = Requires.GRADIENTS
     decay: float = 1.0
-    persistent: bool = False
-    """Whether the sum goes on after a prune step; if not, it starts over."""
+    """1 for a plain sum; below 1, earlier steps count less."""
+    persistent: ClassVar[bool] = False
+    """Whether the sum continues after a prune step; otherwise it restarts."""
 
     @abstractmethod
     def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write one step's saliency into `out`; all three are float32 of one shape. Returns `out`."""
+        """Writes the saliency of one step into `out` and returns it. All three are float32 and of one shape."""
 
-    def score(self, weight: torch.Tensor, stat: torch.Tensor | None) -> torch.Tensor:
-        """The sum itself."""
-        return stat.detach().clone()
+    def score(self, weight: torch.Tensor, statistic: torch.Tensor | None) -> torch.Tensor:
+        """Returns the sum itself."""
+        if statistic is None:
+            raise ValueError(f"{type(self).__name__} needs the sum of its saliencies, but got None")
+        return statistic.detach().clone()
+
+
+CRITERIA = MethodRegistry("criterion", Criterion)
+register_criterion = CRITERIA.register

@@ -1,4 +1,6 @@
-"""The diagonal of the Fisher information."""
+"""The diagonal of the empirical Fisher information."""
+
+from dataclasses import dataclass
 
 import torch
 
@@ -6,10 +8,12 @@ from .base import GradientCriterion, register_criterion
 
 
 @register_criterion("fisher")
+@dataclass(frozen=True)
 class Fisher(GradientCriterion):
-    """w²·(sum of g² since the last prune step): Optimal Brain Damage with the diagonal of the empirical Fisher matrix
-    in place of the Hessian's, up to a factor that all weights share. While weights stand still, as in one-shot
-    pruning, it is `taylor`.
+    """w²·Σ g² over the steps since the last prune step.
+
+    The saliency of Optimal Brain Damage with the diagonal of the empirical Fisher matrix in place of the Hessian's, up
+    to a factor that all weights share. With constant weights, as in one-shot pruning, it equals `taylor`.
 
     Example:
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
@@ -25,5 +29,5 @@ class Fisher(GradientCriterion):
     def saliency(self, weight, gradient, out):
         return torch.square(gradient, out=out)
 
-    def score(self, weight, stat):
-        return weight.detach().float().square().mul_(stat)
+    def score(self, weight, statistic):
+        return weight.detach().float().square().mul_(statistic)

@@ -1,13 +1,16 @@
 """Gradient magnitude."""
 
+from dataclasses import dataclass
+
 import torch
 
 from .base import GradientCriterion, register_criterion
 
 
 @register_criterion("gradient")
+@dataclass(frozen=True)
 class Gradient(GradientCriterion):
-    """Sum of |g| since the last prune step: how much the loss still pulls at a weight, pruned or not.
+    """Σ |g| over the steps since the last prune step.
 
     Example:
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])

@@ -1,9 +1,12 @@
-"""Magnitude."""
+"""Weight magnitude."""
+
+from dataclasses import dataclass
 
 from .base import Criterion, register_criterion
 
 
 @register_criterion("magnitude")
+@dataclass(frozen=True)
 class Magnitude(Criterion):
     """|w|.
 
@@ -15,5 +18,5 @@ class Magnitude(Criterion):
     Reference: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
 
-    def score(self, weight, stat):
+    def score(self, weight, statistic):
         return weight.detach().float().abs()

@@ -1,7 +1,10 @@
-"""Random: the baseline that any other criterion must beat."""
+"""Random scores: the baseline that any other criterion must beat."""
+
+from dataclasses import dataclass
 
 import torch
 
+from ..requires import Requires
 from .base import Criterion, register_criterion
 
 
@@ -10,8 +13,9 @@ _MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
 
 @register_criterion("random")
+@dataclass(frozen=True)
 class Random(Criterion):
-    """A hash of the weight's position, uniform in [0, 1): the same at every prune step, on every rank and device.
+    """A hash of the weight's position, uniform in [0, 1): equal at every prune step, on every rank and device.
 
     Example:
         >>> scores = Random().score(torch.zeros(10_000), torch.arange(10_000))
@@ -21,10 +25,10 @@ class Random(Criterion):
     Reference for the hash: Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014.
     """
 
-    needs = "position"
+    requires = Requires.POSITION
 
-    def score(self, weight, stat):
-        bits = stat.clone()
+    def score(self, weight, statistic):
+        bits = statistic.clone()
         for shift, factor in zip((30, 27), _MIX, strict=True):
             bits = (bits ^ _logical_right_shift(bits, shift)) * factor
         bits = bits ^ _logical_right_shift(bits, 31)

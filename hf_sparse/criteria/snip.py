@@ -1,13 +1,16 @@
 """SNIP: connection sensitivity."""
 
+from dataclasses import dataclass
+
 import torch
 
 from .base import GradientCriterion, register_criterion
 
 
 @register_criterion("snip")
+@dataclass(frozen=True)
 class Snip(GradientCriterion):
-    """Sum of |w·g| since the last prune step: the change of the loss, to first order, when a weight is removed.
+    """Σ |w·g| over the steps since the last prune step: the first-order change of the loss when a weight is removed.
 
     Example:
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])

@@ -1,13 +1,19 @@
 """SNIP with momentum."""
 
+from dataclasses import dataclass
+
 import torch
 
 from .base import GradientCriterion, register_criterion
 
 
 @register_criterion("snip_momentum")
+@dataclass(frozen=True)
 class SnipMomentum(GradientCriterion):
-    """s <- 0.9·s + |w·g| over all steps: connection sensitivity, smoothed over about the last ten batches.
+    """s <- decay·s + |w·g| over all steps: connection sensitivity, averaged over about 1 / (1 - decay) steps.
+
+    Args:
+        decay: weight of the earlier steps, from 0 to 1.
 
     Example:
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
@@ -17,8 +23,13 @@ class SnipMomentum(GradientCriterion):
     Reference: Lee et al., "SNIP", 2019; the momentum form is the default of Intel Neural Compressor's pytorch_pruner.
     """
 
-    decay = 0.9
+    decay: float = 0.9
+
     persistent = True
+
+    def __post_init__(self):
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay is {self.decay}: it must be from 0 to 1, as in 0.9")
 
     def saliency(self, weight, gradient, out):
         return torch.mul(weight, gradient, out=out).abs_()

@@ -1,4 +1,6 @@
-"""First-order Taylor."""
+"""First-order Taylor expansion of the loss."""
+
+from dataclasses import dataclass
 
 import torch
 
@@ -6,10 +8,11 @@ from .base import GradientCriterion, register_criterion
 
 
 @register_criterion("taylor")
+@dataclass(frozen=True)
 class Taylor(GradientCriterion):
-    """Sum of (w·g)² since the last prune step: the squared first-order change of the loss.
+    """Σ (w·g)² over the steps since the last prune step: the squared first-order change of the loss.
 
-    While weights stand still, as in one-shot pruning, it is `fisher`.
+    With constant weights, as in one-shot pruning, it equals `fisher`.
 
     Example:
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])

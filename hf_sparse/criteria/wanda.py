@@ -1,12 +1,17 @@
 """Wanda: pruning by weights and activations."""
 
+from dataclasses import dataclass
+
+from ..requires import Requires
 from .base import Criterion, register_criterion
 
 
 @register_criterion("wanda")
+@dataclass(frozen=True)
 class Wanda(Criterion):
-    """|w_ij|·‖x_j‖₂, with the norm of input j over all tokens of the calibration data. The paper compares within each
-    output (scope "row"). One-shot only: training does not observe inputs.
+    """|w_ij|·‖x_j‖₂, with the norm of input feature j over all tokens of the calibration data.
+
+    The paper ranks within each output (scope "row"). One-shot pruning only: training does not observe inputs.
 
     Example:
         >>> import torch
@@ -18,7 +23,8 @@ class Wanda(Criterion):
     Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023, eq. 1.
     """
 
-    needs = "inputs"
+    requires = Requires.INPUT_NORMS
+    default_scope = "row"
 
-    def score(self, weight, stat):
-        return weight.detach().float().abs() * stat
+    def score(self, weight, statistic):
+        return weight.detach().float().abs() * statistic

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config.pruning import PruningConfig, PruningConfigError
-from ..config.validation import input_errors
+from ..config import PruningConfig
 from ..distributed import (
     Shard,
     ShardRegion,
@@ -23,30 +22,36 @@ from ..distributed import (
     load_local_part,
     redistribute,
 )
-from ..model.layers import PrunableLayer, find_layers, select_layers
 from ..numerics import count_zeros
-from ..patterns import get_pattern
 from ..reporting.report import SparsityReport
 from ..statistics import all_finite
 from .masks import MaskStore, unpack_mask
 from .parameter_group import ParameterGroup
+from .resolve import resolve_layers
 
 
 logger = logging.getLogger(__name__)
 
 
 class Pruner:
-    """Prunes one model by one config. Everything is decided from the weights, the sums of the criteria and the prune
-    step that the caller names, so two pruners with the same state decide the same.
+    """Prunes the parameters of a model in three steps that the caller orders: observe, update, enforce.
+
+    Every decision follows from the weights, the statistics and the prune step that the caller names, so that two
+    pruners with the same state make the same decisions.
 
     Args:
-        model: whose parameters are pruned, in place, under the names of `model.named_parameters()`.
-        config: see `PruningConfig`.
+        model: its parameters are pruned in place, under the names of `model.named_parameters()`.
+        config: what to prune.
+
+    Attributes:
+        groups: the parameter groups.
+        masks: the mask of each selected weight, as far as this rank holds it.
+        skipped: names of weights that the pattern does not divide.
 
     Raises:
-        PruningConfigError: targets that match nothing, a weight claimed twice, a shape the pattern does not divide,
-            frozen weights under a gradient criterion: all faults together.
-        NotImplementedError: the parameters are sharded.
+        PruningConfigError: all errors together: targets that match nothing, a weight in two groups, a shape that the
+            pattern does not divide, frozen weights under a criterion that requires gradients.
+        NotImplementedError: the parameters are sharded in an unsupported way.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 2, bias=False))
@@ -62,16 +67,14 @@ class Pruner:
 
     def __init__(self, model: nn.Module, config: PruningConfig):
         self.model, self.config = model, config
-        everything, self.communicator = build_shards(dict(model.named_parameters()))
-        self.groups, self.skipped = build_groups(model, config)
+        self._all_shards, self.communicator = build_shards(dict(model.named_parameters()))
+        resolved, self.skipped = resolve_layers(model, config)
+        self.groups = [ParameterGroup(group, self.communicator) for group in resolved]
         names = [layer.name for group in self.groups for layer in group.layers]
-        self._everything = everything
-        self.shards = {name: everything[name] for name in names}
-        self.parameters: dict[str, nn.Parameter] = {name: everything[name].parameter for name in names}
-        for group in self.groups:
-            group.communicator = self.communicator
+        self.shards = {name: self._all_shards[name] for name in names}
+        self.parameters: dict[str, torch.Tensor] = {name: shard.parameter for name, shard in self.shards.items()}
         self.masks = self._new_masks()
-        self._copies = MaskStore(
+        self._full_masks = MaskStore(
             {name: (shard.shape, shard.parameter.device) for name, shard in self.shards.items() if shard.has_full_copy}
         )
         self.refused_observations = 0
@@ -125,7 +128,7 @@ class Pruner:
                 )
             else:
                 raise RuntimeError(
-                    f'group "{group.name}" cannot reach its target: criterion "{group.options.criterion}" has seen no '
+                    f'group "{group.name}" cannot reach its target: criterion "{group.options.criterion_name}" has seen no '
                     "finite gradient up to the last prune step. Prune later (prune_end), lower the loss scale, or use "
                     "a criterion without gradients."
                 )
@@ -137,14 +140,14 @@ class Pruner:
         """What follows a change of masks: every process learns those of the whole weights that it has beside its
         shards, and zeros are written."""
         loads = []
-        for name in self._copies:
+        for name in self._full_masks:
             shard, bits = self.shards[name], self.masks.bits(name)
             everywhere = [(full_region(shard.shape),)] * self.communicator.world_size
             own = shard.local_views(bits) if shard.is_primary else []
             loads.append(Transfer(own, shard.primary_regions, everywhere, bits, packed=True))
         if loads:
-            for name, (mask,) in zip(self._copies, redistribute(loads, self.communicator), strict=True):
-                self._copies.bits(name).copy_(mask)
+            for name, (mask,) in zip(self._full_masks, redistribute(loads, self.communicator), strict=True):
+                self._full_masks.bits(name).copy_(mask)
         self.enforce()
 
     def _compare(self) -> None:
@@ -173,8 +176,8 @@ class Pruner:
         for name, shard in self.shards.items():
             for replica in shard.replicas:
                 self.masks.enforce({name: replica})
-        copies = {name: self.shards[name].full_copy for name in self._copies}
-        self._copies.enforce({name: copy for name, copy in copies.items() if copy is not None})
+        copies = {name: self.shards[name].full_copy for name in self._full_masks}
+        self._full_masks.enforce({name: copy for name, copy in copies.items() if copy is not None})
 
     # Figures
 
@@ -202,8 +205,8 @@ class Pruner:
 
     def report(self) -> SparsityReport:
         """The figures of the model as it is now, counted in all processes at once."""
-        zeros = dict(zip(self._everything, self._zeros(self._everything).tolist(), strict=True))
-        sizes = {name: shard.shape.numel() for name, shard in self._everything.items()}
+        zeros = dict(zip(self._all_shards, self._zeros(self._all_shards).tolist(), strict=True))
+        sizes = {name: shard.shape.numel() for name, shard in self._all_shards.items()}
         return SparsityReport.from_counts(self.groups, zeros, sizes)
 
     # Saving and resuming
@@ -214,7 +217,7 @@ class Pruner:
         tensors = {f"mask/{name}": self.masks.packed(name) for name in self.shards}
         counters = {}
         for group in self.groups:
-            for name, stat in group.stats.items():
+            for name, stat in group.statistics.items():
                 tensors[f"stat/{name}"], counters[name] = stat.state()
         shapes = {name: list(shard.shape) for name, shard in self.shards.items()}
         boxes = {name: [[box.start, box.stop] for box in shard.local_regions] for name, shard in self.shards.items()}
@@ -252,7 +255,7 @@ class Pruner:
                 sums[layer.name] = self._assemble("stat", layer.name, states), counts
         self.masks = masks
         for group in self.groups:
-            group.stats.clear()
+            group.statistics.clear()
             for name in [layer.name for layer in group.layers if layer.name in sums]:
                 group.restore(name, self.shards[name].tensor, *sums[name])
 
@@ -272,75 +275,3 @@ class Pruner:
 def _read(tensors: Mapping[str, torch.Tensor], kind: str, name: str, count: int) -> torch.Tensor:
     tensor = tensors[f"{kind}/{name}"]
     return unpack_mask(tensor, count) if kind == "mask" else tensor
-
-
-def build_groups(
-    model: nn.Module, config: PruningConfig, inputs: bool = False
-) -> tuple[list[ParameterGroup], list[str]]:
-    """The groups of a config with the layers of a model. `inputs`: whether the inputs of the weights are observed.
-
-    Returns: the groups, and the weights left out because their pattern does not divide them.
-
-    Raises:
-        PruningConfigError: with every fault.
-    """
-    everything = find_layers(model)
-    errors: list[str] = []
-    groups, skipped, owners = [], [], {}
-    for name, options in config.resolve_groups(oneshot=inputs).items():
-        where = f'group "{name}": ' if config.groups else ""
-        layers, problems = select_layers(everything, options.targets, options.exclude)
-        problems += [] if inputs else input_errors(options)
-        errors += [where + problem for problem in problems]
-        for layer in layers:
-            if layer.name in owners:
-                errors.append(
-                    f'"{layer.name}" is claimed by the groups "{owners[layer.name]}" and "{name}": narrow one.'
-                )
-            owners[layer.name] = name
-        fitting = _fitting(layers, options, where, errors, skipped)
-        if fitting and not errors:
-            try:
-                groups.append(ParameterGroup(name, options, fitting))
-            except ValueError as error:
-                errors.append(f"{where}{error}")
-        elif layers and not fitting and options.on_indivisible == "skip":
-            errors.append(f'{where}pattern "{options.pattern}" divides none of the {len(layers)} selected weights.')
-    if not errors:
-        errors += _frozen_errors(model, groups)
-    if errors:
-        raise PruningConfigError(errors)
-    return groups, skipped
-
-
-def _fitting(
-    layers: list[PrunableLayer], options: PruningConfig, where: str, errors: list[str], skipped: list[str]
-) -> list[PrunableLayer]:
-    """The layers that the pattern divides; the others are faults, or skipped, by name."""
-    pattern, fitting = get_pattern(options.pattern), []
-    for layer in layers:
-        rows, _, columns = layer.matrix_shape
-        problem = pattern.check(rows, columns)
-        if not problem:
-            fitting.append(layer)
-        elif options.on_indivisible == "skip":
-            skipped.append(layer.name)
-        else:
-            errors.append(
-                f'{where}{problem}, but "{layer.name}" has {rows} outputs and {columns} inputs. Exclude it with '
-                f'exclude=["{layer.module}"], set on_indivisible="skip", or choose pattern="unstructured".'
-            )
-    return fitting
-
-
-def _frozen_errors(model: nn.Module, groups: list[ParameterGroup]) -> list[str]:
-    parameters, errors = dict(model.named_parameters()), []
-    for group in groups:
-        frozen = [layer for layer in group.layers if not parameters[layer.name].requires_grad]
-        if frozen and (group.requires_gradients or group.options.regrow):
-            errors.append(
-                f'criterion "{group.options.criterion}" needs gradients, but "{frozen[0].name}" is frozen '
-                f"(requires_grad=False), one of {len(frozen)} such weights of {len(group.layers)}: exclude them, as "
-                f'with exclude=["{frozen[0].module}"], or use criterion="magnitude".'
-            )
-    return errors

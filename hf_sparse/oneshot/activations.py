@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from ..config.oneshot import PLACES
+from ..config.oneshot import ACTIVATIONS
 from ..files import open_tensors, write_tensors
 
 
@@ -28,8 +28,8 @@ class Activations:
     """
 
     def __init__(self, place: str = "cpu"):
-        if place not in PLACES:
-            raise ValueError(f'activations are kept in "{place}": it must be {", ".join(PLACES)}.')
+        if place not in ACTIVATIONS:
+            raise ValueError(f'activations are kept in "{place}": it must be {", ".join(ACTIVATIONS)}.')
         self._place = place
         self._kept: dict[int, tuple] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="hf_sparse-") if place == "disk" else None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config.pruning import option
 from .loading import DTYPES
+
+
+def option(default: Any, help: str) -> Any:  # noqa: A002 - the name that argument parsers use
+    """Returns a dataclass field with its help text for command lines."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass

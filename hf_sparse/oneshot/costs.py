@@ -18,7 +18,7 @@ from ..calibration.batches import call_model, count_tokens, first_row, to_device
 from ..distributed import input_device
 from ..model.evaluation_mode import evaluation_mode
 from ..model.layers import PrunableLayer
-from ..solvers import SOLVERS
+from ..requires import Requires
 from .observers import SAMPLE
 from .pipeline import BlockPipeline, Subgraph
 from .prune import OneshotRun
@@ -203,7 +203,7 @@ def _inputs(run: OneshotRun, trace: ModelTrace) -> list[_Input]:
 
 
 def _solves(run: OneshotRun, layer: PrunableLayer) -> bool:
-    return SOLVERS[run.group_of[layer.name].options.solver].needs == "gram"
+    return bool(run.group_of[layer.name].options.solver.requires & Requires.GRAM)
 
 
 def _passes(run: OneshotRun, trace: ModelTrace, body: float, entry: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,8 @@ from ..distributed import Communicator, build_shards, input_device
 from ..engine.masks import MaskStore
 from ..engine.parameter_group import ParameterGroup
 from ..model.evaluation_mode import evaluation_mode
+from ..requires import Requires
 from ..statistics import all_finite
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Takes the place of a sum that goes on."""
-
-    total: torch.Tensor
-    count: int = 1
 
 
 def masks_from_dense_model(
@@ -43,9 +35,10 @@ def masks_from_dense_model(
         if group.options.keep_zeros:
             for name in names:
                 store.replace(name, shards[name].tensor != 0)
-        if group.criterion.needs == "inputs":
-            group.stats = {name: _Known(norms[name].expand(shards[name].shape)) for name in names}
-        group.prune(1, 1, shards, store)
+        known = None
+        if group.criterion.requires & Requires.INPUT_NORMS:
+            known = {name: norms[name].expand(shards[name].shape) for name in names}
+        group.prune(1, 1, shards, store, known)
         masks |= {name: store.bits(name).neg_().view(torch.bool) for name in names}  # in the store's memory
     return masks
 
@@ -70,7 +63,7 @@ def accumulate_gradients(
         finally:
             model.zero_grad(set_to_none=True)
     communicator.raise_together(error)
-    for stat in (stat for group in groups for stat in group.stats.values()):
+    for stat in (stat for group in groups for stat in group.statistics.values()):
         communicator.all_reduce(stat.total)
         stat.count = int(communicator.sum_counts(np.array([stat.count]))[0])
 

@@ -5,22 +5,21 @@ Shapes: R rows, C inputs of a matrix; E experts.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..allocations import outlier_share
-from ..criteria import CRITERIA
 from ..distributed import Shard
 from ..engine.parameter_group import ParameterGroup
 from ..model.layers import PrunableLayer
+from ..requires import Requires
 from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
-from ..solvers import SOLVERS, HessianFactor, PruneRequest, Solver
+from ..solvers import PruneRequest, Solver
 from ..statistics import GramMatrix
 from .observers import InputObserver
 
@@ -36,16 +35,12 @@ class LayerPruner:
         groups: name of a layer -> its group.
         quotas: name of a layer -> how many of its units are to be zero in all.
         masks: name of a layer -> mask (bool, of the weight's shape) decided before; others are decided here.
-        dampening: see `HessianFactor`.
-        block: columns that a solver lets choose together; None leaves it to the solver.
         on_unreached: "error", or "magnitude" for matrices that no token has reached.
     """
 
     groups: Mapping[str, ParameterGroup]
     prune_counts: Mapping[str, int] = field(default_factory=dict)
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    dampening: float = 0.01
-    block: int | None = None
     on_unreached: str = "error"
 
     def prune_layers(
@@ -84,11 +79,12 @@ class LayerPruner:
         parameters: Mapping[str, torch.Tensor],
     ) -> dict[str, float]:
         """Each layer's share of outliers: that of all `layers` of its group together."""
-        shares, wanda = {}, CRITERIA["wanda"]()
+        shares = {}
         for group in dict.fromkeys(self.groups[layer.name] for layer in layers):
             own = [layer for layer in layers if self.groups[layer.name] is group]
-            scores = [wanda.score(parameters[layer.name], norms_of(layer, observers)) for layer in own]
-            shares |= dict.fromkeys((layer.name for layer in own), outlier_share(scores))
+            scores = [parameters[layer.name].float().abs() * norms_of(layer, observers) for layer in own]
+            ratio = group.options.allocation.outlier_ratio(scores)
+            shares |= dict.fromkeys((layer.name for layer in own), ratio)
         return shares
 
     def check_reached(self, observers: Sequence[InputObserver]) -> None:
@@ -129,10 +125,10 @@ class LayerPruner:
         if locked is not None:
             bits.copy_(locked).neg_()
         stat = None
-        if group.criterion.needs == "inputs":
+        if group.criterion.requires & Requires.INPUT_NORMS:
             stat = norms_of(layer, observers).expand(layer.shape)
-        elif group.criterion.needs == "gradient":
-            stat = group.stats[layer.name].total
+        elif group.criterion.requires & Requires.GRADIENTS:
+            stat = group.statistics[layer.name].total
         scores = LayerScores(
             layer, group.criterion, group.pattern, Shard(weight), bits, stat, scattered=group.scope != "row"
         )
@@ -151,7 +147,7 @@ class LayerPruner:
         locked = (
             [0] * matrices
             if kept is None
-            else [int(group.pattern.fallen(part).sum()) for part in layer.matrices(kept)]
+            else [int(group.pattern.pruned_units(part).sum()) for part in layer.matrices(kept)]
         )
         total = max(self.prune_counts[layer.name], sum(locked))
         return [
@@ -165,19 +161,18 @@ class LayerPruner:
         """Settle the matrices of one feed, those of one solver together."""
         number = observer.expert or 0
         matrices = {layer: layer.matrices(parameters[layer.name])[number][:, 0] for layer in observer.layers}
-        factor = None
-        for name in dict.fromkeys(self.groups[layer.name].options.solver for layer in observer.layers):
-            solver = get_solver(name, self.block)
-            own = [layer for layer in observer.layers if self.groups[layer.name].options.solver == name]
+        dead_C = observer.stat.norms == 0
+        solvers = list(dict.fromkeys(self.groups[layer.name].options.solver for layer in observer.layers))
+        for solver in solvers:
+            own = [layer for layer in observer.layers if self.groups[layer.name].options.solver == solver]
             wanted = [self._wanted(layer, matrices[layer], kept, shares, number) for layer in own]
             chosen = [(layer, each) for layer, each in zip(own, wanted, strict=True) if each is not None]
-            if solver.needs == "gram" and chosen and factor is None:
-                factor = self._factor(observer)
-            stat = factor if solver.needs == "gram" else None
+            uses_gram = bool(solver.requires & Requires.GRAM)
+            stat = self._prepare(solver, observer, last=solver is solvers[-1]) if uses_gram and chosen else None
             solved = solver.solve_batched([each for _, each in chosen], stat) if chosen else []
             for (layer, _), (weight, mask) in zip(chosen, solved, strict=True):
-                if stat is not None and bool(stat.dead_C.any()):  # what is kept there does nothing, but is counted
-                    weight = torch.where(mask & stat.dead_C, matrices[layer], weight)
+                if uses_gram and bool(dead_C.any()):  # what is kept there does nothing, but is counted
+                    weight = torch.where(mask & dead_C, matrices[layer], weight)
                 errors[layer.name] += _output_error(matrices[layer], weight, observer.sample)
                 matrices[layer].copy_(weight)
 
@@ -188,19 +183,14 @@ class LayerPruner:
         mask_RC = None if mask is None else layer.matrices(mask)[number][:, 0]
         return PruneRequest(weight_RC, mask_RC, None if share is None else self.groups[layer.name].pattern, share)
 
-    def _factor(self, observer: InputObserver) -> HessianFactor:
+    def _prepare(self, solver: Solver, observer: InputObserver, last: bool) -> Any:
         try:
-            factor = HessianFactor(observer.stat, self.dampening)
+            prepared = solver.prepare(observer.stat)
         except ValueError as error:
             raise ValueError(f'inputs of "{observer.name}": {error}') from error
-        observer.stat = None  # its memory is free for the solver
-        return factor
-
-
-def get_solver(name: str, block: int | None) -> Solver:
-    """The solver of that name, told `block` if it can be."""
-    solver = SOLVERS[name]
-    return solver(block=block) if "block" in inspect.signature(solver).parameters else solver()
+        if last:
+            observer.stat = None  # its memory is free for the solver
+        return prepared
 
 
 def norms_of(layer: PrunableLayer, observers: Sequence[InputObserver]) -> torch.Tensor:

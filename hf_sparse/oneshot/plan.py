@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..calibration.batches import count_tokens
-from ..config.oneshot import OneshotConfig
-from ..config.pruning import PruningConfig
+from ..config import OneshotConfig, PruningConfig
 from ..engine.parameter_group import ParameterGroup
 from ..model.layers import PrunableLayer
 from ..reporting.tables import format_table
+from ..requires import Requires
 from .costs import Costs, costs_of
 from .prune import OneshotRun
 from .validation import ranks_dense_model
@@ -87,7 +87,7 @@ def plan_oneshot(model: nn.Module, calibration_data: Iterable[Any] | None, confi
             layer.name,
             group.name,
             layer.shape,
-            group.options.pattern,
+            str(group.pattern),
             layer.numel,
             _units(group, layer),
             falling.get(layer.name),
@@ -110,6 +110,6 @@ def _falling(run: OneshotRun, group: ParameterGroup) -> dict[str, int]:
     """How many units of each layer are to be zero, as far as that is known before."""
     if not group.target:
         return run.gone(group) or dict.fromkeys((layer.name for layer in group.layers), 0)
-    if ranks_dense_model(group) or group.options.allocation == "owl":
+    if ranks_dense_model(group) or group.options.allocation.requires & Requires.OUTLIERS:
         return {}
     return group.prune_counts(run.gone(group), {})

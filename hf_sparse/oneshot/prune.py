@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from ..calibration.batches import concatenate_batches
-from ..config.oneshot import OneshotConfig
-from ..config.pruning import PruningConfig
+from ..config import OneshotConfig, PruningConfig
 from ..distributed import get_communicator, iter_parameters, onload
 from ..engine.parameter_group import ParameterGroup
-from ..engine.pruner import build_groups
+from ..engine.resolve import resolve_layers
 from ..model.layers import PrunableLayer
 from ..numerics import count_zeros
 from ..reporting.report import SparsityReport
@@ -82,7 +81,8 @@ class OneshotRun:
 
     def __init__(self, model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig):
         self.model, self.config, self.communicator = model, config, get_communicator()
-        self.groups, self.skipped = build_groups(model, config, inputs=True)
+        resolved, self.skipped = resolve_layers(model, config, observes_inputs=True)
+        self.groups = [ParameterGroup(group) for group in resolved]
         self.batches = list(calibration_data) if calibration_data is not None else []
         check_run(model, config, self.groups, self.batches, self.communicator.world_size)
         if self.skipped:
@@ -128,8 +128,6 @@ class OneshotRun:
             groups=self.group_of,
             prune_counts=self._prune_counts(outliers),
             masks=masks,
-            dampening=self.config.dampening,
-            block=self.config.solver_block,
             on_unreached=self.config.on_unreached,
         )
         errors: dict[str, float | None] = {}

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..config.oneshot import OneshotConfig
-from ..engine.pruner import build_groups
+from ..config import OneshotConfig
+from ..engine.resolve import resolve_layers
 from ..files import LAYERS_PLOT_FILE, ONESHOT_RESULTS_FILE, write_json
 from ..hub.card import SparsityCard, auto_class, describe, write_card
 from ..hub.card.command import command_line
@@ -80,7 +80,7 @@ class OneshotResult:
             dense_metrics=_named("eval", _measured(self.dense)),
             metrics=_named("eval", _measured(self.sparse)),
             calibration=told(self.calibration) if self.calibration else None,
-            settings=describe(build_groups(model, self.config, inputs=True)[0]),
+            settings=describe(resolve_layers(model, self.config, observes_inputs=True)[0]),
             processes=self.processes,
             command=command_line(),
             auto_class=opener,

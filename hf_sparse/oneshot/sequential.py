@@ -15,13 +15,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.batches import token_masks
-from ..config.oneshot import OneshotConfig
+from ..config import OneshotConfig
 from ..distributed import Communicator, onload
 from ..engine.parameter_group import ParameterGroup
 from ..model.blocks import group_by_block
 from ..model.layers import PrunableLayer
 from ..numerics import count_zeros
-from ..solvers import SOLVERS
+from ..requires import Requires
 from .layerwise import LayerPruner, norms_of
 from .observers import InputObserver, InputObservers
 from .pipeline import BlockPipeline, Subgraph
@@ -74,7 +74,11 @@ class SequentialPruner:
                         pipeline, subgraph, own, set(), passing=subgraph is not self._trace.subgraphs[-1]
                     )
                     shares.check_reached(observers)
-                    owls = [layer for layer in own if self._groups[layer.name].options.allocation == "owl"]
+                    owls = [
+                        layer
+                        for layer in own
+                        if self._groups[layer.name].options.allocation.requires & Requires.OUTLIERS
+                    ]
                     for block in group_by_block(self._model, owls):
                         outliers |= shares.outliers(observers, block, self._weights(block))
                     norms |= {layer.name: norms_of(layer, observers) for layer in own if layer.name in ranked}
@@ -214,7 +218,7 @@ class SequentialPruner:
         return f"{share:.2%} zero, error up to {errors[worst]:.4f} in {worst}"
 
     def _gram(self, layers: Sequence[PrunableLayer]) -> set[str]:
-        return {layer.name for layer in layers if SOLVERS[self._groups[layer.name].options.solver].needs == "gram"}
+        return {layer.name for layer in layers if self._groups[layer.name].options.solver.requires & Requires.GRAM}
 
     def _weights(self, layers: Sequence[PrunableLayer]) -> dict[str, torch.Tensor]:
         return {layer.name: self._model.get_parameter(layer.name).detach() for layer in layers}

@@ -9,12 +9,11 @@ from typing import Any
 from torch import nn
 
 from ..calibration.batches import count_tokens, is_padded
-from ..config.oneshot import OneshotConfig
-from ..config.pruning import PruningConfigError
+from ..config import OneshotConfig, PruningConfigError
 from ..distributed import build_shards, is_offloaded
 from ..engine.parameter_group import ParameterGroup
 from ..model.layers import PrunableLayer
-from ..solvers import SOLVERS
+from ..requires import Requires
 
 
 logger = logging.getLogger(__name__)
@@ -22,21 +21,26 @@ logger = logging.getLogger(__name__)
 
 def ranks_dense_model(group: ParameterGroup) -> bool:
     """Whether the group's masks are decided for all its layers together."""
-    return group.scope == "global" and group.criterion is not None
+    return group.options.ranks_all_layers
 
 
 def requires_inputs(group: ParameterGroup) -> bool:
     """Whether the group's layers are pruned when what reaches them is known."""
     if not group.target:
         return False
-    by_inputs = group.criterion is not None and group.criterion.needs == "inputs" and not ranks_dense_model(group)
-    return group.criterion is None or by_inputs or SOLVERS[group.options.solver].needs == "gram"
+    return bool(
+        group.options.solver.requires & Requires.GRAM or _requires_norms(group) and not ranks_dense_model(group)
+    )
 
 
 def requires_dense_pass(group: ParameterGroup) -> bool:
     """Whether inputs in the dense model matter before anything is pruned."""
-    ranked = ranks_dense_model(group) and group.criterion.needs == "inputs"
-    return bool(group.target) and (ranked or group.options.allocation == "owl")
+    outliers = bool(group.options.allocation.requires & Requires.OUTLIERS)
+    return bool(group.target) and (outliers or (ranks_dense_model(group) and _requires_norms(group)))
+
+
+def _requires_norms(group: ParameterGroup) -> bool:
+    return group.criterion is not None and bool(group.criterion.requires & Requires.INPUT_NORMS)
 
 
 def check_run(
@@ -85,9 +89,9 @@ def check_once(config: OneshotConfig, layers: Sequence[PrunableLayer], repeated:
 def _data_errors(groups: Sequence[ParameterGroup], batches: Sequence[Any], processes: int) -> list[str]:
     for group in groups:
         if requires_inputs(group) or requires_dense_pass(group) or group.requires_gradients:
-            what = f'criterion "{group.options.criterion}"' if group.options.criterion else ""
-            if not what or SOLVERS[group.options.solver].needs == "gram":
-                what = f'solver "{group.options.solver}"'
+            what = f'criterion "{group.options.criterion_name}"'
+            if group.criterion is None or group.options.solver.requires & Requires.GRAM:
+                what = f'solver "{group.options.solver_name}"'
             if not batches:
                 return [f"{what} needs calibration data, but there is none: give batches of it."]
             if len(batches) < processes:
@@ -122,7 +126,7 @@ def _offload_errors(groups: Sequence[ParameterGroup], config: OneshotConfig) -> 
     for group in groups:
         if group.requires_gradients:
             errors.append(
-                f'criterion "{group.options.criterion}" needs gradients, but some weights are offloaded: use '
+                f'criterion "{group.options.criterion_name}" needs gradients, but some weights are offloaded: use '
                 'criterion="wanda", or a device that holds the model.'
             )
         elif ranks_dense_model(group):
@@ -145,16 +149,16 @@ def _rank_errors(config: OneshotConfig, groups: Sequence[ParameterGroup], batche
         f"calibration data of {tokens:,} tokens is too little for Gram matrices of full rank: {len(poor)} weights "
         f'have more inputs, such as "{widest.name}" with {columns:,}.'
     )
-    if config.dampening == 0:
-        return [f"{text} Give {columns:,} tokens or more, several times as many for good results, or dampening=0.01."]
+    if any(_uses_gram(group) and group.options.solver.needs_full_rank for group in groups):
+        return [
+            f'{text} Give {columns:,} tokens or more, several times as many for good results, or solver_kwargs={{"dampening": 0.01}}.'
+        ]
     logger.warning(
-        "%s What it does not show is taken for noise of %g times the mean square of the inputs (dampening), along "
-        "which weights make up for nothing. More data makes the result better.",
+        "%s The solver's damping determines what they leave undetermined. More data improves the result.",
         text,
-        config.dampening,
     )
     return []
 
 
 def _uses_gram(group: ParameterGroup) -> bool:
-    return bool(group.target) and SOLVERS[group.options.solver].needs == "gram"
+    return bool(group.target) and bool(group.options.solver.requires & Requires.GRAM)

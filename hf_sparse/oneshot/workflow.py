@@ -13,13 +13,12 @@ import torch
 from ..calibration.batches import count_tokens
 from ..calibration.text_batches import TextReader
 from ..calibration.text_rows import load_texts
-from ..config.oneshot import OneshotConfig
-from ..criteria import CRITERIA
+from ..config import OneshotConfig
 from ..distributed import get_communicator, init_distributed
 from ..evaluation import evaluate_model, metric_for
 from ..files import DENSE_RESULTS_FILE, write_folder_atomically, write_json
 from ..reporting.report import SparsityReport
-from ..solvers import SOLVERS
+from ..requires import Requires
 from .arguments import OneshotArguments
 from .loading import load_model, load_tokenizer
 from .plan import OneshotPlan, plan_oneshot
@@ -218,16 +217,16 @@ def needs_data(config: OneshotConfig) -> str | None:
     """What of a config looks at calibration data; None if nothing does.
 
     Example:
-        >>> needs_data(OneshotConfig(target_sparsity=0.5)), needs_data(OneshotConfig(criterion="magnitude"))
-        ('criterion "wanda"', None)
+        >>> needs_data(OneshotConfig(target_sparsity=0.5))
+        'criterion "wanda"'
+        >>> needs_data(OneshotConfig(target_sparsity=0.5, criterion="random"))
     """
-    for group in config.resolve_groups(oneshot=True).values():
-        if SOLVERS[group.solver].needs == "gram":
-            return f'solver "{group.solver}"'
-        if CRITERIA[group.criterion].needs != "nothing":
-            return f'criterion "{group.criterion}"'
-        if group.allocation == "owl":
-            return 'allocation "owl"'
+    for group in config.resolve_groups().values():
+        methods = {"solver": group.solver, "criterion": group.criterion, "allocation": group.allocation}
+        names = {"solver": group.solver_name, "criterion": group.criterion_name, "allocation": group.allocation_name}
+        for kind, method in methods.items():
+            if group.target and method is not None and method.requires & Requires.CALIBRATION_DATA:
+                return f'{kind} "{names[kind]}"'
     return None
 
 

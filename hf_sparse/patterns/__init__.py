@@ -1,4 +1,4 @@
-"""Which weights fall together, and what a mask must keep."""
+"""Patterns: the pruning granularity. One file each."""
 
 from . import block, channel, n_of_m, unstructured
 from .base import PATTERNS, Pattern, get_pattern, register_pattern

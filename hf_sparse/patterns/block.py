@@ -1,4 +1,4 @@
-"""RxC blocks: rectangles of weights that fall together."""
+"""RxC blocks: rectangles of weights that are pruned together."""
 
 from dataclasses import dataclass
 

@@ -13,8 +13,8 @@ from .n_of_m_kernel import keep_n_of_m
 class NOfM(Pattern):
     """Keep N of every M: "2:4" keeps two weights of every four (some write the number pruned; 2:4 hides the clash).
 
-    A unit is one weight, and only the M-N lowest of each group may fall. On the way to the target the lowest of those
-    fall first; at the target, 1 - N/M, all of them have fallen and every group holds exactly N.
+    A unit is one weight, and only the M-N lowest of each group may be pruned. Below the target sparsity, 1 - N/M, the
+    lowest of those are pruned first; at the target every group holds exactly N.
 
     Example:
         >>> scores = torch.tensor([[[3.0, 1.0, 2.0, 4.0]]])

@@ -1,4 +1,4 @@
-"""Unstructured: every weight stands for itself."""
+"""Unstructured: every weight is a unit."""
 
 from dataclasses import dataclass
 

@@ -85,7 +85,7 @@ class SparsityReport:
         for group in groups:
             for layer in group.layers:
                 counts = layer.numel, zeros[layer.name], errors.get(layer.name)
-                layers.append(LayerReport(layer.name, group.name, group.options.pattern, layer.shape, *counts))
+                layers.append(LayerReport(layer.name, group.name, str(group.pattern), layer.shape, *counts))
             requested += group.target * sum(layer.numel for layer in group.layers)
         target = requested / sum(layer.weights for layer in layers)
         return cls(tuple(layers), sum(sizes.values()), sum(zeros.values()), target)

@@ -16,6 +16,7 @@ from ..distributed import SINGLE_PROCESS, Communicator, Shard, Transfer, redistr
 from ..model.layers import PrunableLayer
 from ..numerics import chunk_size
 from ..patterns import Pattern
+from ..requires import Requires
 from .ranking import Threshold, keep, keep_mask_by_row
 from .row_blocks import first_offset, keeps_units_whole, partition_rows
 from .scores import places, spread
@@ -253,7 +254,7 @@ class LayerScores:
         """Which units of a part are pruned: those with no weight left."""
         if self.unit_size == 1:
             return (bits == 0).reshape(self.pattern.unit_shape(tuple(bits.shape)))
-        return self.pattern.fallen(bits)
+        return self.pattern.pruned_units(bits)
 
     def _write(self, bits: torch.Tensor, kept_U: torch.Tensor) -> None:
         mask = self.pattern.expand(kept_U, tuple(bits.shape))
@@ -314,7 +315,7 @@ class LayerScores:
 
     def _pooled(self, part: _Part) -> torch.Tensor:
         """Scores of the units of a part."""
-        stat = part.places() + self._salt if self.criterion.needs == "position" else part.stat
+        stat = part.places() + self._salt if self.criterion.requires & Requires.POSITION else part.stat
         scores = self._scored(part.weight, stat)
         if self._shrink and self.unit_size == 1:
             _fall(scores, part.bits)

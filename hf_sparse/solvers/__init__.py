@@ -1,9 +1,9 @@
-"""What the weights that survive become."""
+"""Solvers: how the remaining weights are updated after pruning. One file each."""
 
 from . import none, sparsegpt
 from .base import SOLVERS, PruneRequest, Solver, output_energy, register_solver
 from .hessian import HessianFactor
 
 
-__all__ = ["SOLVERS", "HessianFactor", "Solver", "PruneRequest", "register_solver", "output_energy"]
-__all__ += ["sparsegpt", "none"]
+__all__ = ["SOLVERS", "HessianFactor", "PruneRequest", "Solver", "output_energy", "register_solver"]
+__all__ += ["none", "sparsegpt"]

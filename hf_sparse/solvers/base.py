@@ -1,4 +1,4 @@
-"""What a solver is, and what can be asked of it.
+"""Base class of solvers: the values of the weights that remain after pruning.
 
 Shapes: R output rows, C inputs of one weight matrix.
 """
@@ -8,32 +8,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from ..methods import MethodRegistry
 from ..patterns import Pattern
-from ..registry import Registry
+from ..requires import Requires
 from ..statistics import GramMatrix
-
-
-SOLVERS = Registry("solver")
-register_solver = SOLVERS.register
 
 
 @dataclass(frozen=True, eq=False)
 class PruneRequest:
-    """One weight matrix and what is asked of it: a mask as it is, or so many zeros in a pattern.
+    """One weight matrix with a mask, with a pattern and a sparsity, or with both.
 
     Args:
         weight_RC: any floating dtype.
-        mask_RC: bool; what is False becomes, or stays, zero. All may be kept if None.
-        pattern: of the zeros that are to be chosen, beside those of the mask.
-        sparsity: share of the pattern's units that are zero in the end, those of the mask included; the mask alone
-            decides if None.
+        mask_RC: bool, True is kept. All weights may be kept if None.
+        pattern: of the units that the solver selects, in addition to the mask.
+        sparsity: share of the pattern's units that are zero in the result, those of the mask included. If None, the
+            mask alone decides.
 
     Raises:
-        ValueError: what is wrong with the weight, or with what is asked.
+        ValueError: the weight, the mask or the sparsity is invalid.
     """
 
     weight_RC: torch.Tensor
@@ -46,14 +43,14 @@ class PruneRequest:
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(f"a weight must be a matrix of floats, but is {weight.dtype} {tuple(weight.shape)}")
         if not bool(torch.isfinite(weight).all()):
-            raise ValueError("a weight holds inf or nan: it cannot be pruned by what it does")
+            raise ValueError("a weight holds inf or nan, so that its outputs are not defined")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
             raise ValueError(
                 f"a mask must be bool, of shape {tuple(weight.shape)}, but is {mask.dtype} {tuple(mask.shape)}"
             )
         if (self.pattern is None) != (self.sparsity is None) or (mask is None and self.pattern is None):
-            raise ValueError("ask for a mask, or for a pattern together with a sparsity, or for both")
-        if self.pattern is not None:
+            raise ValueError("a request needs a mask, or a pattern together with a sparsity, or all three")
+        if self.pattern is not None and self.sparsity is not None:
             problem = self.pattern.check(*weight.shape)
             if problem:
                 rows, columns = weight.shape
@@ -64,42 +61,61 @@ class PruneRequest:
 
 
 class Solver(ABC):
-    """Gives the weights that survive their values."""
+    """Computes the weights that remain after pruning.
 
-    needs: str = "nothing"
-    """What it gets as `stat`: "nothing" (None) or "gram" (a `GramMatrix` of the weight's inputs, a matrix of its sums,
-    or a `HessianFactor` made of one)."""
-    selects: bool = False
-    """Whether it can choose what falls by itself, from a pattern and a sparsity; if not, it needs a mask."""
+    A subclass is registered with `register_solver`; when it is a frozen dataclass, its fields are its options
+    (`solver_kwargs`).
+    """
+
+    requires: ClassVar[Requires] = Requires.NOTHING
+    """`NOTHING`, or `GRAM` to get the Gram matrix of the weights' inputs."""
+    selects: ClassVar[bool] = False
+    """Whether the solver can select the pruned units itself, from a pattern and a sparsity. Otherwise every request
+    needs a mask."""
+
+    @property
+    def needs_full_rank(self) -> bool:
+        """Whether the Gram matrix must have full rank, which takes at least as many tokens as inputs."""
+        return False
+
+    def prepare(self, gram: GramMatrix) -> Any:
+        """Returns what `solve_batched` takes as `statistic` for all weights with this input, computed once."""
+        return gram
 
     def solve(
         self,
         weight_RC: torch.Tensor,
-        stat: Any = None,
+        statistic: Any = None,
         pattern: Pattern | None = None,
         sparsity: float | None = None,
         mask_RC: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One matrix; see `PruneRequest` for the arguments and `solve_batched` for the rest."""
-        return self.solve_batched([PruneRequest(weight_RC, mask_RC, pattern, sparsity)], stat)[0]
+        """Solves for one matrix: see `PruneRequest` for the arguments and `solve_batched` for the result."""
+        return self.solve_batched([PruneRequest(weight_RC, mask_RC, pattern, sparsity)], statistic)[0]
 
     @abstractmethod
     def solve_batched(
-        self, wanted: Sequence[PruneRequest], stat: Any = None
+        self, requests: Sequence[PruneRequest], statistic: Any = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Matrices that share their input, such as query, key and value; each gets what it would get alone.
+        """Solves for matrices that share their input, such as query, key and value, each independently.
 
-        Returns: for each, (R, C) the new weight, of the old one's dtype and device, +0.0 wherever the mask is False;
-            and (R, C) bool, the mask. Inputs are untouched.
+        Args:
+            requests: the matrices; not modified.
+            statistic: None, or what `prepare` returned.
+
+        Returns:
+            For each request the new weight (R, C), of the old dtype and device, +0.0 wherever the mask is False, and
+            the mask (R, C), bool.
 
         Raises:
-            ValueError: what is asked is not for this solver.
+            ValueError: the solver does not support a request.
         """
 
 
 def output_energy(weight_RC: torch.Tensor, gram: GramMatrix) -> float:
-    """tr(W G Wᵀ): the sum of squares of all outputs over the tokens that `gram` has seen. Of a change of weights it is
-    the error that the change makes; divide by that of the weights for the relative one. Costs R·C² products.
+    """Returns tr(W G W^T): the sum of squares of all outputs over the tokens in `gram`.
+
+    Of a difference of weights it is the squared reconstruction error. Costs R·C² multiplications.
 
     Example:
         >>> gram = GramMatrix(2)
@@ -111,3 +127,7 @@ def output_energy(weight_RC: torch.Tensor, gram: GramMatrix) -> float:
     below = (weight @ gram.total.tril(-1)).mul_(weight).sum(dtype=torch.float64)
     diagonal = (weight.square() @ gram.total.diagonal()).sum(dtype=torch.float64)
     return float(2 * below + diagonal)
+
+
+SOLVERS = MethodRegistry("solver", Solver)
+register_solver = SOLVERS.register

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from ..config.pruning import PruningConfig
+from ..config import PruningConfig
+from ..config.base import PruningOptions
 
 
 @dataclass(repr=False)
@@ -24,7 +25,7 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
         (0.8, 5e-05)
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "groups"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "groups", "criterion_kwargs", "allocation_kwargs"]
 
     # Where both parents have a method of one name, arguments are arguments first: every field, without the tokens.
     to_dict = TrainingArguments.to_dict
@@ -32,7 +33,7 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
 
     def __post_init__(self):
         PruningConfig.__post_init__(self)
-        super(PruningConfig, self).__post_init__()
+        super(PruningOptions, self).__post_init__()
 
 
 @dataclass(repr=False)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..config.pruning import PruningConfig
+from ..config import PruningConfig
 from ..distributed import get_communicator, is_deepspeed, observe_zero_gradients
-from ..engine.pruner import Pruner, build_groups
+from ..engine.pruner import Pruner
+from ..engine.resolve import resolve_layers
 from ..files import CONFIG_FILE, LAYERS_PLOT_FILE, REPORT_FILE, SCHEDULE_PLOT_FILE
 from ..hub.upload import hide_token
 from ..reporting.plots import plot_layers, plot_schedule
@@ -78,7 +79,7 @@ class SparsityCallback(TrainerCallback):
                 f"optim={optimizer} keeps a second copy of the weights that pruning does not reach: use adamw_torch."
             )
         if self.config.prunes and model is not None:
-            _, skipped = build_groups(model, self.config)
+            _, skipped = resolve_layers(model, self.config)
             if skipped:
                 logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(skipped))
 

@@ -79,7 +79,7 @@ def _fill(trainer: Any, name: str, metadata: dict[str, Any]) -> SparsityCard:
         dataset=measured["dataset"],
         dense_metrics=measurements(trainer.dense_metrics),
         repo_id=trainer.hub_model_id,
-        settings=describe(callback.pruner.groups),
+        settings=describe(group.options for group in callback.pruner.groups),
         metrics=_metrics(trainer),
         max_steps=trainer.state.max_steps,
         processes=trainer.args.world_size,

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ..config.pruning import TRAINING_CRITERION, PruningConfig
+from ..config import PruningConfig, upgrade_options
 from ..distributed import ShardRegion, full_region, get_communicator
 from ..engine.masks import unpack_mask
-from ..engine.pruner import Pruner, build_groups
+from ..engine.pruner import Pruner
+from ..engine.resolve import resolve_layers
 from ..files import (
     STATE_FILE,
     STATE_GLOB,
@@ -145,7 +146,9 @@ def check_state(
     try:
         states = read_states(directory)
         _verify(directory, states)
-        shapes = {layer.name: list(layer.shape) for group in build_groups(model, config)[0] for layer in group.layers}
+        shapes = {
+            layer.name: list(layer.shape) for group in resolve_layers(model, config)[0] for layer in group.layers
+        }
         for _, values in states:
             _compare(directory, values, shapes, _identity(config, schedule), step)
     except CheckpointError as problem:
@@ -164,7 +167,7 @@ def _compare(directory, values: dict[str, Any], shapes: dict, identity: dict, st
             f'"{name}" (saved {values["shapes"].get(name)}, selected {shapes.get(name)}). Use the same model, targets '
             "and exclude."
         )
-    saved = values["config"]
+    saved = upgrade_options(values["config"])
     changes = [f"{key}: {saved.get(key)!r} -> {value!r}" for key, value in identity.items() if saved.get(key) != value]
     if changes:
         raise CheckpointError(
@@ -211,7 +214,7 @@ def read_masks(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _identity(config: PruningConfig, schedule: PruningSchedule | None) -> dict[str, Any]:
     """What must be equal for a run to go on, as JSON values."""
     identity = {name: value for name, value in PruningConfig.to_dict(config).items() if name not in _RESOLVED}
-    identity["criterion"] = identity["criterion"] or TRAINING_CRITERION
+    identity["criterion"] = config.resolve_criterion(config)
     if schedule is not None:
         steps = {"prune_start": schedule.start, "prune_end": schedule.end, "prune_every": schedule.every}
         identity |= {f"{name} (steps)": value for name, value in steps.items()}

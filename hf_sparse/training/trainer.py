@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import Seq2SeqTrainer, Trainer
 
-from ..config.pruning import PruningConfig
+from ..config import PruningConfig
 from ..distributed import get_communicator
 from ..hub.upload import UploadError, hide_token
 from .callback import SparsityCallback

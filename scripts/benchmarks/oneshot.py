@@ -56,19 +56,19 @@ METHODS = {
         {2: "2.10 0.2x", 1: "1.50 0.8x"},
     ),
     "sparsegpt": Method(
-        {"solver": "sparsegpt", "solver_block": plain.BLOCK},
+        {"solver": "sparsegpt", "solver_kwargs": {"block_size": plain.BLOCK}},
         {"solves": True, "by_wanda": False, "of_four": False},
         {2: "2.75 0.5x", 1: "1.95 0.9x"},
     ),
     "wanda+sparsegpt": Method(
-        {"criterion": "wanda", "solver": "sparsegpt", "solver_block": plain.BLOCK},
+        {"criterion": "wanda", "solver": "sparsegpt", "solver_kwargs": {"block_size": plain.BLOCK}},
         {"solves": True, "by_wanda": True, "of_four": False},
     ),
     "wanda 2:4": Method(
         {"criterion": "wanda", "pattern": "2:4"}, {"solves": False, "by_wanda": True, "of_four": True}
     ),
     "sparsegpt 2:4": Method(
-        {"solver": "sparsegpt", "pattern": "2:4", "solver_block": plain.BLOCK},
+        {"solver": "sparsegpt", "pattern": "2:4", "solver_kwargs": {"block_size": plain.BLOCK}},
         {"solves": True, "by_wanda": False, "of_four": True},
     ),
 }

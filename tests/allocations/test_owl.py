@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sparse.allocations import ALLOCATIONS, LayerSize, outlier_share
+from hf_sparse.allocations import ALLOCATIONS, LayerSize, outlier_ratio
 
 
 def layers(*outliers, units=(100, 100, 100), **bounds):
@@ -16,22 +16,22 @@ def layers(*outliers, units=(100, 100, 100), **bounds):
 def test_outliers_by_hand():
     """Mean 2.9: of ten scores one is above 5 times it, three (4, 4, 17.5) above it, none 6.1 times it."""
     scores = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 4.0, 4.0, 17.5])
-    assert outlier_share([scores]) == 0.1 and outlier_share([scores], multiple=1) == 0.3
-    assert outlier_share([scores], multiple=6.1) == 0
-    assert outlier_share([torch.ones(5)], multiple=1) == 0  # above, not as high as
+    assert outlier_ratio([scores]) == 0.1 and outlier_ratio([scores], multiple=1) == 0.3
+    assert outlier_ratio([scores], multiple=6.1) == 0
+    assert outlier_ratio([torch.ones(5)], multiple=1) == 0  # above, not as high as
 
 
 def test_the_weights_of_a_block_are_taken_together():
     """Alone neither has an outlier; together, with a mean of 1.9, the ten of ten stand out."""
     low, high = torch.full((90,), 1.0), torch.full((10,), 10.0)
-    assert outlier_share([low]) == outlier_share([high]) == 0
-    assert outlier_share([low.view(9, 10), high]) == 0.1
+    assert outlier_ratio([low]) == outlier_ratio([high]) == 0
+    assert outlier_ratio([low.view(9, 10), high]) == 0.1
 
 
 def test_scores_that_are_not_finite_or_missing_are_refused():
     for scores in ([], [torch.empty(0)], [torch.tensor([1.0, float("nan")])], [torch.tensor([float("inf")])]):
         with pytest.raises(ValueError, match="needs finite scores"):
-            outlier_share(scores)
+            outlier_ratio(scores)
 
 
 def test_by_hand():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_sparse import PruningConfig, PruningConfigError
+from hf_sparse import PruningConfig, PruningConfigError, Requires
 from hf_sparse.criteria import CRITERIA
 
 
@@ -203,7 +203,7 @@ def test_a_type_that_went_wrong_later_is_not_passed_over():
 
 def test_every_criterion_of_training_is_named_in_the_help():
     text = PruningConfig.__dataclass_fields__["criterion"].metadata["help"]
-    assert all(name in text for name in CRITERIA.names() if CRITERIA[name].needs != "inputs")
+    assert all(name in text for name in CRITERIA.names() if not CRITERIA[name].requires & Requires.INPUTS)
 
 
 def test_prune_end_of_one_is_refused_since_it_is_not_all_of_training():

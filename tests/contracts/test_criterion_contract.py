@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import Pruner, PruningConfig, PruningConfigError
+from hf_sparse import Pruner, PruningConfig, PruningConfigError, Requires
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.statistics import InputNorms
 
@@ -12,11 +12,11 @@ from hf_sparse.statistics import InputNorms
 def inputs(criterion, dtype, shape=(6, 1, 8)):
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(shape, generator=generator).to(dtype)
-    if criterion.needs == "nothing":
+    if criterion.requires == Requires.NOTHING:
         return weight, None
-    if criterion.needs == "position":
+    if criterion.requires & Requires.POSITION:
         return weight, torch.arange(weight.numel()).view(shape) + (7 << 40)
-    if criterion.needs == "inputs":
+    if criterion.requires & Requires.INPUTS:
         norms = InputNorms(shape[-1])
         norms.observe(torch.randn(20, shape[-1], generator=generator))
         return weight, norms.norms.expand(shape)
@@ -50,7 +50,7 @@ def test_the_scores_of_parts_are_the_parts_of_the_scores(name):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", [name for name in CRITERIA.names() if CRITERIA[name].needs == "gradient"])
+@pytest.mark.parametrize("name", [name for name in CRITERIA.names() if CRITERIA[name].requires & Requires.GRADIENTS])
 def test_gradients_that_are_not_finite_are_refused_and_add_nothing(name, bad):
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion=name))
@@ -65,7 +65,7 @@ def test_gradients_that_are_not_finite_are_refused_and_add_nothing(name, bad):
     assert {counters["count"] for counters in values["counters"].values()} == {1}
 
 
-INPUTS = [name for name in CRITERIA.names() if CRITERIA[name].needs == "inputs"]
+INPUTS = [name for name in CRITERIA.names() if CRITERIA[name].requires & Requires.INPUTS]
 
 
 @pytest.mark.parametrize("name", INPUTS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_sparse import Requires
 from hf_sparse.patterns import get_pattern
 from hf_sparse.solvers import SOLVERS, PruneRequest, output_energy, register_solver
 from hf_sparse.statistics import GramMatrix
@@ -19,7 +20,7 @@ def random(*shape, seed=0):
 def stat_of(name, columns=COLUMNS):
     gram = GramMatrix(columns)
     gram.observe(random(100, columns, seed=7))
-    return gram if SOLVERS[name].needs == "gram" else None
+    return gram if SOLVERS[name].requires & Requires.GRAM else None
 
 
 def mask_of(share=0.6, rows=ROWS, seed=1):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from hf_sparse import Requires
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.statistics import GradientStatistic, GramMatrix, InputNorms
 
 
-NAMES = [name for name in CRITERIA.names() if CRITERIA[name].needs == "gradient"]
+NAMES = [name for name in CRITERIA.names() if CRITERIA[name].requires & Requires.GRADIENTS]
 
 
 def steps(seed, count):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import Criterion, Pruner, PruningConfig, register_criterion
+from hf_sparse import Criterion, Pruner, PruningConfig, Requires, register_criterion
 from hf_sparse.criteria import CRITERIA
 
 
@@ -69,6 +69,6 @@ def test_a_users_criterion_may_score_in_any_dtype_but_not_in_any_shape(own_crite
 def test_needs_and_persistence_say_what_they_are():
     """Sums that start over after a prune step, and sums that go on (movement, snip_momentum)."""
     persistent = {
-        name for name in CRITERIA.names() if CRITERIA[name].needs == "gradient" and CRITERIA[name].persistent
+        name for name in CRITERIA.names() if CRITERIA[name].requires & Requires.GRADIENTS and CRITERIA[name].persistent
     }
     assert {"movement", "snip_momentum"} <= persistent and not persistent & {"snip", "taylor", "gradient"}

@@ -14,7 +14,7 @@ from helpers.tiny import same, weights
 from torch import nn
 
 from hf_sparse import OneshotConfig, prune_oneshot
-from hf_sparse.config.pruning import PruningConfigError
+from hf_sparse.config import PruningConfigError
 from hf_sparse.distributed import SINGLE_PROCESS
 from hf_sparse.statistics import InputNorms
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from hf_sparse import PruningConfig
-from hf_sparse.config.pruning import PruningConfigError
+from hf_sparse import PruningConfig, Requires
+from hf_sparse.config import PruningConfigError
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.engine.pruner import Pruner
 
@@ -125,7 +125,7 @@ def cases(world, everything):
         meshes |= {name: init_device_mesh("cpu", (2, 2)) for name in GRIDS}
     turn = itertools.count()
     for layout, pattern, scope in itertools.product(layouts, PATTERNS, SCOPES):
-        criteria = [name for name in CRITERIA.names() if CRITERIA[name].needs != "inputs"]
+        criteria = [name for name in CRITERIA.names() if not CRITERIA[name].requires & Requires.INPUTS]
         for criterion in criteria if everything else [criteria[next(turn) % len(criteria)]]:
             options = {"pattern": pattern, "scope": scope, "criterion": criterion}
             yield options, layouts[layout], meshes[layout], layout, False

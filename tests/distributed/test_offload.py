@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse import OneshotConfig, prune_oneshot
-from hf_sparse.config.pruning import PruningConfigError
+from hf_sparse.config import PruningConfigError
 from hf_sparse.distributed import input_device, is_offloaded, iter_parameters, onload
 
 

@@ -208,7 +208,7 @@ def test_movement_and_snip_momentum_by_hand():
             pruner.observe()
             if step == 1:
                 assert pruner.update(1, 2).zeros == 0
-        assert pruner.groups[0].stats["0.weight"].total.tolist()[0] == pytest.approx(expected)
+        assert pruner.groups[0].statistics["0.weight"].total.tolist()[0] == pytest.approx(expected)
         pruner.update(2, 2)
         assert drawn(pruner) == [".###" if criterion == "movement" else "###."]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.mixed import NAMES, Mixed, fallen, scores, units
 
-from hf_sparse import Pruner, PruningConfig
+from hf_sparse import Pruner, PruningConfig, Requires
 from hf_sparse.allocations import ALLOCATIONS
 from hf_sparse.criteria import CRITERIA
 
@@ -16,8 +16,8 @@ PATTERNS = ["unstructured", "2:4", "1:4", "4x1", "2x2", "channel", "channel:in"]
 CHANNELS = ["channel", "channel:in"]
 TARGET = {"2:4": 0.5, "1:4": 0.75}
 STEPS = 5
-CRITERIA_OF_TRAINING = [name for name in CRITERIA.names() if CRITERIA[name].needs != "inputs"]
-ALLOCATIONS_OF_TRAINING = [name for name in ALLOCATIONS.names() if ALLOCATIONS[name].needs == "sizes"]
+CRITERIA_OF_TRAINING = [name for name in CRITERIA.names() if not CRITERIA[name].requires & Requires.INPUTS]
+ALLOCATIONS_OF_TRAINING = [name for name in ALLOCATIONS.names() if not ALLOCATIONS[name].requires & Requires.INPUTS]
 COMBINATIONS = [
     (pattern, scope, allocation, criterion)
     for pattern in PATTERNS
@@ -37,9 +37,13 @@ def score_of(pruner, name):
     """What the criterion ranks by, from the weights and gradients of `Mixed`; None where a hash decides."""
     criterion = pruner.groups[0].criterion
     weight = pruner.parameters[name].detach()
-    if criterion.needs == "nothing":
+    if criterion.requires == Requires.NOTHING:
         return weight.abs()
-    return criterion.score(weight, pruner.groups[0].stats[name].total) if criterion.needs == "gradient" else None
+    return (
+        criterion.score(weight, pruner.groups[0].statistics[name].total)
+        if criterion.requires & Requires.GRADIENTS
+        else None
+    )
 
 
 def competitors(scope, pattern, arrays):

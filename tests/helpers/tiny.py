@@ -14,8 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sparse import SparseTrainer, SparseTrainingArguments
-from hf_sparse.config.pruning import OPTIONS
+from hf_sparse import PruningConfig, SparseTrainer, SparseTrainingArguments
 from hf_sparse.files import STATE_FILE
 
 
@@ -55,7 +54,7 @@ def samples(count: int = 24, language: bool = False) -> list[dict]:
 
 def arguments(output_dir: Path, cls=None, **options) -> TrainingArguments:
     """Arguments of a short, quiet run: `TrainingArguments` where nothing of pruning is said."""
-    cls = cls or (SparseTrainingArguments if options.keys() & set(OPTIONS) else TrainingArguments)
+    cls = cls or (SparseTrainingArguments if options.keys() & set(PruningConfig.options()) else TrainingArguments)
     defaults = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,

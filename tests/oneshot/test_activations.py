@@ -8,7 +8,7 @@ import torch
 from helpers.tiny import bits_equal
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_sparse.config.oneshot import PLACES
+from hf_sparse.config.oneshot import ACTIVATIONS
 from hf_sparse.oneshot.activations import Activations
 
 
@@ -35,7 +35,7 @@ def leaves(structure):
     return torch.utils._pytree.tree_leaves(structure)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ACTIVATIONS)
 @pytest.mark.parametrize("number", range(len(STRUCTURES)))
 def test_every_structure_comes_back(number, place):
     kept, structure = Activations(place), STRUCTURES[number]
@@ -47,7 +47,7 @@ def test_every_structure_comes_back(number, place):
             assert bits_equal(left, right) if torch.is_tensor(left) else left == right
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ACTIVATIONS)
 def test_what_is_taken_out_is_a_copy(place):
     kept = Activations(place)
     kept[0] = (torch.ones(2),)
@@ -55,7 +55,7 @@ def test_what_is_taken_out_is_a_copy(place):
     assert kept[0][0].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ACTIVATIONS)
 def test_what_is_put_in_anew_takes_the_place_of_the_old(place):
     kept = Activations(place)
     for number in range(3):
@@ -79,7 +79,7 @@ def test_no_other_place():
         Activations("ram")
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ACTIVATIONS)
 def test_what_is_popped_is_handed_over_and_kept_no_longer(place):
     kept, tensor = Activations(place), torch.randn(2, 3)
     kept[0] = (tensor, None)

@@ -8,12 +8,16 @@ from torch import nn
 
 from hf_sparse import OneshotConfig
 from hf_sparse.distributed import SINGLE_PROCESS
-from hf_sparse.engine.pruner import build_groups
+from hf_sparse.engine.parameter_group import ParameterGroup
+from hf_sparse.engine.resolve import resolve_layers
 from hf_sparse.oneshot.dense_pass import accumulate_gradients, masks_from_dense_model
 
 
 def groups_of(model, **options):
-    return build_groups(model, OneshotConfig(target_sparsity=0.5, **options), inputs=True)[0]
+    return [
+        ParameterGroup(group)
+        for group in resolve_layers(model, OneshotConfig(target_sparsity=0.5, **options), True)[0]
+    ]
 
 
 def two_layers():
@@ -52,7 +56,7 @@ def test_gradients_are_summed_over_batches_and_nothing_is_left():
     for batch in batches:
         (gradient,) = torch.autograd.grad(model(**batch, labels=batch["input_ids"]).loss, [model.get_parameter(name)])
         expected += (gradient * model.get_parameter(name).detach()).abs()
-    stat = groups[0].stats[name]
+    stat = groups[0].statistics[name]
     assert torch.allclose(stat.total, expected, atol=1e-6) and stat.count == 3
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -71,7 +75,7 @@ def test_losses_in_whatever_a_model_gives():
     model = Model()
     groups = groups_of(model, criterion="gradient", scope="layer")
     accumulate_gradients(model, groups, [{"x": torch.ones(3, 2)}], SINGLE_PROCESS)
-    assert groups[0].stats["layer.weight"].total.tolist() == [[3, 3]]
+    assert groups[0].statistics["layer.weight"].total.tolist() == [[3, 3]]
     with pytest.raises(
         ValueError, match='criterion of gradients needs a loss, .* for calibration batch 1: add "labels"'
     ):

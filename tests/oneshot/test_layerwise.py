@@ -7,9 +7,8 @@ from hf_sparse import OneshotConfig
 from hf_sparse.engine.parameter_group import ParameterGroup
 from hf_sparse.model.layers import PrunableLayer
 from hf_sparse.oneshot import layerwise
-from hf_sparse.oneshot.layerwise import LayerPruner, get_solver, norms_of
+from hf_sparse.oneshot.layerwise import LayerPruner, norms_of
 from hf_sparse.oneshot.observers import InputObserver
-from hf_sparse.solvers import SOLVERS
 from hf_sparse.statistics import GramMatrix, InputNorms
 
 
@@ -134,7 +133,3 @@ def test_norms_broadcast_to_the_weight():
         layer = PrunableLayer("w", kind, shape)
         observers = [fed([layer], x), fed([layer], y)] if len(shape) == 3 else [fed([layer], x)]
         assert torch.allclose(norms_of(layer, observers), expected)
-
-
-def test_solvers_are_told_their_block_if_they_ask():
-    assert get_solver("sparsegpt", 32).block == 32 and isinstance(get_solver("zero", 32), SOLVERS["zero"])

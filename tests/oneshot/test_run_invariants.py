@@ -10,7 +10,7 @@ from helpers.tiny import bits_equal, weights
 from torch import nn
 
 from hf_sparse import OneshotConfig, prune_oneshot
-from hf_sparse.config.pruning import PruningConfigError
+from hf_sparse.config import PruningConfigError
 from hf_sparse.oneshot.layerwise import LayerPruner
 
 

@@ -31,9 +31,9 @@ from transformers import (  # noqa: E402
 
 
 GOOD, BAD, FILL = ("good", "great", "fine"), ("bad", "poor", "awful"), ("the", "film", "is", "a", "story", "and")
-PLACES = ("paris", "rome", "oslo", "bonn")
+ACTIVATIONS = ("paris", "rome", "oslo", "bonn")
 NAMES = ("anna", "ben", "carl", "dora")
-WORDS = [*GOOD, *BAD, *FILL, *PLACES, *NAMES, "lives", "in", "where", "does", "live", "?", "."]
+WORDS = [*GOOD, *BAD, *FILL, *ACTIVATIONS, *NAMES, "lives", "in", "where", "does", "live", "?", "."]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -158,7 +158,7 @@ class Overflow(TrainerCallback):
         self.trainer, self.refused, self.skipped = trainer, [], []
 
     def _sums(self):
-        stats = self.trainer.sparsity.pruner.groups[0].stats
+        stats = self.trainer.sparsity.pruner.groups[0].statistics
         return {name: stat.total.clone() for name, stat in stats.items()}
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):

@@ -11,11 +11,11 @@ from helpers.mixed import Mixed
 from helpers.tiny import SCHEDULE, arguments, bert, same, samples
 from transformers import Trainer, TrainerCallback
 
-from hf_sparse import Pruner, PruningConfig, SparseTrainer
+from hf_sparse import Pruner, PruningConfig, Requires, SparseTrainer
 from hf_sparse.criteria import CRITERIA
 
 
-OF_GRADIENTS = [name for name in CRITERIA.names() if CRITERIA[name].needs == "gradient"]
+OF_GRADIENTS = [name for name in CRITERIA.names() if CRITERIA[name].requires & Requires.GRADIENTS]
 
 
 def masks_of_a_run(factor, **options):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 import hf_sparse.files
-from hf_sparse import PruningConfig, SparsityCallback
+from hf_sparse import PruningConfig, Requires, SparsityCallback
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.files import STATE_FILE
 from hf_sparse.training.checkpoints import last_complete_checkpoint
@@ -33,7 +33,7 @@ LAST = f"checkpoint-{STEPS}"
 # Before, inside (right after a prune step) and after the schedule, whose prune steps are 3, 5, 7 and 8.
 RESUMED_AT = (1, 5, 9)
 
-METHODS = {name: {"criterion": name} for name in CRITERIA.names() if CRITERIA[name].needs != "inputs"} | {
+METHODS = {name: {"criterion": name} for name in CRITERIA.names() if not CRITERIA[name].requires & Requires.INPUTS} | {
     "regrow": {"criterion": "snip_momentum", "regrow": 0.3},
     "regrow_global": {"regrow": 0.5, "scope": "global"},
     "rows": {"scope": "row", "criterion": "taylor"},

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ... import files as storage
-from ...config.pruning import OPTIONS, PruningConfig
-from ...engine.parameter_group import ParameterGroup
+from ...config import OneshotConfig, PruningConfig, ResolvedGroup, upgrade_options
+from ...config.base import PruningOptions
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, write_json
 from ...reporting.report import SparsityReport
 from ..model_classes import auto_class
@@ -95,11 +95,11 @@ class SparsityCard:
         if not all(map(_is_on_the_hub, _listed(self.metadata.get("base_model")))):
             # A folder: the Hub refuses a card that names one, and it is nobody's business.
             self.metadata = {name: value for name, value in self.metadata.items() if name != "base_model"}
-        self.config = PruningConfig().to_dict() | self.config  # an earlier version may have had fewer options
+        kind = OneshotConfig if self.oneshot else PruningConfig
+        # An earlier version may have had fewer options, and others.
+        self.config = kind().to_dict() | kind.accepted_options(upgrade_options(self.config))
         if not self.settings:
-            options = {name: value for name, value in self.config.items() if name in OPTIONS}
-            groups = PruningConfig.from_dict(options).resolve_groups(oneshot=self.oneshot)
-            self.settings = describe(ParameterGroup(name, options, []) for name, options in groups.items())
+            self.settings = describe(kind.from_dict(self.config).resolve_groups().values())
 
     # Files
 
@@ -123,7 +123,9 @@ class SparsityCard:
         report, config = (read_card_file(directory / name) for name in (REPORT_FILE, CONFIG_FILE))
         stored = read_card_file(directory / CARD_FILE) if (directory / CARD_FILE).is_file() else {}
         if not stored:
-            stored = _found_beside(directory) | {"oneshot": bool(config.keys() - set(OPTIONS))}
+            stored = _found_beside(directory) | {
+                "oneshot": bool(config.keys() & (set(OneshotConfig.run_options) - set(PruningOptions.run_options)))
+            }
         try:
             values = {"model_name": directory.resolve().name}
             values |= {name: stored[name] for name in _STORED if name in stored}
@@ -169,7 +171,7 @@ class SparsityCard:
         }
         for name in ("criterion", "scope", "solver"):
             figures[name] = _one_or_all(list(dict.fromkeys(row[name] for row in self.settings if row.get(name))))
-        if figures.get("solver") == "zero":
+        if figures.get("solver") == "none":
             del figures["solver"]  # which changes nothing
         return {name: value for name, value in figures.items() if value is not None} | {"library": "hf_sparse"}
 
@@ -210,18 +212,9 @@ def _fits(name: str, value: Any) -> bool:
     return isinstance(value, kind) or (value is None and _TYPES[name].endswith("None"))
 
 
-def describe(groups: Iterable[ParameterGroup]) -> list[dict[str, Any]]:
-    """What there is to say of each group: its options, with what was left out filled in."""
-    rows = []
-    for group in groups:
-        options = group.options.to_dict()
-        row = {name: options[name] for name in ("pattern", "criterion", "solver", "allocation")} | {
-            "scope": group.scope
-        }
-        if not group.target:  # its zeros were there before
-            row = dict.fromkeys(row) | {"pattern": group.options.pattern}
-        rows.append({"group": group.name, **row, "target": group.target})
-    return rows
+def describe(groups: Iterable[ResolvedGroup]) -> list[dict[str, Any]]:
+    """Returns the resolved options of each group as JSON values."""
+    return [group.to_dict() for group in groups]
 
 
 def measurements(metrics: Mapping[str, Any]) -> dict[str, float]:

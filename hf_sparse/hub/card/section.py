@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub.utils import yaml_dump
 
-from ...config.pruning import PruningConfig
+from ...config import OneshotConfig, PruningConfig
 from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ...reporting.report import SparsityReport
 from ...reporting.tables import format_markdown_table, format_sparsity
@@ -70,7 +70,7 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
         "version": escape(card.version),
         "processes": f", on {card.processes} processes" if card.processes > 1 else "",
         "command": code_block(card.command, "bash") if card.command else None,
-        "options": _options(card.config),
+        "options": _options(card.config, card.oneshot),
         "limits": [*_limits(card.patterns), _STORED_DENSE],
     }
 
@@ -97,7 +97,7 @@ def _introduction(card: SparsityCard) -> str:
 
 def _settings(rows: Sequence[dict[str, Any]]) -> str:
     """One row per group, less the columns that say nothing."""
-    quiet = {"solver": (None, "zero"), "allocation": (None, "uniform"), "group": ("weights",)}
+    quiet = {"solver": (None, "none"), "allocation": (None, "uniform"), "group": ("weights",)}
     names = [
         name
         for name in ("group", "pattern", "criterion", "scope", "allocation", "solver", "target")
@@ -120,7 +120,7 @@ def _how(card: SparsityCard) -> str:
     if card.oneshot:
         words.append("Pruned in one shot, without training.")
     elif any(row.get("target") for row in card.settings):
-        words.append(_schedule(config, card.max_steps))
+        words.append(_schedule(config, card.settings, card.max_steps))
     if config.get("keep_zeros"):
         words.append("The zeros that the selected weights started with were kept (keep_zeros).")
     if config.get("regrow"):
@@ -130,9 +130,9 @@ def _how(card: SparsityCard) -> str:
     return " ".join(words)
 
 
-def _schedule(config: dict[str, Any], max_steps: int | None) -> str:
+def _schedule(config: dict[str, Any], settings: Sequence[dict[str, Any]], max_steps: int | None) -> str:
     start, end, every = (config[name] for name in ("prune_start", "prune_end", "prune_every"))
-    name = config.get("scheduler") or ("oneshot" if start == end else "iterative")
+    name = settings[0].get("scheduler") or ("oneshot" if start == end else "iterative")
     curve = f" ({config['sparsity_decay_type']} curve)" if name == "iterative" else ""
     words = f"Scheduler: {escape(name + curve)}"
     if max_steps is None:
@@ -191,9 +191,9 @@ def _all_of(config: dict[str, Any], name: str) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def _options(config: dict[str, Any]) -> str:
+def _options(config: dict[str, Any], oneshot: bool) -> str:
     """A recipe file."""
-    defaults = PruningConfig().to_dict()
+    defaults = (OneshotConfig if oneshot else PruningConfig)().to_dict()
     given = {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
     return code_block(yaml_dump(given, sort_keys=False) if given else "{}", "yaml")
 

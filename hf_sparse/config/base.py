@@ -1,0 +1,449 @@
+"""Options of what to prune, shared by training and one-shot pruning, and how every config is read and written."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from ..allocations import ALLOCATIONS, Allocation
+from ..criteria import CRITERIA, Criterion
+from ..files import write_json
+from ..methods import MethodRegistry
+from ..patterns import Pattern, get_pattern
+from ..plugins import load_installed_plugins
+from ..registry import nearest
+from ..schedulers import OneshotScheduler, Scheduler
+from ..solvers import SOLVERS
+from .recipe import read_recipe
+from .resolved import ResolvedGroup
+from .validation import consistency_errors, option_errors, target_of, type_error
+
+
+METHODS: dict[str, MethodRegistry] = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "solver": SOLVERS}
+"""Options that name a method with options of its own, `<name>_kwargs`."""
+
+
+class PruningConfigError(ValueError):
+    """A config that cannot be carried out.
+
+    Attributes:
+        errors: every reason, one or two sentences each.
+    """
+
+    def __init__(self, errors: list[str]):
+        self.errors = errors
+        if len(errors) == 1:
+            super().__init__(errors[0])
+        else:
+            super().__init__("\n".join([f"{len(errors)} errors in the pruning config:", *(f"- {e}" for e in errors)]))
+
+
+def option(help: str, **arguments: Any) -> Any:  # noqa: A002 - the name that argument parsers use
+    """Returns a dataclass field with its help text. None means that the option was not given.
+
+    Args:
+        help: for command lines.
+        arguments: further arguments of `argparse.ArgumentParser.add_argument`.
+    """
+    return dataclasses.field(default=None, metadata={"help": help, **arguments})
+
+
+FLAG = {"nargs": "?", "const": True}
+"""Arguments of an option that is true or false: `--keep_zeros` alone means true."""
+
+
+@dataclass
+class PruningOptions:
+    """What to prune: sparsity, granularity, importance criterion, ranking scope, and which layers.
+
+    An option that was not given is None until `__post_init__`, which takes it from the recipe file, if one is named,
+    or else from `defaults`. An option given beside a recipe with another value is an error.
+    """
+
+    target_sparsity: float | None = option(
+        "Target sparsity: the fraction of the selected weights to prune, from 0 to 1. Left out: nothing is pruned, or "
+        "what the pattern implies (0.5 for 2:4)."
+    )
+    pattern: Pattern | str | None = option(
+        'Granularity, what is pruned as one unit: "unstructured" (the default: single weights), "N:M" (2:4 keeps 2 of '
+        'every 4), "RxC" blocks (4x1), "channel" (output rows), "channel:in" (input columns).'
+    )
+    criterion: Criterion | str | None = option(
+        "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, in one-shot "
+        "pruning also wanda, or a registered one. Left out: snip_momentum in training; one-shot wanda, or the "
+        "solver's own selection."
+    )
+    criterion_kwargs: dict[str, Any] | str | None = option(
+        'Options of the criterion, as JSON: {"decay": 0.95} for snip_momentum.'
+    )
+    scope: str | None = option(
+        "Ranking scope, the units that compete: row, layer or global. Left out: the criterion's (global, row for "
+        "wanda), or layer for the channel patterns and for an allocation other than uniform."
+    )
+    allocation: Allocation | str | None = option(
+        "Allocation of the target over layers, with scope row or layer: uniform (the default), erdos_renyi, in "
+        "one-shot pruning also owl, or a registered one."
+    )
+    allocation_kwargs: dict[str, Any] | str | None = option(
+        'Options of the allocation, as JSON: {"m": 5, "lambda_": 0.08} for owl.'
+    )
+    min_sparsity_per_layer: float | None = option("Minimum sparsity of each selected layer at the end, from 0 to 1.")
+    max_sparsity_per_layer: float | None = option("Maximum sparsity of each selected layer, from 0 to 1.")
+    targets: list[str] | None = option(
+        "Layers to prune: globs, or regular expressions after re:, on parameter or module names. Left out: all "
+        "prunable weights of the model's body; no embeddings, no task head."
+    )
+    exclude: list[str] | None = option("Layers to leave out: globs, or regular expressions after re:.")
+    on_indivisible: str | None = option(
+        "Weights whose shape the pattern does not divide: error (the default), or skip (they are logged)."
+    )
+    keep_zeros: bool | None = option(
+        "Keep the zeros that the selected weights already have, and fine-tune the other weights.", **FLAG
+    )
+    pruning_config: str | None = option(
+        "Recipe file (.yaml or .json) with any of these options, and groups with options of their own."
+    )
+    groups: dict[str, Any] | str | None = option(
+        "Parameter groups: name -> options for the layers that its targets match; options that a group leaves out are "
+        "those above. Best written in a recipe file."
+    )
+
+    defaults: ClassVar[dict[str, Any]] = {
+        "pattern": "unstructured",
+        "allocation": "uniform",
+        "on_indivisible": "error",
+        "keep_zeros": False,
+    }
+    """Values of options that were not given, where None is not the value."""
+    run_options: ClassVar[tuple[str, ...]] = ("keep_zeros", "pruning_config", "groups")
+    """Options of the whole run, which a group cannot have."""
+
+    def __post_init__(self):
+        load_installed_plugins()
+        errors: list[str] = []
+        if self.pruning_config is not None:
+            self._take_recipe(errors)
+        for name in ("groups", *(name for name in self.options() if name.endswith("_kwargs"))):
+            self._parse_json(name, errors)
+        for name, default in self.defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        errors += self._replace_instances()
+        errors += self._errors()
+        if errors:
+            raise PruningConfigError(errors)
+
+    def _errors(self) -> list[str]:
+        """The errors of all groups; those of options that the groups share are reported once."""
+        values, type_errors = self._check_types(self._values())
+        shared = option_errors(values, self.resolve_criterion(values))
+        errors = type_errors + shared
+        for name, options in self._group_values().items():
+            where = f'group "{name}": ' if self.groups else ""
+            if isinstance(options, str):
+                errors.append(where + options)
+                continue
+            own, problems = self._check_types(options) if self.groups else (values, [])
+            criterion = self.resolve_criterion(own)
+            problems = self._unknown_in_group(name) + problems
+            problems += [error for error in option_errors(own, criterion) if error not in shared]
+            if not (type_errors or shared or problems):  # each option is valid by itself
+                problems = consistency_errors(own, criterion) + self.more_errors(own, criterion)
+            errors += [where + problem for problem in problems]
+        return errors
+
+    def _unknown_in_group(self, name: str) -> list[str]:
+        return (
+            unknown_options(self.groups[name], "", self.group_options())
+            if isinstance(self.groups, Mapping) and self.groups
+            else []
+        )
+
+    def more_errors(self, options: SimpleNamespace, criterion: str | None) -> list[str]:
+        """Returns further errors of a group's options, which only this kind of config has."""
+        return []
+
+    def _replace_instances(self) -> list[str]:
+        """Replaces methods and patterns that were given as instances by their names and options."""
+        values = self._values()
+        errors = _replace_instances(values)
+        for name in (*METHODS, *(f"{name}_kwargs" for name in METHODS), "pattern"):
+            if name in values:
+                setattr(self, name, values[name])
+        if isinstance(self.groups, Mapping):
+            self.groups = {
+                name: dict(group) if isinstance(group, Mapping) else group for name, group in self.groups.items()
+            }
+            for group in self.groups.values():
+                errors += _replace_instances(group) if isinstance(group, dict) else []
+        return errors
+
+    @classmethod
+    def _check_types(cls, values: Mapping[str, Any]) -> tuple[SimpleNamespace, list[str]]:
+        """Returns the options with the default for each value of a wrong type, so that the errors of the others can be
+        reported too, and the errors of those values."""
+        # Not the types of the fields, which HfArgumentParser overwrites.
+        annotations = {
+            name: kind
+            for base in reversed(cls.__mro__)
+            for name, kind in base.__dict__.get("__annotations__", {}).items()
+        }
+        errors = {name: type_error(name, value, annotations[name]) for name, value in values.items()}
+        checked = {name: cls.defaults.get(name) if errors[name] else value for name, value in values.items()}
+        return SimpleNamespace(**checked), [error for error in errors.values() if error]
+
+    # Reading and writing
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Returns the names of the options of pruning, without those that a subclass for a trainer adds."""
+        config = next(base for base in cls.__mro__ if base.__module__.startswith(__name__.rpartition(".")[0]))
+        return tuple(field.name for field in dataclasses.fields(config))
+
+    @classmethod
+    def group_options(cls) -> tuple[str, ...]:
+        """Returns the names of the options that a group can have."""
+        return tuple(name for name in cls.options() if name not in cls.run_options)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]):
+        """Returns a config from option names and values, also those that an earlier version has written.
+
+        Raises:
+            PruningConfigError: an unknown option (the nearest known one is named), or any other error.
+        """
+        try:
+            values = cls.accepted_options(upgrade_options(values))
+        except ValueError as error:
+            raise PruningConfigError([str(error)]) from None
+        unknown = unknown_options(values, "", cls.options())
+        try:
+            config = cls(**{name: value for name, value in values.items() if name in cls.options()})
+        except PruningConfigError as error:
+            raise PruningConfigError(unknown + error.errors) from None
+        if unknown:
+            raise PruningConfigError(unknown)
+        return config
+
+    @classmethod
+    def from_file(cls, path: str | Path):
+        """Returns a config from a recipe file, YAML or JSON.
+
+        Raises:
+            PruningConfigError: the file cannot be read, or an option in it is invalid.
+        """
+        return cls(pruning_config=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options of pruning and their values as JSON values, without those that a subclass adds."""
+        return {name: copy.deepcopy(value) for name, value in self._values().items() if name != "pruning_config"}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the options as JSON, which `from_file` reads."""
+        write_json(path, self.to_dict())
+
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.options()}
+
+    def _take_recipe(self, errors: list[str]) -> None:
+        """Takes options from the recipe file. The config does not refer to the file afterwards."""
+        path, self.pruning_config = str(self.pruning_config), None
+        try:
+            values = self.accepted_options(upgrade_options(read_recipe(path)), f"{path}: ")
+        except ValueError as error:
+            errors.append(str(error))
+            return
+        allowed = tuple(name for name in self.options() if name != "pruning_config")
+        errors += unknown_options(values, f"{path}: ", allowed)
+        for name in (name for name in allowed if name in values):
+            given, value = getattr(self, name), values[name]
+            if given is not None and given != value:
+                errors.append(f"{name} is {given!r} in the arguments but {value!r} in {path}: set it in one of them.")
+            setattr(self, name, value)
+
+    @classmethod
+    def accepted_options(cls, values: dict[str, Any], where: str = "") -> dict[str, Any]:
+        """Returns the options of a file without those that mean nothing for this kind of config.
+
+        Raises:
+            ValueError: such an option asks for something that this kind of config cannot do.
+        """
+        return values
+
+    def _parse_json(self, name: str, errors: list[str]) -> None:
+        text = getattr(self, name)
+        if not isinstance(text, str):
+            return
+        try:
+            setattr(self, name, json.loads(text))
+        except json.JSONDecodeError as error:
+            errors.append(f"{name} is {text!r}: it must be a JSON object ({error}). It can be set in a recipe file.")
+            setattr(self, name, None)
+
+    # Groups
+
+    def _group_values(self) -> dict[str, dict[str, Any] | str]:
+        """Group name -> the values of all options of the group, or what is wrong with it."""
+        shared = {name: value for name, value in self._values().items() if name not in ("groups", "pruning_config")}
+        if not self.groups:
+            return {"weights": shared}
+        groups: dict[str, dict[str, Any] | str] = {}
+        for name, options in self.groups.items():
+            if not isinstance(options, Mapping):
+                groups[name] = f"its options must be a mapping, but are {options!r}."
+                continue
+            allowed = {key: value for key, value in options.items() if key in self.group_options()}
+            groups[name] = merge_group_options(shared, allowed)
+        return groups
+
+    def resolve_groups(self) -> dict[str, ResolvedGroup]:
+        """Returns the resolved options of each group by name, without layers. Without groups, one: "weights".
+
+        Defaults that depend on other options are filled in here and nowhere else.
+
+        Raises:
+            PruningConfigError: an option was set to an invalid value after the config was made.
+
+        Example:
+            >>> from hf_sparse import PruningConfig
+            >>> config = PruningConfig(target_sparsity=0.5, groups={"ffn": {"targets": ["*.ffn"], "pattern": "4x1"}})
+            >>> {name: (str(group.pattern), group.target) for name, group in config.resolve_groups().items()}
+            {'ffn': ('4x1', 0.5)}
+        """
+        if errors := self._errors():
+            raise PruningConfigError(errors)
+        groups = self._group_values()
+        return {name: self._resolve(name, options) for name, options in groups.items() if not isinstance(options, str)}
+
+    def _resolve(self, name: str, values: dict[str, Any]) -> ResolvedGroup:
+        options = SimpleNamespace(**values)
+        pattern, criterion_name = get_pattern(options.pattern), self.resolve_criterion(options)
+        criterion = CRITERIA.create(criterion_name, options.criterion_kwargs) if criterion_name else None
+        return ResolvedGroup(
+            name=name,
+            pattern=pattern,
+            criterion=criterion,
+            solver=SOLVERS.create(getattr(options, "solver", "none"), getattr(options, "solver_kwargs", None)),
+            scope=options.scope or _default_scope(options.allocation, pattern, criterion),
+            allocation=ALLOCATIONS.create(options.allocation, options.allocation_kwargs),
+            scheduler=self.resolve_scheduler(options),
+            target=target_of(options) or 0.0,
+            min_sparsity_per_layer=options.min_sparsity_per_layer or 0.0,
+            max_sparsity_per_layer=1.0 if options.max_sparsity_per_layer is None else options.max_sparsity_per_layer,
+            targets=options.targets,
+            exclude=options.exclude,
+            on_indivisible=options.on_indivisible,
+            keep_zeros=options.keep_zeros,
+            regrow=getattr(options, "regrow", 0.0),
+        )
+
+    def resolve_criterion(self, options: SimpleNamespace) -> str | None:
+        """Returns the name of the criterion of a group's options; None if the solver selects the pruned units."""
+        raise NotImplementedError
+
+    def resolve_scheduler(self, options: SimpleNamespace) -> Scheduler:
+        """Returns the scheduler of a group's options: one-shot pruning has a single prune step."""
+        return OneshotScheduler({})
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the config prunes anything or keeps zeros."""
+        return bool(self.keep_zeros or any(group.target for group in self.resolve_groups().values()))
+
+
+def _default_scope(allocation: str, pattern: Pattern, criterion: Criterion | None) -> str:
+    if criterion is None or not pattern.has_rows:
+        return "layer"
+    scope = criterion.default_scope
+    return "layer" if scope == "global" and allocation != "uniform" else scope
+
+
+def merge_group_options(shared: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of one group: its own, and for the others those that all groups share.
+
+    A group that names a method does not inherit the shared options of that method, and a group whose pattern implies a
+    target (2:4) does not inherit the shared target.
+
+    Example:
+        >>> merge_group_options({"pattern": "4x1", "target_sparsity": 0.8}, {"pattern": "2:4"})
+        {'pattern': '2:4', 'target_sparsity': None}
+    """
+    merged = {**shared, **group}
+    for method in METHODS:
+        if method in group and f"{method}_kwargs" not in group and f"{method}_kwargs" in merged:
+            merged[f"{method}_kwargs"] = None
+    if "target_sparsity" not in group and "target_sparsity" in merged:
+        try:
+            implied = get_pattern(merged["pattern"]).implied_sparsity
+        except (ValueError, KeyError):  # an unknown pattern is an error of its own
+            implied = None
+        if implied is not None:
+            merged["target_sparsity"] = None
+    return merged
+
+
+def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options that an earlier version has written under their present names.
+
+    Example:
+        >>> upgrade_options({"solver": "sparsegpt", "dampening": 0.1, "solver_block": None})
+        {'solver': 'sparsegpt', 'solver_kwargs': {'dampening': 0.1}}
+        >>> upgrade_options({"solver": "zero"})
+        {'solver': 'none'}
+    """
+    values = dict(values)
+    if values.get("solver") == "zero":
+        values["solver"] = "none"
+    old = {"dampening": values.pop("dampening", None), "block_size": values.pop("solver_block", None)}
+    kwargs = {name: value for name, value in old.items() if value is not None}
+    # Before, dampening was written whatever the solver was.
+    groups = values.get("groups") or {}
+    solvers = {values.get("solver")} | {group.get("solver") for group in groups.values() if isinstance(group, Mapping)}
+    if kwargs and solvers - {None, "none", "zero"}:
+        values["solver_kwargs"] = kwargs
+    if isinstance(values.get("groups"), Mapping):
+        values["groups"] = {
+            name: upgrade_options(group) if isinstance(group, Mapping) else group for name, group in groups.items()
+        }
+    return values
+
+
+def unknown_options(values: Mapping[str, Any], where: str, allowed: tuple[str, ...]) -> list[str]:
+    """Returns an error for every key of `values` that is no option."""
+    known = f" Known are {', '.join(allowed)}."
+    return [f'{where}unknown option "{key}".{nearest(key, allowed) or known}' for key in values if key not in allowed]
+
+
+def _replace_instances(values: dict[str, Any]) -> list[str]:
+    """Replaces instances in a mapping of options by names and options, in place. Returns the errors."""
+    errors = []
+    for method, registry in METHODS.items():
+        instance = values.get(method)
+        if not isinstance(instance, registry.base):
+            continue
+        try:
+            values[method], kwargs = registry.name_and_options(instance)
+        except ValueError as error:
+            errors.append(f"{method}: {error}")
+            values[method], kwargs = None, {}
+        if values.get(f"{method}_kwargs"):
+            errors.append(f"{method} is an instance with its own options: leave {method}_kwargs out.")
+        values[f"{method}_kwargs"] = kwargs or None
+    if isinstance(pattern := values.get("pattern"), Pattern):
+        values["pattern"] = str(pattern)
+        try:
+            known = get_pattern(str(pattern))
+        except ValueError as error:
+            errors.append(f"{error} Decorate its class with register_pattern.")
+        else:
+            if known != pattern:
+                errors.append(
+                    f"pattern {pattern!r} is written as {pattern}, which means {known!r}: define its __str__."
+                )
+    return errors

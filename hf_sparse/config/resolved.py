@@ -1,0 +1,120 @@
+"""ResolvedGroup: the options of one parameter group with every default filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..allocations import ALLOCATIONS, Allocation
+from ..criteria import CRITERIA, Criterion
+from ..model.layers import PrunableLayer
+from ..patterns import Pattern
+from ..requires import Requires
+from ..schedulers import SCHEDULERS, Scheduler
+from ..solvers import SOLVERS, Solver
+
+
+@dataclass(frozen=True)
+class ResolvedGroup:
+    """A parameter group: layers that share criterion, pattern, scope, allocation, solver and schedule.
+
+    Made once from a config; the engine, one-shot pruning, cards, reports and inspection read it, and fill in nothing.
+
+    Args:
+        name: of the group.
+        pattern: the pruning granularity.
+        criterion: the importance criterion; None if the solver selects the pruned units.
+        solver: the weight update after pruning.
+        scope: "row", "layer" or "global".
+        allocation: the distribution of the target over layers.
+        scheduler: the sparsity at each prune step.
+        target: the sparsity at the last prune step; 0 if only zeros are kept.
+        min_sparsity_per_layer, max_sparsity_per_layer: bounds of each layer's sparsity, from 0 to 1.
+        targets, exclude: which layers, see `select_layers`.
+        on_indivisible: "error" or "skip", for weights that the pattern does not divide.
+        keep_zeros: whether zeros that weights have at the start are kept.
+        regrow: fraction of kept weights that a prune step exchanges.
+        layers: what is pruned, once the model is known.
+    """
+
+    name: str
+    pattern: Pattern
+    criterion: Criterion | None
+    solver: Solver
+    scope: str
+    allocation: Allocation
+    scheduler: Scheduler
+    target: float
+    min_sparsity_per_layer: float = 0.0
+    max_sparsity_per_layer: float = 1.0
+    targets: list[str] | None = None
+    exclude: list[str] | None = None
+    on_indivisible: str = "error"
+    keep_zeros: bool = False
+    regrow: float = 0.0
+    layers: tuple[PrunableLayer, ...] = ()
+
+    @property
+    def requires(self) -> Requires:
+        """What must be computed before the group can be pruned: the union over its methods."""
+        if not self.target:
+            return Requires.NOTHING
+        requires = self.solver.requires | self.allocation.requires
+        return requires if self.criterion is None else requires | self.criterion.requires
+
+    @property
+    def ranks_all_layers(self) -> bool:
+        """Whether the units of all layers compete, so that no layer can be pruned by itself."""
+        return self.scope == "global" and self.criterion is not None
+
+    @property
+    def criterion_name(self) -> str | None:
+        """The registered name of the criterion."""
+        return None if self.criterion is None else CRITERIA.name_and_options(self.criterion)[0]
+
+    @property
+    def solver_name(self) -> str:
+        """The registered name of the solver."""
+        return SOLVERS.name_and_options(self.solver)[0]
+
+    @property
+    def allocation_name(self) -> str:
+        """The registered name of the allocation."""
+        return ALLOCATIONS.name_and_options(self.allocation)[0]
+
+    def num_units(self, layer: PrunableLayer) -> int:
+        """Returns the number of units of a layer."""
+        return layer.num_matrices * self.pattern.num_units(layer.matrix_shape)
+
+    def with_layers(self, layers: Iterable[PrunableLayer]) -> ResolvedGroup:
+        """Returns the group with the layers of a model.
+
+        Raises:
+            ValueError: units of different sizes would compete globally.
+        """
+        group = replace(self, layers=tuple(layers))
+        sizes = {layer.numel // group.num_units(layer) for layer in group.layers}
+        if group.scope == "global" and len(sizes) > 1:
+            raise ValueError(
+                f'scope "global" ranks units of one size, but with pattern "{group.pattern}" they hold '
+                f"{sorted(sizes)} weights: use scope=layer, or groups of layers with equal units."
+            )
+        return group
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the group as JSON values, with the options of its methods, for reports and cards.
+
+        A group without a target prunes nothing: only its name, pattern and target are given.
+        """
+        values: dict[str, Any] = {"group": self.name, "pattern": str(self.pattern)}
+        methods = (("criterion", CRITERIA, self.criterion), ("solver", SOLVERS, self.solver))
+        for name, registry, method in (*methods, ("allocation", ALLOCATIONS, self.allocation)):
+            chosen, options = (None, {}) if method is None or not self.target else registry.name_and_options(method)
+            values[name] = chosen
+            if options:
+                values[f"{name}_kwargs"] = options
+        values["scope"] = self.scope if self.target else None
+        scheduler = next((name for name in SCHEDULERS.names() if SCHEDULERS[name] is type(self.scheduler)), None)
+        values["scheduler"] = scheduler if self.target else None
+        return values | {"target": self.target}

@@ -1,0 +1,50 @@
+"""Options of when to prune, which only training has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import option
+
+
+@dataclass
+class ScheduleOptions:
+    """When to prune: the schedule of prune steps, and how the sparsity increases over them."""
+
+    scheduler: str | None = option(
+        "Scheduler: oneshot, iterative, or a registered one. Left out: oneshot when prune_start equals prune_end, else "
+        "iterative."
+    )
+    sparsity_decay_type: str | None = option(
+        "Curve of the iterative scheduler from initial_sparsity to the target: cubic (the default), linear, exp, cos, "
+        "cube."
+    )
+    prune_start: float | None = option(
+        "First prune step: an optimizer step, or a fraction of training when below 1. 0, the default, is the first "
+        "step."
+    )
+    prune_end: float | None = option(
+        "Last prune step, which reaches the target: an optimizer step, or a fraction of training when below 1 (0.7 by "
+        "default)."
+    )
+    prune_every: float | None = option(
+        "Optimizer steps between prune steps, or a fraction of training when below 1 (0.01 by default)."
+    )
+    initial_sparsity: float | None = option(
+        "Sparsity at which the curve starts, from 0 (the default) to target_sparsity."
+    )
+    regrow: float | None = option(
+        "Regrowth: fraction of the kept weights that each prune step exchanges for pruned ones with the largest "
+        "gradient, decreasing to 0 at the end (from 0, the default, to 1). Needs a pattern of single weights or blocks "
+        "and scope layer or global."
+    )
+
+    schedule_defaults: ClassVar[dict[str, object]] = {
+        "sparsity_decay_type": "cubic",
+        "prune_start": 0.0,
+        "prune_end": 0.7,
+        "prune_every": 0.01,
+        "initial_sparsity": 0.0,
+        "regrow": 0.0,
+    }

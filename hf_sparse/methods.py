@@ -1,0 +1,113 @@
+"""Registries of methods that own their options: a name and a mapping of options become an instance, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from .registry import Registry, nearest
+
+
+class MethodRegistry(Registry):
+    """The members of a family of methods. A member is a class; where it is a dataclass its fields are its options.
+
+    Args:
+        family: the word for a member in error messages, such as "criterion".
+        base: the class that all members inherit from.
+
+    Example:
+        >>> class Method: ...
+        >>> methods = MethodRegistry("method", Method)
+        >>> @methods.register("decaying")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Decaying(Method):
+        ...     decay: float = 0.9
+        >>> methods.create("decaying", {"decay": 0.5})
+        Decaying(decay=0.5)
+        >>> methods.name_and_options(Decaying(0.5))
+        ('decaying', {'decay': 0.5})
+        >>> methods.create("decaying", {"decya": 0.5})
+        Traceback (most recent call last):
+        ...
+        ValueError: method "decaying" has no option "decya": known are decay. Did you mean "decay"?
+    """
+
+    def __init__(self, family: str, base: type):
+        super().__init__(family)
+        self.base = base
+
+    def check(self, name: str, member: Any) -> None:
+        """Raises TypeError when `member` is not a subclass of the family's base class."""
+        if not (isinstance(member, type) and issubclass(member, self.base)):
+            raise TypeError(f'{self.family} "{name}" must be a subclass of {self.base.__name__}, but is {member!r}.')
+
+    def create(self, name: str, options: Mapping[str, Any] | None = None) -> Any:
+        """Returns the member `name` with its options; those left out have their defaults.
+
+        Raises:
+            ValueError: the name or an option is unknown, or a value is of the wrong type or out of range.
+        """
+        member, options = self[name], options or {}
+        fields = {field.name: field for field in _option_fields(member)}
+        for option in options:
+            if option not in fields:
+                known = f"known are {', '.join(fields)}" if fields else "it has none"
+                raise ValueError(f'{self.family} "{name}" has no option "{option}": {known}.{nearest(option, fields)}')
+        hints = typing.get_type_hints(member) if fields else {}
+        for option, value in options.items():
+            if not _is_instance(value, hints[option]):
+                raise ValueError(
+                    f'option "{option}" of {self.family} "{name}" is {value!r}: it must be {type_name(hints[option])}.'
+                )
+        try:
+            return member(**options)
+        except ValueError as error:
+            raise ValueError(f'{self.family} "{name}": {error}') from error
+
+    def name_and_options(self, method: Any) -> tuple[str, dict[str, Any]]:
+        """Returns the name under which the class of `method` is registered, and its options that differ from their
+        defaults.
+
+        Raises:
+            ValueError: the class is not registered.
+        """
+        name = next((name for name in self.names() if self[name] is type(method)), None)
+        if name is None:
+            raise ValueError(
+                f"{self.family} {method!r} is not registered: decorate its class with register_{self.family}."
+            )
+        values = {field.name: (getattr(method, field.name), field.default) for field in _option_fields(type(method))}
+        return name, {option: value for option, (value, default) in values.items() if value != default}
+
+
+def type_name(hint: Any) -> str:
+    """Returns the words for a type in an error message.
+
+    Example:
+        >>> type_name(float), type_name(int | None)
+        ('a number', 'a whole number or None')
+    """
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "None"}
+    return " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in _members(hint))
+
+
+def _option_fields(member: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(member) if field.init] if dataclasses.is_dataclass(member) else []
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, type(int | None)) else (hint,)
+
+
+def _is_instance(value: Any, hint: Any) -> bool:
+    for kind in _members(hint):
+        kind = typing.get_origin(kind) or kind
+        if kind is Any or not isinstance(kind, type):
+            return True
+        if isinstance(value, bool) and kind is not bool:
+            continue
+        if isinstance(value, kind) or (kind is float and isinstance(value, int)):
+            return True
+    return False

@@ -1,0 +1,34 @@
+"""What a method needs to be computed before it can decide."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Requires(enum.Flag):
+    """What a criterion, an allocation or a solver needs beside the weights.
+
+    Each method declares its requirements in `requires`; those of a parameter group are the union over its members
+    (`ResolvedGroup.requires`). Whatever runs the methods asks only for these flags, never for a method's name.
+
+    Example:
+        >>> needed = Requires.GRADIENTS | Requires.INPUT_NORMS
+        >>> bool(needed & Requires.INPUTS), bool(needed & Requires.GRAM)
+        (True, False)
+    """
+
+    NOTHING = 0
+    POSITION = enum.auto()
+    """The position of each weight: int64, unique over all layers."""
+    GRADIENTS = enum.auto()
+    """Sums of a function of weights and gradients over optimizer steps or calibration batches."""
+    INPUT_NORMS = enum.auto()
+    """The L2 norm of each input feature over all calibration tokens."""
+    GRAM = enum.auto()
+    """The Gram matrix X^T X of the inputs over all calibration tokens."""
+    OUTLIERS = enum.auto()
+    """A ratio of outliers per layer, from the weights and the norms of their inputs in the dense model."""
+    INPUTS = INPUT_NORMS | GRAM | OUTLIERS
+    """Anything that only a calibration pass over the inputs of the weights provides."""
+    CALIBRATION_DATA = INPUTS | GRADIENTS
+    """Anything that one-shot pruning computes from calibration data."""
