@@ -103,8 +103,8 @@ def scale_densities(raw: Sequence[float], ratio: float, layers: Sequence[LayerSi
 
 
 def shift_sparsities(offsets: Sequence[float], ratio: float, layers: Sequence[LayerSize]) -> dict[str, float]:
-    """Returns sparsities s_l = clamp(offset_l - ε, least_l, most_l), with ε such that their mean, weighted by units, is
-    `ratio`.
+    """Returns sparsities s_l = clamp(offset_l - ε, least_l, most_l), with ε such that their mean, weighted by units,
+    is `ratio`.
 
     Raises:
         ValueError: the layers' bounds leave no room for `ratio`.
@@ -122,7 +122,7 @@ def shift_sparsities(offsets: Sequence[float], ratio: float, layers: Sequence[La
 def _solve_level(
     sparsities: Callable[[float], np.ndarray], low: float, high: float, ratio: float, layers: Sequence[LayerSize]
 ) -> dict[str, float]:
-    """Solves mean(clamp(sparsities(level))) = ratio by bisection over low..high; sparsities decrease with the level."""
+    """Solves mean(clamp(sparsities(level))) = ratio by bisection; sparsities decrease from low to high."""
     units = np.array([layer.units for layer in layers], dtype=np.float64)
     least, most = (np.array([getattr(layer, side) for layer in layers]) for side in ("least", "most"))
     lowest, highest = (float(np.average(side, weights=units)) for side in (least, most))

@@ -75,9 +75,9 @@ class PruningOptions:
         'every 4), "RxC" blocks (4x1), "channel" (output rows), "channel:in" (input columns).'
     )
     criterion: Criterion | str | None = option(
-        "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, in one-shot "
-        "pruning also wanda, or a registered one. Left out: snip_momentum in training; one-shot wanda, or the "
-        "solver's own selection."
+        "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, in "
+        "one-shot pruning also wanda, or a registered one. Left out: snip_momentum in training; one-shot wanda, or "
+        "the solver's own selection."
     )
     criterion_kwargs: dict[str, Any] | str | None = option(
         'Options of the criterion, as JSON: {"decay": 0.95} for snip_momentum.'

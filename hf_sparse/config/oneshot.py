@@ -34,8 +34,8 @@ class OneshotConfig(PruningOptions):
         >>> OneshotConfig(target_sparsity=0.5, solver="sparsegpt", scope="global")
         Traceback (most recent call last):
         ...
-        hf_sparse.config.base.PruningConfigError: scope is "global", but solver "sparsegpt" selects within a layer: use \
-scope=layer, or name a criterion, as in criterion="wanda".
+        hf_sparse.config.base.PruningConfigError: scope is "global", but solver "sparsegpt" selects within a layer: \
+use scope=layer, or name a criterion, as in criterion="wanda".
 
     Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023; Frantar &
     Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023.

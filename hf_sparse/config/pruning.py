@@ -47,8 +47,8 @@ taylor, wanda. Did you mean "magnitude"?
             values = {name: value for name, value in values.items() if name != "solver"}
         if "solver" in values:
             raise ValueError(
-                f'{where}solver is "{values["solver"]}": weights are updated by one-shot pruning only. Remove it, or use '
-                "prune_oneshot with OneshotConfig."
+                f'{where}solver is "{values["solver"]}": weights are updated by one-shot pruning only. Remove it, or '
+                "use prune_oneshot with OneshotConfig."
             )
         return values
 

@@ -13,8 +13,8 @@ class ScheduleOptions:
     """When to prune: the schedule of prune steps, and how the sparsity increases over them."""
 
     scheduler: str | None = option(
-        "Scheduler: oneshot, iterative, or a registered one. Left out: oneshot when prune_start equals prune_end, else "
-        "iterative."
+        "Scheduler: oneshot, iterative, or a registered one. Left out: oneshot when prune_start equals prune_end, "
+        "else iterative."
     )
     sparsity_decay_type: str | None = option(
         "Curve of the iterative scheduler from initial_sparsity to the target: cubic (the default), linear, exp, cos, "
@@ -36,8 +36,8 @@ class ScheduleOptions:
     )
     regrow: float | None = option(
         "Regrowth: fraction of the kept weights that each prune step exchanges for pruned ones with the largest "
-        "gradient, decreasing to 0 at the end (from 0, the default, to 1). Needs a pattern of single weights or blocks "
-        "and scope layer or global."
+        "gradient, decreasing to 0 at the end (from 0, the default, to 1). Needs a pattern of single weights or "
+        "blocks and scope layer or global."
     )
 
     schedule_defaults: ClassVar[dict[str, object]] = {

@@ -145,8 +145,8 @@ def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[
         )
     if regrow and (not pattern.has_rows or options.scope == "row"):
         errors.append(
-            f'regrow is {regrow}, but it does not support pattern "{options.pattern}" with scope "{options.scope}": use '
-            "single weights or blocks with scope layer or global, or regrow=0."
+            f'regrow is {regrow}, but it does not support pattern "{options.pattern}" with scope "{options.scope}": '
+            "use single weights or blocks with scope layer or global, or regrow=0."
         )
     if regrow and options.keep_zeros:
         errors.append("regrow restores pruned weights and keep_zeros forbids it: choose one.")
@@ -192,12 +192,12 @@ def oneshot_errors(options: SimpleNamespace, criterion: str | None) -> list[str]
         )
     if criterion is None and not get_pattern(options.pattern).has_rows:
         errors.append(
-            f'solver "{options.solver}" cannot select units of pattern "{options.pattern}", which leaves no weight in a '
-            'row to compensate: name a criterion, as in criterion="wanda".'
+            f'solver "{options.solver}" cannot select units of pattern "{options.pattern}", which leaves no weight in '
+            'a row to compensate: name a criterion, as in criterion="wanda".'
         )
     if criterion is not None and getattr(CRITERIA.create(criterion, options.criterion_kwargs), "decay", 1.0) < 1:
         errors.append(
-            f'criterion "{criterion}" weights later batches more, which has no meaning while weights are constant: use '
-            'criterion="snip", or criterion_kwargs={"decay": 1.0}.'
+            f'criterion "{criterion}" weights later batches more, which has no meaning while weights are constant: '
+            'use criterion="snip", or criterion_kwargs={"decay": 1.0}.'
         )
     return errors

@@ -128,9 +128,9 @@ class Pruner:
                 )
             else:
                 raise RuntimeError(
-                    f'group "{group.name}" cannot reach its target: criterion "{group.options.criterion_name}" has seen no '
-                    "finite gradient up to the last prune step. Prune later (prune_end), lower the loss scale, or use "
-                    "a criterion without gradients."
+                    f'group "{group.name}" cannot reach its target: criterion "{group.options.criterion_name}" has '
+                    "seen no finite gradient up to the last prune step. Prune later (prune_end), lower the loss "
+                    "scale, or use a criterion without gradients."
                 )
         self._compare()
         self.apply_masks()

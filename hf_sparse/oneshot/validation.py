@@ -151,7 +151,8 @@ def _rank_errors(config: OneshotConfig, groups: Sequence[ParameterGroup], batche
     )
     if any(_uses_gram(group) and group.options.solver.needs_full_rank for group in groups):
         return [
-            f'{text} Give {columns:,} tokens or more, several times as many for good results, or solver_kwargs={{"dampening": 0.01}}.'
+            f"{text} Give {columns:,} tokens or more, several times as many for good results, or a damping, as in "
+            'solver_kwargs={"dampening": 0.01}.'
         ]
     logger.warning(
         "%s The solver's damping determines what they leave undetermined. More data improves the result.",
