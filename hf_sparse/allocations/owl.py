@@ -54,8 +54,8 @@ class OWL(Allocation):
         missing = [layer.name for layer in layers if layer.outliers is None]
         if missing:
             raise ValueError(
-                f'allocation "owl" needs the outlier ratio of each layer, but {len(missing)} have none ("{missing[0]}" '
-                "first): it is computed from the inputs of the weights, which one-shot pruning observes."
+                f'allocation "owl" needs the outlier ratio of each layer, but "{missing[0]}" has none, one of '
+                f"{len(missing)}: it is computed from the inputs of the weights, which one-shot pruning observes."
             )
         outliers = np.array([layer.outliers for layer in layers], dtype=np.float64)
         deviations = outliers - np.average(outliers, weights=[layer.units for layer in layers])
