@@ -254,6 +254,7 @@ def work_on(options: argparse.Namespace) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        os._exit(0)  # at an ordinary exit gloo's threads abort the process now and then, with all written
 
 
 # The table
