@@ -1,10 +1,10 @@
-"""Dataclasses as the options of a command: names, defaults and helps come from their fields, where they are written
-once; `HfArgumentParser` reads the same fields for scripts."""
+"""Commands whose options are the fields of dataclasses, as `HfArgumentParser` makes them for scripts."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -15,59 +15,66 @@ import typer
 def dataclass_command(
     classes: Sequence[type], run: Callable[..., None], arguments: Sequence[str] = ()
 ) -> Callable[..., None]:
-    """A function that typer takes for a command: it makes the dataclasses of what is given, and calls `run` on them.
+    """Returns a function that typer turns into a command, whose options are the fields of dataclasses.
+
+    A field's metadata has its `help` and, where None stands for another default, that as `default`. Fields that hold a
+    dict are given as JSON.
 
     Args:
-        classes: whose fields are the options, each in a panel of its own.
-        run: gets an instance of each; its docstring is the command's help.
-        arguments: fields that are given by position.
+        classes: the dataclasses. The options of each are a panel of the help, under the first line of its docstring.
+        run: is called with an instance of each class. Its docstring is the help of the command.
+        arguments: names of the fields that are positional arguments.
     """
 
     def command(**values: Any) -> None:
         run(*(cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)}) for cls in classes))
 
-    parameters = [
-        _parameter(field, hint, field.name in arguments, inspect.getdoc(cls).splitlines()[0])
-        for cls in classes
-        for hints in [typing.get_type_hints(cls)]
-        for field in dataclasses.fields(cls)
-        for hint in [hints[field.name]]
-    ]
+    parameters = []
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        panel = (inspect.getdoc(cls) or cls.__name__).splitlines()[0]
+        parameters += [
+            _parameter(field, hints[field.name], field.name in arguments, panel) for field in dataclasses.fields(cls)
+        ]
     parameters.sort(key=lambda parameter: parameter.name not in arguments)
-    command.__signature__ = inspect.Signature(parameters)
+    # typer reads the options from the signature and the annotations.
+    vars(command).update(__signature__=inspect.Signature(parameters))
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = run.__doc__
     return command
 
 
-def _parameter(field: dataclasses.Field, hint: Any, by_position: bool, panel: str) -> inspect.Parameter:
-    kind, text = _kind(hint), field.metadata["help"]
-    if by_position:
-        told = typer.Argument(help=text)
+def _parameter(field: dataclasses.Field, hint: Any, is_argument: bool, panel: str) -> inspect.Parameter:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    kind = str if str in kinds else kinds[0]
+    settings: dict[str, Any] = {"help": field.metadata["help"]}
+    if "default" in field.metadata:
+        settings["show_default"] = str(field.metadata["default"])
+    if any(dict in (kind, typing.get_origin(kind)) for kind in kinds):
+        settings["metavar"] = "JSON"
+        if kind is not str:
+            kind, settings["parser"] = str, _parse_json
+    if is_argument:
+        info = typer.Argument(**settings)
     else:
-        told = typer.Option(_names(field.name, kind, field.default), help=text, rich_help_panel=panel)
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind | None, told]
-    )
+        flags = f"--{with_dashes(field.name)}"
+        if kind is bool and field.default:
+            flags += f"/--no-{with_dashes(field.name)}"
+        info = typer.Option(flags, rich_help_panel=panel, **settings)
+    annotation = Annotated[kind | None, info]  # type: ignore[valid-type]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
 
 
-def _names(name: str, kind: Any, default: Any) -> str:
-    """As typer takes it; `as_dashed` reads underscores for dashes.
-
-    Example:
-        >>> _names("keep_zeros", bool, False), _names("sequential", bool, True)
-        ('--keep-zeros', '--sequential/--no-sequential')
-    """
-    name = as_dashed(name)
-    return f"--{name}/--no-{name}" if kind is bool and default else f"--{name}"
-
-
-def as_dashed(name: str) -> str:
-    """The scripts' options have underscores. Both will do."""
+def with_dashes(name: str) -> str:
+    """Returns an option's name with dashes for underscores. The program takes either, the scripts have underscores."""
     return name.replace("_", "-")
 
 
-def _kind(hint: Any) -> Any:
-    """What the text on the command line is read as: the type without None, text for what is a mapping."""
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
-    return str if str in kinds else kinds[0]
+def _parse_json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{text!r} is not a JSON object, as in '{{\"name\": 0.5}}'.")
+    return value

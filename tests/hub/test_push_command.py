@@ -48,7 +48,11 @@ def test_the_token_comes_from_a_variable_by_name(hub, folder, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", TOKEN)
     assert run(folder, REPO, "--token-from-env", "MY_TOKEN").exit_code == 0
     done = run(folder, REPO, "--token-from-env", TOKEN)
-    assert done.exit_code == 2 and "the name of one, never the token" in done.stderr and TOKEN not in done.output
+    assert (
+        done.exit_code == 2
+        and "name of an environment variable, never the token" in done.stderr
+        and TOKEN not in done.output
+    )
     assert run(folder, REPO, "--token", TOKEN).exit_code == 2, (
         "a command line is seen by others, and kept in a history"
     )
