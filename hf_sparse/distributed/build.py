@@ -1,8 +1,8 @@
-"""Builds the shard of every parameter, whichever strategy has split it."""
+"""Builds the shard of every parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -10,32 +10,32 @@ from .communicator import SINGLE_PROCESS, Communicator, get_communicator
 from .dtensor import DTensorShard
 from .regions import ShardRegion
 from .shards import Shard
+from .zero import ZeroShard
 
 
 def build_shards(parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shard], Communicator]:
-    """What this process holds of each parameter, and the processes that hold the rest: this one alone where every
-    parameter is whole, as with one process and with DDP.
+    """Returns this rank's shard of each parameter, and the ranks that hold the rest.
+
+    The communicator is `SINGLE_PROCESS` where every parameter is whole, as with one process and with DDP: then each
+    rank decides alone, from the same weights.
 
     Raises:
-        NotImplementedError: a parameter is split in a way that pruning does not follow; it is named.
+        NotImplementedError: a parameter, which is named, is split in an unsupported way.
     """
-    shards = {name: _shard(name, parameter) for name, parameter in parameters.items()}
-    if all(type(shard) is Shard for shard in shards.values()):
+    shards = {name: _build_shard(name, parameter) for name, parameter in parameters.items()}
+    if not any(shard.is_split for shard in shards.values()):
         return shards, SINGLE_PROCESS
     communicator = get_communicator()
     local_regions = [shard.local_regions for shard in shards.values()]
-    for name, boxes in zip(shards, _tell(local_regions, communicator), strict=True):
-        shard = shards[name]
-        shard.regions_by_rank, shard.rank = boxes, communicator.rank
-        shard.primary_rank = boxes.index(shard.local_regions)
+    for shard, regions_by_rank in zip(shards.values(), _gather_regions(local_regions, communicator), strict=True):
+        shard.regions_by_rank, shard.rank = regions_by_rank, communicator.rank
+        shard.primary_rank = regions_by_rank.index(shard.local_regions)
     return shards, communicator
 
 
-def _shard(name: str, parameter: torch.Tensor) -> Shard:
+def _build_shard(name: str, parameter: torch.Tensor) -> Shard:
     try:
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-            from .zero import ZeroShard
-
             return ZeroShard(parameter)
         if hasattr(parameter, "device_mesh") and hasattr(parameter, "placements"):
             return DTensorShard(parameter)
@@ -48,22 +48,23 @@ def _shard(name: str, parameter: torch.Tensor) -> Shard:
     return Shard(parameter)
 
 
-def _tell(
-    owned: Sequence[tuple[ShardRegion, ...]], communicator: Communicator
+def _gather_regions(
+    local_regions: Sequence[tuple[ShardRegion, ...]], communicator: Communicator
 ) -> list[tuple[tuple[ShardRegion, ...], ...]]:
-    """Every process's boxes of every parameter, from this process's."""
+    """Returns the regions of every rank, for each parameter."""
     numbers = []
-    for boxes in owned:
-        numbers.append(len(boxes))
-        for box in boxes:
-            numbers += [len(box.start), *box.start, *box.stop]
-    told = [iter(part.tolist()) for part in communicator.all_gather(torch.tensor(numbers, dtype=torch.int64))]
-    return [tuple(_read_boxes(numbers) for numbers in told) for _ in owned]
+    for regions in local_regions:
+        numbers.append(len(regions))
+        for region in regions:
+            numbers += [len(region.start), *region.start, *region.stop]
+    gathered = communicator.all_gather(torch.tensor(numbers, dtype=torch.int64))
+    by_rank = [iter(rank_numbers.tolist()) for rank_numbers in gathered]
+    return [tuple(_read_regions(rank_numbers) for rank_numbers in by_rank) for _ in local_regions]
 
 
-def _read_boxes(numbers) -> tuple[ShardRegion, ...]:
-    boxes = []
+def _read_regions(numbers: Iterator[int]) -> tuple[ShardRegion, ...]:
+    regions = []
     for _ in range(next(numbers)):
         dims = range(next(numbers))
-        boxes.append(ShardRegion(tuple(next(numbers) for _ in dims), tuple(next(numbers) for _ in dims)))
-    return tuple(boxes)
+        regions.append(ShardRegion(tuple(next(numbers) for _ in dims), tuple(next(numbers) for _ in dims)))
+    return tuple(regions)

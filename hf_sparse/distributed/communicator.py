@@ -1,137 +1,165 @@
-"""The processes that decide together, and the few things they ever tell each other: sums, and parts of tensors.
+"""Collective operations between the ranks that prune together.
 
-Everything is counted in `bytes_received`, the bytes that this process has received.
+All ranks call the same methods in the same order, with arguments of the same shapes where nothing else is said.
 """
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
-class Communicator:
-    """A process that decides alone: it has every weight whole."""
+class Communicator(ABC):
+    """The ranks that hold parts or replicas of the weights.
 
-    rank = 0
-    world_size = 1
-    bytes_received = 0
+    Args:
+        rank: of this process, 0..world_size - 1.
+        world_size: number of ranks.
+    """
 
-    def sum_counts(self, numbers: np.ndarray) -> np.ndarray:
-        """The sum of every process's int64 array; all have the same shape."""
-        return numbers
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
 
+    @abstractmethod
+    def sum_counts(self, counts: np.ndarray) -> np.ndarray:
+        """Returns the int64 sum over all ranks, elementwise."""
+
+    @abstractmethod
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Make `tensor`, of floats, the sum of every process's, bit for bit the same in all of them."""
+        """Replaces a floating-point `tensor` by its sum over all ranks, bit-identical on each."""
 
+    @abstractmethod
     def all_gather(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """Every process's 1-D tensor, of any length each; where all know the `lengths`, they need not be told."""
-        return [tensor]
+        """Returns the 1-D tensor of every rank.
 
+        Args:
+            tensor: of this rank; the dtype is the same on all ranks, the length may differ.
+            lengths: of every rank's tensor. None if unknown, which costs one more collective.
+        """
+
+    @abstractmethod
     def all_to_all(self, tensors: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
-        """Send the 1-D tensor tensors[r] to each process r. Returns what each sent to this one, of these lengths."""
-        return list(tensors)
+        """Sends the 1-D tensor `tensors[r]` to each rank r, and returns what each rank sent to this one.
+
+        Args:
+            tensors: one for each rank, all of one dtype and device.
+            lengths: of the tensors to receive, by source rank.
+        """
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether `flag` is true on any rank."""
         return bool(self.sum_counts(np.array([flag], dtype=np.int64))[0])
 
     def raise_together(self, error: Exception | None) -> None:
-        """Raise in all processes when one has an error, so that none waits for another that has stopped."""
+        """Raises on all ranks if one has an error, so that no rank waits in a collective that others never reach.
+
+        Raises:
+            Exception: `error` itself on the ranks that have one, a ValueError on the others.
+        """
         if self.any(error is not None):
             raise error or ValueError("another process stopped with an error: its own message says what.")
 
 
-SINGLE_PROCESS = Communicator()
+class SingleProcess(Communicator):
+    """One rank that holds every weight whole. Nothing is copied: results are the arguments themselves."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, world_size=1)
+
+    def sum_counts(self, counts: np.ndarray) -> np.ndarray:
+        return counts
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        pass
+
+    def all_gather(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
+        return [tensor]
+
+    def all_to_all(self, tensors: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+        return list(tensors)
+
+
+SINGLE_PROCESS = SingleProcess()
 
 
 class DistributedCommunicator(Communicator):
-    """All processes of the default group."""
+    """The default process group of torch.distributed. Tensors may be on any device: the backend's device is used to
+    send them."""
 
-    def __init__(self):
-        import torch.distributed as dist
+    def __init__(self) -> None:
+        super().__init__(dist.get_rank(), dist.get_world_size())
+        # A mixed backend ("cpu:gloo,cuda:nccl") sends CPU tensors; NCCL alone sends only those of a GPU.
+        has_gloo = "gloo" in str(dist.get_backend_config())
+        self._device = torch.device("cpu") if has_gloo else torch.device("cuda", torch.cuda.current_device())
 
-        self._dist = dist
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.bytes_received = 0
-        # A group of several backends ("cpu:gloo,cuda:nccl") takes tensors of the CPU, NCCL alone only those of a GPU.
-        on_cpu = (
-            "gloo" in str(dist.get_backend_config())
-            if hasattr(dist, "get_backend_config")
-            else dist.get_backend() == "gloo"
-        )
-        self._device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-
-    def sum_counts(self, numbers):
-        total = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64)).to(self._device, copy=True)
-        self._dist.all_reduce(total)
-        self.bytes_received += total.nbytes * (self.world_size - 1)
+    def sum_counts(self, counts: np.ndarray) -> np.ndarray:
+        total = torch.from_numpy(np.ascontiguousarray(counts, dtype=np.int64)).to(self._device, copy=True)
+        dist.all_reduce(total)
         return total.cpu().numpy()
 
-    def all_reduce(self, tensor):
-        # Where the tensor cannot travel as it is, a copy does.
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         total = tensor if tensor.device.type == self._device.type else tensor.to(self._device)
-        self._dist.all_reduce(total)
-        self.bytes_received += total.nbytes * (self.world_size - 1)
+        dist.all_reduce(total)
         if total is not tensor:
             tensor.copy_(total)
 
-    def all_gather(self, tensor, lengths=None):
+    def all_gather(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
         if lengths is None:
-            lengths = np.zeros(self.world_size, dtype=np.int64)
-            lengths[self.rank] = len(tensor)
-            lengths = self.sum_counts(lengths).tolist()
-        width = tensor.element_size()
-        own = torch.zeros(max(lengths) * width, dtype=torch.uint8, device=self._device)
-        own[: len(tensor) * width] = _bytes(tensor)
-        parts = [torch.empty_like(own) for _ in lengths]
-        if len(own):
-            self._dist.all_gather(parts, own)
-        self.bytes_received += len(own) * (self.world_size - 1)
+            counts = np.zeros(self.world_size, dtype=np.int64)
+            counts[self.rank] = len(tensor)
+            lengths = self.sum_counts(counts).tolist()
+        itemsize = tensor.element_size()
+        # torch.distributed.all_gather needs equal lengths: shorter tensors are padded.
+        padded = torch.zeros(max(lengths) * itemsize, dtype=torch.uint8, device=self._device)
+        padded[: len(tensor) * itemsize] = _as_bytes(tensor)
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        if len(padded):
+            dist.all_gather(gathered, padded)
         return [
-            part[: length * width].view(tensor.dtype).to(tensor.device)
-            for part, length in zip(parts, lengths, strict=True)
+            data[: length * itemsize].view(tensor.dtype).to(tensor.device)
+            for data, length in zip(gathered, lengths, strict=True)
         ]
 
-    def all_to_all(self, tensors, lengths):
-        kind, device = tensors[0].dtype, tensors[0].device
-        received = [length * tensors[0].element_size() for length in lengths]
-        source = torch.cat([_bytes(tensor) for tensor in tensors]).to(self._device)
-        target = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
-        self._dist.all_to_all_single(target, source, received, [tensor.nbytes for tensor in tensors])
-        self.bytes_received += sum(received) - received[self.rank]
-        return [part.view(kind).to(device) for part in target.split(received)]
+    def all_to_all(self, tensors: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+        dtype, device = tensors[0].dtype, tensors[0].device
+        received_bytes = [length * tensors[0].element_size() for length in lengths]
+        source = torch.cat([_as_bytes(tensor) for tensor in tensors]).to(self._device)
+        target = torch.empty(sum(received_bytes), dtype=torch.uint8, device=self._device)
+        dist.all_to_all_single(target, source, received_bytes, [tensor.nbytes for tensor in tensors])
+        return [data.view(dtype).to(device) for data in target.split(received_bytes)]
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    if not len(tensor):  # whose stride may be anything
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    if not len(tensor):  # its stride may be anything, which `view` refuses
         return torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return tensor.detach().contiguous().view(torch.uint8)
 
 
 def get_communicator() -> Communicator:
-    """Every process of this run, or this one alone."""
-    dist = getattr(torch, "distributed", None)
-    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    """Returns all ranks of the default process group, or `SINGLE_PROCESS` where there is none or it has one rank."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return SINGLE_PROCESS
     return DistributedCommunicator()
 
 
 def init_distributed(device: str | None = None) -> torch.device:
-    """Join the processes that a launcher has started, if one has.
+    """Initialises the process group if torchrun or accelerate launched several processes.
 
     Args:
-        device: of this process; "cpu" also makes the processes talk over the CPU. Left out: the GPU that is this
-            process's, or the CPU where there is none.
+        device: to compute on. "cpu" also makes ranks communicate over the CPU. None for this rank's GPU, or the CPU
+            where there is none.
 
-    Returns: where this process computes.
+    Returns: the device to compute on.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        shared = PartialState(cpu=device == "cpu").device
+        default = PartialState(cpu=device == "cpu").device
     else:
-        shared = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device) if device else shared
+        default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device) if device else default

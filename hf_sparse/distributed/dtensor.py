@@ -1,4 +1,4 @@
-"""Shards of parameters that FSDP2, load-time sharding or tensor parallelism hold as DTensors."""
+"""Shards of DTensors: parameters split by FSDP2, load-time sharding or tensor parallelism."""
 
 from __future__ import annotations
 
@@ -9,46 +9,47 @@ from .shards import Shard
 
 
 class DTensorShard(Shard):
-    """A parameter that FSDP2, load-time sharding or tensor parallelism has split.
+    """This rank's part of a DTensor.
 
     Raises:
-        NotImplementedError: a placement other than Shard and Replicate.
+        NotImplementedError: a placement other than Shard and Replicate, or a part that is no region of equal runs.
     """
 
-    strategy = "a DTensor"
+    is_split = True
 
-    def __init__(self, parameter):
+    def __init__(self, parameter: torch.Tensor):
         super().__init__(parameter)
         start, stop = [0] * len(self.shape), list(self.shape)
-        mesh = parameter.device_mesh
-        for dim, placement in enumerate(parameter.placements):
+        mesh = self.parameter.device_mesh
+        for mesh_dim, placement in enumerate(self.parameter.placements):
             if type(placement).__name__ == "Shard":
-                # As torch.chunk does: all chunks but the last few are of one length.
-                length = stop[placement.dim] - start[placement.dim]
-                step = -(-length // mesh.size(dim))
-                first = min(length, step * mesh.get_local_rank(dim))
-                stop[placement.dim] = start[placement.dim] + min(length, first + step)
-                start[placement.dim] += first
+                # As torch.chunk: all chunks have equal length, but for the last ones.
+                dim = placement.dim
+                size = stop[dim] - start[dim]
+                chunk = -(-size // mesh.size(mesh_dim))
+                offset = min(size, chunk * mesh.get_local_rank(mesh_dim))
+                stop[dim] = start[dim] + min(size, offset + chunk)
+                start[dim] += offset
             elif not placement.is_replicate():
-                raise NotImplementedError(f"it is split by {placement}, which pruning does not follow")
-        box = ShardRegion(tuple(start), tuple(stop))
-        if box.shape != tuple(self.tensor.shape) or box.contiguous_runs(self.shape) is None:
-            raise NotImplementedError(f"it is split by {parameter.placements}, which pruning does not follow")
-        self.local_regions = (box,) if box.numel else ()
+                raise NotImplementedError(f"it is split by {placement}, which pruning does not support")
+        region = ShardRegion(tuple(start), tuple(stop))
+        if region.shape != tuple(self.tensor.shape) or region.contiguous_runs(self.shape) is None:
+            raise NotImplementedError(f"it is split by {self.parameter.placements}, which pruning does not support")
+        self.local_regions = (region,) if region.numel else ()
 
     @property
-    def tensor(self):
-        return _local(self.parameter)
+    def tensor(self) -> torch.Tensor:
+        return _to_local(self.parameter)
 
     @property
-    def gradient(self):
+    def gradient(self) -> torch.Tensor | None:
         gradient = self.parameter.grad
         if gradient is not None and gradient.placements != self.parameter.placements:
             gradient = gradient.redistribute(placements=self.parameter.placements)
-        return None if gradient is None else _local(gradient)
+        return None if gradient is None else _to_local(gradient)
 
 
 @torch.no_grad()
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a DTensor that is here, itself: with gradients it would be a view, made by way of the dispatcher."""
+def _to_local(tensor) -> torch.Tensor:
+    """Returns the local tensor itself: with autograd on, `to_local` returns a view instead, through the dispatcher."""
     return tensor.to_local()

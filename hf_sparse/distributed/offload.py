@@ -1,10 +1,13 @@
-"""Weights that accelerate keeps on the CPU or on disk and brings to a device for each forward: to have them there for
-a while, and to put them back changed."""
+"""Weights that accelerate keeps on the CPU or on disk, and copies to a device for each forward.
+
+accelerate's private `_hf_hook` attribute and the hooks' `weights_map` are read here only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,44 +15,46 @@ from torch import nn
 
 @contextmanager
 def onload(module: nn.Module) -> Iterator[None]:
-    """Within, all of `module`'s offloaded weights are where they are computed with, and changes of them last. Other
-    weights stay where they are. Does nothing where nothing is offloaded."""
-    loaded = []
+    """Context in which all offloaded weights of `module` are on their execution device; changes to them are kept.
+
+    Other weights stay on their device. Does nothing where no weight is offloaded.
+    """
+    onloaded = []
     try:
-        for part in module.modules():
-            for hook in _offloading(part):
-                hook.pre_forward(part)
-                hook.offload = False  # so that a forward neither brings nor takes anything
-                loaded.append((part, hook))
+        for child in module.modules():
+            for hook in _offload_hooks(child):
+                hook.pre_forward(child)
+                hook.offload = False  # forwards inside the context neither onload nor offload
+                onloaded.append((child, hook))
         yield
     finally:
-        for part, hook in loaded:
-            for name, parameter in part.named_parameters(recurse=hook.place_submodules):
-                _put_back(hook.weights_map, name, parameter.detach())
+        for child, hook in onloaded:
+            for name, parameter in child.named_parameters(recurse=hook.place_submodules):
+                _store(hook.weights_map, name, parameter.detach())
             hook.offload = True
-            hook.post_forward(part, None)
+            hook.post_forward(child, None)
 
 
 def iter_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The name and values of every parameter, tied ones once. What is offloaded is loaded module by module."""
+    """Yields the name and values of every parameter, tied ones once. Offloaded ones are onloaded module by module."""
     names = {name for name, _ in model.named_parameters()}
     for path, module in model.named_modules():
-        own = [name for name, _ in module.named_parameters(recurse=False)]
-        hooks = _offloading(module) if own else []
+        direct = [name for name, _ in module.named_parameters(recurse=False)]
+        hooks = _offload_hooks(module) if direct else []
         for hook in hooks:
             hook.pre_forward(module)
-        for name in own:
-            full = f"{path}.{name}" if path else name
-            if full in names:
-                yield full, getattr(module, name).detach()
+        for name in direct:
+            full_name = f"{path}.{name}" if path else name
+            if full_name in names:
+                yield full_name, getattr(module, name).detach()
         for hook in hooks:
             hook.post_forward(module, None)
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the model computes first, and so takes its inputs."""
+    """Returns the device of the model's first weights, where its inputs must be."""
     for module in model.modules():
-        for hook in _offloading(module):
+        for hook in _offload_hooks(module):
             device = hook.execution_device
             return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         for parameter in module.parameters(recurse=False):
@@ -58,29 +63,29 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights come only when they are computed with."""
-    return any(_offloading(module) for module in model.modules())
+    """Whether some weights are onloaded only for their module's forward."""
+    return any(_offload_hooks(module) for module in model.modules())
 
 
-def _offloading(module: nn.Module) -> list:
-    """The hooks of accelerate that bring `module`'s weights."""
+def _offload_hooks(module: nn.Module) -> list[Any]:
+    """The hooks of accelerate that onload the weights of `module`."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])
     return [hook for hook in hooks if getattr(hook, "offload", False) and hasattr(hook, "weights_map")]
 
 
-def _put_back(weights: MutableMapping, name: str, tensor: torch.Tensor) -> None:
-    """Store a weight where it came from."""
-    while hasattr(weights, "prefix"):  # a view of a larger map
-        weights, name = weights.dataset, weights.prefix + name
-    on_disk = getattr(weights, "index", {}).get(name)
-    if on_disk is None or name in weights.state_dict:
-        stored = weights[name]
+def _store(weights_map: Any, name: str, tensor: torch.Tensor) -> None:
+    """Writes a weight to where accelerate loads it from."""
+    while hasattr(weights_map, "prefix"):  # a view of a larger map
+        weights_map, name = weights_map.dataset, weights_map.prefix + name
+    on_disk = getattr(weights_map, "index", {}).get(name)
+    if on_disk is None or name in weights_map.state_dict:
+        stored = weights_map[name]
         if stored.data_ptr() != tensor.data_ptr():
             stored.copy_(tensor)
-    elif weights.save_folder is None:
-        weights.state_dict[name] = tensor.cpu()
+    elif weights_map.save_folder is None:
+        weights_map.state_dict[name] = tensor.cpu()
     else:
         from accelerate.utils import offload_weight
 
-        offload_weight(tensor, name, weights.save_folder, weights.index)
+        offload_weight(tensor, name, weights_map.save_folder, weights_map.index)

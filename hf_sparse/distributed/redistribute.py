@@ -1,4 +1,4 @@
-"""Moving parts of tensors between processes, when what decides together lies on several of them."""
+"""Moves regions of tensors between ranks, where units that must be decided together lie on several of them."""
 
 from __future__ import annotations
 
@@ -12,34 +12,31 @@ from .communicator import Communicator
 from .regions import ShardRegion
 
 
-Boxes = Sequence[ShardRegion]
-
-
 @dataclass(frozen=True)
 class Transfer:
-    """Parts of one tensor that are to move. Each entry comes from the one process that has it in its sources, and goes
-    to every process that has it in its targets.
+    """Regions of one tensor to redistribute.
 
     Args:
-        parts: the tensors of this process's boxes in `sources`, each of its box's shape.
-        sources, targets: of each process, the boxes it has and the boxes it is to get.
-        like: of the dtype that all parts have, and of the device that they are on.
-        packed: whether every entry is 0 or -1, as in masks: eight of them travel in a byte.
+        parts: this rank's entries of its regions in `sources`, a tensor of the region's shape for each.
+        sources: the regions that each rank sends from, without overlap.
+        targets: the regions that each rank receives.
+        like: a tensor of the dtype and on the device of all parts.
+        packed: whether every entry is 0 or -1, as in masks: eight of them are sent in a byte.
     """
 
     parts: Sequence[torch.Tensor]
-    sources: Sequence[Boxes]
-    targets: Sequence[Boxes]
+    sources: Sequence[Sequence[ShardRegion]]
+    targets: Sequence[Sequence[ShardRegion]]
     like: torch.Tensor
     packed: bool = False
 
-    def pack(self, rank: int, to: int) -> torch.Tensor:
-        """The bytes for the process `to`."""
+    def pack(self, rank: int, target: int) -> torch.Tensor:
+        """Returns the bytes that `rank` (this one) sends to rank `target`."""
         pieces = [
-            part[(own & box).slices_in(own)].reshape(-1)
-            for own, part in zip(self.sources[rank], self.parts, strict=True)
-            for box in self.targets[to]
-            if own & box
+            part[common.slices_in(region)].reshape(-1)
+            for region, part in zip(self.sources[rank], self.parts, strict=True)
+            for wanted in self.targets[target]
+            if (common := region & wanted)
         ]
         flat = torch.cat(pieces) if pieces else self.like.new_empty(0)
         if self.packed:
@@ -47,46 +44,45 @@ class Transfer:
         return flat.view(torch.uint8)
 
     def num_bytes_from(self, rank: int, source: int) -> int:
-        """How many bytes come from the process `source`."""
-        count = self._count(rank, source)
-        return -(-count // 8) if self.packed else count * self.like.element_size()
-
-    def _count(self, rank: int, source: int) -> int:
-        common = (box & goal for box in self.sources[source] for goal in self.targets[rank])
-        return sum(box.numel for box in common if box)
+        """Returns the number of bytes that `rank` receives from rank `source`."""
+        numel = self._numel_from(rank, source)
+        return -(-numel // 8) if self.packed else numel * self.like.element_size()
 
     def unpack(self, rank: int, received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors of this process's boxes in `targets`, from every process's bytes."""
-        wanted = self.targets[rank]
-        moved = [self.like.new_empty(box.shape) for box in wanted]
+        """Returns the tensors of this rank's target regions, from the bytes that every rank has sent."""
+        tensors = [self.like.new_empty(region.shape) for region in self.targets[rank]]
         for source, data in enumerate(received):
-            flat, first = self._read(data, self._count(rank, source)), 0
-            for box in self.sources[source]:
-                for target, goal in zip(moved, wanted, strict=True):
-                    common = box & goal
-                    if common:
-                        target[common.slices_in(goal)] = flat[first : first + common.numel].view(common.shape)
+            flat, first = self._decode(data, self._numel_from(rank, source)), 0
+            for region in self.sources[source]:
+                for wanted, tensor in zip(self.targets[rank], tensors, strict=True):
+                    if common := region & wanted:
+                        tensor[common.slices_in(wanted)] = flat[first : first + common.numel].view(common.shape)
                         first += common.numel
-        return moved
+        return tensors
 
-    def _read(self, data: torch.Tensor, count: int) -> torch.Tensor:
+    def _numel_from(self, rank: int, source: int) -> int:
+        overlaps = (region & wanted for region in self.sources[source] for wanted in self.targets[rank])
+        return sum(common.numel for common in overlaps if common)
+
+    def _decode(self, data: torch.Tensor, numel: int) -> torch.Tensor:
         if self.packed:
-            bits = np.unpackbits(data.cpu().numpy(), count=count).view(np.int8)
+            bits = np.unpackbits(data.cpu().numpy(), count=numel).view(np.int8)
             return torch.from_numpy(np.negative(bits, out=bits)).to(data.device)
-        # Bytes may begin where no number may.
-        aligned = data.storage_offset() % self.like.element_size() == 0
-        return (data if aligned else data.clone()).view(self.like.dtype)
+        # A tensor can be viewed as a wider dtype only where its offset is a multiple of the width.
+        is_aligned = data.storage_offset() % self.like.element_size() == 0
+        return (data if is_aligned else data.clone()).view(self.like.dtype)
 
 
-def redistribute(loads: Sequence[Transfer], communicator: Communicator) -> Iterator[list[torch.Tensor]]:
-    """Bring parts of tensors to other processes, all in one exchange.
+def redistribute(transfers: Sequence[Transfer], communicator: Communicator) -> Iterator[list[torch.Tensor]]:
+    """Sends regions of several tensors to the ranks that need them, in one all-to-all.
 
-    Returns: of each load in turn, so that not all need be unpacked at once, the tensors of this process's boxes in its
-    `targets`.
+    Returns: for each transfer in turn, the tensors of this rank's target regions. They are unpacked one transfer at a
+        time, which bounds memory.
     """
     rank, ranks = communicator.rank, range(communicator.world_size)
-    lengths = [[load.num_bytes_from(rank, source) for load in loads] for source in ranks]
-    outgoing = [torch.cat([load.pack(rank, to) for load in loads]) for to in ranks]
-    received = communicator.all_to_all(outgoing, [sum(sizes) for sizes in lengths])
-    pieces = [data.split(sizes) for data, sizes in zip(received, lengths, strict=True)]
-    return (load.unpack(rank, parts) for load, parts in zip(loads, zip(*pieces, strict=True), strict=True))
+    num_bytes = [[transfer.num_bytes_from(rank, source) for transfer in transfers] for source in ranks]
+    packed = [torch.cat([transfer.pack(rank, target) for transfer in transfers]) for target in ranks]
+    received = communicator.all_to_all(packed, [sum(sizes) for sizes in num_bytes])
+    by_source = [data.split(sizes) for data, sizes in zip(received, num_bytes, strict=True)]
+    by_transfer = zip(*by_source, strict=True)
+    return (transfer.unpack(rank, data) for transfer, data in zip(transfers, by_transfer, strict=True))

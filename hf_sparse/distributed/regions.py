@@ -1,6 +1,6 @@
-"""Boxes: the rectangular parts of a tensor that a process holds or decides, and what lies in two of them.
+"""Axis-aligned regions of tensors, which describe the parts that ranks hold.
 
-The place of an entry is its index in the flattened tensor.
+A flat offset is an index into the flattened (contiguous, row-major) tensor.
 """
 
 from __future__ import annotations
@@ -34,25 +34,27 @@ class ShardRegion:
         return math.prod(self.shape)
 
     def __and__(self, other: ShardRegion) -> ShardRegion | None:
-        """What lies in both, or None."""
+        """The intersection; None if it is empty."""
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
         return ShardRegion(start, stop) if all(map(int.__lt__, start, stop)) else None
 
     def slices_in(self, outer: ShardRegion) -> tuple[slice, ...]:
-        """Where this box lies in a tensor that holds `outer`."""
+        """Returns the index of this region in a tensor that holds the entries of `outer`."""
         return tuple(
             slice(start - base, stop - base)
             for start, stop, base in zip(self.start, self.stop, outer.start, strict=True)
         )
 
     def flat_offset(self, shape: Sequence[int]) -> int:
-        """The place of the first entry in a tensor of `shape`."""
-        return sum(index * stride for index, stride in zip(self.start, strides(shape), strict=True))
+        """Returns the flat offset of the region's first entry in a tensor of `shape`."""
+        return sum(index * stride for index, stride in zip(self.start, _strides(shape), strict=True))
 
     def contiguous_runs(self, shape: Sequence[int]) -> tuple[int, int, int] | None:
-        """The runs of neighbouring places that make up the box in a tensor of `shape`: (count, length, stride), or
-        None where no single stride leads from each to the next.
+        """Describes the region in a flattened tensor of `shape` as equal runs of contiguous entries.
+
+        Returns: (count, length, stride): `count` runs of `length` entries, which start `stride` entries apart. None if
+            the distance between runs varies.
 
         Example:
             >>> ShardRegion((1, 0), (3, 4)).contiguous_runs((5, 4))
@@ -60,33 +62,33 @@ class ShardRegion:
             >>> ShardRegion((0, 1), (5, 3)).contiguous_runs((5, 4))
             (5, 2, 4)
         """
-        own, steps = self.shape, strides(shape)
-        inner = len(own)
-        while inner and own[inner - 1] == shape[inner - 1]:
+        sizes, strides = self.shape, _strides(shape)
+        inner = len(sizes)
+        while inner and sizes[inner - 1] == shape[inner - 1]:
             inner -= 1
-        if inner == 0:  # all of it
+        if inner == 0:  # the whole tensor
             return 1, self.numel, self.numel
-        length = math.prod(own[inner - 1 :])
-        outer = [dim for dim in range(inner - 1) if own[dim] > 1]
+        length = math.prod(sizes[inner - 1 :])
+        outer = [dim for dim in range(inner - 1) if sizes[dim] > 1]
         if not outer:
             return 1, length, length
-        if any(own[dim] != shape[dim] for dim in range(outer[0] + 1, outer[-1] + 1)):
+        if any(sizes[dim] != shape[dim] for dim in range(outer[0] + 1, outer[-1] + 1)):
             return None
-        return math.prod(own[: inner - 1]), length, steps[outer[-1]]
+        return math.prod(sizes[: inner - 1]), length, strides[outer[-1]]
 
 
-def strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """How far the places of neighbours are apart in each dimension."""
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in entries."""
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def full_region(shape: Sequence[int]) -> ShardRegion:
-    """All of a tensor."""
+    """Returns the region of all entries of a tensor of `shape`."""
     return ShardRegion((0,) * len(shape), tuple(shape))
 
 
 def regions_of_range(shape: Sequence[int], first: int, last: int) -> tuple[ShardRegion, ...]:
-    """The boxes that make up the places first..last-1, in order.
+    """Splits the flat offsets first..last-1 of a tensor of `shape` into regions, in order of their offsets.
 
     Example:
         >>> for region in regions_of_range((3, 4), 2, 9):
@@ -100,15 +102,15 @@ def regions_of_range(shape: Sequence[int], first: int, last: int) -> tuple[Shard
     if len(shape) == 1:
         return (ShardRegion((first,), (last,)),)
     row = math.prod(shape[1:])
-    low, high = -(-first // row), last // row
-    if low > high:  # inside one row
-        return _in_row(shape, high, first - high * row, last - high * row)
-    boxes = _in_row(shape, low - 1, row - (low * row - first), row) if low * row > first else ()
+    low, high = -(-first // row), last // row  # rows low..high-1 lie in the range whole
+    if low > high:  # the range lies inside one row
+        return _regions_in_row(shape, high, first - high * row, last - high * row)
+    regions = _regions_in_row(shape, low - 1, row - (low * row - first), row) if low * row > first else ()
     if high > low:
-        boxes += (ShardRegion((low, *(0 for _ in shape[1:])), (high, *shape[1:])),)
-    return boxes + (_in_row(shape, high, 0, last - high * row) if last > high * row else ())
+        regions += (ShardRegion((low, *(0 for _ in shape[1:])), (high, *shape[1:])),)
+    return regions + (_regions_in_row(shape, high, 0, last - high * row) if last > high * row else ())
 
 
-def _in_row(shape: Sequence[int], row: int, first: int, last: int) -> tuple[ShardRegion, ...]:
+def _regions_in_row(shape: Sequence[int], row: int, first: int, last: int) -> tuple[ShardRegion, ...]:
     inner = regions_of_range(shape[1:], first, last)
-    return tuple(ShardRegion((row, *box.start), (row + 1, *box.stop)) for box in inner)
+    return tuple(ShardRegion((row, *region.start), (row + 1, *region.stop)) for region in inner)

@@ -1,10 +1,12 @@
-"""Shards: what this process holds of each parameter, whoever split it.
+"""The part of a parameter that this rank holds, whatever has split it.
 
-A shard's tensors are views of the trainer's own memory, so that writing to them changes the model. Nothing here ever
-makes a whole weight.
+A shard's tensors are views of the trainer's own memory: writing to them changes the model. No method allocates a whole
+weight.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -12,70 +14,81 @@ from .regions import ShardRegion, full_region
 
 
 class Shard:
-    """A parameter of which this process holds everything.
+    """A parameter that this rank holds whole; subclasses hold a part of one.
 
     Args:
-        parameter: as the model has it.
+        parameter: of the model.
+
+    Attributes:
+        shape: of the whole parameter.
+        local_regions: the regions of this rank. Flattened and concatenated they are `tensor`, flattened.
+        regions_by_rank: the regions of every rank; those of one rank where nothing is split.
+        rank: of this process.
+        primary_rank: the first rank that holds the same regions as this one.
     """
 
-    strategy: str | None = None
-    """What splits the parameter, or None."""
+    is_split = False
+    """Whether ranks hold different parts of such parameters."""
 
     def __init__(self, parameter: torch.Tensor):
-        self.parameter = parameter
+        self.parameter: Any = parameter  # FSDP2 and DeepSpeed give it attributes and methods of their own
         self.shape = full_shape(parameter)
         self.local_regions: tuple[ShardRegion, ...] = (full_region(self.shape),)
-        """The boxes of this process. Flattened one after the other they are `tensor`, flattened."""
         self.regions_by_rank: tuple[tuple[ShardRegion, ...], ...] = (self.local_regions,)
-        """The boxes of every process."""
-        self.primary_rank = self.rank = 0
-        """The first process with the same boxes as this one; this process."""
+        self.rank = 0
+        self.primary_rank = 0
 
     @property
     def tensor(self) -> torch.Tensor:
-        """What this process holds: what is ranked, and where zeros are written."""
+        """This rank's entries of the weight: scores are computed from them and zeros written to them."""
         return self.parameter.detach()
 
     @property
     def gradient(self) -> torch.Tensor | None:
-        """The same part of the gradient."""
+        """The gradient of `tensor`."""
         return self.parameter.grad
 
     @property
     def replicas(self) -> list[torch.Tensor]:
-        """Other memory of the same part, which must hold the same zeros."""
+        """Other tensors with the same entries on this rank, which need the same zeros."""
         return []
 
-    has_full_copy = False
-    """Whether, at some time, the whole weight is beside the shard: it must hold the same zeros."""
+    @property
+    def has_full_copy(self) -> bool:
+        """Whether `full_copy` may exist later in the run."""
+        return False
 
     @property
     def full_copy(self) -> torch.Tensor | None:
-        """That weight; None while it is not there."""
+        """The whole weight on this rank beside the shard, which needs the same zeros; None where there is none now."""
         return None
 
     @property
     def is_primary(self) -> bool:
-        """Whether this process speaks for the shard: no process before it holds the same."""
+        """Whether no lower rank holds the same regions. Every entry is counted and sent by its primary rank only."""
         return self.primary_rank == self.rank
 
     @property
     def primary_regions(self) -> tuple[tuple[ShardRegion, ...], ...]:
-        """The boxes of every process, each entry of the weight once."""
-        every = self.regions_by_rank
-        return tuple(() if regions in every[:rank] else regions for rank, regions in enumerate(every))
+        """`regions_by_rank` without replicas: each entry of the weight is in the regions of one rank."""
+        everyone = self.regions_by_rank
+        return tuple(() if regions in everyone[:rank] else regions for rank, regions in enumerate(everyone))
 
-    def check(self) -> None:
-        """See that `tensor` is the weight's memory. Raises NotImplementedError if not."""
+    def check_storage(self) -> None:
+        """Checks that `tensor` is the memory that the optimizer updates.
+
+        Raises:
+            NotImplementedError: it is not, and what to change.
+        """
 
     def local_views(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a tensor laid out like `tensor`, one for each of this process's boxes, of its shape."""
+        """Returns views of a tensor with the layout of `self.tensor`: one for each local region, of its shape."""
         if len(self.local_regions) == 1:
             return [tensor.reshape(self.local_regions[0].shape)]
-        flat = tensor.reshape(-1).split([box.numel for box in self.local_regions])
-        return [part.view(box.shape) for part, box in zip(flat, self.local_regions, strict=True)]
+        parts = tensor.reshape(-1).split([region.numel for region in self.local_regions])
+        return [part.view(region.shape) for part, region in zip(parts, self.local_regions, strict=True)]
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of the whole parameter, also where ZeRO-3 has left an empty one in its place."""
+    """Returns the shape of the whole parameter, also where ZeRO-3 leaves an empty tensor in its place."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -55,7 +55,7 @@ def check_run(
     offloaded = is_offloaded(model)  # such weights are on the meta device, and whole
     present = {name: weight for name, weight in model.named_parameters() if not (offloaded and weight.is_meta)}
     shards, _ = build_shards(present)
-    split = next((name for name, shard in shards.items() if shard.strategy is not None), None)
+    split = next((name for name, shard in shards.items() if shard.is_split), None)
     if split is not None:
         raise NotImplementedError(
             f'"{split}" is split over processes: one-shot pruning takes whole weights, on each process or offloaded.'

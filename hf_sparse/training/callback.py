@@ -118,14 +118,14 @@ class SparsityCallback(TrainerCallback):
         self._look_away()
         if not is_deepspeed(optimizer):
             return
-        if not any(shard.strategy for shard in self.pruner.shards.values()):
+        if not any(shard.is_split for shard in self.pruner.shards.values()):
             raise NotImplementedError(
                 "DeepSpeed without ZeRO hides the weights that it steps: set zero_optimization.stage to 1, 2 or 3."
             )
         error = None
         try:
             for shard in self.pruner.shards.values():
-                shard.check()
+                shard.check_storage()
         except NotImplementedError as problem:
             error = problem
         get_communicator().raise_together(error)

@@ -1,7 +1,8 @@
-"""Boxes and what moves between them, with the processes of this test in one."""
+"""Regions, redistribution and resharding, with all ranks simulated in one process."""
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from hf_sparse.distributed import (
     redistribute,
     regions_of_range,
 )
-from hf_sparse.distributed.communicator import Communicator
 from hf_sparse.model.layers import PrunableLayer
 from hf_sparse.selection.row_blocks import first_offset, keeps_units_whole, partition_rows
 
@@ -28,82 +28,72 @@ def entries(shape):
     return torch.arange(math.prod(shape)).view(shape)
 
 
-def inside(box, tensor):
-    return tensor[box.slices_in(full_region(tensor.shape))]
+def values_of(region, tensor):
+    return tensor[region.slices_in(full_region(tensor.shape))]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_range_of_places_is_a_few_boxes_in_order(shape):
+def test_range_of_offsets_is_a_few_regions_in_order(shape):
     everything = entries(shape)
     for first, last in itertools.combinations_with_replacement(range(everything.numel() + 1), 2):
-        boxes = regions_of_range(shape, first, last)
-        found = torch.cat([inside(box, everything).reshape(-1) for box in boxes]) if boxes else torch.empty(0)
-        assert found.tolist() == list(range(first, last))
-        assert len(boxes) <= 2 * len(shape) - 1
+        regions = regions_of_range(shape, first, last)
+        offsets = [offset for region in regions for offset in values_of(region, everything).reshape(-1).tolist()]
+        assert offsets == list(range(first, last))
+        assert len(regions) <= 2 * len(shape) - 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_runs_are_the_places_of_a_box(shape):
+def test_contiguous_runs_are_the_offsets_of_a_region(shape):
     everything = entries(shape)
     ranges = [[(first, last) for first in range(size) for last in range(first + 1, size + 1)] for size in shape]
     regular = 0
     for corners in itertools.product(*ranges):
-        box = ShardRegion(*map(tuple, zip(*corners)))
-        runs = box.contiguous_runs(shape)
-        places = inside(box, everything).reshape(-1).tolist()
-        assert places[0] == box.flat_offset(shape)
+        region = ShardRegion(*map(tuple, zip(*corners)))
+        runs = region.contiguous_runs(shape)
+        offsets = values_of(region, everything).reshape(-1).tolist()
+        assert offsets[0] == region.flat_offset(shape)
         if runs is not None:
             regular += 1
             count, length, stride = runs
-            assert places == [places[0] + run * stride + index for run in range(count) for index in range(length)]
+            assert offsets == [offsets[0] + run * stride + index for run in range(count) for index in range(length)]
     assert regular
-    for dim, size in enumerate(shape):  # what one dimension cuts is always regular
-        box = ShardRegion(tuple(0 if d != dim else 1 for d in range(len(shape))), shape)
-        assert size == 1 or box.contiguous_runs(shape) is not None
+    for dim, size in enumerate(shape):  # a split of one dimension always gives equal runs
+        region = ShardRegion(tuple(0 if d != dim else 1 for d in range(len(shape))), shape)
+        assert size == 1 or region.contiguous_runs(shape) is not None
 
 
-class Mail:
-    """What the processes of a test send each other: each is asked in turn, twice."""
+def communicator(rank, sent):
+    """A rank whose `all_to_all` exchanges tensors through the list `sent`, which has one entry per rank."""
 
-    def __init__(self, size):
-        self.sent = [None] * size
+    def all_to_all(tensors, lengths):
+        sent[rank] = tensors
+        assert all(tensors is None or len(tensors[rank]) == length for tensors, length in zip(sent, lengths))
+        return [tensors[0].new_empty(0) if others is None else others[rank] for others in sent]
 
-    def process(self, rank):
-        mail = self
-
-        class Process(Communicator):
-            world_size = len(mail.sent)
-
-            def all_to_all(self, tensors, lengths):
-                mail.sent[rank] = tensors
-                assert all(sent is None or len(sent[rank]) == size for sent, size in zip(mail.sent, lengths))
-                return [sent[rank] if sent else tensors[0].new_empty(0) for sent in mail.sent]
-
-        Process.rank = rank
-        return Process()
+    return SimpleNamespace(rank=rank, world_size=len(sent), all_to_all=all_to_all)
 
 
 def mask_of(tensor):
     return -(tensor % 3 == 0).to(torch.int8)
 
 
-def moved(tensor, sources, targets):
-    """What each process gets, when each holds its sources of `tensor`."""
-    mail, results = Mail(len(sources)), [None] * len(sources)
+def redistributed(tensor, sources, targets):
+    """The tensors and masks that each rank receives, when each holds its sources of `tensor`."""
+    sent, results = [None] * len(sources), [None] * len(sources)
     mask = mask_of(tensor)
-    for rank in 2 * list(range(len(sources))):  # the second time everything has been sent
-        parts, masks = ([inside(box, entire) for box in sources[rank]] for entire in (tensor, mask))
+    for rank in 2 * list(range(len(sources))):  # in the second round all ranks have sent
+        parts, masks = ([values_of(region, entire) for region in sources[rank]] for entire in (tensor, mask))
+        transfers = [Transfer(parts, sources, targets, tensor), Transfer(masks, sources, targets, mask, packed=True)]
         try:
-            loads = [Transfer(parts, sources, targets, tensor), Transfer(masks, sources, targets, mask, packed=True)]
-            results[rank] = list(redistribute(loads, mail.process(rank)))
-        except RuntimeError:  # nothing has come yet
+            results[rank] = list(redistribute(transfers, communicator(rank, sent)))
+        except RuntimeError:  # in the first round some ranks have not sent yet
             continue
     return results
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("ends", [(0, 3, 20), (0, 0, 20), (0, 7, 7, 13, 20)])
-def test_what_moves_arrives_and_comes_back(ends, dtype):
+def test_redistribution_there_and_back(ends, dtype):
     shape = (5, 4)
     tensor = entries(shape).to(dtype)
     ranges = [regions_of_range(shape, first, last) for first, last in zip(ends, ends[1:])]
@@ -112,10 +102,10 @@ def test_what_moves_arrives_and_comes_back(ends, dtype):
     columns[-1] = (ShardRegion((0, size - 1), (5, 4)),)
     everywhere = [(full_region(shape),)] * size
     for sources, targets in [(ranges, columns), (columns, ranges), (ranges, everywhere), (columns, everywhere)]:
-        for boxes, (parts, masks) in zip(targets, moved(tensor, sources, targets), strict=True):
-            for box, part, mask in zip(boxes, parts, masks, strict=True):
-                assert part.dtype == dtype and torch.equal(part, inside(box, tensor))
-                assert torch.equal(mask, inside(box, mask_of(tensor)))
+        for regions, (parts, masks) in zip(targets, redistributed(tensor, sources, targets), strict=True):
+            for region, part, mask in zip(regions, parts, masks, strict=True):
+                assert part.dtype == dtype and torch.equal(part, values_of(region, tensor))
+                assert torch.equal(mask, values_of(region, mask_of(tensor)))
 
 
 LAYERS = [
@@ -129,25 +119,25 @@ LAYERS = [
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.kind)
 @pytest.mark.parametrize("height", [1, 2, 6])
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_every_row_is_dealt_to_one_process_whole(layer, height, processes):
-    """A tensor that says where each weight is in the matrices, flattened one after the other."""
-    places = torch.empty(layer.shape, dtype=torch.int64)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_row_block_is_assigned_to_one_rank(layer, height, world_size):
+    # The offset of each weight when the matrices of the layer are flattened one after the other.
+    offsets = torch.empty(layer.shape, dtype=torch.int64)
     first = 0
-    for matrix in layer.matrices(places):
+    for matrix in layer.matrices(offsets):
         matrix.copy_(torch.arange(matrix.numel()).view(matrix.shape) + first)
         first += matrix.numel()
-    row_blocks = partition_rows(layer, height, processes)
+    row_blocks = partition_rows(layer, height, world_size)
     seen = []
-    for boxes in row_blocks:
-        for box in boxes:
-            part = places[box.slices_in(full_region(layer.shape))]
-            assert first_offset(layer, box) == int(part.min())
+    for regions in row_blocks:
+        for region in regions:
+            part = values_of(region, offsets)
+            assert first_offset(layer, region) == int(part.min())
             for matrix in layer.matrices(part):
                 assert matrix.shape[0] % height == 0 and matrix.shape[1:] == layer.matrix_shape[1:]
                 seen += matrix.reshape(-1).tolist()
-    assert seen == list(range(places.numel()))
-    sizes = [sum(box.numel for box in boxes) for boxes in row_blocks]
+    assert seen == list(range(offsets.numel()))
+    sizes = [sum(region.numel for region in regions) for regions in row_blocks]
     assert max(sizes) - min(sizes) <= height * layer.matrix_shape[1] * layer.matrix_shape[2]
     shard = Shard(torch.empty(layer.shape))
     shard.regions_by_rank = row_blocks
@@ -155,7 +145,7 @@ def test_every_row_is_dealt_to_one_process_whole(layer, height, processes):
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.kind)
-def test_a_split_through_units_is_noticed(layer):
+def test_split_inside_units_is_detected(layer):
     shard, columns = Shard(torch.empty(layer.shape)), layer.matrix_shape[2]
     for height in (1, 2, 3):
         assert keeps_units_whole(layer, shard, height, columns)
@@ -172,7 +162,7 @@ def test_a_split_through_units_is_noticed(layer):
     assert keeps_units_whole(layer, shard, 1, 1) == (layer.kind != "conv2d")
 
 
-def test_parts_saved_by_some_are_put_together_by_others():
+def test_shard_is_loaded_from_the_parts_of_any_number_of_ranks():
     shape = (5, 4)
     tensor = entries(shape).float()
     shard = Shard(torch.empty(shape))
@@ -182,7 +172,7 @@ def test_parts_saved_by_some_are_put_together_by_others():
             for first, last in zip(ends, ends[1:])
         ]
         assert torch.equal(load_local_part(shard, saved, torch.float32), tensor)
-        twice = saved + saved  # two processes with the same part
+        twice = saved + saved  # replicas: two ranks saved the same regions
         assert torch.equal(load_local_part(shard, twice, torch.float32), tensor)
         with pytest.raises(ValueError, match="entries are missing"):
             load_local_part(shard, saved[1:], torch.float32)
