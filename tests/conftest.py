@@ -28,6 +28,13 @@ def fast():
     gc.freeze()  # Trainer collects garbage at the start of every run, and what was imported is none
 
 
+@pytest.fixture(params=["numpy", "torch"])
+def library(request, monkeypatch):
+    """Runs a test with the code for CPU memory and with the code for accelerators."""
+    if request.param == "torch":
+        monkeypatch.setattr("hf_sparse.numerics.NUMPY_DEVICES", ())
+
+
 @pytest.fixture
 def plots():
     """For tests that look at the figures of a run."""

@@ -18,7 +18,8 @@ from ..model.layers import PrunableLayer
 from ..requires import Requires
 from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
-from ..selection.ranking import Threshold, find_thresholds
+from ..selection.threshold import Threshold, find_thresholds
+from ..selection.ties import split_ties
 from ..statistics import GradientStatistic, all_finite
 from .masks import MaskStore
 
@@ -169,16 +170,14 @@ class ParameterGroup:
     def _layer_scores(
         self, layer: PrunableLayer, shard: Shard, masks: MaskStore, statistic: torch.Tensor | None
     ) -> LayerScores:
-        bits, any_position = masks.bits(layer.name), self.scope != "row"
-        return LayerScores(
-            layer, self.criterion, self.pattern, shard, bits, statistic, any_position, self.communicator
-        )
+        bits, by_row = masks.bits(layer.name), self.scope == "row"
+        return LayerScores(layer, self.criterion, self.pattern, shard, bits, statistic, by_row, self.communicator)
 
     # The number of units to prune in each layer
 
     def _current_bounds(self, scores: list[LayerScores], ratio: float) -> tuple[list[int], list[int]]:
         """Returns the fewest and the most pruned units of each layer at this sparsity, given those pruned before."""
-        pruned = self.communicator.sum_counts(np.array([layer.pruned_units() for layer in scores])).tolist()
+        pruned = self.communicator.sum_counts(np.array([layer.num_pruned() for layer in scores])).tolist()
         floors, caps = self._bounds(pruned, ratio)
         if self.pattern.max_sparsity < 1:
             caps = [int(room.sum()) for room in self._prunable_by_row(scores)]
@@ -204,8 +203,8 @@ class ParameterGroup:
         """Returns the most pruned units of each row of each layer. Rows differ only by zeros that are kept."""
         most = self.pattern.max_sparsity
         if self.options.keep_zeros and most < 1:
-            return self._sum_over_ranks([layer.prunable_units_by_row() for layer in scores])
-        return [np.full(layer.rows, round(most * (layer.numel // layer.rows))) for layer in scores]
+            return self._sum_over_ranks([layer.num_prunable_by_row() for layer in scores])
+        return [np.full(layer.num_rows, round(most * (layer.numel // layer.num_rows))) for layer in scores]
 
     def _allocate(
         self, total: int, floors: list[int], caps: list[int], outliers: Mapping[str, float] | None = None
@@ -257,9 +256,9 @@ class ParameterGroup:
         prunable = self._prunable_by_row([scores])[0]
         count = int(prunable.sum()) if self.pattern.max_sparsity < 1 else count
         if self.scope == "row":
-            shares = [count / scores.rows] * scores.rows
-            by_row = largest_remainder(count, shares, scores.pruned_units_by_row(), prunable)
-            scores.write_rows(torch.from_numpy(by_row))
+            shares = [count / scores.num_rows] * scores.num_rows
+            by_row = largest_remainder(count, shares, scores.num_pruned_by_row(), prunable)
+            scores.prune_rows(torch.from_numpy(by_row))
         else:
             thresholds = find_thresholds([scores], count, [count], [count], self.communicator)
             self._apply_thresholds([scores], thresholds)
@@ -267,17 +266,17 @@ class ParameterGroup:
     # Which units
 
     def _apply_thresholds(self, scores: list[LayerScores], thresholds: list[Threshold]) -> None:
-        for layer, threshold in zip(scores, _localized(scores, thresholds, self.communicator), strict=True):
-            layer.write_threshold(threshold)
+        for layer, threshold in zip(scores, split_ties(scores, thresholds, self.communicator), strict=True):
+            layer.apply_threshold(threshold)
 
     def _prune_rows(self, scores: list[LayerScores], total: int, floors: list[int], caps: list[int]) -> None:
         """Scope row: within a layer every row of units loses equally many, up to whole units."""
         counts, prunable = self._allocate(total, floors, caps), self._prunable_by_row(scores)
-        pruned, error = self._sum_over_ranks([layer.pruned_units_by_row() for layer in scores]), None
+        pruned, error = self._sum_over_ranks([layer.num_pruned_by_row() for layer in scores]), None
         for layer, count, before, most in zip(scores, counts, pruned, prunable, strict=True):
-            by_row = largest_remainder(count, [count / layer.rows] * layer.rows, before, most)
+            by_row = largest_remainder(count, [count / layer.num_rows] * layer.num_rows, before, most)
             try:
-                layer.write_rows(torch.from_numpy(by_row))
+                layer.prune_rows(torch.from_numpy(by_row))
             except ValueError as problem:  # Continue: other ranks wait for this rank's part of the next layers.
                 error = error or problem
         self.communicator.raise_together(error)
@@ -301,36 +300,7 @@ class ParameterGroup:
 
     def _growth_scores(self, scores: LayerScores) -> LayerScores:
         """Returns the scores by which pruned units regrow: |gradient|, and inf for what is kept."""
-        shard, bits = scores.shard, scores.bits
+        shard, bits = scores.shard, scores.mask_bits
         growth = shard.gradient.detach().float().abs().masked_fill_(bits != 0, torch.inf)
-        rest = self.scope != "row", self.communicator
-        return LayerScores(scores.layer, _GivenScores(), self.pattern, shard, bits, growth, *rest, shrink=False)
-
-
-def _localized(
-    scores: Sequence[LayerScores], cuts: Sequence[Threshold], communicator: Communicator
-) -> list[Threshold]:
-    """The same cuts with this process's share of the ties. Runs of units that lie in a row are told of, not units."""
-    split = [
-        index
-        for index, (layer, cut) in enumerate(zip(scores, cuts, strict=True))
-        if communicator.world_size > 1 and 0 < cut.ties < layer.numel and not cut.entire
-    ]
-    if not split:
-        return list(cuts)
-    runs = []
-    for index in split:
-        starts, counts = scores[index].tied(cuts[index].value)
-        runs.append(np.stack([np.full_like(starts, index), starts, counts], axis=1))
-    told = communicator.all_gather(torch.from_numpy(np.concatenate(runs).reshape(-1)))
-    owners = np.repeat(np.arange(len(told)), [len(part) // 3 for part in told])
-    layers, starts, counts = torch.cat(told).view(-1, 3).numpy().T
-    cuts = list(cuts)
-    for index in split:
-        order = np.flatnonzero(layers == index)
-        order = order[np.argsort(starts[order])]
-        before = np.cumsum(counts[order]) - counts[order]
-        falling = np.clip(cuts[index].ties - before, 0, counts[order])
-        own = falling[owners[order] == scores[index].holder].sum()
-        cuts[index] = Threshold(cuts[index].value, int(own))
-    return cuts
+        rest = self.scope == "row", self.communicator
+        return LayerScores(scores.layer, _GivenScores(), self.pattern, shard, bits, growth, *rest, prune_only=False)

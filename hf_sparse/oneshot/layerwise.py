@@ -130,7 +130,7 @@ class LayerPruner:
         elif group.criterion.requires & Requires.GRADIENTS:
             stat = group.statistics[layer.name].total
         scores = LayerScores(
-            layer, group.criterion, group.pattern, Shard(weight), bits, stat, scattered=group.scope != "row"
+            layer, group.criterion, group.pattern, Shard(weight), bits, stat, by_row=group.scope == "row"
         )
         group.prune_layer(scores, self.prune_counts[layer.name])
         return bits != 0

@@ -1,75 +1,89 @@
-"""The scores of one layer's units, computed part by part whenever they are read; masks are written the same way."""
+"""Scores of one layer's units under a criterion and a pattern, and the masks that a selection of units writes.
+
+Shapes: R rows, P positions and C columns of a matrix; U units, whose first dimension is the rows of units.
+"""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 import torch
 
 from ..criteria import Criterion
-from ..distributed import SINGLE_PROCESS, Communicator, Shard, Transfer, redistribute
+from ..distributed import SINGLE_PROCESS, Communicator, Shard, ShardRegion, Transfer, redistribute
 from ..model.layers import PrunableLayer
 from ..numerics import chunk_size
 from ..patterns import Pattern
 from ..requires import Requires
-from .ranking import Threshold, keep, keep_mask_by_row
 from .row_blocks import first_offset, keeps_units_whole, partition_rows
-from .scores import places, spread
+from .rows import keep_mask_by_row
+from .scores import sample_layout, sample_runs
+from .threshold import Threshold
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Some rows of one matrix: tensors (R, P, C), and the places of their weights in the layer."""
+class _RowSlice:
+    """Rows of one matrix of the layer, and the positions of their weights in the layer.
+
+    Args:
+        weight, mask_bits, statistic: views (R, P, C).
+        offset: position of the first weight.
+        row_stride: distance of the positions of a row and the next.
+        positions: (R, P, C) positions of all weights, for samples, which have no regular stride.
+    """
 
     weight: torch.Tensor
-    bits: torch.Tensor
-    stat: torch.Tensor | None
-    place: int
-    """Of the first weight."""
-    stride: int
-    """From the first weight of a row to that of the next."""
-    chosen: torch.Tensor | None = None
-    """The places of all the weights, where they follow no stride."""
+    mask_bits: torch.Tensor
+    statistic: torch.Tensor | None
+    offset: int
+    row_stride: int
+    positions: torch.Tensor | None = None
 
-    def rows(self, first: int, last: int) -> _Part:
-        weight, bits, stat = (
-            tensor[first:last] if tensor is not None else None for tensor in (self.weight, self.bits, self.stat)
-        )
-        return _Part(weight, bits, stat, self.place + first * self.stride, self.stride)
+    def rows(self, first: int, last: int) -> _RowSlice:
+        statistic = None if self.statistic is None else self.statistic[first:last]
+        offset = self.offset + first * self.row_stride
+        return _RowSlice(self.weight[first:last], self.mask_bits[first:last], statistic, offset, self.row_stride)
 
-    def places(self) -> torch.Tensor:
-        if self.chosen is not None:
-            return self.chosen
+    def weight_positions(self) -> torch.Tensor:
+        """Returns the positions of all weights (R, P, C), int64."""
+        if self.positions is not None:
+            return self.positions
         rows, *inner = self.weight.shape
         device = self.weight.device
-        within = torch.arange(torch.Size(inner).numel(), device=device).view(1, *inner)
-        return self.place + torch.arange(rows, device=device)[:, None, None] * self.stride + within
+        within_row = torch.arange(torch.Size(inner).numel(), device=device).view(1, *inner)
+        return self.offset + torch.arange(rows, device=device)[:, None, None] * self.row_stride + within_row
 
     @property
-    def unbroken(self) -> bool:
-        """Whether no place lies between the rows."""
-        return self.stride == self.weight[0].numel() if len(self.weight) else True
+    def is_contiguous(self) -> bool:
+        """Whether the positions of all weights are consecutive."""
+        return not len(self.weight) or self.row_stride == self.weight[0].numel()
 
 
 class LayerScores:
-    """One layer under one criterion and pattern; what `ranking` reads.
+    """The `Scores` of one layer, and the mask of the layer that a selection of its units writes.
 
-    A unit that is pruned already scores -inf, so it falls before any other, and one that the pattern protects scores
-    +inf. Nothing of the weight's size is ever stored. Where the weight is split, each process reads and decides a part
-    of it.
+    The score of a unit is pooled from the scores of its weights by the pattern. Units that are already pruned score
+    -inf, so that they are selected first; units that the pattern protects score +inf. Scores are computed in chunks
+    and never stored.
+
+    Each rank reads and writes its part of a sharded weight, if shards hold whole units (and, with `by_row`, whole
+    rows). Otherwise rows are redistributed evenly over the ranks for as long as they are read.
 
     Args:
-        layer: where the weight is and how it is laid out.
-        shard, bits: the weight and its mask (int8, 0 where pruned), as far as this process holds them.
-        stat: what the criterion needs of the layer, of the same shape; None if nothing.
-        scattered: whether single weights compete whatever their place, so that the layout does not matter.
-        communicator: that hold the weight between them.
-        shrink: whether masks may only lose weights; if not, pruned weights are ranked like any other.
+        layer: the layer.
+        criterion: scores the weights.
+        pattern: pools the scores of weights into the scores of units.
+        shard: the weight, as far as this rank holds it.
+        mask_bits: int8 mask of the shard's shape, -1 where a weight is kept and 0 where it is pruned.
+        statistic: what the criterion requires besides the weight, of the shard's shape, or None.
+        by_row: whether units compete with those of their row only.
+        communicator: of the ranks that hold the shards of the weight.
+        prune_only: whether masks may only lose weights. If not, pruned weights are scored like kept ones and may
+            return.
     """
 
     def __init__(
@@ -78,267 +92,291 @@ class LayerScores:
         criterion: Criterion,
         pattern: Pattern,
         shard: Shard,
-        bits: torch.Tensor,
-        stat: torch.Tensor | None,
-        scattered: bool,
+        mask_bits: torch.Tensor,
+        statistic: torch.Tensor | None,
+        by_row: bool,
         communicator: Communicator = SINGLE_PROCESS,
-        shrink: bool = True,
+        prune_only: bool = True,
     ):
         self.layer, self.criterion, self.pattern, self.shard = layer, criterion, pattern, shard
-        self.bits, self._stat, self._shrink, self._communicator = bits, stat, shrink, communicator
-        self.device = bits.device
-        self._scattered = scattered and pattern.flat
-        self._salt = zlib.crc32(layer.name.encode()) << 31
-        rows = layer.matrix_shape[0]
-        self._height = pattern.unit_rows(rows)
-        self.matrices = layer.num_matrices
-        per_matrix = pattern.unit_shape(layer.matrix_shape)
-        self.numel = self.matrices * torch.Size(per_matrix).numel()
-        self.rows = self.matrices * per_matrix[0]
+        self.mask_bits, self._statistic = mask_bits, statistic
+        self._prune_only, self._communicator = prune_only, communicator
+        self.device = mask_bits.device
+        # Single weights may compete in any layout of the parameter, without a view of its matrices.
+        self._is_flat = pattern.flat and not by_row
+        self._position_salt = zlib.crc32(layer.name.encode()) << 31  # makes positions unique over layers
+        rows, _, columns = layer.matrix_shape
+        self._unit_rows = pattern.unit_rows(rows)
+        unit_shape = pattern.unit_shape(layer.matrix_shape)
+        self.numel = layer.num_matrices * pattern.num_units(layer.matrix_shape)
+        self.num_rows = layer.num_matrices * unit_shape[0]
+        """Number of rows of units of the layer."""
         self.unit_size = layer.numel // self.numel
-        self._row_blocks = None
-        columns = layer.matrix_shape[2]
-        width = pattern.unit_columns(columns) if scattered else columns  # or else a whole row competes
-        if not self._scattered and not keeps_units_whole(layer, shard, self._height, width):
-            self._row_blocks = partition_rows(layer, self._height, communicator.world_size)
-        self.holder = communicator.rank if self._row_blocks else shard.primary_rank
-        """The process that reads what this one writes."""
-        own = (
-            self._row_blocks[communicator.rank]
-            if self._row_blocks
-            else shard.local_regions
-            if shard.is_primary
-            else ()
-        )
-        self.held = sum(box.numel for box in own) // self.unit_size
-        self._here = (
-            None if self._row_blocks else self._arranged(shard.local_regions, *map(shard.local_views, self._tensors()))
-        )
-
-    # The weight as this process sees it
-
-    def _tensors(self) -> list[torch.Tensor]:
-        """Weight, bits and, if there is one, stat."""
-        return [tensor for tensor in (self.shard.tensor, self.bits, self._stat) if tensor is not None]
-
-    def _arranged(self, boxes, weights, bits, stats=None) -> list[_Part]:
-        """The tensors of some boxes as parts, in the order of their places."""
-        parts = []
-        for index, box in enumerate(boxes):
-            tensors = weights[index], bits[index], stats[index] if stats else None
-            if self._scattered:
-                count, length, stride = box.contiguous_runs(self.layer.shape)
-                shape = (-1, 1, 1) if count == 1 else (count, 1, length)
-                views = (tensor if tensor is None else tensor.reshape(shape) for tensor in tensors)
-                parts.append(_Part(*views, box.flat_offset(self.layer.shape), 1 if count == 1 else stride))
-                continue
-            rows, positions, columns = self.layer.matrix_shape
-            place = first_offset(self.layer, box)
-            views = (repeat(None) if tensor is None else self.layer.matrices(tensor) for tensor in tensors)
-            for view in zip(*views):
-                parts.append(_Part(*view, place, positions * columns))
-                place += rows * positions * columns
-        return parts
-
-    @contextmanager
-    def _open(self, writing: bool = False, scoring: bool = True) -> Iterator[list[_Part]]:
-        """The parts that this process is to look at: for reading, no weight twice in all processes; for `writing`,
-        with all that it holds. What was dealt out comes for that long, and masks that were written go back. The
-        weights come only for `scoring`; else masks stand in for them."""
-        if self._here is not None:
-            yield self._here if writing or self.shard.is_primary else []
-            return
-        shard, communicator = self.shard, self._communicator
-        tensors = [tensor for tensor in self._tensors() if scoring or tensor is self.bits]
-        own = [shard.local_views(tensor) if shard.is_primary else [] for tensor in tensors]
-        loads = [
-            Transfer(parts, shard.primary_regions, self._row_blocks, tensor, packed=tensor is self.bits)
-            for parts, tensor in zip(own, tensors, strict=True)
-        ]
-        parts = list(redistribute(loads, communicator))
-        bits = parts[1] if scoring else parts[0]
-        try:
-            yield self._arranged(self._row_blocks[communicator.rank], parts[0], bits, *parts[2:])
-        finally:
-            if writing:
-                (written,) = redistribute(
-                    [Transfer(bits, self._row_blocks, shard.regions_by_rank, self.bits, packed=True)], communicator
-                )
-                for target, source in zip(shard.local_views(self.bits), written, strict=True):
-                    target.copy_(source)
-
-    # What ranking reads
+        """Number of weights of a unit."""
+        self._row_blocks: Sequence[Sequence[ShardRegion]] | None = None
+        width = columns if by_row else pattern.unit_columns(columns)
+        if not self._is_flat and not keeps_units_whole(layer, shard, self._unit_rows, width):
+            self._row_blocks = partition_rows(layer, self._unit_rows, communicator.world_size)
+            regions: Sequence[ShardRegion] = self._row_blocks[communicator.rank]
+        else:
+            regions = shard.local_regions if shard.is_primary else ()
+        self.reader_rank = communicator.rank if self._row_blocks else shard.primary_rank
+        """The rank that reads the units which this rank writes."""
+        self.local_numel = sum(region.numel for region in regions) // self.unit_size
+        self._owned_slices: list[_RowSlice] = []
+        if not self._row_blocks:
+            self._owned_slices = self._slices(shard.local_regions, *map(shard.local_views, self._tensors()))
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """Scores of the units held, in position order, 1-D float32."""
-        with torch.no_grad(), self._open() as parts:
-            for part in self._cached(parts):
-                yield self._pooled(part).reshape(-1)
+        """Yields the scores of all local units in the order of their position, as 1-D float32 tensors."""
+        with torch.no_grad(), self._local_slices() as slices:
+            for part in self._chunk_rows(slices):
+                yield self.unit_scores(part).reshape(-1)
 
     def sample(self, count: int) -> torch.Tensor:
-        """About `count` of the scores held, from places spread evenly over them."""
-        with torch.no_grad(), self._open() as parts:
-            sampled = [self._pooled(part).reshape(-1) for part in self._some(parts, count)] if self.held else []
+        """Returns about `count` of the local scores (1-D float32) from evenly spaced positions."""
+        sampled = []
+        with torch.no_grad(), self._local_slices() as slices:
+            total = sum(part.weight.numel() for part in slices)
+            for part in slices if self.local_numel else ():
+                if self._is_flat and part.row_stride == 1:
+                    part = _sample_weights(part, max(1, round(count * part.weight.numel() / total)))
+                else:
+                    part = self._sample_rows(part, min(1.0, count / self.local_numel))
+                sampled.append(self.unit_scores(part).reshape(-1))
         return torch.cat(sampled) if sampled else torch.empty(0, device=self.device)
 
-    def tied(self, value: float) -> tuple[np.ndarray, np.ndarray]:
-        """How many of the units held equal `value`, in each run of neighbouring places that this process holds and
-        where some do: (places of the first weights, counts)."""
-        found: dict[int, int] = {}
-        with torch.no_grad(), self._open() as parts:
-            for whole in parts:
-                for part in self._cached([whole]):
-                    scores = self._pooled(part)
+    def count_ties(self, value: float) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the number of local units equal to `value`, for each run of consecutive positions that has any.
+
+        Returns:
+            (N) int64 positions of the first weight of each run; (N) int64 counts.
+        """
+        counts: dict[int, int] = {}
+        with torch.no_grad(), self._local_slices() as slices:
+            for whole in slices:
+                for part in self._chunk_rows([whole]):
+                    scores = self.unit_scores(part)
                     equal = (scores == value).reshape(len(scores), -1).sum(1)
-                    if whole.unbroken:
-                        found[whole.place] = found.get(whole.place, 0) + int(equal.sum())
+                    if whole.is_contiguous:
+                        counts[whole.offset] = counts.get(whole.offset, 0) + int(equal.sum())
                     else:
-                        step = part.stride * len(part.weight) // len(scores)
-                        found |= {part.place + row * step: count for row, count in enumerate(equal.tolist())}
-        starts = [place for place, count in found.items() if count]
-        return np.array(starts, dtype=np.int64), np.array([found[place] for place in starts], dtype=np.int64)
+                        step = part.row_stride * len(part.weight) // len(scores)
+                        counts |= {part.offset + row * step: count for row, count in enumerate(equal.tolist())}
+        positions = [position for position, count in counts.items() if count]
+        return np.array(positions, dtype=np.int64), np.array([counts[position] for position in positions], np.int64)
 
-    # What the pruner writes
+    def apply_threshold(self, threshold: Threshold) -> None:
+        """Prunes the local units that a threshold prunes and keeps all others.
 
-    def write_threshold(self, cut: Threshold) -> None:
-        """Prune the units held that a localized cut lets fall, and keep all others."""
-        ties = cut.ties
-        with torch.no_grad(), self._open(writing=True) as parts:
-            for part in self._cached(parts):
-                scores = self._pooled(part)
-                kept, ties = keep(scores.reshape(-1), cut, ties)
-                self._write(part.bits, kept.view(scores.shape))
+        Args:
+            threshold: of this rank, see `split_ties`.
+        """
+        ties_left = threshold.num_ties
+        with torch.no_grad(), self._local_slices(writing=True) as slices:
+            for part in self._chunk_rows(slices):
+                scores = self.unit_scores(part)
+                kept, ties_left = threshold.keep_mask(scores.reshape(-1), ties_left)
+                self._write_mask(part.mask_bits, kept.view(scores.shape))
 
-    def write_rows(self, counts: torch.Tensor) -> None:
-        """Prune the lowest counts[r] units of each row r of units of the layer."""
-        with torch.no_grad(), self._open(writing=True) as parts:
-            for part in self._cached(parts):
-                scores = self._pooled(part)
-                first = self._row_of(part)
+    def prune_rows(self, counts: torch.Tensor) -> None:
+        """Prunes the counts[r] lowest units of each row r of units, and keeps all others.
+
+        Args:
+            counts: (num_rows) int64.
+        """
+        with torch.no_grad(), self._local_slices(writing=True) as slices:
+            for part in self._chunk_rows(slices):
+                scores = self.unit_scores(part)
+                first = self._first_row(part)
                 kept = keep_mask_by_row(scores.flatten(1), counts[first : first + len(scores)])
-                self._write(part.bits, kept.view(scores.shape))
+                self._write_mask(part.mask_bits, kept.view(scores.shape))
 
-    def prunable_units_by_row(self) -> np.ndarray:
-        """How many units of each row of units of the layer may be pruned in all: those that are, and those not
-        protected. 0 for rows that other processes read."""
-        return self._by_row(lambda part: self._pooled(part) < torch.inf)
-
-    def pruned_units_by_row(self) -> np.ndarray:
-        """How many units of each row of units of the layer are pruned already. 0 for rows that others read."""
-        return self._by_row(lambda part: self._pruned(part.bits), scoring=False)
-
-    def _by_row(self, test, scoring: bool = True) -> np.ndarray:
-        counts = np.zeros(self.rows, dtype=np.int64)
-        with torch.no_grad(), self._open(scoring=scoring) as parts:
-            for part in self._cached(parts):
-                found = test(part).flatten(1).sum(1).cpu().numpy()
-                first = self._row_of(part)
-                counts[first : first + len(found)] += found
+    def num_prunable_by_row(self) -> np.ndarray:
+        """Returns for each row of units (num_rows) how many may be pruned in all: those that the pattern does not
+        protect and those already pruned. 0 for rows that other ranks read."""
+        counts = np.zeros(self.num_rows, dtype=np.int64)
+        with torch.no_grad(), self._local_slices() as slices:
+            for part in self._chunk_rows(slices):
+                self._add_by_row(counts, part, self.unit_scores(part) < torch.inf)
         return counts
 
-    def _row_of(self, part: _Part) -> int:
-        """The number of a part's first row of units among those of the layer."""
-        return part.place // (part.stride * self._height)
+    def num_pruned_by_row(self) -> np.ndarray:
+        """Returns for each row of units (num_rows) how many are pruned. 0 for rows that other ranks read."""
+        counts = np.zeros(self.num_rows, dtype=np.int64)
+        with torch.no_grad(), self._local_slices(scoring=False) as slices:
+            for part in self._chunk_rows(slices):
+                self._add_by_row(counts, part, self._pruned_units(part.mask_bits))
+        return counts
+
+    def num_pruned(self) -> int:
+        """Returns the number of local units that are pruned."""
+        with torch.no_grad(), self._local_slices(scoring=False) as slices:
+            return sum(int(self._pruned_units(part.mask_bits).sum()) for part in self._chunk_rows(slices))
 
     def has_nan(self) -> bool:
-        """Whether some score held is nan."""
-        found = [bool(torch.isnan(chunk).any()) for chunk in self.chunks()]
-        return any(found)
+        """Returns whether a local score is NaN."""
+        return any(bool(torch.isnan(chunk).any()) for chunk in self.chunks())
 
-    def pruned_units(self) -> int:
-        """How many of the units held are pruned already."""
-        with torch.no_grad(), self._open(scoring=False) as parts:
-            return sum(int(self._pruned(part.bits).sum()) for part in self._cached(parts))
+    def unit_scores(self, part: _RowSlice) -> torch.Tensor:
+        """Returns the scores (U) of the units of a slice, float32, in memory of their own."""
+        statistic = part.statistic
+        if self.criterion.requires & Requires.POSITION:
+            statistic = part.weight_positions() + self._position_salt
+        scores = self.criterion.score(part.weight, statistic)
+        if scores.shape != part.weight.shape:
+            raise ValueError(
+                f'criterion "{type(self.criterion).__name__}" must return one score per weight, but returns '
+                f"{tuple(scores.shape)} for {tuple(part.weight.shape)}."
+            )
+        inputs = [tensor.untyped_storage().data_ptr() for tensor in (part.weight, statistic) if tensor is not None]
+        is_input = scores.untyped_storage().data_ptr() in inputs
+        scores = scores.detach().to(torch.float32, copy=is_input)
+        if self._prune_only and self.unit_size == 1:
+            # Sets pruned weights to -inf; on CPUs several times faster than masked_fill_.
+            minus_infinity = (~part.mask_bits).to(torch.int32).bitwise_and_(-0x800000)
+            scores.view(torch.int32).bitwise_and_(part.mask_bits).bitwise_or_(minus_infinity)
+        scores = self.pattern.pool(scores)
+        if self._prune_only and not self.pattern.flat:
+            # Also pruned units that the pattern would protect, so that every pruned unit counts as selected.
+            scores.masked_fill_(self._pruned_units(part.mask_bits), -torch.inf)
+        return scores
 
-    def _pruned(self, bits: torch.Tensor) -> torch.Tensor:
-        """Which units of a part are pruned: those with no weight left."""
+    def _pruned_units(self, mask_bits_RPC: torch.Tensor) -> torch.Tensor:
+        """Returns which units (U) of a slice have no weight left."""
         if self.unit_size == 1:
-            return (bits == 0).reshape(self.pattern.unit_shape(tuple(bits.shape)))
-        return self.pattern.pruned_units(bits)
+            rows, positions, columns = mask_bits_RPC.shape
+            return (mask_bits_RPC == 0).reshape(self.pattern.unit_shape((rows, positions, columns)))
+        return self.pattern.pruned_units(mask_bits_RPC)
 
-    def _write(self, bits: torch.Tensor, kept_U: torch.Tensor) -> None:
-        mask = self.pattern.expand(kept_U, tuple(bits.shape))
-        if self._shrink:
-            bits.bitwise_and_(mask.to(torch.int8).neg_())
+    def _write_mask(self, mask_bits_RPC: torch.Tensor, kept_U: torch.Tensor) -> None:
+        rows, positions, columns = mask_bits_RPC.shape
+        mask = self.pattern.expand(kept_U, (rows, positions, columns))
+        if self._prune_only:
+            mask_bits_RPC.bitwise_and_(mask.to(torch.int8).neg_())
         else:
-            bits.copy_(mask).neg_()
+            mask_bits_RPC.copy_(mask).neg_()
 
-    # Parts of parts
+    def _first_row(self, part: _RowSlice) -> int:
+        """Returns the index of a slice's first row of units among those of the layer."""
+        return part.offset // (part.row_stride * self._unit_rows)
 
-    def _cached(self, parts: list[_Part]) -> Iterator[_Part]:
-        """As many rows at a time as stay in a core's cache, in whole units."""
-        for part in parts:
+    def _add_by_row(self, counts: np.ndarray, part: _RowSlice, selected_U: torch.Tensor) -> None:
+        """Adds the number of selected units of each row of a slice to `counts` (num_rows)."""
+        first = self._first_row(part)
+        counts[first : first + len(selected_U)] += selected_U.flatten(1).sum(1).cpu().numpy()
+
+    @contextmanager
+    def _local_slices(self, writing: bool = False, scoring: bool = True) -> Iterator[list[_RowSlice]]:
+        """Provides the slices that this rank reads or, for `writing`, holds. No two ranks read the same weight.
+
+        Row blocks are redistributed on entry and, for `writing`, their masks on exit. Without `scoring`, weights and
+        statistics are not redistributed: the mask takes their place.
+        """
+        shard, blocks = self.shard, self._row_blocks
+        if blocks is None:
+            yield self._owned_slices if writing or shard.is_primary else []
+            return
+        transfers = [
+            Transfer(
+                shard.local_views(tensor) if shard.is_primary else [],
+                shard.primary_regions,
+                blocks,
+                tensor,
+                packed=tensor is self.mask_bits,
+            )
+            for tensor in self._tensors()
+            if scoring or tensor is self.mask_bits
+        ]
+        local = list(redistribute(transfers, self._communicator))
+        try:
+            yield self._slices(blocks[self._communicator.rank], *local)
+        finally:
+            if writing:
+                mask_bits = local[1]
+                transfer = Transfer(mask_bits, blocks, shard.regions_by_rank, self.mask_bits, packed=True)
+                (written,) = redistribute([transfer], self._communicator)
+                for target, source in zip(shard.local_views(self.mask_bits), written, strict=True):
+                    target.copy_(source)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Returns this rank's weight, mask and, if there is one, statistic."""
+        tensors = [self.shard.tensor, self.mask_bits]
+        return tensors if self._statistic is None else [*tensors, self._statistic]
+
+    def _slices(
+        self,
+        regions: Sequence[ShardRegion],
+        weights: Sequence[torch.Tensor],
+        mask_bits: Sequence[torch.Tensor] | None = None,
+        statistics: Sequence[torch.Tensor] | None = None,
+    ) -> list[_RowSlice]:
+        """Returns the tensors of regions of the weight as slices, in the order of their positions."""
+        slices = []
+        rows, positions, columns = self.layer.matrix_shape
+        for index, region in enumerate(regions):
+            tensors = [weights[index], weights[index] if mask_bits is None else mask_bits[index]]
+            tensors += [] if statistics is None else [statistics[index]]
+            if self._is_flat:
+                runs = region.contiguous_runs(self.layer.shape)
+                if runs is None:
+                    raise NotImplementedError(f'{region} of "{self.layer.name}" has no constant stride.')
+                count, length, stride = runs
+                shape = (-1, 1, 1) if count == 1 else (count, 1, length)
+                matrices = [[tensor.reshape(shape)] for tensor in tensors]
+                offset, row_stride = region.flat_offset(self.layer.shape), 1 if count == 1 else stride
+            else:
+                matrices = [self.layer.matrices(tensor) for tensor in tensors]
+                offset, row_stride = first_offset(self.layer, region), positions * columns
+            for weight, bits, *statistic in zip(*matrices, strict=True):
+                slices.append(_RowSlice(weight, bits, statistic[0] if statistic else None, offset, row_stride))
+                offset += rows * positions * columns
+        return slices
+
+    def _chunk_rows(self, slices: list[_RowSlice]) -> Iterator[_RowSlice]:
+        """Splits slices into chunks of rows, in whole units, that fit into a core's cache."""
+        for part in slices:
             rows = len(part.weight)
             if not part.weight.numel():
                 continue
-            high = self.pattern.unit_rows(rows)
-            step = max(high, chunk_size(part.weight.device) // part.weight[0].numel() // high * high)
+            unit_rows = self.pattern.unit_rows(rows)
+            step = chunk_size(part.weight.device) // part.weight[0].numel() // unit_rows * unit_rows
+            step = max(unit_rows, step)
             for first in range(0, rows, step):
                 yield part.rows(first, min(rows, first + step))
 
-    def _some(self, parts: list[_Part], count: int) -> Iterator[_Part]:
-        """About `count` of the units, evenly spread."""
-        total = sum(part.weight.numel() for part in parts)
-        for part in parts:
-            if self._scattered and part.stride == 1:
-                yield self._some_weights(part, max(1, round(count * part.weight.numel() / total)))
-            else:
-                yield self._some_rows(part, min(1.0, count / self.held))
-
-    @staticmethod
-    def _some_weights(part: _Part, count: int) -> _Part:
-        weight, bits, stat = (
-            spread(tensor.reshape(-1), count).reshape(-1, 1, 1) if tensor is not None else None
-            for tensor in (part.weight, part.bits, part.stat)
-        )
-        rows, stride, run = places(part.weight.numel(), count)
-        first = torch.arange(rows, device=weight.device)[:, None] * stride
-        chosen = part.place + first + torch.arange(run, device=weight.device)
-        return _Part(weight, bits, stat, part.place, 1, chosen.view(-1, 1, 1))
-
-    def _some_rows(self, part: _Part, share: float) -> _Part:
-        """A share of the rows of units, evenly spread."""
-        rows = len(part.weight)
-        high = self.pattern.unit_rows(rows)
-        row_blocks = rows // high
-        chosen = (
-            torch.linspace(0, row_blocks - 1, max(1, round(share * row_blocks)), dtype=torch.float64).round().long()
-        )
-        index = (chosen[:, None] * high + torch.arange(high)).reshape(-1).to(part.weight.device)
-        weight, bits, stat = (
-            tensor[index] if tensor is not None else None for tensor in (part.weight, part.bits, part.stat)
-        )
-        inner = torch.arange(part.weight[0].numel(), device=weight.device).view(1, *weight.shape[1:])
-        return _Part(
-            weight, bits, stat, part.place, part.stride, part.place + index[:, None, None] * part.stride + inner
+    def _sample_rows(self, part: _RowSlice, fraction: float) -> _RowSlice:
+        """Returns an evenly spaced fraction of the rows of units of a slice."""
+        unit_rows = self.pattern.unit_rows(len(part.weight))
+        num_rows = len(part.weight) // unit_rows
+        chosen = torch.linspace(0, num_rows - 1, max(1, round(fraction * num_rows)), dtype=torch.float64)
+        index = chosen.round().long()[:, None] * unit_rows + torch.arange(unit_rows)
+        index = index.reshape(-1).to(part.weight.device)
+        within_row = torch.arange(part.weight[0].numel(), device=index.device).view(1, *part.weight.shape[1:])
+        return _RowSlice(
+            part.weight[index],
+            part.mask_bits[index],
+            None if part.statistic is None else part.statistic[index],
+            part.offset,
+            part.row_stride,
+            part.offset + index[:, None, None] * part.row_stride + within_row,
         )
 
-    def _pooled(self, part: _Part) -> torch.Tensor:
-        """Scores of the units of a part."""
-        stat = part.places() + self._salt if self.criterion.requires & Requires.POSITION else part.stat
-        scores = self._scored(part.weight, stat)
-        if self._shrink and self.unit_size == 1:
-            _fall(scores, part.bits)
-        scores = self.pattern.pool(scores)
-        # Not even a unit that the pattern protects comes back, so that every pruned one counts as fallen.
-        if self._shrink and not self.pattern.flat:
-            scores.masked_fill_(self._pruned(part.bits), -torch.inf)
-        return scores
 
-    def _scored(self, weight: torch.Tensor, stat: torch.Tensor | None) -> torch.Tensor:
-        """The criterion's scores, float32 in memory of their own: they are written to, here and in `ranking`."""
-        scores = self.criterion.score(weight, stat)
-        if scores.shape != weight.shape:
-            raise ValueError(
-                f'criterion "{type(self.criterion).__name__}" must give one score per weight, but gives '
-                f"{tuple(scores.shape)} for {tuple(weight.shape)}."
-            )
-        inputs = [tensor.untyped_storage().data_ptr() for tensor in (weight, stat) if tensor is not None]
-        copy = scores.untyped_storage().data_ptr() in inputs
-        return scores.detach().to(torch.float32, copy=copy)
+def _sample_weights(part: _RowSlice, count: int) -> _RowSlice:
+    """Returns about `count` of the single weights of a slice."""
 
+    def sample(tensor: torch.Tensor) -> torch.Tensor:
+        return sample_runs(tensor.reshape(-1), count).reshape(-1, 1, 1)
 
-def _fall(scores: torch.Tensor, bits: torch.Tensor) -> None:
-    """Write -inf where `bits` is 0: ANDing and ORing bits is several times faster on CPUs than `masked_fill_`."""
-    minus_infinity = (~bits).to(torch.int32).bitwise_and_(-0x800000)
-    scores.view(torch.int32).bitwise_and_(bits).bitwise_or_(minus_infinity)
+    num_runs, stride, run_length = sample_layout(part.weight.numel(), count)
+    device = part.weight.device
+    positions = torch.arange(num_runs, device=device)[:, None] * stride + torch.arange(run_length, device=device)
+    return _RowSlice(
+        sample(part.weight),
+        sample(part.mask_bits),
+        None if part.statistic is None else sample(part.statistic),
+        part.offset,
+        1,
+        (part.offset + positions).view(-1, 1, 1),
+    )

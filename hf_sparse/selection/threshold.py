@@ -1,311 +1,327 @@
-"""The one value that decides over the units of many layers, found in about one read of their scores.
+"""Thresholds: the k lowest scores of any number of layers, exactly, without sorting or storing the scores.
 
-    v = min{v: sum_l clamp(#{u in l: score(u) <= v}, floor_l, cap_l) >= k}
+    unit u is pruned  <=>  rank(u) < k        rank: index of u in a stable ascending sort of all layers' scores
 
-Several problems, each of layers of its own, are solved side by side, so that processes speak once for all of them.
+The common threshold of L layers, of which at least floors[l] and at most caps[l] units may be pruned, is
 
-A sample brackets v. One pass counts what lies below the bracket and collects the little that lies inside, and v is
-selected among that. If the bracket missed v the counts tell, and histograms narrow v down instead, each in a pass.
+    v = min{v: sum_l clamp(#{scores <= v of layer l}, floors[l], caps[l]) >= k}
 
-Counts, collected scores and histograms of parts merge by adding or joining, over chunks, threads and processes alike;
-only `_decide` and `_narrowed` draw conclusions from them.
-
-Shapes: L layers, B buckets.
+A sample of the scores gives a bracket of v. One pass over all scores counts those below the bracket and collects the
+few inside it, among which v is selected. Where the counts show that v is outside the bracket, histograms give
+another one. Counts, collected scores and histograms of chunks, threads and ranks are merged exactly, so that their
+number does not change the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..distributed import Communicator
-from ..numerics import as_fastest_array, prefers_numpy
-from .scores import LayerSamples, Scores, collect, count_threads, each
+from ..distributed import SINGLE_PROCESS, Communicator
+from ..numerics import as_fastest_array
+from .bracket import ALL_SCORES, Bracket, bracket_from_histograms, bracket_from_sample, sample_sizes
+from .packed_scores import PackedScores, gather_scores
+from .problem import SelectionProblem
+from .scores import Scores
 
 
-_FEW = 4096  # so few scores are collected as they are
-_DEVIATIONS = (
-    4.0  # half-width of the bracket, in standard deviations of the sample's rank: one search in 16,000 misses
-)
-_BUCKETS = 256  # of a histogram, for each layer
-
-
-@dataclass(frozen=True)
-class SelectionProblem:
-    """k units fall over L layers, floors[l] to caps[l] of each; all (L) int64."""
-
-    k: int
-    sizes: np.ndarray
-    floors: np.ndarray
-    caps: np.ndarray
-
-    @property
-    def free(self) -> bool:
-        """Whether no layer can be held back."""
-        return not self.floors.any() and bool((self.caps == self.sizes).all())
-
-    def fallen(self, counts: np.ndarray) -> np.ndarray:
-        """(L) units that fall of each layer if `counts` of them lie below the common value."""
-        return np.clip(counts, self.floors, self.caps)
-
-    def total(self, counts: np.ndarray) -> float:
-        return self.fallen(counts).sum()
-
-
-Found = tuple[float, np.ndarray, np.ndarray]
-"""v, and for each layer of a problem (L) the number of units below it and equal to it, in all processes."""
+_MIN_THREADED = 4_000_000  # number of units from which threads are worth their start
 
 
 @dataclass(frozen=True)
-class _Bracket:
-    """v is thought to be in low..high; `tied` if many scores equal an end and are better counted than collected."""
+class Threshold:
+    """The limit between the pruned and the kept units of a layer.
 
-    low: float
-    high: float
-    tied: bool
+    Units with a score below `value` are pruned, and of those equal to `value` the first `num_ties` by position.
+    `Threshold(-inf, 0)` prunes nothing and `Threshold(inf, numel)` everything.
 
-
-_EVERYTHING = _Bracket(-math.inf, math.inf, tied=False)
-
-
-@dataclass(frozen=True)
-class _Tally:
-    """What a pass found of each layer: counts (L), and the scores inside the bracket that were not counted."""
-
-    bracket: _Bracket
-    below: np.ndarray
-    at_low: np.ndarray
-    at_high: np.ndarray
-    inside: LayerSamples
-
-
-def search(
-    layers: Sequence[Scores], problems: Sequence[SelectionProblem], names: Sequence[int], communicator: Communicator
-) -> list[Found]:
-    """Finds the v of each problem, for sum(floors) < k < sum(caps). The layers of all come one after the other.
-
-    Raises: ValueError, with the layer's entry of `names`, if a score is NaN.
+    Args:
+        value: the score.
+        num_ties: number of units to prune among those equal to `value`.
+        includes_all_ties: whether these are known to be all units equal to `value`, so that their positions do not
+            matter.
     """
-    few = 2**18 if len(problems) == 1 else 2**16
-    rooms = [few + int(problem.sizes.sum()) // (64 * communicator.world_size) for problem in problems]
-    found = _found(layers, problems, _sampled(layers, problems, names, communicator), names, communicator, rooms)
-    ends = np.cumsum([len(problem.sizes) for problem in problems]).tolist()
-    for index in [index for index, result in enumerate(found) if result is None]:
-        own, problem = slice(ends[index] - len(problems[index].sizes), ends[index]), problems[index]
-        bracket = _narrowed(layers[own], problem, communicator)
-        (found[index],) = _found(layers[own], [problem], [bracket], names[own], communicator, [math.inf])
-    return found
+
+    value: float
+    num_ties: int
+    includes_all_ties: bool = field(default=False, compare=False, repr=False)
+
+    def keep_mask(self, scores: torch.Tensor, ties_left: int) -> tuple[torch.Tensor, int]:
+        """Returns the mask of a chunk of the layer's scores. Chunks are passed in the order of their position.
+
+        Args:
+            scores: (U) the chunk.
+            ties_left: `num_ties` for the first chunk, then what the call for the previous chunk returned.
+
+        Returns:
+            (U) bool, True is kept; and the number of ties left to prune.
+
+        Example:
+            >>> Threshold(1.0, 1).keep_mask(torch.tensor([0.0, 1.0, 1.0, 2.0]), ties_left=1)
+            (tensor([False, False,  True,  True]), 0)
+        """
+        values: Any = as_fastest_array(scores)
+        kept = values >= self.value
+        if ties_left:
+            ties = (values == self.value).nonzero()
+            ties = ties[0] if isinstance(ties, tuple) else ties[:, 0]
+            kept[ties[:ties_left]] = False
+            ties_left -= min(ties_left, len(ties))
+        return torch.as_tensor(kept), ties_left
 
 
-def _found(layers, problems, brackets: Sequence[_Bracket], names, communicator, rooms: Sequence[float]) -> list:
-    """What `search` returns; None where the bracket missed v."""
-    tallies = _tally(layers, problems, brackets, names, communicator, rooms)
-    return [tally and _decide(problem, tally) for problem, tally in zip(problems, tallies, strict=True)]
+def find_threshold(scores: Scores, k: int) -> Threshold:
+    """Returns the threshold that prunes exactly the k lowest units of one layer.
+
+    Raises:
+        ValueError: k is not from 0 to numel, or a score is NaN.
+
+    Example:
+        >>> from hf_sparse.selection.scores import TensorScores
+        >>> find_threshold(TensorScores(torch.tensor([3.0, 1.0, 2.0, 1.0])), 1)
+        Threshold(value=1.0, num_ties=1)
+    """
+    return find_thresholds([scores], k)[0]
 
 
-def _sampled(
-    layers: Sequence[Scores], problems: Sequence[SelectionProblem], names: Sequence[int], communicator: Communicator
-) -> list[_Bracket]:
-    shares = np.concatenate([_shares(problem) for problem in problems])
-    if not shares.any():
-        return [_EVERYTHING] * len(problems)
-
-    def look(index: int) -> list:
-        layer, share = layers[index], int(shares[index])
-        return [as_fastest_array(layer.sample(math.ceil(share * layer.held / layer.numel)))] if share else []
-
-    threads = count_threads(layers, communicator)
-    samples = collect(each(look, range(len(layers)), threads), names, communicator)
-    parts = samples.split([len(problem.sizes) for problem in problems])
-    return [_bracket(problem, sample) for problem, sample in zip(problems, parts, strict=True)]
-
-
-def _shares(problem: SelectionProblem) -> np.ndarray:
-    """(L) how many scores of each layer to look at; none of few."""
-    total = int(problem.sizes.sum())
-    if total <= _FEW:
-        return np.zeros_like(problem.sizes)
-    # n^(2/3) balances the cost of the sample and of what its bracket lets inside
-    return np.diff(np.floor(np.cumsum(problem.sizes) * (2 * total ** (2 / 3) / total)), prepend=0).astype(np.int64)
-
-
-def _bracket(problem: SelectionProblem, sample: LayerSamples) -> _Bracket:
-    if not len(sample.values):
-        return _EVERYTHING
-    low, high = (_bracket_free if problem.free else _bracket_held)(problem, sample)
-    at_ends = sample.count(lambda values: (values == low) | (values == high)).sum()
-    return _Bracket(low, high, tied=at_ends > len(sample.values) // 64)
-
-
-def _bracket_free(problem: SelectionProblem, sample: LayerSamples) -> tuple[float, float]:
-    share, count = problem.k / problem.sizes.sum(), len(sample.values)
-    half = _DEVIATIONS * math.sqrt(count * share * (1 - share)) + 8
-    ranks = math.floor(count * share - half), math.ceil(count * share + half)
-    inner = _ranked(sample.values.clone(), [min(max(rank, 1), count) for rank in ranks])
-    return (inner[0] if ranks[0] >= 1 else -math.inf), (inner[1] if ranks[1] <= count else math.inf)
-
-
-def _bracket_held(problem: SelectionProblem, sample: LayerSamples) -> tuple[float, float]:
-    """Each layer's counts in the sample are scaled up, so that its floor and cap act as on the whole."""
-    scale = problem.sizes / np.maximum(sample.lengths, 1)
-    unseen = np.where(sample.lengths == 0, problem.sizes * (problem.k / problem.sizes.sum()), 0.0)
-
-    def crossing(goal: float) -> float:
-        if goal <= problem.total(unseen):
-            return -math.inf
-        if goal > problem.total(sample.lengths * scale + unseen):
-            return math.inf
-        return _crossing(sample, goal, lambda found: problem.total(found * scale + unseen))
-
-    middle = crossing(problem.k)
-    found = sample.count(lambda values: values <= middle)
-    moves = (found * scale > problem.floors) & (found * scale < problem.caps)
-    variance = (scale**2 * found * (1 - found / np.maximum(sample.lengths, 1)))[moves].sum()
-    half = _DEVIATIONS * math.sqrt(variance) + 8 * scale.max()
-    return crossing(problem.k - half), crossing(problem.k + half)
-
-
-def _tally(
+def find_thresholds(
     layers: Sequence[Scores],
+    k: int,
+    floors: Sequence[int] | None = None,
+    caps: Sequence[int] | None = None,
+    communicator: Communicator = SINGLE_PROCESS,
+) -> list[Threshold]:
+    """Returns thresholds that prune exactly the k lowest units of all layers within the bounds of each layer.
+
+    Units equal to the common threshold are pruned in the order of layers, then of positions. A layer whose floor or
+    cap binds has a threshold of its own. Scores are read about once, those of layers whose bounds bind about twice;
+    they are not read where no unit has to be chosen (k = 0 or all units).
+
+    Args:
+        layers: (L) the scores of each layer.
+        k: number of units to prune.
+        floors: (L) smallest number of units to prune of each layer; None for 0.
+        caps: (L) largest number of units to prune of each layer; None for all.
+        communicator: of the ranks that hold the units, which call this function together and get the same result.
+
+    Returns:
+        (L) thresholds.
+
+    Raises:
+        ValueError: no such thresholds exist, or a score is NaN.
+
+    Example:
+        >>> from hf_sparse.selection.scores import TensorScores
+        >>> layers = [TensorScores(torch.tensor([1.0, 2.0, 3.0])), TensorScores(torch.tensor([10.0, 20.0]))]
+        >>> find_thresholds(layers, 2)
+        [Threshold(value=2.0, num_ties=1), Threshold(value=-inf, num_ties=0)]
+        >>> find_thresholds(layers, 2, floors=[0, 1])
+        [Threshold(value=1.0, num_ties=1), Threshold(value=10.0, num_ties=1)]
+    """
+    problem, common = SelectionProblem.create(layers, k, floors, caps), None
+    if problem.k == problem.floors.sum():
+        num_pruned = problem.floors
+    elif problem.k == problem.caps.sum():
+        num_pruned = problem.caps
+    else:
+        (common,) = search([problem], communicator)
+        num_pruned = common.num_pruned(problem)
+
+    thresholds: dict[int, Threshold] = {}
+    bound = []  # one problem for each layer whose floor or cap binds
+    for index, (layer, count) in enumerate(zip(layers, num_pruned.tolist(), strict=True)):
+        if count in (0, layer.numel):
+            thresholds[index] = Threshold(math.inf if count else -math.inf, count, includes_all_ties=True)
+        elif common is not None and common.num_below[index] <= count <= common.num_up_to[index]:
+            thresholds[index] = common.threshold(index, count)
+        else:
+            bound.append(SelectionProblem.create([layer], count, layer_indices=[index]))
+    # Threads solve one problem each. Ranks solve all problems together, to communicate once for all of them.
+    batches = [[single] for single in bound] if communicator.world_size == 1 else [bound] if bound else []
+    with _thread_map(layers, communicator) as thread_map:
+        solved = chain.from_iterable(thread_map(partial(search, communicator=communicator), batches))
+        for single, result in zip(bound, solved, strict=True):
+            thresholds[single.layer_indices[0]] = result.threshold(0, single.k)
+    return [thresholds[index] for index in range(len(layers))]
+
+
+@dataclass(frozen=True)
+class CommonThreshold:
+    """The solution of a selection problem.
+
+    Args:
+        value: the common threshold v.
+        num_below: (L) number of units of each layer with a score below v, over all ranks.
+        num_up_to: (L) number of units with a score up to v.
+    """
+
+    value: float
+    num_below: np.ndarray
+    num_up_to: np.ndarray
+
+    def num_pruned(self, problem: SelectionProblem) -> np.ndarray:
+        """Returns the number of units to prune of each layer (L), ties in the order of layers."""
+        least, most = problem.num_pruned(self.num_below), problem.num_pruned(self.num_up_to)
+        num_ties = problem.k - least.sum()
+        ties_before = np.cumsum(most - least) - (most - least)
+        return least + np.clip(num_ties - ties_before, 0, most - least)
+
+    def threshold(self, index: int, count: int) -> Threshold:
+        """Returns the threshold that prunes `count` units of a layer."""
+        num_ties = count - int(self.num_below[index])
+        return Threshold(self.value, num_ties, includes_all_ties=bool(count == self.num_up_to[index]))
+
+
+def search(problems: Sequence[SelectionProblem], communicator: Communicator) -> list[CommonThreshold]:
+    """Finds the common threshold of each problem, where sum(floors) < k < sum(caps).
+
+    Problems are solved side by side, so that ranks communicate once for all of them.
+
+    Raises:
+        ValueError: a score is NaN.
+    """
+    layers = [layer for problem in problems for layer in problem.layers]
+    indices = [index for problem in problems for index in problem.layer_indices]
+    num_layers = [len(problem.layers) for problem in problems]
+    min_capacity = 2**18 if len(problems) == 1 else 2**16
+    capacities = [
+        _Capacity(min_capacity + int(problem.sizes.sum()) // (64 * communicator.world_size)) for problem in problems
+    ]
+    with _thread_map(layers, communicator) as thread_map:
+        sizes = np.concatenate([sample_sizes(problem) for problem in problems]).tolist()
+        brackets = [ALL_SCORES] * len(problems)
+        if any(sizes):
+            samples = gather_scores(list(thread_map(_sample_layer, layers, sizes)), indices, communicator)
+            parts = samples.split(num_layers)
+            brackets = [bracket_from_sample(*both) for both in zip(problems, parts, strict=True)]
+        problem_of = np.repeat(np.arange(len(problems)), num_layers).tolist()
+        limits = [brackets[index] for index in problem_of], [capacities[index] for index in problem_of]
+        counts = list(thread_map(_count_layer, layers, *limits))
+        solutions, first_solutions = [], _solve(problems, brackets, capacities, counts, communicator)
+        for problem, solution in zip(problems, first_solutions, strict=True):
+            while solution is None:  # the sample was misleading
+                bracket, unlimited = bracket_from_histograms(problem, communicator), _Capacity(math.inf)
+                counts = list(thread_map(_count_layer, problem.layers, repeat(bracket), repeat(unlimited)))
+                (solution,) = _solve([problem], [bracket], [unlimited], counts, communicator)
+            solutions.append(solution)
+    return solutions
+
+
+@contextmanager
+def _thread_map(layers: Sequence[Scores], communicator: Communicator) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Provides `map`, or a `map` over threads for many units on the CPU.
+
+    Accelerators need the caller's thread, which has their stream; ranks need one order of communication.
+    """
+    is_small = sum(layer.local_numel for layer in layers) < _MIN_THREADED or len(layers) == 1
+    if is_small or communicator.world_size > 1 or layers[0].device.type != "cpu" or torch.get_num_threads() == 1:
+        yield map
+    else:
+        with ThreadPoolExecutor(min(len(layers), torch.get_num_threads())) as pool:
+            yield pool.map
+
+
+def _sample_layer(layer: Scores, size: int) -> list[torch.Tensor]:
+    with torch.no_grad():  # threads do not inherit the gradient mode
+        return [layer.sample(math.ceil(size * layer.local_numel / layer.numel))] if size else []
+
+
+@dataclass
+class _Capacity:
+    """The number of scores that may still be collected for a problem on this rank. Its layers share it, over threads
+    without a lock, since the limit need not be exact."""
+
+    left: float
+
+
+class _LayerCounts(NamedTuple):
+    """Numbers of local scores below the bracket and, if it counts them, at its ends, and the scores inside it."""
+
+    below: int
+    at_low: int
+    at_high: int
+    inside: list[torch.Tensor]
+
+
+def _count_layer(layer: Scores, bracket: Bracket, capacity: _Capacity) -> _LayerCounts:
+    """Counts the scores of a layer in one pass, which ends early once the capacity is used up."""
+    num_below = num_at_low = num_at_high = 0
+    inside = []
+    with torch.no_grad():
+        for chunk in layer.chunks():
+            scores: Any = as_fastest_array(chunk)
+            count: Any = np.count_nonzero if isinstance(scores, np.ndarray) else torch.count_nonzero
+            is_below = scores < bracket.low
+            is_inside = is_below == (scores > bracket.high)  # where neither holds, as for NaN
+            num_below += int(count(is_below))
+            if bracket.counts_ends:
+                is_low, is_high = scores == bracket.low, scores == bracket.high
+                num_at_low += int(count(is_low))
+                num_at_high += int(count(is_high)) if bracket.high > bracket.low else 0
+                is_inside &= ~(is_low | is_high)
+            collected = scores[is_inside]
+            if len(collected):
+                inside.append(torch.as_tensor(collected))
+                capacity.left -= len(collected)
+            if capacity.left < 0:
+                break
+    return _LayerCounts(num_below, num_at_low, num_at_high, inside)
+
+
+def _solve(
     problems: Sequence[SelectionProblem],
-    brackets: Sequence[_Bracket],
-    names: Sequence[int],
+    brackets: Sequence[Bracket],
+    capacities: Sequence[_Capacity],
+    counts: Sequence[_LayerCounts],
     communicator: Communicator,
-    rooms: Sequence[float],
-) -> list[_Tally | None]:
-    """One pass over all layers; None for a problem of which in some process more scores than its room lie inside, for
-    then the sample misled."""
-    counts = [len(problem.sizes) for problem in problems]
-    owners = np.repeat(np.arange(len(problems)), counts).tolist()
-    left = [[room] for room in rooms]
-
-    def look(index: int) -> tuple[int, int, int, list]:
-        return _tally_layer(layers[index], brackets[owners[index]], left[owners[index]])
-
-    *numbers, parts = zip(*each(look, range(len(layers)), count_threads(layers, communicator)))
-    full = [left[owner][0] < 0 for owner in owners]
-    below, at_low, at_high, full = communicator.sum_counts(np.array([*numbers, full]))
-    # with any NaN, which is neither below nor above
-    inside = collect([[] if gone else part for part, gone in zip(parts, full)], names, communicator)
-    ends = np.cumsum(counts)[:-1]
-    rest = [np.split(array, ends) for array in (below, at_low, at_high, full)]
+) -> list[CommonThreshold | None]:
+    """Merges the counts of all ranks; None for a problem whose bracket missed v or held too many scores."""
+    num_layers = [len(problem.layers) for problem in problems]
+    indices = [index for problem in problems for index in problem.layer_indices]
+    is_full = np.repeat([capacity.left < 0 for capacity in capacities], num_layers)
+    *local_counts, local_inside = zip(*counts, strict=True)
+    *sums, num_full = communicator.sum_counts(np.array([*local_counts, is_full]))
+    collected = [[] if full else parts for parts, full in zip(local_inside, num_full, strict=True)]
+    inside = gather_scores(collected, indices, communicator).split(num_layers)
+    ends = np.cumsum(num_layers)[:-1]
+    split = [np.split(numbers, ends) for numbers in (num_full, *sums)]
     return [
-        None if gone.any() else _Tally(bracket, *numbers, part)
-        for bracket, *numbers, gone, part in zip(brackets, *rest, inside.split(counts))
+        None if full.any() else _select(problem, bracket, below, at_low, at_high, scores)
+        for problem, bracket, scores, full, below, at_low, at_high in zip(problems, brackets, inside, *split)
     ]
 
 
-def _tally_layer(layer: Scores, bracket: _Bracket, left: list[float]) -> tuple[int, int, int, list]:
-    below = at_low = at_high = 0
-    parts = []
-    for chunk in layer.chunks():
-        scores = as_fastest_array(chunk)
-        count = np.count_nonzero if isinstance(scores, np.ndarray) else torch.count_nonzero
-        lower = scores < bracket.low
-        inside = lower == (scores > bracket.high)  # where neither holds
-        below += int(count(lower))
-        if bracket.tied:
-            low, high = scores == bracket.low, scores == bracket.high
-            at_low += int(count(low))
-            at_high += int(count(high)) if bracket.high > bracket.low else 0
-            inside &= ~(low | high)
-        part = scores[inside]
-        if len(part):
-            parts.append(part)
-            left[0] -= len(part)  # threads may lose a little of each other's, which moves the limit a little
-        if left[0] < 0:
-            break
-    return below, at_low, at_high, parts
-
-
-def _decide(problem: SelectionProblem, tally: _Tally) -> Found | None:
-    """v, and the units of each layer below it and equal to it; None if v is not in the bracket."""
-    low, high = tally.bracket.low, tally.bracket.high
-    base = tally.below + tally.at_low
-    inside, most = tally.inside, base + tally.inside.lengths
-    if problem.total(tally.below) >= problem.k or problem.total(most + tally.at_high) < problem.k:
+def _select(
+    problem: SelectionProblem,
+    bracket: Bracket,
+    num_below: np.ndarray,
+    num_at_low: np.ndarray,
+    num_at_high: np.ndarray,
+    inside: PackedScores,
+) -> CommonThreshold | None:
+    """Selects v inside a bracket, given the counts of all ranks (L); None if v is outside."""
+    base = num_below + num_at_low
+    most = base + inside.lengths
+    if problem.total_pruned(num_below) >= problem.k or problem.total_pruned(most + num_at_high) < problem.k:
         return None
-    if problem.total(base) >= problem.k:
-        value = low
-    elif problem.total(most) < problem.k:
-        value = high
-    elif problem.free:
-        value = _ranked(inside.values.clone(), [problem.k - int(base.sum())])[0]
+    if problem.total_pruned(base) >= problem.k:
+        value = bracket.low
+    elif problem.total_pruned(most) < problem.k:
+        value = bracket.high
+    elif problem.is_bounded:
+        value = inside.lowest_value_reaching(problem.k, lambda counts: problem.total_pruned(base + counts))
     else:
-        value = _crossing(inside, problem.k, lambda found: problem.total(base + found))
-    below = (tally.below if value == low else base) + inside.count(lambda values: values < value)
-    equal = np.where(value == low, tally.at_low, 0) + inside.count(lambda values: values == value)
-    return value + 0.0, below, equal + np.where(value == high, tally.at_high, 0)
-
-
-def _ranked(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
-    """The values of these ascending ranks, counted from 1; may reorder `values`."""
-    places = [rank - 1 for rank in ranks]
-    if not prefers_numpy(values.device):
-        return values.sort()[0][places].tolist()
-    found, done = [], 0
-    for place in places:  # one after the other is faster than both at once, for the second looks only at the rest
-        values.numpy()[done:].partition(place - done)
-        found.append(float(values[place]))  # at once: the next partition may move it
-        done = place
-    return found
-
-
-def _crossing(parts: LayerSamples, goal: float, total: Callable[[np.ndarray], float]) -> float:
-    """min{v: total(#{scores <= v} of each layer) >= goal} by quickselect, where total(0) < goal <= total(all)."""
-    values, owner, base = parts.values, parts.owners(), np.zeros_like(parts.lengths)
-
-    def counts(chosen: torch.Tensor) -> np.ndarray:
-        return base + torch.bincount(owner[chosen], minlength=len(base)).cpu().numpy()
-
-    while True:
-        pivot = values[:: len(values) // 256 + 1].median()
-        lower, upto = counts(values < pivot), counts(values <= pivot)
-        if total(lower) < goal <= total(upto):
-            return float(pivot)
-        rest = values < pivot if total(lower) >= goal else values > pivot
-        base = base if total(lower) >= goal else upto
-        values, owner = values[rest], owner[rest]
-
-
-def _narrowed(layers: Sequence[Scores], problem: SelectionProblem, communicator: Communicator) -> _Bracket:
-    """A bracket that holds v for certain, and few scores besides, found without a sample."""
-    low, high = _key(-math.inf), _key(math.inf)
-    base = np.zeros_like(problem.sizes)
-    few = 2**18 + int(problem.sizes.sum()) // 64
-    while True:
-        width = (high - low) // _BUCKETS + 1
-        counts_LB = communicator.sum_counts(np.stack([_histogram(layer, low, high, width) for layer in layers]))
-        upto_LB = base[:, None] + counts_LB.cumsum(1)
-        reached = problem.fallen(upto_LB.T).sum(1) >= problem.k
-        # NaN, which no bucket takes, may keep all from reaching k; the pass that follows refuses it
-        bucket = int(reached.argmax()) if reached.any() else _BUCKETS - 1
-        base = upto_LB[:, bucket] - counts_LB[:, bucket]
-        low, high = low + bucket * width, min(high, low + (bucket + 1) * width - 1)
-        if low == high or counts_LB[:, bucket].sum() <= few:
-            return _Bracket(_value(low), _value(high), tied=True)
-
-
-def _histogram(layer: Scores, low: int, high: int, width: int) -> np.ndarray:
-    """(B) scores in each bucket of keys low..high."""
-    counts = torch.zeros(_BUCKETS, dtype=torch.int64)
-    for chunk in layer.chunks():
-        bits = (chunk + 0.0).view(torch.int32)  # -0.0 is 0.0
-        keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-        keys = keys[(keys >= low) & (keys <= high)]
-        counts += torch.bincount((keys - low).div_(width, rounding_mode="floor"), minlength=_BUCKETS).cpu()
-    return counts.numpy()
-
-
-def _key(value: float) -> int:
-    """An integer for a float32 value, in the same order."""
-    bits = int(np.float32(value).view(np.int32))
-    return bits ^ (0x7FFFFFFF if bits < 0 else 0)
-
-
-def _value(key: int) -> float:
-    return float(np.int32(key ^ (0x7FFFFFFF if key < 0 else 0)).view(np.float32)) + 0.0
+        (value,) = inside.values_at_ranks([problem.k - int(base.sum())])
+    below = (num_below if value == bracket.low else base) + inside.count_where(lambda values: values < value)
+    equal = np.where(value == bracket.low, num_at_low, 0) + inside.count_where(lambda values: values == value)
+    equal = equal + np.where(value == bracket.high, num_at_high, 0)
+    return CommonThreshold(value + 0.0, below, below + equal)

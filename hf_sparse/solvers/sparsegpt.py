@@ -14,8 +14,8 @@ import torch
 from ..patterns import Pattern
 from ..requires import Requires
 from ..selection.budgets import largest_remainder
-from ..selection.ranking import keep, lowest
 from ..selection.scores import TensorScores
+from ..selection.threshold import find_threshold
 from .base import PruneRequest, Solver, register_solver
 from .hessian import DAMPENING, HessianFactor
 
@@ -248,6 +248,6 @@ def _select(
         if masked:
             scores_U = scores_U.masked_fill(pattern.pruned_units(kept), -torch.inf)
         scores_U = scores_U.contiguous()
-        threshold = lowest(TensorScores(scores_U), count)
-        kept_units = keep(scores_U.view(-1), threshold, threshold.ties)[0].view(scores_U.shape)
+        threshold = find_threshold(TensorScores(scores_U), count)
+        kept_units = threshold.keep_mask(scores_U.view(-1), threshold.num_ties)[0].view(scores_U.shape)
     kept.logical_and_(pattern.expand(kept_units, tuple(kept.shape)))

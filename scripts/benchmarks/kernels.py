@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -17,9 +18,8 @@ from memory import extra_bytes
 
 from hf_sparse.numerics import CPU_CHUNK
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
-from hf_sparse.selection.ranking import find_thresholds, keep, lowest
 from hf_sparse.selection.scores import TensorScores
-from hf_sparse.selection.threshold import each
+from hf_sparse.selection.threshold import find_threshold, find_thresholds
 
 
 HIDDEN = 768
@@ -66,11 +66,11 @@ def magnitudes(weights: list[torch.Tensor]) -> list[TensorScores]:
     return [TensorScores(weight, magnitude=True) for weight in weights]
 
 
-def write_masks(weights: list[torch.Tensor], cuts: list, masks: list[torch.Tensor]) -> None:
-    for scores, cut, mask in zip(magnitudes(weights), cuts, masks):
-        start, ties, flat = 0, cut.ties, mask.view(torch.bool).view(-1)
+def write_masks(weights: list[torch.Tensor], thresholds: list, masks: list[torch.Tensor]) -> None:
+    for scores, threshold, mask in zip(magnitudes(weights), thresholds, masks):
+        start, ties, flat = 0, threshold.num_ties, mask.view(torch.bool).view(-1)
         for chunk in scores.chunks():
-            kept, ties = keep(chunk, cut, ties)
+            kept, ties = threshold.keep_mask(chunk, ties)
             flat[start : start + len(kept)] = kept
             start += len(kept)
 
@@ -93,12 +93,12 @@ def rank(options: argparse.Namespace) -> None:
         caps = [int(0.92 * weight.numel()) for weight in weights]
         ratio = reads(lambda: find_thresholds(magnitudes(weights), k, caps=caps), weights, options.repeats)
         print(f"  90%, at most 92% of each: {ratio:.2f} reads")
-        each = [int(0.9 * weight.numel()) for weight in weights]
-        ratio = reads(lambda: [*map(lowest, magnitudes(weights), each)], weights, options.repeats)
+        counts = [int(0.9 * weight.numel()) for weight in weights]
+        ratio = reads(lambda: [*map(find_threshold, magnitudes(weights), counts)], weights, options.repeats)
         print(f"  90% of each layer: {ratio:.2f} reads")
-        cuts = find_thresholds(magnitudes(weights), k)
+        thresholds = find_thresholds(magnitudes(weights), k)
         masks = [torch.ones(weight.shape, dtype=torch.int8) for weight in weights]
-        ratio = reads(lambda: write_masks(weights, cuts, masks), weights, options.repeats)
+        ratio = reads(lambda: write_masks(weights, thresholds, masks), weights, options.repeats)
         assert sum(mask.sum(dtype=torch.int64) for mask in masks) == total - k
         print(f"  writing the int8 masks: {ratio:.2f} reads")
         flat = torch.cat([weight.view(-1) for weight in weights])
@@ -127,8 +127,12 @@ def masks_2_of_4(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def all_masks_2_of_4(weights: list[torch.Tensor], masks: list[torch.Tensor]) -> None:
-    """Layer by layer, on as many threads as ranking would take."""
-    each(lambda pair: masks_2_of_4(*pair), list(zip(weights, masks)), min(len(weights), torch.get_num_threads()))
+    """Layer by layer, on as many threads as a selection would take."""
+    if torch.get_num_threads() == 1:
+        list(map(masks_2_of_4, weights, masks))
+        return
+    with ThreadPoolExecutor(min(len(weights), torch.get_num_threads())) as pool:
+        list(pool.map(masks_2_of_4, weights, masks))
 
 
 def masks_by_topk(weight: torch.Tensor) -> torch.Tensor:

@@ -137,7 +137,7 @@ def cases(world, everything):
 
 def main():
     from hf_sparse import numerics
-    from hf_sparse.selection import threshold
+    from hf_sparse.selection import bracket
 
     dist.init_process_group("gloo")
     count = wrong = 0
@@ -148,7 +148,7 @@ def main():
             options = options | {"target_sparsity": 0.6}
         try:
             for few, chunk in SIZES if everything else [next(turn)]:
-                threshold._FEW, numerics.CPU_CHUNK = few, chunk
+                bracket._MIN_SAMPLED, numerics.CPU_CHUNK = few, chunk
                 problem = disagreement(options, layout, mesh, flat)
                 count += 1
                 if problem:

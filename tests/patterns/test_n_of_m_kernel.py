@@ -10,13 +10,6 @@ from hf_sparse import numerics
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
 
 
-@pytest.fixture(params=["numpy", "torch"])
-def library(request, monkeypatch):
-    """Runs a test with the code for CPU memory and with the code for accelerators."""
-    if request.param == "torch":
-        monkeypatch.setattr(numerics, "NUMPY_DEVICES", ())
-
-
 @pytest.mark.parametrize(
     "keep, of", [(2, 4), (1, 4), (3, 4), (0, 4), (4, 4), (1, 1), (1, 2), (4, 8), (5, 7), (200, 300)]
 )
