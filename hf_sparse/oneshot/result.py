@@ -11,7 +11,7 @@ from torch import nn
 from ..config import OneshotConfig
 from ..engine.resolve import resolve_layers
 from ..files import LAYERS_PLOT_FILE, ONESHOT_RESULTS_FILE, write_json
-from ..hub.card import SparsityCard, auto_class, describe, write_card
+from ..hub.card import SparsityCard, auto_class, write_card
 from ..hub.card.command import command_line
 from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
@@ -80,7 +80,7 @@ class OneshotResult:
             dense_metrics=_named("eval", _measured(self.dense)),
             metrics=_named("eval", _measured(self.sparse)),
             calibration=told(self.calibration) if self.calibration else None,
-            settings=describe(resolve_layers(model, self.config, observes_inputs=True)[0]),
+            settings=[group.to_dict() for group in resolve_layers(model, self.config, observes_inputs=True)[0]],
             processes=self.processes,
             command=command_line(),
             auto_class=opener,

@@ -48,6 +48,11 @@ class Pattern(ABC):
         """The only target that the pattern supports, or None where any target is possible."""
         return None
 
+    @property
+    def deployment_note(self) -> str | None:
+        """What the zeros mean for the speed and size of a model, in a sentence or more for its card."""
+        return None
+
     def check(self, rows: int, columns: int) -> str | None:
         """Returns why the pattern cannot be applied to a weight with `rows` outputs and `columns` inputs, or None."""
         return None

@@ -28,6 +28,13 @@ class Block(Pattern):
         if min(self.height, self.width) < 1:
             raise ValueError(f'pattern "{self.height}x{self.width}" needs both sides at least 1, as in 4x1.')
 
+    @property
+    def deployment_note(self) -> str:
+        return (
+            f"Blocks of {self} weights (outputs x inputs) are zero. Runtimes with block-sparse kernels of that shape "
+            "can skip them; the dense kernels of transformers multiply by them. No speed was measured."
+        )
+
     def check(self, rows, columns):
         for side, size, name in ((self.height, rows, "output"), (self.width, columns, "input")):
             if size % side:

@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from .base import Pattern, pairwise_sum, register_pattern
 
 
+_NOTE = (
+    "Whole {} are zero. They could be removed to make a smaller dense model; here they are still stored and computed, "
+    "so size and speed are those of the dense model."
+)
+
+
 @register_pattern("channel")
 @dataclass(frozen=True)
 class Channel(Pattern):
@@ -19,6 +25,10 @@ class Channel(Pattern):
     syntax = "channel|channel:out"
     example = "channel"
     has_rows = False
+
+    @property
+    def deployment_note(self) -> str:
+        return _NOTE.format("output rows")
 
     def unit_shape(self, shape_RPC):
         return shape_RPC[:1]
@@ -44,6 +54,10 @@ class ChannelIn(Pattern):
     syntax = "channel:in"
     example = "channel:in"
     has_rows = False
+
+    @property
+    def deployment_note(self) -> str:
+        return _NOTE.format("input columns")
 
     def unit_rows(self, rows):
         return rows

@@ -45,6 +45,20 @@ class NOfM(Pattern):
     def implied_sparsity(self):
         return self.max_sparsity
 
+    @property
+    def deployment_note(self) -> str:
+        zeros = f"Of every {self.of} weights along the input dimension at most {self.keep} are not zero."
+        if (self.keep, self.of) == (2, 4):
+            return (
+                f"{zeros} GPUs with sparse tensor cores (NVIDIA Ampere and newer) have kernels for that, in torch "
+                "through `torch.sparse.to_sparse_semi_structured`. As loaded above the weights are dense, and no "
+                "speed was measured."
+            )
+        return (
+            f"{zeros} Sparse tensor cores of GPUs support 2:4: check whether yours support {self}. No speed was "
+            "measured."
+        )
+
     def check(self, rows, columns):
         if columns % self.of:
             return f'pattern "{self.keep}:{self.of}" needs the input size divisible by {self.of}'

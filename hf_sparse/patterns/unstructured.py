@@ -19,6 +19,14 @@ class Unstructured(Pattern):
     example = "unstructured"
     flat = True
 
+    @property
+    def deployment_note(self) -> str:
+        return (
+            "Single weights are zero, without any structure. Dense kernels multiply by them like by other weights: no "
+            "speed-up is claimed, nor less memory. The zeros help where files are compressed, and in runtimes with "
+            "kernels for unstructured sparsity."
+        )
+
     def unit_shape(self, shape_RPC):
         return shape_RPC
 

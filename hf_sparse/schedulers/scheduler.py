@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -76,6 +76,9 @@ class Scheduler(ABC):
     Args:
         config: a mapping or any object; each scheduler documents the settings that it reads.
     """
+
+    has_curve: ClassVar[bool] = False
+    """Whether `sparsity_decay_type` selects the curve along which the sparsity increases."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -149,6 +152,8 @@ class IterativeScheduler(Scheduler):
         >>> [round(scheduler.update_sparsity_ratio(0.8, c, 4, {}), 3) for c in range(6)]
         [0.0, 0.2, 0.4, 0.6, 0.8, 0.8]
     """
+
+    has_curve = True
 
     def __init__(self, config: Any):
         super().__init__(config)

@@ -13,11 +13,10 @@ from ..hub.card import (
     CardVersion,
     SparsityCard,
     auto_class,
-    describe,
     download_card,
-    measurements,
     parse_card,
     recount_zeros,
+    select_metrics,
     write_card,
 )
 from ..hub.card.command import command_line
@@ -77,9 +76,9 @@ def _fill(trainer: Any, name: str, metadata: dict[str, Any]) -> SparsityCard:
         metadata=metadata,
         task=measured["task"]["type"],
         dataset=measured["dataset"],
-        dense_metrics=measurements(trainer.dense_metrics),
+        dense_metrics=select_metrics(trainer.dense_metrics),
         repo_id=trainer.hub_model_id,
-        settings=describe(group.options for group in callback.pruner.groups),
+        settings=[group.options.to_dict() for group in callback.pruner.groups],
         metrics=_metrics(trainer),
         max_steps=trainer.state.max_steps,
         processes=trainer.args.world_size,
@@ -113,7 +112,7 @@ def _metrics(trainer: Any) -> dict[str, float]:
     for log in state.log_history:
         if log.get("step") == step:
             found |= {name: value for name, value in log.items() if name.startswith("eval_")}
-    return measurements(found | trainer.saved_metrics)
+    return select_metrics(found | trainer.saved_metrics)
 
 
 def _escape_given(trainer: Any, create: Callable, args: tuple, kwargs: dict[str, Any]):

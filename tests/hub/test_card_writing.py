@@ -81,7 +81,7 @@ def test_what_is_not_known_is_not_said():
     text = render_card(
         card(dense_metrics={}, command=None, max_steps=None, auto_class=None, processes=1, task=None)
     ).text
-    assert "difference" not in text and "The dense model was not measured beside it." in text
+    assert "difference" not in text and "The dense model was not evaluated." in text
     assert "```bash" not in text and "from_pretrained" not in text and "![" not in text
     assert "Scheduler: iterative (cubic curve).\n" in text and "processes" not in text
     text = render_card(card(metrics={})).text
@@ -94,9 +94,10 @@ def test_what_is_not_known_is_not_said():
     [
         ("unstructured", "no speed-up is claimed"),
         ("2:4", "sparse tensor cores"),
-        ("1:4", "see whether yours take 1:4"),
-        ("4x1", "block-sparse kernels"),
+        ("1:4", "check whether yours support 1:4"),
+        ("4x1", "Blocks of 4x1 weights"),
         ("channel", "output rows"),
+        ("channel:out", "output rows"),
         ("channel:in", "input columns"),
         ("my-own", "no speed-up is claimed"),
     ],
@@ -105,6 +106,48 @@ def test_limits_of_each_pattern(pattern, words):
     report = SparsityReport((LayerReport("a", "weights", pattern, (4, 4), 16, 8),), 16, 8)
     limits = render_card(card(report=report)).text.split("### Limits")[1]
     assert words in limits and "as large as" in limits
+
+
+def test_options_of_methods_are_in_the_settings():
+    """Those that differ from their defaults, of each group."""
+    groups = {
+        "a": {"targets": ["a"], "criterion": "snip_momentum", "criterion_kwargs": {"decay": 0.5}},
+        "b": {"targets": ["b"], "criterion": "snip_momentum", "criterion_kwargs": {"decay": 0.9}},
+    }
+    text = render_card(card(config=PruningConfig(target_sparsity=0.5, groups=groups).to_dict())).text
+    assert "| a | unstructured | snip\\_momentum (decay=0.5) |" in text.replace("snip_", "snip\\_")
+    assert "| b | unstructured | snip_momentum | global | 50% |" in text
+    solver = {"solver": "sparsegpt", "solver_kwargs": {"dampening": 0.5}, "allocation": "owl"}
+    config = OneshotConfig(target_sparsity=0.5, **solver, allocation_kwargs={"lambda_": 0.25}).to_dict()
+    text = render_card(card(config=config, oneshot=True)).text
+    row = "| unstructured | selected by the solver | layer | owl (lambda\\_=0.25) | sparsegpt (dampening=0.5) | 50% |"
+    assert row in text
+
+
+def test_a_group_that_only_keeps_zeros_has_no_criterion():
+    groups = {"a": {"targets": ["a"], "target_sparsity": 0.5, "scheduler": "oneshot"}, "b": {"targets": ["b"]}}
+    text = render_card(card(config=PruningConfig(keep_zeros=True, groups=groups).to_dict())).text
+    assert "| a | unstructured | snip_momentum | global | 50% |\n| b | unstructured | - | - | existing zeros |" in text
+    assert "Scheduler: oneshot, 70 prune steps" in text and "cubic" not in text
+
+
+def test_plugins_are_named_where_their_methods_were_used():
+    settings = [{**card().settings[0], "criterion": "mine", "scheduler": "slow"}]
+    text = render_card(card(settings=settings, plugins=["my_methods.py"])).text
+    needed = (
+        'needs the plug-in "my_methods.py", which registers criterion "mine", scheduler "slow"; loading it does not.'
+    )
+    assert needed in text and "Scheduler: slow, 3 prune steps" in text
+    settings[0]["criterion"] = "taylor"
+    text = render_card(card(settings=settings, plugins=["a.py", "b.py"])).text
+    assert 'needs the plug-ins "a.py", "b.py", which register scheduler "slow"' in text
+    assert "plug-in" not in render_card(card(plugins=["my_methods.py"])).text
+
+
+def test_settings_of_an_earlier_version_are_made_from_the_config():
+    assert (
+        card(settings=[{"group": "weights", "solver": "zero", "criterion": "magnitude"}]).settings == card().settings
+    )
 
 
 def test_what_others_wrote_changes_no_structure(tmp_path):
@@ -146,7 +189,7 @@ def test_a_card_of_one_shot_pruning(tmp_path):
     values = {"report": SparsityReport(layers, 40, 8), "config": config, "oneshot": True, "calibration": calibration}
     text = write_card(tmp_path, card(**values)).read_text()
     assert "| unstructured | wanda | row | 50% |" in text and "sequential: false" in text
-    assert "Pruned in one shot, without training. What it looked at: 128 texts of 2,048 tokens." in text
+    assert "Pruned in one shot, without training. Calibration data: 128 texts of 2,048 tokens." in text
     assert "| a | 4x4 | unstructured | 8 | 16 | 50.00% | 0.1250 |" in text and "relative to the square" in text
     assert "| b | 1 | x | 0 | 1 | 0.00% | - |" in text
     assert rewrite_card(tmp_path).read_text() == text
@@ -173,7 +216,7 @@ def test_a_card_of_report_and_config_alone(tmp_path):
 
 
 def test_a_card_without_report_or_with_a_damaged_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match="pruning_report.json does not exist: a card is made from"):
+    with pytest.raises(FileNotFoundError, match="pruning_report.json does not exist: a card is generated from"):
         rewrite_card(tmp_path)
     card().save(tmp_path)
     for name in ("pruning_report.json", "pruning_config.json", "pruning_card.json"):

@@ -5,7 +5,7 @@ It is made from files alone, so it can be made again: the report, the config, an
 
 from ...files import CARD_FILE, README_FILE
 from ..model_classes import auto_class
-from .data import SparsityCard, describe, measurements
+from .data import SparsityCard, select_metrics
 from .writing import (
     PUBLISHED_FILES,
     CardVersion,
@@ -27,8 +27,7 @@ __all__ = [
     "SparsityCard",
     "CardVersion",
     "auto_class",
-    "describe",
-    "measurements",
+    "select_metrics",
     "parse_card",
     "download_card",
     "recount_zeros",

@@ -1,4 +1,4 @@
-"""SparsityCard: all that a model card is made from."""
+"""SparsityCard: the contents of a model card."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ... import files as storage
-from ...config import OneshotConfig, PruningConfig, ResolvedGroup, upgrade_options
+from ...config import OneshotConfig, PruningConfig, upgrade_options
 from ...config.base import PruningOptions
-from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, write_json
+from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_json, write_json
 from ...reporting.report import SparsityReport
 from ..model_classes import auto_class
 from .escaping import remove_secrets
 
 
-# What `evaluate` returns beside measurements, by the end of its name.
-_NO_MEASUREMENTS = ("runtime", "per_second", "samples", "time", "epoch", "step")
+# Endings of the names of values that `evaluate` and `predict` return beside the metrics.
+_NOT_METRICS = ("runtime", "per_second", "samples", "time", "epoch", "step")
 _SPLITS = ("eval", "test")
 
 
@@ -35,30 +34,33 @@ def _version() -> str:
 
 @dataclass
 class SparsityCard:
-    """All that a model card is made from. It is stored in three files: report, config, and the rest.
+    """The contents of a model card: what was pruned and how, and the metrics of the pruned and the dense model.
+
+    The report and the config are saved in files of their own, all other fields in pruning_card.json.
 
     Args:
-        model_name: any text.
-        report: how much is zero, counted in the weights.
-        config: the options of pruning, as `PruningConfig.to_dict` or `OneshotConfig.to_dict` gives them.
-        metadata: given by the user: what else the Hub is to know, under its own names (base_model, datasets, language,
-            license, ...). See `huggingface_hub.ModelCardData`.
-        task: given: what the metrics are of, as the Hub calls it ("text-classification"), for the results in the
-            metadata.
-        dataset: given: what they were measured on: `type` and `name`, and where known `config`, `split`, `args`.
-        dense_metrics: given: the same measurements of the dense model.
-        calibration: given: the data that one-shot pruning looked at, in words.
-        repo_id: given: where the model is or will be on the Hub.
-        settings: filled while pruning: for each group what `describe` says. Left out: as the config says.
-        metrics: filled: measurements of the weights as they are, under the names that `Trainer.evaluate` gives them.
-        oneshot: filled: whether it was pruned without training.
-        max_steps: filled: optimizer steps of the training; None when that is not known.
-        processes: filled: how many pruned together.
-        command: filled: how to start the same again; None when no command did it.
-        auto_class: filled: the class of transformers whose `from_pretrained` opens the model; None when it has none.
-        adapter: filled: whether what is saved is an adapter of PEFT, without the weights that were pruned.
-        version: filled: of hf_sparse.
-        written: kept from one writing to the next: what was written last, so that a person's edits can be told.
+        model_name: title of the card.
+        report: sparsity of the saved weights.
+        config: pruning options, from `PruningConfig.to_dict` or `OneshotConfig.to_dict`.
+        metadata: further metadata for the Hub, given by the user under the Hub's names (base_model, datasets,
+            language, license, ...), see `huggingface_hub.ModelCardData`. A local folder as base_model is removed.
+        task: the Hub's name of the task that the metrics belong to, such as "text-classification".
+        dataset: the data set that the metrics were measured on: `type` and `name`, and optionally `config`, `split`,
+            `args`. With `task` and `dataset` the metrics enter the metadata.
+        dense_metrics: metrics of the dense model, under the same names as `metrics`.
+        calibration: description of the calibration data of one-shot pruning.
+        repo_id: repository of the model on the Hub.
+        settings: `ResolvedGroup.to_dict` of every parameter group; computed from `config` if empty.
+        metrics: metrics of the pruned model, under the names that `Trainer.evaluate` gives them.
+        oneshot: whether the model was pruned without training.
+        max_steps: number of optimizer steps of the training; None if unknown.
+        processes: world size of the run.
+        command: the command that started the run; None if there was none.
+        auto_class: the class of transformers whose `from_pretrained` opens the model; None if there is none.
+        adapter: whether the saved files are a PEFT adapter, without the pruned weights.
+        plugins: names of the plug-ins that were loaded, see `hf_sparse.plugins.loaded_plugins`.
+        version: version of hf_sparse.
+        written: metadata and text digests of the card as it was generated last, see `CardVersion.base`.
 
     Example:
         >>> from hf_sparse.reporting.report import LayerReport
@@ -87,33 +89,42 @@ class SparsityCard:
     command: str | None = None
     auto_class: str | None = None
     adapter: bool = False
+    plugins: list[str] = field(default_factory=list)
     version: str = field(default_factory=_version)
 
     written: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not all(map(_is_on_the_hub, _listed(self.metadata.get("base_model")))):
-            # A folder: the Hub refuses a card that names one, and it is nobody's business.
+        if not all(map(_is_hub_id, _as_list(self.metadata.get("base_model")))):
+            # The Hub refuses a card with a folder as base_model, and a local path may be private.
             self.metadata = {name: value for name, value in self.metadata.items() if name != "base_model"}
-        kind = OneshotConfig if self.oneshot else PruningConfig
-        # An earlier version may have had fewer options, and others.
-        self.config = kind().to_dict() | kind.accepted_options(upgrade_options(self.config))
-        if not self.settings:
-            self.settings = describe(kind.from_dict(self.config).resolve_groups().values())
+        config_class = OneshotConfig if self.oneshot else PruningConfig
+        # Options that an earlier version did not have get their defaults.
+        self.config = config_class().to_dict() | config_class.accepted_options(upgrade_options(self.config))
+        if not self.settings or any("scheduler" not in group for group in self.settings):  # of an earlier version
+            groups = config_class.from_dict(self.config).resolve_groups().values()
+            self.settings = [group.to_dict() for group in groups]
 
     # Files
 
     def save(self, directory: str | Path, secrets: Iterable[str | None] = ()) -> None:
-        """Write report, config and the rest to their files, less the secrets."""
+        """Writes report, config and pruning_card.json, which `load` reads.
+
+        Args:
+            directory: folder of the model.
+            secrets: strings that are removed from pruning_card.json.
+        """
         directory = Path(directory)
         self.report.save(directory / REPORT_FILE)
         write_json(directory / CONFIG_FILE, self.config)
-        stored = json.dumps({name: getattr(self, name) for name in _STORED}, ensure_ascii=False)
+        stored = json.dumps({name: getattr(self, name) for name in _STORED_FIELDS}, ensure_ascii=False)
         write_json(directory / CARD_FILE, json.loads(remove_secrets(stored, secrets)))
 
     @classmethod
     def load(cls, directory: str | Path) -> SparsityCard:
-        """What `save` wrote. Of a folder that has report and config only, a card without what is not known.
+        """Reads a card from the files in the folder of a model.
+
+        Without pruning_card.json, metrics, steps and model class are taken from the files of Trainer and transformers.
 
         Raises:
             FileNotFoundError: the report or the config is missing.
@@ -121,17 +132,17 @@ class SparsityCard:
         """
         directory = Path(directory)
         report, config = (read_card_file(directory / name) for name in (REPORT_FILE, CONFIG_FILE))
-        stored = read_card_file(directory / CARD_FILE) if (directory / CARD_FILE).is_file() else {}
-        if not stored:
-            stored = _found_beside(directory) | {
-                "oneshot": bool(config.keys() & (set(OneshotConfig.run_options) - set(PruningOptions.run_options)))
-            }
+        if (directory / CARD_FILE).is_file():
+            stored = read_card_file(directory / CARD_FILE)
+        else:
+            oneshot_options = set(OneshotConfig.run_options) - set(PruningOptions.run_options)
+            stored = _read_training_files(directory) | {"oneshot": bool(config.keys() & oneshot_options)}
         try:
-            values = {"model_name": directory.resolve().name}
-            values |= {name: stored[name] for name in _STORED if name in stored}
-            wrong = [name for name, value in values.items() if not _fits(name, value)]
+            values: dict[str, Any] = {"model_name": directory.resolve().name}
+            values |= {name: stored[name] for name in _STORED_FIELDS if name in stored}
+            wrong = [name for name, value in values.items() if not _has_field_type(name, value)]
             if wrong or "pattern" not in config:
-                raise ValueError(f"{wrong or CONFIG_FILE} cannot be")
+                raise ValueError(f"invalid {', '.join(wrong) or CONFIG_FILE}")
             return cls(report=SparsityReport.from_dict(report), config=config, **values)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the pruning files in {directory} are damaged: {error!r}.") from error
@@ -140,47 +151,47 @@ class SparsityCard:
 
     @property
     def patterns(self) -> list[str]:
-        """Of the selected weights, each once."""
+        """The distinct patterns of the selected weights."""
         return list(dict.fromkeys(layer.pattern for layer in self.report.layers))
 
     def hub_metadata(self) -> dict[str, Any]:
-        """The metadata for the head of the card: what was given, and what is known of sparsity and results."""
+        """Returns the metadata of the card: `metadata`, tags, metrics, and the sparsity."""
         values = copy.deepcopy(self.metadata)
         values.setdefault("library_name", "transformers")
-        values["tags"] = list(dict.fromkeys([*_listed(values.get("tags")), "sparse", "pruned", *self.patterns]))
-        results = self._results()
+        values["tags"] = list(dict.fromkeys([*_as_list(values.get("tags")), "sparse", "pruned", *self.patterns]))
+        results = self._eval_results()
         if results:
-            names = [*_listed(values.get("metrics")), *(result.metric_type for result in results)]
+            names = [*_as_list(values.get("metrics")), *(result.metric_type for result in results)]
             values |= {"metrics": list(dict.fromkeys(names)), "model_name": self.model_name, "eval_results": results}
             values.pop("model-index", None)
         metadata = ModelCardData(**values).to_dict()
         if not any(index["results"] for index in metadata.get("model-index", ())):
             metadata.pop("model-index", None)
-        return metadata | {"sparsity": self._figures()}
+        return metadata | {"sparsity": self._sparsity_metadata()}
 
-    def _figures(self) -> dict[str, Any]:
+    def _sparsity_metadata(self) -> dict[str, Any]:
         report = self.report
-        figures = {
+        values: dict[str, Any] = {
             "selected": round(report.sparsity, 6),
             "selected_zeros": report.zeros,
             "selected_weights": report.selected,
             "parameters": round(report.parameter_sparsity, 6),
             "parameter_zeros": report.parameter_zeros,
             "parameter_count": report.parameters,
-            "pattern": _one_or_all(self.patterns),
+            "pattern": _unwrap_single(self.patterns),
         }
         for name in ("criterion", "scope", "solver"):
-            figures[name] = _one_or_all(list(dict.fromkeys(row[name] for row in self.settings if row.get(name))))
-        if figures.get("solver") == "none":
-            del figures["solver"]  # which changes nothing
-        return {name: value for name, value in figures.items() if value is not None} | {"library": "hf_sparse"}
+            values[name] = _unwrap_single(list(dict.fromkeys(row[name] for row in self.settings if row.get(name))))
+        if values["solver"] == OneshotConfig.defaults["solver"]:
+            del values["solver"]
+        return {name: value for name, value in values.items() if value is not None} | {"library": "hf_sparse"}
 
-    def _results(self) -> list[EvalResult]:
-        """The metrics as the Hub lists them, where it is known what they were measured on."""
+    def _eval_results(self) -> list[EvalResult]:
+        """Returns the metrics in the Hub's form; none if the task or the data set is unknown."""
         if self.task is None or self.dataset is None:
             return []
         results = []
-        for name, value in measurements(self.metrics).items():
+        for name, value in select_metrics(self.metrics).items():
             split, _, metric = name.partition("_")
             split, metric = (split, metric) if split in _SPLITS else ("eval", name)
             if metric == "loss":
@@ -200,63 +211,62 @@ class SparsityCard:
         return results
 
 
-_APART = ("report", "config")
-_TYPES = {option.name: str(option.type) for option in fields(SparsityCard) if option.name not in _APART}
-_STORED = tuple(_TYPES)
+_FIELD_TYPES = {item.name: str(item.type) for item in fields(SparsityCard) if item.name not in ("report", "config")}
+_STORED_FIELDS = tuple(_FIELD_TYPES)
 
 
-def _fits(name: str, value: Any) -> bool:
-    """Whether a value that was read from a file can be that field's."""
-    kinds = {"str": str, "int": int, "bool": bool, "dict": dict, "list": list}
-    kind = kinds[_TYPES[name].split(" |")[0].split("[")[0]]
-    return isinstance(value, kind) or (value is None and _TYPES[name].endswith("None"))
+def _has_field_type(name: str, value: Any) -> bool:
+    """Whether a value that was read from a file has the type of the field `name`."""
+    types = {"str": str, "int": int, "bool": bool, "dict": dict, "list": list}
+    expected = types[_FIELD_TYPES[name].split(" |")[0].split("[")[0]]
+    return isinstance(value, expected) or (value is None and _FIELD_TYPES[name].endswith("None"))
 
 
-def describe(groups: Iterable[ResolvedGroup]) -> list[dict[str, Any]]:
-    """Returns the resolved options of each group as JSON values."""
-    return [group.to_dict() for group in groups]
-
-
-def measurements(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Of what `evaluate` and `predict` return, the measurements.
+def select_metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics among the values that `evaluate` and `predict` return, as Python numbers.
 
     Example:
-        >>> measurements({"eval_accuracy": 0.5, "eval_runtime": 3.1, "epoch": 2.0, "train_loss": 0.1})
+        >>> select_metrics({"eval_accuracy": 0.5, "eval_runtime": 3.1, "epoch": 2.0, "train_loss": 0.1})
         {'eval_accuracy': 0.5}
     """
-    found = {}
-    for name, value in metrics.items():
+    metrics = {}
+    for name, value in values.items():
         if isinstance(value, Real) and not isinstance(value, bool):
-            if not name.startswith("train_") and not name.endswith(_NO_MEASUREMENTS):
-                found[name] = int(value) if isinstance(value, Integral) else float(value)  # numpy's too
-    return found
+            if not name.startswith("train_") and not name.endswith(_NOT_METRICS):
+                metrics[name] = int(value) if isinstance(value, Integral) else float(value)
+    return metrics
 
 
-def _found_beside(directory: Path) -> dict[str, Any]:
-    """What the files of Trainer and transformers tell about a model that has no card yet."""
-    found: dict[str, Any] = {}
+def _read_training_files(directory: Path) -> dict[str, Any]:
+    """Returns the fields of a card that can be read from the files of Trainer and transformers."""
+    values: dict[str, Any] = {}
     if (directory / "all_results.json").is_file():
-        found["metrics"] = measurements(read_card_file(directory / "all_results.json"))
+        values["metrics"] = select_metrics(read_card_file(directory / "all_results.json"))
     if (directory / "trainer_state.json").is_file():
-        found["max_steps"] = read_card_file(directory / "trainer_state.json").get("max_steps")
+        values["max_steps"] = read_card_file(directory / "trainer_state.json").get("max_steps")
     if (directory / "config.json").is_file():
         architectures = read_card_file(directory / "config.json").get("architectures") or [None]
-        found["auto_class"] = auto_class(architectures[0])
-    return found
+        values["auto_class"] = auto_class(architectures[0])
+    return values
 
 
 def read_card_file(path: str | Path) -> dict[str, Any]:
-    """The values of one of the files that a card is made from."""
+    """Reads one of the JSON files that a card is generated from.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist: a card is made from the files that pruning writes beside the weights, "
+            f"{path} does not exist: a card is generated from the files that pruning writes beside the weights, "
             f"{REPORT_FILE} and {CONFIG_FILE}."
         )
-    return storage.read_json(path)
+    return read_json(path)
 
 
-def _is_on_the_hub(name: Any) -> bool:
+def _is_hub_id(name: Any) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -264,9 +274,9 @@ def _is_on_the_hub(name: Any) -> bool:
     return not Path(name).is_dir()
 
 
-def _listed(value: Any) -> list:
+def _as_list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _one_or_all(values: list) -> Any:
+def _unwrap_single(values: list[str]) -> list[str] | str | None:
     return values[0] if len(values) == 1 else values or None
