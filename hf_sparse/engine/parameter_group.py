@@ -152,7 +152,7 @@ class ParameterGroup:
             raise ValueError(f'group "{self.name}", criterion "{self.options.criterion_name}": {reason}') from error
         if not getattr(self.criterion, "persistent", True):
             for statistic in self.statistics.values():
-                statistic.renew()
+                statistic.restart()
         return ratio
 
     def _warn_without_gradients(self) -> None:

@@ -1,4 +1,7 @@
-"""What a criterion or a solver observes while the model runs: sums and counts, so that two of them merge by adding."""
+"""Sums and counts over training steps or calibration tokens, from which scores and weight updates are computed.
+
+Statistics of two batches or ranks are combined by adding their totals and counts.
+"""
 
 from .gradients import GradientStatistic, all_finite
 from .inputs import GramMatrix, InputNorms

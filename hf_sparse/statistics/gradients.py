@@ -1,30 +1,36 @@
-"""A running sum of per-weight saliencies, taken from the gradients of each optimizer step."""
+"""Sums of saliencies over optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from ..numerics import chunk_size
 
-# Temporaries of this many elements stay in a core's cache, so an observation reads each tensor from memory once.
-CHUNK = 128 * 1024
 
 Saliency = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""saliency(weight, gradient, out): writes the saliency of one step into `out` and returns it; all are float32."""
 
 
 class GradientStatistic:
-    """total <- decay·total + saliency(weight, gradient), once per optimizer step.
+    """A decayed sum of saliencies, updated once per optimizer step:
+
+        total <- decay * total + saliency(weight, gradient)
 
     Args:
-        weight: the tensor observed; the sum has its shape and device, in float32.
-        decay: 1 for a plain sum; below 1 for a sum that forgets.
+        weight: gives the shape and device of the sum.
+        decay: 1 for a plain sum; below 1, earlier steps count less.
+
+    Attributes:
+        total: the sum, float32.
+        count: number of steps in it.
 
     Example:
-        >>> stat = GradientStatistic(torch.ones(2), decay=0.5)
+        >>> statistic = GradientStatistic(torch.ones(2), decay=0.5)
         >>> for gradient in (torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.0])):
-        ...     stat.observe(torch.ones(2), gradient, lambda w, g, out: torch.mul(w, g, out=out).abs_())
-        >>> stat.total, stat.count
+        ...     statistic.observe(torch.ones(2), gradient, lambda w, g, out: torch.mul(w, g, out=out).abs_())
+        >>> statistic.total, statistic.count
         (tensor([3.5000, 1.0000]), 2)
     """
 
@@ -32,41 +38,45 @@ class GradientStatistic:
         self.total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         self.decay = decay
         self.count = 0
-        self._stale = False
+        self._restarts = False
 
     def observe(self, weight: torch.Tensor, gradient: torch.Tensor, saliency: Saliency) -> None:
-        """Add one gradient. `saliency(weight, gradient, out)` writes into `out` (float32) and returns it."""
-        decay = 0.0 if self._stale else self.decay
-        scratch = torch.empty(min(CHUNK, weight.numel()), dtype=torch.float32, device=weight.device)
-        parts = (_flat(tensor).split(CHUNK) for tensor in (weight.detach(), gradient.detach(), self.total))
-        for w, g, total in zip(*parts, strict=True):
+        """Adds the saliency of one step.
+
+        Args:
+            weight, gradient: of the shape of `total`, any floating dtype; not modified.
+            saliency: called with chunks of the flattened tensors.
+        """
+        decay = 0.0 if self._restarts else self.decay
+        # Weight, gradient, sum and scratch are in the cache together, so that each is read from memory once.
+        chunk = max(1, chunk_size(weight.device) // 2)
+        scratch = torch.empty(min(chunk, weight.numel()), dtype=torch.float32, device=weight.device)
+        chunks = (tensor.reshape(-1).split(chunk) for tensor in (weight.detach(), gradient.detach(), self.total))
+        for w, g, total in zip(*chunks, strict=True):
             new = saliency(w.float(), g.float(), scratch[: w.numel()])
             torch.add(new, total, alpha=decay, out=total)
         self.count = self.count + 1 if decay else 1
-        self._stale = False
+        self._restarts = False
 
-    def renew(self) -> None:
-        """Start over with the next observation; until then the present sum stays readable, so that a prune step
-        whose observations were all refused (overflowing gradients) still has something true to rank by."""
-        self._stale = True
+    def restart(self) -> None:
+        """Restarts the sum at the next observation.
 
-    def merge(self, other: GradientStatistic) -> None:
-        """Add what `other` observed of the same weight."""
-        self.total += other.total
-        self.count += other.count
+        Until then the present sum stays readable, for a prune step before which all gradients overflow.
+        """
+        self._restarts = True
 
     def state(self) -> tuple[torch.Tensor, dict[str, int]]:
-        """The sum and the counters, for a checkpoint."""
-        return self.total, {"count": self.count, "stale": int(self._stale)}
+        """Returns the sum and the counters, for a checkpoint."""
+        return self.total, {"count": self.count, "stale": int(self._restarts)}
 
-    def restore(self, total: torch.Tensor, counters: dict[str, int]) -> None:
-        """The inverse of `state`."""
+    def restore(self, total: torch.Tensor, counters: Mapping[str, int]) -> None:
+        """Restores what `state` has returned."""
         self.total.copy_(total)
-        self.count, self._stale = int(counters["count"]), bool(counters["stale"])
+        self.count, self._restarts = int(counters["count"]), bool(counters["stale"])
 
 
 def all_finite(gradients: Iterable[torch.Tensor]) -> bool:
-    """Whether no gradient holds an inf or a nan, at the cost of one read of each.
+    """Whether no gradient holds an inf or a nan. Each is read once, and the device synchronised once.
 
     Example:
         >>> all_finite([torch.ones(3), torch.tensor([1.0, float("nan")])])
@@ -76,9 +86,5 @@ def all_finite(gradients: Iterable[torch.Tensor]) -> bool:
     sums = [gradient.detach().sum(dtype=torch.float32).to(gradients[0].device) for gradient in gradients]
     if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
         return True
-    # A sum of finite numbers can overflow by itself, so look again, one by one.
+    # The sum of finite entries can overflow, so the entries themselves decide.
     return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1)

@@ -1,45 +1,53 @@
-"""What a weight is multiplied with: sums over tokens, so that batches and processes merge by adding.
+"""Sums over the tokens that a weight is multiplied with during calibration.
 
-    InputNorms   total_j  = sum over tokens of x_j²
-    Gram         total_jk = sum over tokens of x_j·x_k
+    InputNorms   total_j  = sum over tokens of x_j^2
+    GramMatrix   total_jk = sum over tokens of x_j * x_k
 
-Both hold `total` (float32) and `count` (tokens): raw sums, which an all-reduce may add in place. Weights that are fed
-the same input share one of them.
+Weights with the same input share one statistic. Ranks combine theirs with an all-reduce of `total`, in place, and the
+sum of `count`.
 
 Shapes: T tokens, I inputs of the weight.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 
 
-# Temporaries of this many elements stay in a core's cache, so each input is read from memory once.
-CHUNK = 256 * 1024
-# A block of this many columns is worth a product of its own.
-BLOCK = 128
+# Elements whose temporaries stay in a core's cache. The order of summation, and so the rounding, depends on it.
+_CHUNK = 256 * 1024
+# Columns of a diagonal block of the Gram matrix that is computed whole, both triangles: smaller products are slower.
+_DIAGONAL_BLOCK = 128
 
 
-class _InputStatistic:
-    """Tokens are counted; what is summed up of them is up to the kind."""
+class _InputStatistic(ABC):
+    """A sum over tokens.
+
+    Attributes:
+        total: the sum, float32.
+        count: number of tokens in it.
+    """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device | str):
         self.total = torch.zeros(shape, dtype=torch.float32, device=device)
         self.count = 0
 
     def observe(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        """Add the tokens of one batch.
+        """Adds the tokens of one batch.
 
         Args:
-            x: (..., I) inputs of any floating dtype; summed up in float32.
-            keep: (...) bool, which tokens count: False for padding, whose values do not matter. All if None.
+            x: (..., I) inputs of any floating dtype.
+            keep: (...) bool, False for tokens to leave out, such as padding, whose values do not matter. None to keep
+                all.
 
         Raises:
-            ValueError: a token that counts is inf or nan, or too large for its square; or shapes or dtypes do not
-                fit. Nothing is added then.
+            ValueError: a kept token is not finite, or its square overflows; or shapes or dtypes do not fit. Nothing is
+                added then.
         """
-        x_TI = _tokens(x, keep, self.total.shape[-1])
-        squares_I = _squares(x_TI)
+        x_TI = _kept_tokens(x, keep, self.total.shape[-1])
+        squares_I = _sum_of_squares(x_TI)
         if not bool(torch.isfinite(squares_I).all()):
             bad = (~torch.isfinite(squares_I)).nonzero()[:, 0]
             raise ValueError(
@@ -49,34 +57,25 @@ class _InputStatistic:
         self._add(x_TI, squares_I)
         self.count += len(x_TI)
 
+    @abstractmethod
     def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor) -> None:
-        raise NotImplementedError
-
-    def merge(self, other: _InputStatistic) -> None:
-        """Add what `other`, of the same kind and size, has observed.
-
-        Raises:
-            ValueError: it is of another kind or size.
-        """
-        if type(other) is not type(self) or other.total.shape != self.total.shape:
-            raise ValueError(f"{_named(self)} cannot be merged with {_named(other)}: they are of different inputs.")
-        self.total += other.total.to(self.total.device)
-        self.count += other.count
+        """Adds tokens to `total`; `squares_I` are their sums of squares."""
 
 
 class InputNorms(_InputStatistic):
-    """total_j = sum of x_j² over tokens.
+    """Squared norms of the inputs: total_j = sum over tokens of x_j^2.
 
     Args:
-        columns: I, how many inputs the weight has.
+        columns: I, the number of inputs of the weight.
         device: of the sums.
 
     Example:
-        >>> stat = InputNorms(2)
-        >>> stat.observe(torch.tensor([[[3.0, 1.0], [4.0, 2.0], [9.0, 9.0]]]), torch.tensor([[True, True, False]]))
-        >>> stat.total, stat.count
+        >>> statistic = InputNorms(2)
+        >>> x = torch.tensor([[[3.0, 1.0], [4.0, 2.0], [9.0, 9.0]]])
+        >>> statistic.observe(x, keep=torch.tensor([[True, True, False]]))
+        >>> statistic.total, statistic.count
         (tensor([25.,  5.]), 2)
-        >>> stat.norms
+        >>> statistic.norms
         tensor([5.0000, 2.2361])
 
     Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023, section 3.
@@ -85,54 +84,56 @@ class InputNorms(_InputStatistic):
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((columns,), device)
 
-    def _add(self, x_TI, squares_I):
+    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor) -> None:
         self.total += squares_I
 
     @property
     def norms(self) -> torch.Tensor:
-        """(I) ‖x_j‖₂ over all tokens."""
+        """(I) the L2 norm of each input over all tokens."""
         return self.total.sqrt()
 
 
 class GramMatrix(_InputStatistic):
-    """total_jk = sum of x_j·x_k over tokens, in the lower triangle; what is above it has no meaning.
+    """The Gram matrix of the inputs: total_jk = sum over tokens of x_j * x_k.
+
+    Only the lower triangle of `total` is defined; see `matrix` for all of it. The matrix is half the Hessian of the
+    layer's squared reconstruction error.
 
     Args:
-        columns: I, how many inputs the weight has.
+        columns: I, the number of inputs of the weight.
         device: of the sums.
 
     Example:
-        >>> stat = GramMatrix(2)
-        >>> stat.observe(torch.tensor([[1.0, 2.0], [3.0, 1.0]]))
-        >>> stat.matrix()
+        >>> statistic = GramMatrix(2)
+        >>> statistic.observe(torch.tensor([[1.0, 2.0], [3.0, 1.0]]))
+        >>> statistic.matrix()
         tensor([[10.,  5.],
                 [ 5.,  5.]])
-        >>> stat.norms
+        >>> statistic.norms
         tensor([3.1623, 2.2361])
 
-    Reference: half the Hessian of a layer's squared error, Frantar & Alistarh, "SparseGPT: Massive Language Models Can
-    Be Accurately Pruned in One-Shot", 2023, section 3.
+    Reference: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023,
+    section 3.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((columns, columns), device)
 
-    def _add(self, x_TI, squares_I):
-        _add_products(self.total, x_TI.float(), 0, len(self.total))
+    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor) -> None:
+        _add_lower_gram(self.total, x_TI.float(), 0, len(self.total))
 
     def matrix(self) -> torch.Tensor:
-        """(I, I) the sums, symmetric, in memory of its own."""
-        lower = self.total.tril()
-        return lower + self.total.tril(-1).t()
+        """Returns the full symmetric matrix (I, I), a copy."""
+        return self.total.tril() + self.total.tril(-1).t()
 
     @property
     def norms(self) -> torch.Tensor:
-        """(I) ‖x_j‖₂ over all tokens: what `InputNorms` has."""
+        """(I) the L2 norm of each input over all tokens, as `InputNorms.norms`."""
         return self.total.diagonal().sqrt()
 
 
-def _tokens(x: torch.Tensor, keep: torch.Tensor | None, columns: int) -> torch.Tensor:
-    """(T, I) the tokens that count."""
+def _kept_tokens(x: torch.Tensor, keep: torch.Tensor | None, columns: int) -> torch.Tensor:
+    """Checks x and keep, and returns (T, I)."""
     if not x.is_floating_point() or x.ndim < 1 or x.shape[-1] != columns:
         raise ValueError(
             f"inputs must be floating point, of shape (..., {columns}), but are {x.dtype} {tuple(x.shape)}"
@@ -148,25 +149,23 @@ def _tokens(x: torch.Tensor, keep: torch.Tensor | None, columns: int) -> torch.T
     return x_TI[keep.reshape(-1).to(x.device)]
 
 
-def _squares(x_TI: torch.Tensor) -> torch.Tensor:
-    """(I) sums of squares, float32."""
+def _sum_of_squares(x_TI: torch.Tensor) -> torch.Tensor:
+    """Returns (I) float32."""
     total = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x_TI.device)
-    for part in x_TI.split(max(1, CHUNK // max(1, x_TI.shape[1]))):
+    for part in x_TI.split(max(1, _CHUNK // max(1, x_TI.shape[1]))):
         total += part.float().square().sum(0)
     return total
 
 
-def _add_products(total: torch.Tensor, x_TI: torch.Tensor, start: int, stop: int) -> None:
-    """Add xᵀx to a square on the diagonal, halving it: all below its two halves is one product, and nothing above
-    them is computed."""
-    if stop - start <= BLOCK:
+def _add_lower_gram(total: torch.Tensor, x_TI: torch.Tensor, start: int, stop: int) -> None:
+    """Adds x^T x to the diagonal block start:stop of `total`.
+
+    The block is halved recursively: the quarter below the diagonal is one product, and that above is left out.
+    """
+    if stop - start <= _DIAGONAL_BLOCK:
         total[start:stop, start:stop].addmm_(x_TI[:, start:stop].t(), x_TI[:, start:stop])
         return
     middle = (start + stop) // 2
-    _add_products(total, x_TI, start, middle)
-    _add_products(total, x_TI, middle, stop)
+    _add_lower_gram(total, x_TI, start, middle)
+    _add_lower_gram(total, x_TI, middle, stop)
     total[middle:stop, start:middle].addmm_(x_TI[:, middle:stop].t(), x_TI[:, start:middle])
-
-
-def _named(stat: object) -> str:
-    return f"{type(stat).__name__} {tuple(getattr(getattr(stat, 'total', None), 'shape', ()))}"

@@ -1,10 +1,11 @@
-"""GradientStat: sums over optimizer steps, worked out by hand."""
+"""GradientStatistic: sums over optimizer steps, computed by hand."""
 
 import pytest
 import torch
 
+from hf_sparse import numerics
 from hf_sparse.criteria import CRITERIA
-from hf_sparse.statistics import GradientStatistic, all_finite, gradients
+from hf_sparse.statistics import GradientStatistic, all_finite
 
 
 WEIGHTS = [torch.tensor([1.0, -2.0, 4.0]), torch.tensor([0.5, -1.0, 0.0])]
@@ -22,7 +23,7 @@ SUMS = {
 @pytest.mark.parametrize("chunk", [2, 1000])
 @pytest.mark.parametrize("name", SUMS)
 def test_sums_by_hand(name, chunk, monkeypatch):
-    monkeypatch.setattr(gradients, "CHUNK", chunk)
+    monkeypatch.setattr(numerics, "CPU_CHUNK", 2 * chunk)
     criterion = CRITERIA[name]()
     stat = GradientStatistic(WEIGHTS[0], criterion.decay)
     for weight, gradient in zip(WEIGHTS, GRADIENTS):
@@ -33,11 +34,11 @@ def test_sums_by_hand(name, chunk, monkeypatch):
     assert criterion.score(WEIGHTS[1], stat.total).tolist() == pytest.approx(SUMS[name])
 
 
-def test_renew_keeps_the_sum_until_the_next_observation():
+def test_restart_keeps_the_sum_until_the_next_observation():
     saliency = CRITERIA["snip"]().saliency
     stat = GradientStatistic(WEIGHTS[0])
     stat.observe(WEIGHTS[0], GRADIENTS[0], saliency)
-    stat.renew()
+    stat.restart()
     assert stat.total.tolist() == [0.5, 1.0, 4.0] and stat.count == 1
     stat.observe(WEIGHTS[1], GRADIENTS[1], saliency)
     assert stat.total.tolist() == [1.0, 3.0, 0.0] and stat.count == 1
@@ -45,16 +46,16 @@ def test_renew_keeps_the_sum_until_the_next_observation():
     assert stat.total.tolist() == [2.0, 6.0, 0.0] and stat.count == 2
 
 
-def test_state_round_trip_also_when_stale():
+def test_state_round_trip_of_a_sum_that_restarts():
     saliency = CRITERIA["snip"]().saliency
     stat = GradientStatistic(WEIGHTS[0])
     stat.observe(WEIGHTS[0], GRADIENTS[0], saliency)
-    stat.renew()
+    stat.restart()
     other = GradientStatistic(WEIGHTS[0])
     other.restore(*stat.state())
     assert torch.equal(other.total, stat.total) and other.state()[1] == {"count": 1, "stale": 1}
-    for each in (stat, other):
-        each.observe(WEIGHTS[1], GRADIENTS[1], saliency)
+    for statistic in (stat, other):
+        statistic.observe(WEIGHTS[1], GRADIENTS[1], saliency)
     assert torch.equal(other.total, stat.total)
     other.total.zero_()
     assert stat.total.any()
