@@ -23,7 +23,7 @@ from .schedulers import (
 from .solvers import Solver, register_solver
 from .training.arguments import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
 from .training.callback import SparsityCallback
-from .training.state_files import CheckpointError
+from .training.resume import CheckpointError
 from .training.trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
 
 __version__: str

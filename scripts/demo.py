@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.create_model_card(tasks="image-classification", dataset="scikit-learn digits")
 
     reloaded = ViTForImageClassification.from_pretrained(args.output_dir)
-    report = trainer.sparsity.pruner.report()
+    report = trainer.sparsity_callback.pruner.report()
     folder = Path(args.output_dir)
     before, after = dense_metrics["eval_accuracy"], metrics["eval_accuracy"]
     print(

@@ -1,45 +1,42 @@
-"""SparsityCallback: Trainer's events -> the pruner. Time is read from `state.global_step` alone."""
+"""SparsityCallback: the events of a Trainer drive the pruner."""
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
-import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from ..config import PruningConfig
 from ..distributed import get_communicator, is_deepspeed, observe_zero_gradients
 from ..engine.pruner import Pruner
 from ..engine.resolve import resolve_layers
-from ..files import CONFIG_FILE, LAYERS_PLOT_FILE, REPORT_FILE, SCHEDULE_PLOT_FILE
 from ..hub.upload import hide_token
-from ..reporting.plots import plot_layers, plot_schedule
 from ..reporting.report import SparsityReport
 from ..schedulers import PruningSchedule
-from .state_files import check_state, clear_states, restore_state, write_state
+from .best_metric import block_best_metric, clear_best_metric, unblock_best_metric
+from .collective_errors import raise_on_all_ranks
+from .resume import CheckpointError, ResumeState, keep_pruned
+from .run_files import write_pruning_files, write_run_summary
 
 
 logger = logging.getLogger(__name__)
-
-# No metric beats it. Unlike inf it is valid JSON, and the trainer's state is written as JSON.
-_UNBEATABLE = sys.float_info.max
 
 
 class SparsityCallback(TrainerCallback):
     """Prunes the model that a Trainer trains.
 
     Masks are enforced right after each optimizer step, before logging, evaluation and saving. Evaluation never
-    prunes, and only checkpoints at the final sparsity compete for the best. With a stock Trainer the masks are
-    written on `on_save`, and an `EarlyStoppingCallback` belongs before this one, or it counts the evaluations before
-    the final sparsity. `SparseTrainer` writes the masks ahead of the weights and needs no order: it is the better
-    choice for runs that are resumed, pushed or stopped early.
+    prunes, and only checkpoints at the final sparsity can become the best checkpoint. With a stock Trainer the masks
+    are written in `on_save`, after the weights, and an `EarlyStoppingCallback` must come before this callback, or it
+    counts the evaluations before the final sparsity. `SparseTrainer` writes the masks before the weights and works
+    with any order of callbacks: prefer it for runs that are resumed, pushed or stopped early.
 
     Args:
-        config: what to prune. Left out, the trainer's arguments are taken, if they are `SparseTrainingArguments`.
+        config: what to prune. If None, the trainer's arguments must be `SparseTrainingArguments`.
 
     Example:
         >>> from transformers import Trainer
@@ -50,110 +47,122 @@ class SparsityCallback(TrainerCallback):
     def __init__(self, config: PruningConfig | None = None):
         if config is not None and not isinstance(config, PruningConfig):
             raise TypeError(f"SparsityCallback takes a PruningConfig, not {type(config).__name__}.")
-        self.given = self.config = config
+        self._given_config = self.config = config
         self.pruner: Pruner | None = None
-        self.schedule: PruningSchedule | None = None
-        self._training = False
-        self._hook = None
-        self._saved: SparsityReport | None = None
-        self.resume_from: str | None = None
-        """The checkpoint that the next `train` goes on from, where the trainer says so beforehand."""
-        self.alone = True
-        """Whether the trainer is a stock one. `SparseTrainer` says False, and itself writes masks ahead of weights
-        and holds back the best metric after all callbacks."""
+        self.schedule: PruningSchedule
+        """The pruning schedule of the run, if there is a pruner."""
+        self.resume_state: ResumeState | None = None
+        """The state that the next training resumes from. `SparseTrainer` sets it. With a stock Trainer it is read
+        from the checkpoint of the current step."""
+        self.owns_saving = True
+        """Whether this callback writes the pruning files and blocks the best metric. `SparseTrainer` sets it to
+        False, because it does both itself: before the weights are saved, and after all callbacks of an evaluation."""
+        self._is_training = False
+        self._gradient_hook: Any = None
+        self._report: SparsityReport | None = None
 
     # Before training
 
-    def check(self, args, model: nn.Module) -> None:
-        """See that the config fits the model and the optimizer, so that faults come before any work.
+    def check(self, args: TrainingArguments, model: nn.Module | None) -> PruningConfig:
+        """Checks that the config fits the model and the optimizer. Returns the config.
 
         Raises:
-            PruningConfigError, NotImplementedError: what does not fit, and the remedy.
+            PruningConfigError: the config does not fit the model.
+            NotImplementedError: the optimizer is not supported.
         """
-        self.config = self.given or (args if isinstance(args, PruningConfig) else None)
+        self.config = self._given_config or (args if isinstance(args, PruningConfig) else None)
         if self.config is None:
             raise ValueError("SparsityCallback needs a PruningConfig, or a trainer with SparseTrainingArguments.")
         optimizer = str(getattr(args.optim, "value", args.optim))
         if self.config.prunes and optimizer.startswith("schedule_free"):
             raise NotImplementedError(
-                f"optim={optimizer} keeps a second copy of the weights that pruning does not reach: use adamw_torch."
+                f"optim={optimizer} keeps a second copy of the weights that pruning cannot reach: use adamw_torch."
             )
         if self.config.prunes and model is not None:
             _, skipped = resolve_layers(model, self.config)
             if skipped:
                 logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(skipped))
+        return self.config
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ):
         self.check(args, model)
         hide_token(args)
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Build the pruner on the parameters as they are now: wrapping and `model_init` replace them. May come
-        twice, after a batch size that did not fit, or with a second `train`."""
-        self.check(args, None)
-        previous, self.pruner, self._training, self._saved = self.pruner, None, True, None
-        if not self.config.prunes:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Builds the pruner on the current parameters: wrapping and `model_init` may have replaced them. Trainer calls
+        this again for a second `train`, or to retry with a smaller batch size."""
+        config = self.check(args, None)
+        previous, self.pruner, self._is_training, self._report = self.pruner, None, True, None
+        if not config.prunes:
             return
-        if self.alone and args.push_to_hub and "checkpoint" in args.hub_strategy.value:
+        if self.owns_saving and args.push_to_hub and "checkpoint" in HubStrategy(args.hub_strategy).value:
             logger.warning("a stock Trainer uploads checkpoints before their masks are written: use SparseTrainer.")
-        config = self.config
-        self.schedule = PruningSchedule.from_fractions(
-            config.prune_start, config.prune_end, config.prune_every, state.max_steps
+        start, end, every = (
+            cast(float, value) for value in (config.prune_start, config.prune_end, config.prune_every)
         )
-        pruner = Pruner(model, config)
+        self.schedule = PruningSchedule.from_fractions(start, end, every, state.max_steps)
+        pruner = Pruner(kwargs["model"], config)
         if state.global_step > 0:
-            directory = self.resume_from or _checkpoint(args, state)
-            check_state(directory, model, config, self.schedule, state.global_step)
-            restore_state(directory, pruner)
+            resume_state = self.resume_state or ResumeState(_checkpoint_folder(args, state))
+            with raise_on_all_ranks(CheckpointError):
+                resume_state.validate(pruner.groups, config, self.schedule, state.global_step)
+                resume_state.apply(pruner)
         elif previous is not None:
-            _keep_masks(previous, pruner)
+            keep_pruned(previous, pruner)
         pruner.apply_masks()
         self.pruner = pruner
-        self._watch(optimizer, state)
-        if not self._final(state):
-            _forget_best(state)
+        self._remove_gradient_hook()
+        if is_deepspeed(kwargs.get("optimizer")):
+            self._install_gradient_hook(pruner, kwargs["optimizer"], state)
+        if not self._is_at_final_sparsity(state):
+            clear_best_metric(state)
 
-    def _watch(self, optimizer, state) -> None:
-        """DeepSpeed steps inside backward and leaves no gradients for `on_pre_optimizer_step`: look when it steps."""
-        self._look_away()
-        if not is_deepspeed(optimizer):
-            return
-        if not any(shard.is_split for shard in self.pruner.shards.values()):
+    def _install_gradient_hook(self, pruner: Pruner, optimizer: Any, state: TrainerState) -> None:
+        """Observes gradients when DeepSpeed's optimizer steps, which happens inside backward: by the time of
+        `on_pre_optimizer_step` they are freed."""
+        shards = pruner.shards.values()
+        if not any(shard.is_split for shard in shards):
             raise NotImplementedError(
                 "DeepSpeed without ZeRO hides the weights that it steps: set zero_optimization.stage to 1, 2 or 3."
             )
-        error = None
-        try:
-            for shard in self.pruner.shards.values():
+        with raise_on_all_ranks(NotImplementedError):
+            for shard in shards:
                 shard.check_storage()
-        except NotImplementedError as problem:
-            error = problem
-        get_communicator().raise_together(error)
-        if any(group.options.regrow for group in self.pruner.groups):
-            raise NotImplementedError("regrow needs gradients at the prune step, which DeepSpeed has deleted by then.")
-        if self.pruner.observes:
-            self._hook = observe_zero_gradients(optimizer, self.pruner.shards.values(), lambda: self._observe(state))
+        if any(group.options.regrow for group in pruner.groups):
+            raise NotImplementedError("regrow needs gradients at the prune step, which DeepSpeed has freed by then.")
+        if pruner.observes:
+            self._gradient_hook = observe_zero_gradients(optimizer, shards, lambda: self._observe(state))
 
-    def _look_away(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def _remove_gradient_hook(self) -> None:
+        if self._gradient_hook is not None:
+            self._gradient_hook.remove()
+            self._gradient_hook = None
 
     # During training
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Gradients are there, reduced, unscaled and clipped."""
-        if self._hook is None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Observes the gradients, which are reduced, unscaled and clipped by now."""
+        if self._gradient_hook is None:
             self._observe(state)
 
-    def _observe(self, state) -> None:
-        if self.pruner is None or not self.pruner.observes or self._final(state):
+    def _observe(self, state: TrainerState) -> None:
+        if self.pruner is None or not self.pruner.observes or self._is_at_final_sparsity(state):
             return
         if not self.pruner.observe():
-            logger.info("step %d: gradients are not finite and do not count.", state.global_step + 1)
+            logger.info("step %d: gradients are not finite and are not counted.", state.global_step + 1)
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        """The weights have just changed. `state.global_step` still counts the earlier steps only."""
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Prunes if a prune step is due, and enforces the masks. The optimizer has just changed the weights, but
+        `state.global_step` does not count its step yet."""
         if self.pruner is None:
             return
         prune_step = self.schedule.prune_step(state.global_step + 1)
@@ -162,34 +171,37 @@ class SparsityCallback(TrainerCallback):
         else:
             self.pruner.enforce()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.release_best(state)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        unblock_best_metric(state)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.alone:
-            self.hold_best(args, state)
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.owns_saving:
+            self.block_best_metric_until_final(args, state)
 
-    def hold_best(self, args, state) -> None:
-        """Until the final sparsity no checkpoint may be the best: called between evaluating and comparing metrics."""
-        if self._training and args.metric_for_best_model is not None and not self._final(state):
-            state.best_metric = _UNBEATABLE if args.greater_is_better else -_UNBEATABLE
+    def block_best_metric_until_final(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Blocks the best metric while the model is trained and has not reached its final sparsity."""
+        if self._is_training and not self._is_at_final_sparsity(state):
+            block_best_metric(args, state)
 
-    def release_best(self, state) -> None:
-        """Take back what `hold_best` did, before the state is written or another callback reads it."""
-        if state.best_metric is not None and abs(state.best_metric) == _UNBEATABLE:
-            state.best_metric = None
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Add the figures where a stock Trainer logs its loss; `SparseTrainer` has added them already."""
-        figures = self.figures(logs, state)
-        if figures:
-            logs.update(figures)
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ):
+        """Adds the sparsity to the logs of a stock Trainer; `SparseTrainer` has added it already."""
+        metrics = self.sparsity_metrics(logs, state)
+        if logs is not None and metrics:
+            logs.update(metrics)
             if state.log_history:
-                state.log_history[-1].update(figures)
+                state.log_history[-1].update(metrics)
 
-    def figures(self, logs: dict | None, state) -> dict[str, float]:
-        """What to add to `logs`: at a logging step, the share of the selected weights that is zero, counted in the
-        weights, and the share that the schedule asks for by now."""
+    def sparsity_metrics(self, logs: dict[str, float] | None, state: TrainerState) -> dict[str, float]:
+        """Returns what to add to the logs of a training loss: `sparsity`, the fraction of zeros among the selected
+        weights, counted in the weights, and `target_sparsity`, the fraction that the schedule demands at this step.
+        Returns {} for other logs."""
         if self.pruner is None or not logs or "loss" not in logs or "sparsity" in logs:
             return {}
         scheduled = self.pruner.scheduled(self.schedule.done(state.global_step), self.schedule.total)
@@ -197,125 +209,61 @@ class SparsityCallback(TrainerCallback):
 
     # Saving
 
-    def on_save(self, args, state, control, **kwargs):
-        if self.pruner is None or not self.alone:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.pruner is None or not self.owns_saving:
             return
-        directory = Path(_checkpoint(args, state))
+        directory = _checkpoint_folder(args, state)
         if get_communicator().any(directory.is_dir() and state.is_world_process_zero):
-            self.write(directory, args.should_save, state.global_step)
+            self.save(directory, args.should_save, state.global_step)
         else:
             logger.warning("%s was not found, so no masks were written: use SparseTrainer.", directory)
 
-    def write(self, directory: str | Path, main: bool = True, step: int | None = None) -> None:
-        """Write the pruning files: config and report, and with `step`, for a checkpoint, the masks. All processes call
-        this, and return when everything is written; those that are not `main` write their shards only."""
-        if self.pruner is None:
+    def save(self, directory: str | Path, is_main: bool = True, step: int | None = None) -> None:
+        """Writes the pruning files beside the weights of a model, see `write_pruning_files`; before training, none."""
+        if self.pruner is not None:
+            self._report = self.pruner.report()
+            write_pruning_files(directory, self.pruner, self.schedule, self._report, is_main, step)
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Writes config, report and plots of the latest checkpoint into the output folder, which Trainer uploads with
+        the weights of that checkpoint during training. Trainer calls this on the main rank alone, so that zeros cannot
+        be counted anew unless there is only one."""
+        if self.pruner is None or not self._is_training or not state.is_world_process_zero:
             return
-        self._saved = report = self.pruner.report()
-        if step is not None:
-            # Nobody writes before what is old has gone.
-            _together(lambda: clear_states(directory) if main else None)
-
-        def write() -> None:
-            if step is not None:
-                write_state(directory, self.pruner, self.schedule, step, main)
-            if main:
-                self.config_as_run().save(Path(directory) / CONFIG_FILE)
-                report.save(Path(directory) / REPORT_FILE)
-
-        _together(write)
-
-    def on_push_begin(self, args, state, control, **kwargs):
-        """During training Trainer copies the weights of a checkpoint, but not the pruning files, to the folder that it
-        uploads. Only the main process comes here then, and the zeros are as they were counted for the checkpoint."""
-        if self.pruner is None or not self._training or not state.is_world_process_zero:
-            return
-        if self.alone:
-            self._saved = self.pruner.report() if get_communicator().world_size == 1 else None
-        self.write_figures(args, state)
-
-    def config_as_run(self) -> PruningConfig:
-        """The config alone, without what a trainer's arguments add."""
-        return PruningConfig.from_dict(PruningConfig.to_dict(self.config))
+        if self.owns_saving:  # the report of this checkpoint is not written yet
+            self._report = self.pruner.report() if get_communicator().world_size == 1 else None
+        self.write_summary(args, state)
 
     # After training
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.pruner is None:
             return
-        self._training = False
-        self._look_away()
-        self.release_best(state)
-        if not self._final(state) and self.pruner.target:
+        self._is_training = False
+        self._remove_gradient_hook()
+        unblock_best_metric(state)
+        if not self._is_at_final_sparsity(state) and self.pruner.target:
             logger.warning(
                 "training ended at step %d, before prune_end (step %d): the target was not reached.",
                 state.global_step,
                 self.schedule.end,
             )
-        self._saved = self.pruner.report()
+        self._report = self.pruner.report()
         if state.is_world_process_zero:
-            print(f"\n{self._saved}\n", flush=True)
-        if self.alone:
-            self.write_figures(args, state)
+            print(f"\n{self._report}\n", flush=True)
+        if self.owns_saving:
+            self.write_summary(args, state)
 
-    def write_figures(self, args, state) -> None:
-        """Write config, report and figures into the output folder, where nothing may be uploaded from at the time:
-        `SparseTrainer` calls this after training, when its uploads have ended."""
-        if self._saved is None or not args.output_dir or not state.is_world_process_zero:
-            return
-        directory, schedule = Path(args.output_dir), self.schedule
-        self._saved.save(directory / REPORT_FILE)
-        self.config_as_run().save(directory / CONFIG_FILE)
-        steps = range(1, state.max_steps + 1)
-        planned = [
-            (step, self.pruner.scheduled(schedule.prune_step(step), schedule.total))
-            for step in steps
-            if schedule.prune_step(step)
-        ]
-        measured = [(log["step"], log["sparsity"]) for log in state.log_history if "sparsity" in log]
-        plot_schedule(directory / SCHEDULE_PLOT_FILE, planned, measured, state.max_steps)
-        plot_layers(directory / LAYERS_PLOT_FILE, self._saved)
+    def write_summary(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Writes config, report and plots into the output folder, see `write_run_summary`. No upload from that folder
+        may be running: `SparseTrainer` calls this when its uploads have ended."""
+        if self.pruner is not None and self._report is not None and args.output_dir and state.is_world_process_zero:
+            write_run_summary(args.output_dir, self.pruner, self.schedule, self._report, state)
 
-    def _final(self, state) -> bool:
+    def _is_at_final_sparsity(self, state: TrainerState) -> bool:
         """Whether the last prune step has happened."""
         return self.pruner is None or state.global_step >= self.schedule.end
 
 
-def _checkpoint(args, state) -> str:
-    return str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-def _together(work: Callable[[], None]) -> None:
-    """Do something with files, wait until all processes have, and raise in all when one could not."""
-    error = None
-    try:
-        work()
-    except OSError as problem:
-        error = problem
-    get_communicator().raise_together(error)
-
-
-def _forget_best(state) -> None:
-    """A best metric from before the final sparsity must not stand."""
-    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-
-
-def _keep_masks(previous: Pruner, pruner: Pruner) -> None:
-    """What an earlier `train` of the same weights pruned stays pruned: zeros do not come back to life between two
-    runs. Weights that were replaced, reset or split otherwise in between start anew."""
-    if pruner.communicator.any(not _still_zero(previous, pruner)):
-        return
-    for name in pruner.shards:
-        pruner.masks.replace(name, previous.masks[name] & pruner.masks[name])
-
-
-def _still_zero(previous: Pruner, pruner: Pruner) -> bool:
-    if previous.shards.keys() != pruner.shards.keys():
-        return False
-    for name, shard in pruner.shards.items():
-        bits, weight = previous.masks.bits(name), shard.tensor
-        if previous.shards[name].local_regions != shard.local_regions or bits.shape != weight.shape:
-            return False
-        if torch.count_nonzero(weight[bits.to(weight.device) == 0]):
-            return False
-    return True
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+
+from ..config import PruningConfig
+from ..engine.pruner import Pruner
 from ..files import CARD_FILE, README_FILE, REPORT_FILE
 from ..hub.card import (
     CardVersion,
@@ -27,128 +35,202 @@ from ..reporting.report import SparsityReport
 
 logger = logging.getLogger(__name__)
 
+# Stands for a base model in a local folder while Trainer writes its card. No repository of the Hub can have this name.
+_LOCAL_BASE_MODEL = "hf-sparse--local-base-model"
+_LINK_TO_LOCAL_BASE_MODEL = re.compile(rf"\[[^\]]*\]\([^)]*{_LOCAL_BASE_MODEL}[^)]*\)")
 
-def write_trainer_card(trainer: Any, create: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Have `create`, the trainer's own `create_model_card`, write its card, and write ours into it. What a person has
-    changed in an earlier one stays, whether here or on the Hub. The main process alone does this, so nothing here may
-    wait for the others.
+
+class TrainerWithMetrics(Protocol):
+    """What a card needs of a `SparseTrainer`."""
+
+    args: TrainingArguments
+    state: TrainerState
+    model: Any
+    accelerator: Any
+    hub_model_id: str | None
+    dense_metrics: dict[str, float]
+    saved_metrics: dict[str, float]
+
+
+def write_trainer_card(
+    trainer: TrainerWithMetrics,
+    pruner: Pruner,
+    create_model_card: Callable[..., None],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Writes the model card of a trainer and adds the section on sparsity. What a person has changed in an earlier
+    card, in the output folder or on the Hub, stays. The main rank alone calls this, so nothing in it may wait for
+    other ranks.
+
+    Args:
+        trainer: provides metrics, steps and where to write.
+        pruner: provides config, groups and report.
+        create_model_card: the trainer's own method, which writes the card without the section.
+        args, kwargs: its arguments.
     """
-    directory, args_of_run = Path(trainer.args.output_dir), trainer.args
-    name, given, escaped = _escape_given(trainer, create, args, kwargs)
-    tags = _listed(given.arguments.get("tags"))
-    here = CardVersion.read(directory / README_FILE, directory / CARD_FILE)
-    there = None
+    directory, token = Path(str(trainer.args.output_dir)), trainer.args.hub_token
+    arguments = _CardArguments.prepare(create_model_card, args, kwargs, directory.resolve().name)
+    local = CardVersion.read(directory / README_FILE, directory / CARD_FILE)
+    remote = None
     if trainer.hub_model_id:
-        there = download_card(trainer.hub_model_id, args_of_run.hub_token, getattr(args_of_run, "hub_revision", None))
-    edited = [version for version in (there, here) if version is not None and version.is_ours]
+        remote = download_card(trainer.hub_model_id, token, getattr(trainer.args, "hub_revision", None))
+    edited = [version for version in (remote, local) if version is not None and version.is_ours]
+    given_tags = _as_list(arguments.bound.arguments.get("tags"))
     try:
-        create(*given.args, **given.kwargs)
-        outer = _with_true_base((directory / README_FILE).read_text(encoding="utf-8"), given.arguments)
-        metadata = _restore(parse_card(outer).data.to_dict(), escaped)
-        metadata["tags"] = [tag for tag in _listed(metadata.get("tags")) if tag in tags or tag not in _earlier(here)]
-        write_card(directory, _fill(trainer, name, metadata), outer, edited, secrets=[args_of_run.hub_token])
+        with _unnamed_model_has_no_base(trainer.model):
+            create_model_card(*arguments.bound.args, **arguments.bound.kwargs)
+        outer = parse_card((directory / README_FILE).read_text(encoding="utf-8"))
+        outer.text = arguments.name_local_base_model(outer.text)
+        metadata = arguments.original_metadata(outer.data.to_dict())
+        # Trainer takes tags over from the card that it finds, those of an earlier pattern among them.
+        stale = set(_pattern_tags(local)) - set(given_tags)
+        metadata["tags"] = [tag for tag in _as_list(metadata.get("tags")) if tag not in stale]
+        card = _sparsity_card(trainer, pruner, arguments.model_name, metadata)
+        write_card(directory, card, outer.content, edited, secrets=[token])
     except BaseException:
-        if here is not None:  # what a person wrote outlives this too
-            (directory / README_FILE).write_text(here.text, encoding="utf-8")
+        if local is not None:  # a person's changes survive a failure
+            (directory / README_FILE).write_text(local.text, encoding="utf-8")
         raise
 
 
-def _earlier(here: CardVersion | None) -> list[str]:
-    """Our tags of an earlier run, which Trainer takes over from the card that it finds."""
-    metadata = here.base.get("metadata", {}) if here is not None else {}
-    return _listed(metadata.get("sparsity", {}).get("pattern"))
+@dataclass
+class _CardArguments:
+    """The arguments of `create_model_card` as they are passed on: names are escaped for Markdown, and a base model in
+    a local folder is replaced by a placeholder, since its path must not be published.
+
+    Args:
+        bound: the arguments to pass on.
+        model_name: the name of the model, not escaped.
+        originals: escaped name -> name.
+        local_base_model: folder name of the base model, if that is in a local folder.
+    """
+
+    bound: inspect.BoundArguments
+    model_name: str
+    originals: dict[str, str]
+    local_base_model: str | None = None
+
+    @classmethod
+    def prepare(
+        cls, create_model_card: Callable[..., None], args: tuple, kwargs: dict[str, Any], default_name: str
+    ) -> _CardArguments:
+        signature = inspect.signature(create_model_card)
+        bound = signature.bind(*args, **kwargs)
+        values = bound.arguments
+        prepared = cls(bound, values.get("model_name") or default_name, {})
+        if "model_name" in signature.parameters:
+            values["model_name"] = prepared.model_name
+        if isinstance(values.get("tags"), list):
+            values["tags"] = list(values["tags"])  # Trainer appends to it
+        for option in ("model_name", "dataset", "dataset_name"):
+            names = _as_list(values.get(option))
+            if names:
+                prepared.originals |= {escape(name): name for name in names}
+                values[option] = escape(names[0]) if isinstance(values[option], str) else list(map(escape, names))
+        base = values.get("finetuned_from")
+        if isinstance(base, str) and base and Path(base).is_dir():
+            prepared.local_base_model = Path(base).resolve().name
+            values["finetuned_from"] = _LOCAL_BASE_MODEL
+        return prepared
+
+    def name_local_base_model(self, text: str) -> str:
+        """Replaces links to the placeholder, and the placeholder itself, by the name of the folder."""
+        if self.local_base_model is None:
+            return text
+        if _LOCAL_BASE_MODEL not in text:
+            logger.warning("The trainer's model card does not name its base model, %s.", self.local_base_model)
+        name = f"{escape(self.local_base_model)} (a local folder)"
+        return _LINK_TO_LOCAL_BASE_MODEL.sub(lambda _: name, text).replace(_LOCAL_BASE_MODEL, name)
+
+    def original_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Undoes the escaping, and drops a base model that is not on the Hub."""
+        if metadata.get("base_model") == _LOCAL_BASE_MODEL:
+            del metadata["base_model"]
+        return _replace_strings(metadata, self.originals)
 
 
-def _listed(value: Any) -> list:
+def _replace_strings(value: Any, replacements: dict[str, str]) -> Any:
+    """Replaces strings in nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: _replace_strings(item, replacements) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replace_strings(item, replacements) for item in value]
+    return replacements.get(value, value) if isinstance(value, str) else value
+
+
+@contextmanager
+def _unnamed_model_has_no_base(model: PreTrainedModel) -> Iterator[None]:
+    """Trainer calls a model fine-tuned from its `name_or_path` unless that is a folder. A model that was made from a
+    config has an empty one: within, it has that of a folder, so that the card says "trained from scratch"."""
+    config = model.config
+    is_unnamed = getattr(config, "name_or_path", None) == ""
+    try:
+        if is_unnamed:
+            config.name_or_path = os.curdir
+        yield
+    finally:
+        if is_unnamed:
+            config.name_or_path = ""
+
+
+def _pattern_tags(card: CardVersion | None) -> list[str]:
+    """Returns the tags of pruning patterns that an earlier run wrote into a card."""
+    metadata = card.base.get("metadata", {}) if card is not None else {}
+    return _as_list(metadata.get("sparsity", {}).get("pattern"))
+
+
+def _as_list(value: Any) -> list:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _fill(trainer: Any, name: str, metadata: dict[str, Any]) -> SparsityCard:
-    """What the trainer knows."""
-    callback, model = trainer.sparsity, trainer.accelerator.unwrap_model(trainer.model)
+def _sparsity_card(
+    trainer: TrainerWithMetrics, pruner: Pruner, model_name: str, metadata: dict[str, Any]
+) -> SparsityCard:
+    model = trainer.accelerator.unwrap_model(trainer.model)
     results = [result for index in metadata.pop("model-index", ()) for result in index["results"]]
-    measured = results[0] if results else {"task": {"type": None}, "dataset": None}
-    adapter = hasattr(model, "peft_config")
+    task, dataset = (results[0]["task"]["type"], results[0]["dataset"]) if results else (None, None)
+    is_adapter = hasattr(model, "peft_config")
     return SparsityCard(
-        model_name=name,
-        report=_report(trainer),
-        config=callback.config_as_run().to_dict(),
+        model_name=model_name,
+        report=_current_report(trainer, pruner),
+        config=PruningConfig.to_dict(pruner.config),
         metadata=metadata,
-        task=measured["task"]["type"],
-        dataset=measured["dataset"],
+        task=task,
+        dataset=dataset,
         dense_metrics=select_metrics(trainer.dense_metrics),
         repo_id=trainer.hub_model_id,
-        settings=[group.options.to_dict() for group in callback.pruner.groups],
-        metrics=_metrics(trainer),
+        settings=[group.options.to_dict() for group in pruner.groups],
+        metrics=_metrics_of_final_weights(trainer),
         max_steps=trainer.state.max_steps,
         processes=trainer.args.world_size,
         command=command_line(),
-        auto_class=None if adapter else auto_class(type(model).__name__),
-        adapter=adapter,
+        auto_class=None if is_adapter else auto_class(type(model).__name__),
+        adapter=is_adapter,
     )
 
 
-def _report(trainer: Any) -> SparsityReport:
-    """Counted in the weights: those of the model, or where several processes hold it, which the others are not here
-    for, those of the saved files."""
+def _current_report(trainer: TrainerWithMetrics, pruner: Pruner) -> SparsityReport:
+    """Counts zeros in the weights of the model or, since with several ranks the other ones do not take part, in the
+    saved files."""
     if trainer.args.world_size == 1:
-        return trainer.sparsity.pruner.report()
-    directory = Path(trainer.args.output_dir)
-    stored = SparsityReport.load(directory / REPORT_FILE)
+        return pruner.report()
+    directory = Path(str(trainer.args.output_dir))
+    saved = SparsityReport.load(directory / REPORT_FILE)
     try:
-        return recount_zeros(directory, stored)
+        return recount_zeros(directory, saved)
     except InspectionError as error:
-        logger.warning("the zeros are counted as in %s: %s", REPORT_FILE, error)
-        return stored
+        logger.warning("The model card shows the sparsity of %s, not counted anew: %s", REPORT_FILE, error)
+        return saved
 
 
-def _metrics(trainer: Any) -> dict[str, float]:
-    """Of the weights as they are: no evaluation from before the last step counts, or the best one's when that was
-    loaded. What the script saved under its own names comes last."""
+def _metrics_of_final_weights(trainer: TrainerWithMetrics) -> dict[str, float]:
+    """Returns the evaluation of the last step, or of the best step if its checkpoint was loaded at the end, updated
+    with the metrics that the script saved."""
     state = trainer.state
-    best = trainer.args.load_best_model_at_end and state.best_global_step
-    step = best or state.global_step
-    found: dict[str, float] = {}
+    step = (trainer.args.load_best_model_at_end and state.best_global_step) or state.global_step
+    metrics: dict[str, float] = {}
     for log in state.log_history:
         if log.get("step") == step:
-            found |= {name: value for name, value in log.items() if name.startswith("eval_")}
-    return select_metrics(found | trainer.saved_metrics)
-
-
-def _escape_given(trainer: Any, create: Callable, args: tuple, kwargs: dict[str, Any]):
-    """The arguments of `create` with names escaped, for the text; and what they were, for the metadata."""
-    given = inspect.signature(create).bind(*args, **kwargs)
-    known = inspect.signature(create).parameters
-    name = given.arguments.get("model_name") or Path(trainer.args.output_dir).resolve().name
-    if "model_name" in known:
-        given.arguments["model_name"] = name
-    if isinstance(given.arguments.get("tags"), list):
-        given.arguments["tags"] = list(given.arguments["tags"])  # Trainer adds to it
-    escaped = {}
-    for option in ("model_name", "dataset", "dataset_name"):
-        value = given.arguments.get(option)
-        if value is not None:
-            names = [value] if isinstance(value, str) else list(value)
-            escaped |= {escape(one): one for one in names}
-            given.arguments[option] = escape(value) if isinstance(value, str) else [escape(one) for one in names]
-    return name, given, escaped
-
-
-def _restore(value: Any, escaped: dict[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _restore(item, escaped) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_restore(item, escaped) for item in value]
-    return escaped.get(value, value) if isinstance(value, str) else value
-
-
-def _with_true_base(text: str, given: dict[str, Any]) -> str:
-    """A folder is no page of the Hub: it gets no link, and its place on this machine is nobody's business. And what
-    has no name at all was not fine-tuned from it."""
-    base = given.get("finetuned_from")
-    if isinstance(base, str) and base and Path(base).is_dir():
-        link = f"[{base}](https://huggingface.co/{base})"
-        return text.replace(link, f"{escape(Path(base).resolve().name)} (a local folder)")
-    return text.replace(
-        "This model is a fine-tuned version of [](https://huggingface.co/) on", "This model was trained on"
-    )
+            metrics |= {name: value for name, value in log.items() if name.startswith("eval_")}
+    return select_metrics(metrics | trainer.saved_metrics)

@@ -1,13 +1,15 @@
-"""What a trainer uploads to the Hub: failures are told with the remedy, and cost no model and no training."""
+"""Uploads of a trainer to the Hub. A failed upload is logged or raised with its remedy and does not stop training."""
 
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 
-from ..distributed import get_communicator
 from ..hub.upload import (
     UploadError,
     describe_error,
@@ -18,37 +20,45 @@ from ..hub.upload import (
     retry_transient,
     upload_error,
 )
+from .collective_errors import raise_on_all_ranks
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object
 
 
 logger = logging.getLogger(__name__)
 
 
-class UploadMixin:
-    """The part of `SparseTrainerMixin` that concerns the Hub."""
+class HubUploadMixin(TrainerBase):
+    """The methods of `SparseTrainerMixin` that upload to the Hub."""
 
-    _last_save: str | None = None
-    _left_out = False
+    hub_model_id: str | None  # type: ignore[assignment] # Trainer's is inferred as None
+    _last_saved_checkpoint: str | None = None
+    _is_upload_skipped = False
+    """Whether the latest checkpoint was not uploaded because an earlier upload was running."""
 
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        """Trainer's `init_hf_repo`, tried again where the Hub was busy or out of reach. All processes call it.
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's `init_hf_repo`, retried if the Hub is busy or cannot be reached. All ranks call it.
 
         Raises:
-            UploadError: with the remedy. Where `push_to_hub=True`, this is before any training.
+            UploadError: what failed, and the remedy. With `push_to_hub=True` this is before any training.
         """
-        error = None
-        try:
-            retry_transient(lambda: super(UploadMixin, self).init_hf_repo(*args, **kwargs))
-        except Exception as problem:
-            error = problem
-            if is_hub_error(problem):
-                error = UploadError(
-                    f"{self._repo} could not be made or reached on the Hub. {describe_error(problem)} To train "
-                    f"without it leave push_to_hub out; what is in {self.args.output_dir} can be uploaded at "
-                    f"any time:\n    {self._push_command()}"
-                )
-                error.__cause__ = problem
-        get_communicator().raise_together(error)
-        # Trainer names it in the main process only; one without a name would ask again when it pushes, and alone.
+        with raise_on_all_ranks(Exception):
+            try:
+                retry_transient(lambda: super(HubUploadMixin, self).init_hf_repo(*args, **kwargs))
+            except Exception as error:
+                if not is_hub_error(error):
+                    raise
+                raise UploadError(
+                    f"{self._repo} could not be created or reached on the Hub. {describe_error(error)} To train "
+                    f"without uploads, leave push_to_hub out; {self.args.output_dir} can be uploaded at any time:\n"
+                    f"    {self._push_command()}"
+                ) from error
+        # Trainer sets it on the main rank only. A rank without it would create the repository again when it pushes,
+        # without the others.
         self.hub_model_id = self._repo
 
     def push_to_hub(
@@ -57,19 +67,22 @@ class UploadMixin:
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
-        **kwargs,
-    ):
-        """Trainer's `push_to_hub`. An upload that fails is tried again, unless that cannot help.
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Trainer's `push_to_hub`. An upload that failed is retried if the failure may be transient.
 
         Raises:
-            UploadError: what failed, and the command to try again; the model is in `output_dir`. Of several processes
-                only the main one uploads, and raises.
+            UploadError: what failed, and the command to try again; the model is in `output_dir`. Only the main rank
+                uploads, and raises.
         """
         if self.hub_model_id is None:
-            # What the Hub answers, asked for the first time, must not cost the model.
+            # A failure to create the repository must not cost the model.
             self.save_model(_internal_call=True)
+        if private is not None:
+            kwargs["private"] = private
         try:
-            job = super().push_to_hub(
+            result: Any = super().push_to_hub(
                 commit_message=commit_message, blocking=blocking, token=token, revision=revision, **kwargs
             )
         except UploadError:
@@ -77,69 +90,72 @@ class UploadMixin:
         except Exception as error:
             if not is_hub_error(error):
                 raise
-            where = {"private": kwargs.get("private"), "revision": revision}
             if not is_transient(error):
-                command = self._push_command(**where)
-                raise upload_error(error, self.args.output_dir, self._repo, command) from error
+                command = self._push_command(private, revision)
+                raise upload_error(error, str(self.args.output_dir), self._repo, command) from error
             logger.warning("%s Trying again.", describe_error(error))
-            # The files are all written by now.
-            token = token or self.args.hub_token
+            # All files are written by now.
             return push(
-                self.args.output_dir, self._repo, message=commit_message, token=token, **self._defaults(**where)
+                str(self.args.output_dir),
+                self._repo,
+                message=commit_message,
+                token=token or self.args.hub_token,
+                **self._destination(private, revision),
             )
-        if job is not None and not blocking:
-            job.add_done_callback(_log_failure)
-        return job
+        if result is not None and not blocking:
+            result.add_done_callback(_log_failure)
+        return result
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer's, which starts uploads in the background, or none while earlier ones run, and never asks how they
-        end: the Hub would be left behind without a word. Only here are they known one by one."""
-        before = list(self._pushes)
+        """Trainer's, which uploads in the background, or skips the upload while an earlier one is running, and never
+        reads the result. This logs each failure and records what `finish_pushes` has to make up for."""
+        earlier = list(self._background_uploads)
         super()._push_from_checkpoint(checkpoint_folder)
-        started = [job for job in self._pushes if job not in before]
-        for job in started:
-            job.add_done_callback(_log_failure)
+        started = [upload for upload in self._background_uploads if upload not in earlier]
+        for upload in started:
+            upload.add_done_callback(_log_failure)
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            self._last_save, self._left_out = checkpoint_folder, not started
+            self._last_saved_checkpoint, self._is_upload_skipped = checkpoint_folder, not started
 
     def finish_pushes(self) -> None:
-        """After training: see that the Hub has the last save, and say so if it has not."""
-        failure = self._failure()
-        if self._left_out or (failure is not None and is_transient(failure)):
-            self._push_from_checkpoint(self._last_save)
+        """Uploads the last checkpoint if its upload was skipped or failed for a transient reason. A failure is logged
+        with its remedy. To be called after training."""
+        failure = self._upload_failure()
+        is_missing = self._is_upload_skipped or (failure is not None and is_transient(failure))
+        if is_missing and self._last_saved_checkpoint is not None:
+            self._push_from_checkpoint(self._last_saved_checkpoint)
             self._finish_current_push()
-            failure = self._failure()
+            failure = self._upload_failure()
         if failure is not None:
-            directory, command = self.args.output_dir, self._push_command()
-            logger.error("The last save is not on the Hub. %s", upload_error(failure, directory, self._repo, command))
+            problem = upload_error(failure, str(self.args.output_dir), self._repo, self._push_command())
+            logger.error("The last checkpoint is not on the Hub. %s", problem)
 
     @property
-    def _pushes(self) -> list:
-        """The uploads in the background that were started last."""
+    def _background_uploads(self) -> list[Future]:
+        """The uploads that Trainer has started last."""
         return getattr(getattr(self, "push_in_progress", None), "jobs", [])
 
-    def _failure(self) -> BaseException | None:
-        """Of those, the first that failed."""
-        ended = [job.exception() for job in self._pushes if job.done() and not job.cancelled()]
+    def _upload_failure(self) -> BaseException | None:
+        """Returns the error of the first of these uploads that failed."""
+        ended = [job.exception() for job in self._background_uploads if job.done() and not job.cancelled()]
         return next((error for error in ended if error is not None), None)
 
     @property
     def _repo(self) -> str:
-        """The repository, by the name that the Hub gave it, or the one to ask for."""
-        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        """The id of the repository on the Hub or, before it is created, the one to request."""
+        return self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
 
-    def _push_command(self, **where) -> str:
-        return push_command(self.args.output_dir, self._repo, **self._defaults(**where))
+    def _push_command(self, private: bool | None = None, revision: str | None = None) -> str:
+        return push_command(str(self.args.output_dir), self._repo, **self._destination(private, revision))
 
-    def _defaults(self, private: bool | None = None, revision: str | None = None) -> dict:
-        """Where to upload to, with the arguments of the trainer for what is left out."""
+    def _destination(self, private: bool | None, revision: str | None) -> dict[str, Any]:
+        """Returns the options of `push` that say where to upload, by default as in the trainer's arguments."""
         private = private if private is not None else self.args.hub_private_repo
         return {"private": private, "revision": revision or self.args.hub_revision}
 
 
-def _log_failure(job) -> None:
-    """Called when an upload in the background has ended."""
-    if not job.cancelled() and job.exception() is not None:
-        logger.warning(
-            "An upload in the background failed. %s All files are on disk.", describe_error(job.exception())
-        )
+def _log_failure(upload: Future) -> None:
+    """Logs the error of a background upload that has ended."""
+    error = None if upload.cancelled() else upload.exception()
+    if error is not None:
+        logger.warning("A background upload failed. %s All files are on disk.", describe_error(error))

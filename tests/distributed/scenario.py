@@ -128,7 +128,7 @@ def _trainer(scenario: dict, rank: int, result: dict) -> Trainer:
 def _finish(scenario: dict, trainer: Trainer, rank: int, result: dict) -> None:
     result |= {"log": figures(trainer.state.log_history), "step": trainer.state.global_step}
     if isinstance(trainer, SparseTrainer):
-        result["from"] = Path(trainer.sparsity.resume_from or "").name
+        result["from"] = Path(trainer.resumed_from or "").name
     weights = whole(trainer)
     if rank == 0:
         save_file(weights, Path(scenario["folder"]) / "weights.safetensors")

@@ -102,7 +102,7 @@ class Tamper(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.hit and state.global_step + 1 == self.step:
-            masks = self.trainer.sparsity.pruner.masks
+            masks = self.trainer.sparsity_callback.pruner.masks
             mask = masks[self.name].clone()
             mask.view(-1)[dict(model.named_parameters())[self.name].abs().argmax()] = False
             masks.replace(self.name, mask)

@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 import torch
+from helpers.masks import read_masks
 from helpers.modes import MODES, each
 from helpers.tiny import PRUNE_STEPS, SCHEDULE, STEPS, same
 from safetensors.torch import load_file
 from spies import is_selected
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_sparse.training.checkpoints import find_checkpoint_error
-from hf_sparse.training.state_files import read_masks
+from hf_sparse.training.checkpoint_search import find_checkpoint_error
+from hf_sparse.training.resume import ResumeState
 
 
 METHODS = {
@@ -206,12 +207,12 @@ PARTS = {
 @pytest.mark.parametrize("mode", each(*PARTS))
 def test_a_checkpoint_that_lacks_what_one_rank_wrote_is_not_taken(runs, tmp_path, mode):
     _, output_dir = runs(mode, "snip_momentum")
-    assert find_checkpoint_error(output_dir / "checkpoint-6") is None
+    assert find_checkpoint_error(ResumeState(output_dir / "checkpoint-6")) is None
     for index, part in enumerate(PARTS[mode]):
         checkpoint = shutil.copytree(output_dir / "checkpoint-6", tmp_path / str(index) / "checkpoint-6")
         (path,) = checkpoint.glob(part)
         path.unlink()
-        assert find_checkpoint_error(checkpoint), part
+        assert find_checkpoint_error(ResumeState(checkpoint)), part
 
 
 # Ranks that disagree

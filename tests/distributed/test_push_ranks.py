@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 from helpers.hub_server import READ_TOKEN, TOKEN, USER
+from helpers.masks import read_masks
 from helpers.modes import each
 from helpers.tiny import SCHEDULE, same
 from huggingface_hub import snapshot_download
 from safetensors.torch import load
-
-from hf_sparse.training.state_files import read_masks
 
 
 OPTIONS = {"target_sparsity": 0.5, "criterion": "magnitude", **SCHEDULE, "push_to_hub": True}
@@ -40,7 +39,9 @@ def test_all_stop_where_the_main_one_may_not_upload(ranks, hub, tmp_path):
     options = OPTIONS | {"hub_token": READ_TOKEN, "hub_model_id": "pruned"}
     run = ranks.run("ddp", "ddp-no-push", fails=True, output_dir=tmp_path / "out", options=options, hub=hub.url)
     assert run.exits == [1, 1], run.log
-    assert "UploadError: pruned could not be made or reached on the Hub. The token has no write permission" in run.log
+    assert (
+        "UploadError: pruned could not be created or reached on the Hub. The token has no write permission" in run.log
+    )
     assert "another process stopped with an error" in run.log
 
 

@@ -4,12 +4,11 @@ import re
 
 import pytest
 import torch
+from helpers.masks import read_masks
 from helpers.modes import MODES, each
 from helpers.tiny import SCHEDULE, STEPS, same
 from safetensors.torch import load_file
 from spies import is_selected
-
-from hf_sparse.training.state_files import read_masks
 
 
 OPTIONS = {"target_sparsity": 0.5, "criterion": "snip_momentum", **SCHEDULE}

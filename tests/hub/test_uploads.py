@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.hub_server import READ_TOKEN, TOKEN, USER
+from helpers.masks import read_masks
 from helpers.tiny import SCHEDULE, STEPS, make, same, weights
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from hf_sparse import PruningConfig, SparseTrainer, SparsityCallback, UploadError
-from hf_sparse.training.state_files import read_masks
 
 
 REPO = f"{USER}/out"
@@ -93,7 +93,7 @@ def test_there_and_back_in_another_process(hub, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=300)
     back, here = load_file(tmp_path / "back.safetensors"), weights(trainer.model)
     assert same(back, here)
-    selected = trainer.sparsity.pruner.masks
+    selected = trainer.sparsity_callback.pruner.masks
     assert sum(int((weight == 0).sum()) for name, weight in back.items() if name in selected) == 2400
 
 
@@ -236,7 +236,7 @@ def test_a_failure_in_the_background_is_told_and_costs_nothing(hub, tmp_path, ca
     assert same(weights(trainer.model), weights(undisturbed.model))
     told = [record for record in caplog.records if record.name.startswith("hf_sparse")]
     assert {record.levelname for record in told[:-1]} == {"WARNING"} and len(told) == 4 + 1
-    assert "The last save is not on the Hub. " in caplog.text and "(403)" in caplog.text
+    assert "The last checkpoint is not on the Hub. " in caplog.text and "(403)" in caplog.text
     assert told[-1].levelname == "ERROR" and told[-1].getMessage().endswith(
         f"hf-sparse push {tmp_path / 'out'} {REPO}"
     )
@@ -247,7 +247,7 @@ def test_a_moment_of_failure_in_the_background_is_made_good(hub, tmp_path, caplo
     hub.fail("/commit/", 503, times=1)
     trainer.train()
     assert len(hub.repos[REPO].commits) == 1
-    assert "in the background failed. The Hub answered 503" in caplog.text and "The last save" not in caplog.text
+    assert "background upload failed. The Hub answered 503" in caplog.text and "The last checkpoint" not in caplog.text
 
 
 @pytest.mark.parametrize("trainer", [SparseTrainer, Trainer], ids=["SparseTrainer", "Trainer"])

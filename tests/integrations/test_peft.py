@@ -151,7 +151,7 @@ def test_a_frozen_base_is_pruned_by_magnitude_and_refused_by_gradient_criteria(t
     before = weights(model)
     trainer = make(tmp_path, model=model, criterion="magnitude", **options, **SAVING)
     trainer.train()
-    for name, mask in trainer.sparsity.pruner.masks.items():
+    for name, mask in trainer.sparsity_callback.pruner.masks.items():
         after, old = model.get_parameter(name).detach(), before[name]
         assert int((~mask).sum()) == mask.numel() // 2
         assert torch.equal(after, torch.where(mask, old, 0.0))  # frozen: pruned, and not trained

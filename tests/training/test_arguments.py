@@ -87,7 +87,9 @@ def test_a_recipe_prunes_its_groups(tmp_path):
 
     trainer = make(tmp_path, pruning_config=str(path), scope="layer")
     trainer.train()
-    layers = {(layer.group, layer.pattern, layer.sparsity) for layer in trainer.sparsity.pruner.report().layers}
+    layers = {
+        (layer.group, layer.pattern, layer.sparsity) for layer in trainer.sparsity_callback.pruner.report().layers
+    }
     assert layers == {("attention", "4x1", 0.75), ("ffn", "2:4", 0.5)}
 
 

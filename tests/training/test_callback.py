@@ -7,7 +7,7 @@ from transformers import Trainer
 
 from hf_sparse import PruningConfig, SparsityCallback
 from hf_sparse.files import STATE_FILE
-from hf_sparse.training.state_files import read_states
+from hf_sparse.training.resume import ResumeState
 
 
 def test_it_takes_a_config_and_nothing_else():
@@ -25,14 +25,14 @@ def test_weights_left_out_by_their_shape_are_named(tmp_path, caplog):
     trainer = make(tmp_path, model=bert(hidden_size=24, intermediate_size=32), **config)
     assert "does not divide them: bert.encoder.layer.0.attention.self.query.weight, " in caplog.text
     trainer.train()
-    assert list(trainer.sparsity.pruner.parameters) == ["bert.encoder.layer.0.intermediate.dense.weight"]
+    assert list(trainer.sparsity_callback.pruner.parameters) == ["bert.encoder.layer.0.intermediate.dense.weight"]
 
 
 def test_a_stock_trainer_gets_masks_beside_the_weights(tmp_path):
     callback = SparsityCallback(PruningConfig(target_sparsity=0.5, **SCHEDULE))
     make(tmp_path, Trainer, callbacks=[callback], save_strategy="steps", save_steps=4).train()
     for step in (4, 8):
-        assert read_states(tmp_path / f"checkpoint-{step}")[0][1]["step"] == step
+        assert ResumeState(tmp_path / f"checkpoint-{step}").files[0].values["step"] == step
         assert (tmp_path / f"checkpoint-{step}" / "pruning_config.json").is_file()
 
 
@@ -43,7 +43,7 @@ def test_masks_of_more_processes_do_not_outlive_a_new_run(tmp_path):
     callback = SparsityCallback(PruningConfig(target_sparsity=0.5, **SCHEDULE))
     make(tmp_path, Trainer, callbacks=[callback], save_strategy="steps", save_steps=4).train()
     assert [path.name for path in stale.parent.glob("pruning_state*")] == [STATE_FILE]
-    assert len(read_states(stale.parent)) == 1
+    assert len(ResumeState(stale.parent).files) == 1
 
 
 def test_a_stock_trainer_that_saves_elsewhere_gets_a_warning_and_no_stray_folder(tmp_path, caplog):

@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 from helpers.invariants import TARGET, Spy, cubic, exactly_positive_zero
+from helpers.masks import read_masks
 from helpers.tiny import PRUNE_STEPS, SCHEDULE, STEPS, bert, gpt2, make, same, weights, zeros
 from safetensors.torch import load_file
 from transformers import (
@@ -20,13 +21,12 @@ from transformers import (
 )
 
 from hf_sparse import PruningConfig, SparseTrainer, SparsityCallback
-from hf_sparse.training.state_files import read_masks
 
 
 def spied(tmp_path, unit=1, target=TARGET, **options):
     """A SparseTrainer on the usual schedule, and the spy on it."""
     trainer = make(tmp_path, **{"target_sparsity": target, **SCHEDULE, **options})
-    spy = Spy(trainer.sparsity, unit, target)
+    spy = Spy(trainer.sparsity_callback, unit, target)
     trainer.add_callback(spy)
     return trainer, spy
 
@@ -115,7 +115,7 @@ def test_zeros_hold_with_activation_checkpointing(tmp_path):
     other, _ = spied(tmp_path, criterion="snip_momentum")
     other.train()
     assert getattr(trainer.model, f"is_{name}")
-    assert trainer.sparsity.pruner.masks.digest() == other.sparsity.pruner.masks.digest()
+    assert trainer.sparsity_callback.pruner.masks.digest() == other.sparsity_callback.pruner.masks.digest()
 
 
 @pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"pattern": "4x1"}, {"pattern": "1x4", "scope": "global"}])
@@ -123,7 +123,7 @@ def test_zeros_hold_with_activation_checkpointing(tmp_path):
 def test_zeros_hold_in_patterns(tmp_path, model, options):
     trainer, _ = spied(tmp_path, unit=1 if options["pattern"] == "2:4" else 4, model=model(), **options)
     trainer.train()
-    for name, mask in trainer.sparsity.pruner.masks.items():
+    for name, mask in trainer.sparsity_callback.pruner.masks.items():
         matrix = mask.t() if model is gpt2 else mask  # outputs x inputs
         if options["pattern"] == "4x1":
             blocks = matrix.reshape(matrix.shape[0] // 4, 4, -1).sum(dim=1)
@@ -158,7 +158,7 @@ class Overflow(TrainerCallback):
         self.trainer, self.refused, self.skipped = trainer, [], []
 
     def _sums(self):
-        stats = self.trainer.sparsity.pruner.groups[0].statistics
+        stats = self.trainer.sparsity_callback.pruner.groups[0].statistics
         return {name: stat.total.clone() for name, stat in stats.items()}
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -170,7 +170,7 @@ class Overflow(TrainerCallback):
             self.refused.append(state.global_step + 1)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        pruner, now = self.trainer.sparsity.pruner, weights(model)
+        pruner, now = self.trainer.sparsity_callback.pruner, weights(model)
         pruner.masks.enforce(self.weights)
         expected = {name: self.weights[name] for name in pruner.masks}
         if same({name: now[name] for name in pruner.masks}, expected):
@@ -189,7 +189,7 @@ def test_overflowing_gradients_never_enter_a_score(tmp_path, monkeypatch, optim,
     assert tuple(seen.refused) == (*overflows, 9, 10)  # nothing is observed after the last prune step
     assert tuple(seen.skipped) == overflows
     assert spy.pruned_at[3] == (0 if spy.allowed_late else round(cubic(1, 4, TARGET) * spy.weights))
-    assert trainer.sparsity.pruner.refused_observations == len(overflows)
+    assert trainer.sparsity_callback.pruner.refused_observations == len(overflows)
 
 
 class OutOfMemory(SparseTrainer):
@@ -214,10 +214,10 @@ def test_zeros_hold_when_the_batch_size_did_not_fit(tmp_path):
 def test_a_second_train_keeps_the_zeros(tmp_path):
     trainer, spy = spied(tmp_path)
     trainer.train()
-    masks = trainer.sparsity.pruner.masks
+    masks = trainer.sparsity_callback.pruner.masks
     trainer.train()
     assert spy.start == 2400
-    assert all(torch.equal(masks[name], trainer.sparsity.pruner.masks[name]) for name in masks)
+    assert all(torch.equal(masks[name], trainer.sparsity_callback.pruner.masks[name]) for name in masks)
 
 
 def test_masks_start_fresh_when_model_init_makes_a_new_model(tmp_path):
@@ -225,10 +225,10 @@ def test_masks_start_fresh_when_model_init_makes_a_new_model(tmp_path):
     options = {"model_init": lambda: bert(next(seeds))}
     trainer, spy = spied(tmp_path, model=None, trainer_options=options)
     trainer.train()
-    first = trainer.sparsity.pruner.masks.digest()
+    first = trainer.sparsity_callback.pruner.masks.digest()
     trainer.train()
     assert spy.start == 0
-    assert trainer.sparsity.pruner.masks.digest() != first
+    assert trainer.sparsity_callback.pruner.masks.digest() != first
 
 
 def test_evaluation_outside_training_changes_nothing(tmp_path):
@@ -237,10 +237,10 @@ def test_evaluation_outside_training_changes_nothing(tmp_path):
     trainer.evaluate()
     assert same(before, weights(trainer.model))
     trainer.train()
-    after, digest = weights(trainer.model), trainer.sparsity.pruner.masks.digest()
+    after, digest = weights(trainer.model), trainer.sparsity_callback.pruner.masks.digest()
     trainer.evaluate()
     assert same(after, weights(trainer.model))
-    assert trainer.sparsity.pruner.masks.digest() == digest
+    assert trainer.sparsity_callback.pruner.masks.digest() == digest
 
 
 # The best checkpoint

@@ -91,9 +91,10 @@ def test_whether_the_loss_is_right_or_four_times_too_large_masks_are_the_same(tm
     (large, _), (right, _) = (train(tmp_path, accepts, 48, **options) for accepts in (None, False))
     assert large.model_accepts_loss_kwargs and not right.model_accepts_loss_kwargs
     masks = [
-        {name: run.sparsity.pruner.masks[name] for name in run.sparsity.pruner.parameters} for run in (large, right)
+        {name: run.sparsity_callback.pruner.masks[name] for name in run.sparsity_callback.pruner.parameters}
+        for run in (large, right)
     ]
-    assert same(*masks) and large.sparsity.pruner.sparsity() == 0.5
+    assert same(*masks) and large.sparsity_callback.pruner.sparsity() == 0.5
 
 
 @pytest.mark.parametrize("count, factors", [(48, [4, 4, 4]), (40, [4, 4, 2])])

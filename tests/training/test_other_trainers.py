@@ -143,14 +143,14 @@ def test_a_mixed_in_trainer_refuses_a_checkpoint_of_another_pruning(tmp_path, li
     """Before training: what a callback alone can only say once training has begun."""
     callback = SparsityCallback(PruningConfig(**PRUNING))
     trainer = library.make(tmp_path, [callback], mixed(library.trainer), save_strategy="steps", save_steps=6)
-    assert trainer.sparsity is callback and not callback.alone
+    assert trainer.sparsity_callback is callback and not callback.owns_saving
     trainer.train()
     other = library.make(
         tmp_path, [SparsityCallback(PruningConfig(**PRUNING | {"target_sparsity": 0.6}))], mixed(library.trainer)
     )
     with pytest.raises(ValueError, match=r"target_sparsity: 0\.5 -> 0\.6"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert other.sparsity.pruner is None
+    assert other.sparsity_callback.pruner is None
 
 
 def test_the_card_of_that_library_has_our_section_once(tmp_path, library):

@@ -3,6 +3,7 @@
 "Cut off" is SIGKILL: the runs that are killed are processes of their own.
 """
 
+import collections
 import dataclasses
 import json
 import multiprocessing
@@ -20,12 +21,15 @@ from helpers.tiny import SCHEDULE, STEPS, bert, content, gpt2, make, same, weigh
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+import hf_sparse.engine.pruner
 import hf_sparse.files
 from hf_sparse import PruningConfig, Requires, SparsityCallback
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.files import STATE_FILE
-from hf_sparse.training.checkpoints import last_complete_checkpoint
-from hf_sparse.training.state_files import CheckpointError, read_states
+from hf_sparse.training import callback, checkpoint_search, resume, trainer
+from hf_sparse.training.checkpoint_search import newest_complete_checkpoint
+from hf_sparse.training.resume import CheckpointError, ResumeState
+from hf_sparse.training.state_files import changed_options
 
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -77,6 +81,77 @@ def test_a_stock_trainer_with_the_callback_resumes_too(tmp_path):
             shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
         make(tmp_path / folder, Trainer, callbacks=[SparsityCallback(config)], **EVERY_STEP).train(**kwargs)
     assert content(tmp_path / "resumed" / LAST) == content(tmp_path / "whole" / LAST)
+
+
+# Read once
+
+
+class Calls:
+    """Counts calls of functions while it is on."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.counts, self.is_on = monkeypatch, collections.Counter(), True
+
+    def count(self, key, owner, name, counted=lambda *args: True):
+        function = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            self.counts[key] += self.is_on and counted(*args)
+            return function(*args, **kwargs)
+
+        self.monkeypatch.setattr(owner, name, wrapper)
+
+
+class StopsCounting(TrainerCallback):
+    """Once training has begun, state files are opened and checksums computed to write checkpoints."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def on_train_begin(self, *args, **kwargs):
+        self.calls.is_on = False
+
+
+@pytest.mark.parametrize("kind, resolved", [("sparse", 2), ("sparse, named", 2), ("stock", 1)])
+def test_a_checkpoint_is_opened_and_verified_once(tmp_path, monkeypatch, kind, resolved):
+    config = {"target_sparsity": 0.5, "criterion": "movement", **SCHEDULE}
+    make(tmp_path, **config, **EVERY_STEP | {"save_steps": 4}).train()
+    shutil.rmtree(tmp_path / LAST)
+    if kind == "stock":
+        run = make(tmp_path, Trainer, callbacks=[SparsityCallback(PruningConfig(**config))])
+    else:
+        run = make(tmp_path, **config)
+    calls = Calls(monkeypatch)
+    for module in (hf_sparse.files, checkpoint_search):
+        calls.count("opened", module, "safe_open", lambda path: Path(path).name == STATE_FILE)
+    calls.count("verified", resume, "checksum")
+    for module in (hf_sparse.engine.pruner, trainer, callback):
+        calls.count("groups resolved", module, "resolve_layers")
+    run.add_callback(StopsCounting(calls))
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8") if kind.endswith("named") else True)
+    assert calls.counts == {"opened": 1, "verified": 1, "groups resolved": resolved}
+
+
+def test_a_retry_of_the_training_loop_reads_nothing_again(tmp_path, monkeypatch):
+    """As with auto_find_batch_size: on_train_begin comes twice, and the state is applied twice."""
+    options = {"target_sparsity": 0.5, "criterion": "movement", **SCHEDULE, **EVERY_STEP}
+    make(tmp_path, **options).train()
+
+    class OutOfMemoryOnce(TrainerCallback):
+        begun = 0
+
+        def on_step_begin(self, *args, **kwargs):
+            self.begun += 1
+            if self.begun == 1:
+                raise RuntimeError("CUDA out of memory.")
+
+    calls = Calls(monkeypatch)
+    calls.count("opened", hf_sparse.files, "safe_open", lambda path: Path(path).name == STATE_FILE)
+    run = make(tmp_path, callbacks=[OutOfMemoryOnce()], auto_find_batch_size=True, **options | {"save_steps": STEPS})
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert calls.counts == {"opened": 1} and run.sparsity_callback.resume_state is None
+    assert run.state.global_step == STEPS and run.resumed_from == str(tmp_path / "checkpoint-8")
+    assert run.sparsity_callback.pruner.sparsity() == 0.5
 
 
 # Killed
@@ -248,7 +323,7 @@ def test_killed_during_a_save(tmp_path, processes, uninterrupted, kill):
     assert killed(process)
     resumed = make(tmp_path, model=bert(seed=4), **options)
     resumed.train(resume_from_checkpoint=True)
-    assert Path(resumed.sparsity.resume_from).name == f"checkpoint-{KILLS[kill]}"
+    assert Path(resumed.resumed_from).name == f"checkpoint-{KILLS[kill]}"
     assert content(tmp_path / LAST) == content(uninterrupted / LAST)
     assert leftovers(tmp_path) == []
 
@@ -261,7 +336,7 @@ def test_killed_again_and_again_anywhere(tmp_path, processes, uninterrupted):
         process = processes.Process(target=run, args=arguments)
         process.start()
         assert killed(process)
-        reached.append(Path(last_complete_checkpoint(tmp_path)).name)
+        reached.append(newest_complete_checkpoint(tmp_path).checkpoint.name)
     assert len(set(reached)) > 1 and LAST not in reached
     make(tmp_path, model=bert(seed=3), **options).train(resume_from_checkpoint=True)
     assert content(tmp_path / LAST) == content(uninterrupted / LAST)
@@ -338,7 +413,7 @@ def test_missing_masks_are_refused(tmp_path, copied):
 def test_truncated_masks_are_refused(tmp_path, copied):
     path = copied / STATE_FILE
     path.write_bytes(path.read_bytes()[:-100])
-    refuse(tmp_path, copied, f"{STATE_FILE}: cut short")
+    refuse(tmp_path, copied, f"{STATE_FILE}: truncated")
 
 
 @pytest.mark.parametrize("kind", ["mask", "stat"])
@@ -404,11 +479,11 @@ def test_a_changed_option_is_refused_by_name(tmp_path, saved, option):
         ({"prune_every": 1}, r"prune_every \(steps\): 2 -> 1"),
     ],
 )
-def test_a_changed_cadence_is_refused_by_name(tmp_path, saved, changes, message):
+def test_a_changed_schedule_is_refused_by_name(tmp_path, saved, changes, message):
     refuse(tmp_path, saved, message, early=False, **changes)
 
 
-def test_another_number_of_training_steps_is_refused_where_the_cadence_depends_on_it(tmp_path):
+def test_another_number_of_training_steps_is_refused_where_the_schedule_depends_on_it(tmp_path):
     options = OPTIONS | FRACTIONS
     make(tmp_path, **options, save_strategy="steps", save_steps=6).train()
     refuse(
@@ -416,7 +491,7 @@ def test_another_number_of_training_steps_is_refused_where_the_cadence_depends_o
     )
 
 
-def test_all_changes_are_told_together(tmp_path, saved):
+def test_all_changes_are_named_together(tmp_path, saved):
     refuse(tmp_path, saved, "target_sparsity.*scope.*regrow", target_sparsity=0.9, scope="global", regrow=0.2)
 
 
@@ -430,8 +505,8 @@ def test_a_checkpoint_without_its_optimizer_is_refused_unless_that_is_what_the_r
     refuse(tmp_path, tmp_path / "checkpoint-6", "optimizer.pt, scheduler.pt.*save_only_model")
     resumed = make(tmp_path / "again", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert "without its optimizer, not exactly" in caplog.text
-    assert resumed.sparsity.pruner.sparsity() == 0.5
+    assert "has no optimizer state, so the run is not resumed exactly" in caplog.text
+    assert resumed.sparsity_callback.pruner.sparsity() == 0.5
 
 
 def test_a_renamed_checkpoint_is_as_good(tmp_path, saved):
@@ -450,6 +525,17 @@ def test_nothing_to_resume_from(tmp_path, nothing):
 
 def test_every_option_is_compared(saved):
     """An option that is added to PruningConfig takes part, without being listed anywhere."""
-    compared = {key.removesuffix(" (steps)") for key in read_states(saved)[0][1]["config"]}
+    compared = {key.removesuffix(" (steps)") for key in ResumeState(saved).files[0].values["config"]}
     options = {option.name for option in dataclasses.fields(PruningConfig)}
     assert options - compared == {"pruning_config", "targets", "exclude"}  # the recipe's file name; the weights' names
+
+
+def test_options_of_an_earlier_version_are_compared_as_what_they_mean():
+    current = PruningConfig(target_sparsity=0.5, groups={"a": {"targets": ["*"]}}).to_dict()
+    saved = {name: value for name, value in current.items() if name not in ("regrow", "criterion_kwargs")}
+    saved |= {"solver": "zero", "groups": {"a": {"targets": ["*"]}}}
+    assert changed_options(saved, current) == []
+    assert changed_options(saved, current | {"regrow": 0.5}) == ["regrow: 0.0 -> 0.5"]
+    assert changed_options(saved, current | {"criterion_kwargs": {"decay": 0.5}}) == [
+        "criterion_kwargs: None -> {'decay': 0.5}"
+    ]

@@ -84,7 +84,7 @@ def test_arguments_work_by_position(tmp_path):
     args = arguments(tmp_path, target_sparsity=0.5)
     trainer = SparseTrainer(bert(), args, lambda rows: torch.utils.data.default_collate(rows), samples(4))
     assert trainer.train_dataset == samples(4)
-    assert trainer.sparsity.config is args
+    assert trainer.sparsity_callback.config is args
 
 
 # Other trainers
@@ -144,16 +144,16 @@ def test_mixed_into_somebodys_trainer(tmp_path):
 def test_a_config_by_callback(tmp_path):
     given = SparsityCallback(PruningConfig(target_sparsity=0.5))
     trainer = make(tmp_path, callbacks=[given])
-    assert trainer.sparsity is given
+    assert trainer.sparsity_callback is given
     trainer.train()
     assert zeros(trainer.model) == 2400
 
 
 def test_a_config_by_callback_and_by_arguments_is_refused(tmp_path):
     given = SparsityCallback(PruningConfig(target_sparsity=0.5))
-    with pytest.raises(ValueError, match="said twice"):
+    with pytest.raises(ValueError, match="given twice"):
         make(tmp_path, callbacks=[given], target_sparsity=0.7)
-    with pytest.raises(ValueError, match="said twice"):
+    with pytest.raises(ValueError, match="given twice"):
         make(tmp_path, callbacks=[given, SparsityCallback(PruningConfig(target_sparsity=0.7))])
 
 

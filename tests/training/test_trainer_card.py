@@ -51,7 +51,7 @@ def test_the_card_is_trainers_with_a_section_after_the_title(tmp_path):
     assert before.count("\n# sparse\n") == 1 and "It achieves the following results" in before
 
     section = section_of(text)
-    report = run.sparsity.pruner.report()
+    report = run.sparsity_callback.pruner.report()
     assert f"| selected weights | {report.zeros:,} | 4,800 | 50.00% |" in section
     assert f"| all parameters | {report.parameter_zeros:,} | {report.parameters:,} |" in section
     assert "4 prune steps, after optimizer steps 3 to 8 of 10" in section  # tiny.PRUNE_STEPS

@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from ...config import OneshotConfig, PruningConfig, upgrade_options
 from ...config.base import PruningOptions
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_json, write_json
+from ...reporting.pruning_files import write_report_and_config
 from ...reporting.report import SparsityReport
 from ..model_classes import auto_class
 from .escaping import remove_secrets
@@ -115,8 +116,7 @@ class SparsityCard:
             secrets: strings that are removed from pruning_card.json.
         """
         directory = Path(directory)
-        self.report.save(directory / REPORT_FILE)
-        write_json(directory / CONFIG_FILE, self.config)
+        write_report_and_config(directory, self.report, self.config)
         stored = json.dumps({name: getattr(self, name) for name in _STORED_FIELDS}, ensure_ascii=False)
         write_json(directory / CARD_FILE, json.loads(remove_secrets(stored, secrets)))
 

@@ -9,13 +9,19 @@ from helpers.tiny import SCHEDULE, make
 from safetensors.torch import load_file, save_file
 
 from hf_sparse.files import STATE_FILE
-from hf_sparse.training.checkpoints import (
-    find_checkpoint_error,
-    last_complete_checkpoint,
-    processes_of,
-    start_checkpoint,
-)
-from hf_sparse.training.state_files import CheckpointError, read_masks, read_states
+from hf_sparse.training import checkpoint_search
+from hf_sparse.training.checkpoint_search import newest_complete_checkpoint
+from hf_sparse.training.resume import CheckpointError, ResumeState
+from hf_sparse.training.state_files import start_checkpoint
+
+
+def find_checkpoint_error(checkpoint, **kwargs):
+    return checkpoint_search.find_checkpoint_error(ResumeState(checkpoint), **kwargs)
+
+
+def newest(run):
+    state = newest_complete_checkpoint(run)
+    return None if state is None else state.checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +41,8 @@ def test_the_newest_complete_checkpoint_is_found_by_number(run):
     (run / "checkpoint-x").mkdir()
     (run / "checkpoint-100").mkdir()
     assert find_checkpoint_error(run / "checkpoint-10") is None
-    assert last_complete_checkpoint(run) == str(run / "checkpoint-10")  # not 8, which sorts later as text
-    assert last_complete_checkpoint(run / "nowhere") is None
+    assert newest(run) == run / "checkpoint-10"  # not 8, which sorts later as text
+    assert newest(run / "nowhere") is None
 
 
 FILES = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE]
@@ -47,8 +53,8 @@ FILES = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.p
 def test_a_file_that_is_cut_short_is_noticed(run, name, share):
     path = run / "checkpoint-10" / name
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert name in find_checkpoint_error(path.parent) and "cut short" in find_checkpoint_error(path.parent)
-    assert last_complete_checkpoint(run) == str(run / "checkpoint-8")
+    assert name in find_checkpoint_error(path.parent) and "truncated" in find_checkpoint_error(path.parent)
+    assert newest(run) == run / "checkpoint-8"
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
@@ -64,7 +70,7 @@ def test_a_dense_checkpoint_of_several_processes_is_whole(run):
     checkpoint = run / "checkpoint-10"
     (checkpoint / STATE_FILE).unlink()
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
-    assert processes_of(checkpoint) is None and find_checkpoint_error(checkpoint) is None
+    assert ResumeState(checkpoint).world_size is None and find_checkpoint_error(checkpoint) is None
     (checkpoint / "rng_state_0.pth").unlink()
     assert "rng_state*.pth" in find_checkpoint_error(checkpoint)
 
@@ -105,11 +111,11 @@ def test_masks_take_an_eighth_of_a_byte_per_weight_and_sums_four(saved):
 
 def test_a_changed_description_is_refused(run):
     path = run / "checkpoint-10" / STATE_FILE
-    (tensors, values) = read_states(path.parent)[0]
-    values["step"] = 8
-    save_file(dict(tensors), path, metadata={"hf_sparse": json.dumps(values)})
+    (file,) = ResumeState(path.parent).files
+    metadata = {"hf_sparse": json.dumps(file.values | {"step": 8})}
+    save_file(dict(file.tensors), path, metadata=metadata)
     with pytest.raises(CheckpointError, match="checksum"):
-        list(read_masks(path.parent))
+        ResumeState(path.parent).verify()
     save_file({"mask/a": torch.zeros(1)}, path, metadata={"hf_sparse": '{"shapes": {}}'})
     with pytest.raises(CheckpointError, match="its description is incomplete"):
-        read_states(path.parent)
+        ResumeState(path.parent).verify()

@@ -1,0 +1,193 @@
+"""ResumeState: the pruning state of a checkpoint, read once, verified once, and applied to the pruner of a new run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import PruningConfig, ResolvedGroup
+from ..distributed import get_communicator
+from ..engine.parameter_group import ParameterGroup
+from ..engine.pruner import Pruner
+from ..files import STATE_FILE, open_tensors
+from ..schedulers import PruningSchedule
+from .state_files import METADATA_KEY, changed_options, checksum, compared_options, state_file_paths
+
+
+_FIELDS = {"shapes", "boxes", "counters", "config", "step", "processes"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that a pruning run cannot resume from: what is wrong, and the remedy."""
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """An open state file: tensors that are read when they are asked for, and the JSON values that describe them."""
+
+    path: Path
+    tensors: Mapping[str, torch.Tensor]
+    values: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> StateFile:
+        try:
+            tensors, metadata = open_tensors(path)
+            values = json.loads(metadata[METADATA_KEY])
+            if not _FIELDS <= set(values):
+                raise ValueError("its description is incomplete")
+            return cls(path, tensors, values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+
+    def verify(self) -> None:
+        values = {name: value for name, value in self.values.items() if name != "checksum"}
+        if self.values.get("checksum") != checksum(self.tensors, values):
+            raise _damaged(self.path, "its checksum is not the one saved with it")
+
+
+def _damaged(path: Path, problem: Exception | str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged or foreign: {problem}. Resume from an earlier checkpoint.")
+
+
+class ResumeState:
+    """The pruning state of a checkpoint, saved by any number of ranks: masks, statistics and compared options.
+
+    In one `train` each state file is opened once and its checksum is verified once. Parameter groups are resolved
+    twice: before training starts, to validate the state before any weight changes, and for the `Pruner`, on the
+    parameters as wrapping has left them. With a stock Trainer, which does not announce the checkpoint, they are
+    resolved once, for the `Pruner`.
+
+    Args:
+        checkpoint: the folder. It is not read before its state is asked for.
+
+    Example:
+        >>> ResumeState("no/such/folder").world_size is None
+        True
+    """
+
+    def __init__(self, checkpoint: str | Path):
+        self.checkpoint = Path(checkpoint)
+        self._is_verified = False
+
+    @cached_property
+    def files(self) -> list[StateFile]:
+        """The open state files, one for each rank that has written one.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or of another program, or there is none.
+        """
+        paths = state_file_paths(self.checkpoint)
+        if not paths:
+            raise CheckpointError(
+                f"{self.checkpoint} holds no masks ({STATE_FILE}): it was not saved by a pruning run. Resume from a "
+                "checkpoint that was, or start a new run from its weights with model_name_or_path (and "
+                "keep_zeros=True to lock the zeros they have)."
+            )
+        return [StateFile.open(path) for path in paths]
+
+    @property
+    def world_size(self) -> int | None:
+        """The number of ranks of the run that wrote the checkpoint; None if its state cannot be read."""
+        try:
+            return self.files[0].values["processes"]
+        except CheckpointError:
+            return None
+
+    def verify(self) -> None:
+        """Compares the checksum of each file, once. Ranks share the work where there are several files.
+
+        Raises:
+            CheckpointError: a file was changed or damaged after it was written.
+        """
+        if self._is_verified:
+            return
+        communicator = get_communicator()
+        is_shared = len(self.files) > 1
+        for file in self.files[communicator.rank :: communicator.world_size] if is_shared else self.files:
+            file.verify()
+        self._is_verified = True
+
+    def validate(
+        self,
+        groups: Iterable[ResolvedGroup | ParameterGroup],
+        config: PruningConfig,
+        schedule: PruningSchedule | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Checks that the state is undamaged and fits the run. It changes nothing.
+
+        Args:
+            groups: the parameter groups of the run, with their layers.
+            config: its options.
+            schedule: its pruning schedule; None while the number of training steps is not known.
+            step: the optimizer step of the weights that were loaded; None if none were loaded yet.
+
+        Raises:
+            CheckpointError: the state is missing or damaged, or belongs to other weights, another step or another
+                config; then each option that differs is named.
+        """
+        self.verify()
+        shapes = {layer.name: list(layer.shape) for group in groups for layer in group.layers}
+        options = compared_options(config, schedule)
+        for file in self.files:
+            self._compare_shapes(file.values["shapes"], shapes)
+            changes = changed_options(file.values["config"], options)
+            if changes:
+                raise CheckpointError(
+                    f"the pruning config differs from that of {self.checkpoint}: {'; '.join(changes)}. Resume with "
+                    "the saved values, or start a new run from its weights."
+                )
+            if step is not None and file.values["step"] != step:
+                raise CheckpointError(
+                    f"the masks in {self.checkpoint} are of step {file.values['step']}, its weights of step {step}."
+                )
+
+    def _compare_shapes(self, saved: dict[str, list[int]], selected: dict[str, list[int]]) -> None:
+        differing = sorted(name for name in saved.keys() | selected.keys() if saved.get(name) != selected.get(name))
+        if differing:
+            name = differing[0]
+            raise CheckpointError(
+                f"the masks in {self.checkpoint} are of other weights than this run selects: {len(differing)} differ, "
+                f'such as "{name}" (saved {saved.get(name)}, selected {selected.get(name)}). Use the same model, '
+                "targets and exclude."
+            )
+
+    def apply(self, pruner: Pruner) -> None:
+        """Gives the masks and statistics to a pruner, each rank its part.
+
+        Raises:
+            CheckpointError: they do not fit the weights.
+        """
+        try:
+            pruner.load_state_dict(*((file.tensors, file.values) for file in self.files))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.checkpoint}: {error} Resume from another checkpoint.") from error
+
+
+def keep_pruned(previous: Pruner, pruner: Pruner) -> None:
+    """Carries the masks of an earlier `train` over to the pruner of the next one, so that pruned weights stay pruned.
+    Weights that were replaced, reset or sharded differently in between start without masks. All ranks call this."""
+    if pruner.communicator.any(not _holds_same_zeros(previous, pruner)):
+        return
+    for name in pruner.shards:
+        pruner.masks.replace(name, previous.masks[name] & pruner.masks[name])
+
+
+def _holds_same_zeros(previous: Pruner, pruner: Pruner) -> bool:
+    """Whether the shards of this rank are the previous ones, and all that was pruned in them is still zero."""
+    if previous.shards.keys() != pruner.shards.keys():
+        return False
+    for name, shard in pruner.shards.items():
+        bits, weight = previous.masks.bits(name), shard.tensor
+        if previous.shards[name].local_regions != shard.local_regions or bits.shape != weight.shape:
+            return False
+        if torch.count_nonzero(weight[bits.to(weight.device) == 0]):
+            return False
+    return True
