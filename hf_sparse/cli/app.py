@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +24,30 @@ class _OneLineErrors(TyperGroup):
 
 
 app = typer.Typer(cls=_OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+_PLUGIN_HELP = (
+    "Python file or module that registers criteria, patterns or other methods of your own. Repeat it for several. It "
+    "runs with your permissions."
+)
+Plugins = Annotated[list[str] | None, typer.Option(metavar="FILE_OR_MODULE", help=_PLUGIN_HELP)]
+
+
+@dataclass
+class PluginArguments:
+    """Plug-ins: methods of your own."""
+
+    plugin: list[str] | None = field(default=None, metadata={"help": _PLUGIN_HELP, "metavar": "FILE_OR_MODULE"})
+
+    def __post_init__(self) -> None:
+        _load_plugins(self.plugin)
+
+
+def _load_plugins(plugins: Iterable[str] | None) -> None:
+    from ..plugins import load_plugin
+
+    for plugin in plugins or ():
+        load_plugin(plugin)
 
 
 @app.callback()
@@ -91,6 +117,7 @@ def card(
         str | None,
         typer.Option(help="Repository that the model will be uploaded to. Edits made to the card there are kept."),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Rewrite the model card of a pruned model from the files beside its weights.
 
@@ -99,6 +126,7 @@ def card(
     """
     from ..hub.card import rewrite_card
 
+    _load_plugins(plugin)
     typer.echo(rewrite_card(directory, repo))
 
 
@@ -119,6 +147,7 @@ def push(
             help="Environment variable that holds the token. Left out: HF_TOKEN, or the token of `hf auth login`.",
         ),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Upload a folder to the Hub and print the address. Checkpoints in subfolders are left out: push each by itself.
 
@@ -135,6 +164,7 @@ def push(
             "--token-from-env takes the name of an environment variable, never the token itself: there is no variable "
             "of this name, or it is empty."
         )
+    _load_plugins(plugin)
     if has_card_files(directory) and "/" in repo and not path_in_repo:
         rewrite_card(directory, repo, token)
     try:
@@ -160,7 +190,7 @@ def prune(context: typer.Context) -> None:
     from ..oneshot import OneshotArguments, OneshotConfig, run_oneshot
     from .dataclass_options import dataclass_command, with_dashes
 
-    def run(arguments: OneshotArguments, config: OneshotConfig) -> None:
+    def run(plugins: PluginArguments, arguments: OneshotArguments, config: OneshotConfig) -> None:
         """Prune a pretrained model without training, from calibration data, block by block.
 
         The method is Wanda, unless --criterion or --solver names another, such as SparseGPT with --solver sparsegpt.
@@ -169,9 +199,11 @@ def prune(context: typer.Context) -> None:
         """
         run_oneshot(arguments, config, say=typer.echo)
 
+    # Plug-ins come first: the other options may name what they register.
+    classes = (PluginArguments, OneshotArguments, OneshotConfig)
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command(context_settings={"token_normalize_func": with_dashes})(
-        dataclass_command((OneshotArguments, OneshotConfig), run, ("model_name_or_path", "output_dir"))
+        dataclass_command(classes, run, ("model_name_or_path", "output_dir"))
     )
     code = typer.main.get_command(command).main(
         context.args, prog_name=context.command_path, standalone_mode=False, windows_expand_args=False

@@ -17,8 +17,8 @@ def dataclass_command(
 ) -> Callable[..., None]:
     """Returns a function that typer turns into a command, whose options are the fields of dataclasses.
 
-    A field's metadata has its `help` and, where None stands for another default, that as `default`. Fields that hold a
-    dict are given as JSON.
+    A field's metadata has its `help`, and may have a `metavar`. Fields that hold a dict are given as JSON. Where None
+    means that an option was not given, the class attribute `defaults` has the default.
 
     Args:
         classes: the dataclasses. The options of each are a panel of the help, under the first line of its docstring.
@@ -32,10 +32,11 @@ def dataclass_command(
     parameters = []
     for cls in classes:
         hints = typing.get_type_hints(cls)
+        defaults = getattr(cls, "defaults", {})
         panel = (inspect.getdoc(cls) or cls.__name__).splitlines()[0]
-        parameters += [
-            _parameter(field, hints[field.name], field.name in arguments, panel) for field in dataclasses.fields(cls)
-        ]
+        for field in dataclasses.fields(cls):
+            default = defaults.get(field.name, field.default)
+            parameters.append(_parameter(field, hints[field.name], default, field.name in arguments, panel))
     parameters.sort(key=lambda parameter: parameter.name not in arguments)
     # typer reads the options from the signature and the annotations.
     vars(command).update(__signature__=inspect.Signature(parameters))
@@ -44,12 +45,10 @@ def dataclass_command(
     return command
 
 
-def _parameter(field: dataclasses.Field, hint: Any, is_argument: bool, panel: str) -> inspect.Parameter:
+def _parameter(field: dataclasses.Field, hint: Any, default: Any, is_argument: bool, panel: str) -> inspect.Parameter:
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
     kind = str if str in kinds else kinds[0]
-    settings: dict[str, Any] = {"help": field.metadata["help"]}
-    if "default" in field.metadata:
-        settings["show_default"] = str(field.metadata["default"])
+    settings: dict[str, Any] = {"help": field.metadata["help"], "metavar": field.metadata.get("metavar")}
     if any(dict in (kind, typing.get_origin(kind)) for kind in kinds):
         settings["metavar"] = "JSON"
         if kind is not str:
@@ -58,7 +57,7 @@ def _parameter(field: dataclasses.Field, hint: Any, is_argument: bool, panel: st
         info = typer.Argument(**settings)
     else:
         flags = f"--{with_dashes(field.name)}"
-        if kind is bool and field.default:
+        if kind is bool and default:
             flags += f"/--no-{with_dashes(field.name)}"
         info = typer.Option(flags, rich_help_panel=panel, **settings)
     annotation = Annotated[kind | None, info]  # type: ignore[valid-type]

@@ -90,8 +90,8 @@ def select_tensors(checkpoint: Checkpoint) -> Selection:
     config = checkpoint.pruning_config
     selected: set[PrunableLayer] = set()
     for group in (config.get("groups") or {"weights": {}}).values():
-        options = config | group
-        selected.update(select_layers(layers, options.get("targets"), options.get("exclude"))[0])
+        targets, exclude = (group.get(option, config.get(option)) for option in ("targets", "exclude"))
+        selected.update(select_layers(layers, targets, exclude)[0])
     return Selection("config", frozenset(layer.name for layer in selected))
 
 

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.tiny_texts import llama, save, texts, word_tokenizer, write_rows
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from hf_sparse import OneshotConfig, oneshot
 from hf_sparse.cli.app import app
+from hf_sparse.files import CARD_FILE
 from hf_sparse.oneshot import OneshotArguments
 
 
@@ -54,40 +56,36 @@ def test_its_options_are_those_of_the_script(run, given):
         "scope": "layer",
         "allocation": "erdos_renyi",
         "solver": "sparsegpt",
+        "solver_kwargs": '{"dampening": 0.5, "block_size": 64}',
         "criterion": "magnitude",
-        "sparsity_decay_type": "linear",
-        "scheduler": "oneshot",
+        "criterion_kwargs": "{}",
+        "allocation_kwargs": "{}",
         "on_indivisible": "skip",
         "activations": "disk",
         "on_unreached": "magnitude",
         "dtype": "float16",
         "forwards": 2,
-        "regrow": 0.0,
-        "prune_start": 0.2,
-        "dampening": 0.5,
         "target_sparsity": 0.6,
         "min_sparsity_per_layer": 0.1,
         "max_sparsity_per_layer": 0.9,
-        "initial_sparsity": 0.05,
-        "prune_end": 0.9,
-        "prune_every": 0.3,
-        "solver_block": 64,
+        "max_eval_samples": 7,
     }
     left_out = {"pruning_config", "groups", "layer_sparsity", "dataset_name", "device_map", "model_name_or_path"}
+    flags = {"keep_zeros": True, "sequential": False}
     by_script, by_program = ["--model_name_or_path", "m"], []
     for field in (field for cls in (OneshotArguments, OneshotConfig) for field in dataclasses.fields(cls)):
         if field.name in left_out:
             continue
         dashed = "--" + field.name.replace("_", "-")
-        if isinstance(field.default, bool):
-            by_script += [f"--{field.name}", str(not field.default)]
-            by_program += [dashed.replace("--", "--no-", 1) if field.default else dashed]
+        if isinstance(field.default, bool) or field.name in flags:
+            value = flags.get(field.name, not field.default)
+            by_script += [f"--{field.name}", str(value)]
+            by_program += [dashed if value else dashed.replace("--", "--no-", 1)]
         elif field.name in ("targets", "exclude"):
             by_script += [f"--{field.name}", "*.a", "*.b"]
             by_program += [dashed, "*.a", dashed, "*.b"]
         else:
             value = others.get(field.name, 7 if isinstance(field.default, int) else "x")
-            value = 7 if field.name == "max_eval_samples" else value
             by_script += [f"--{field.name}", str(value)]
             by_program += ["x"] if field.name == "output_dir" else [dashed, str(value)]
     code, out, err = run("m", *by_program)
@@ -111,6 +109,39 @@ def test_underscores_and_mappings(run, given):
     )
     (job, config), *_ = given
     assert config.keep_zeros and not config.sequential and config.groups["*.q_proj"]["target_sparsity"] == 0.25
+
+
+PLUGIN = """
+from hf_sparse import Criterion, register_criterion
+
+
+@register_criterion("signed")
+class Signed(Criterion):
+    def score(self, weight, statistic):
+        return weight.detach().float()
+"""
+
+
+def test_a_plugin_registers_a_method_before_the_options_are_checked(model, tmp_path, run):
+    (tmp_path / "my_methods.py").write_text(PLUGIN)
+    words = [model, tmp_path / "out", "--criterion", "signed", "--target-sparsity", 0.5]
+    code, _, err = run(*words, "--plugin", tmp_path / "no_such.py")
+    assert code == 2 and "no_such.py: there is no such file" in err
+    code, _, err = run(*words)
+    assert code == 2 and 'criterion is "signed"' in err
+    code, _, err = run(*words, "--plugin", tmp_path / "my_methods.py", "--scope", "row")
+    assert code == 0, err
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).model.layers[1].mlp.up_proj.weight
+        for folder in (model, tmp_path / "out")
+    )
+    medians = before.median(dim=1, keepdim=True).values
+    assert torch.equal(after, before.where(before > medians, torch.zeros(())))
+    (tmp_path / "out" / CARD_FILE).unlink()  # a new card is made from the config, which names the criterion
+    card = [sys.executable, "-m", "hf_sparse", "card", str(tmp_path / "out")]
+    assert subprocess.run(card, capture_output=True, timeout=120).returncode == 2
+    done = subprocess.run([*card, "--plugin", str(tmp_path / "my_methods.py")], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_users_can_mend_is_one_line_and_2(model, tmp_path, run):

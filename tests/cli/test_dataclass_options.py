@@ -1,7 +1,7 @@
 """A dataclass as options: flags, lists, JSON, defaults, and what the help shows."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import typer
@@ -17,12 +17,14 @@ class Options:
     """
 
     source: str | None = field(default=None, metadata={"help": "The source."})
-    num_steps: int | None = field(default=None, metadata={"help": "Number of steps.", "default": 128})
+    num_steps: int = field(default=128, metadata={"help": "Number of steps."})
     quiet: bool = field(default=False, metadata={"help": "Print less."})
-    in_order: bool = field(default=True, metadata={"help": "Keep the order."})
-    targets: list[str] | None = field(default=None, metadata={"help": "Names."})
+    in_order: bool | None = field(default=None, metadata={"help": "Keep the order."})
+    targets: list[str] | None = field(default=None, metadata={"help": "Names.", "metavar": "GLOB"})
     method_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the method."})
     shares: dict[str, Any] | str | None = field(default=None, metadata={"help": "Parsed by the dataclass."})
+
+    defaults: ClassVar[dict[str, Any]] = {"in_order": True}
 
 
 @pytest.fixture
@@ -58,10 +60,10 @@ def test_json_that_is_no_object_is_refused(run, text, reason):
     assert (code, given) == (2, []) and "--method-kwargs" in err and reason in err
 
 
-def test_help_shows_effective_defaults(run):
+def test_help_shows_defaults_and_what_values_look_like(run):
     code, _, out, _ = run("--help")
     lines = {line.split()[0]: line for line in out.splitlines() if line.strip().startswith("--")}
     assert code == 0 and "What it does." in out
     assert "128" in lines["--num-steps"]
-    assert "JSON" in lines["--method-kwargs"] and "JSON" in lines["--shares"]
+    assert "GLOB" in lines["--targets"] and "JSON" in lines["--method-kwargs"] and "JSON" in lines["--shares"]
     assert "--in-order" in out and "--no-in-order" in out and "--no-quiet" not in out
