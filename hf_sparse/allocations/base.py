@@ -91,18 +91,20 @@ ALLOCATIONS = MethodRegistry("allocation", Allocation)
 register_allocation = ALLOCATIONS.register
 
 
-def scale_densities(raw: Sequence[float], ratio: float, layers: Sequence[LayerSize]) -> dict[str, float]:
+def scale_densities(raw: Sequence[float] | np.ndarray, ratio: float, layers: Sequence[LayerSize]) -> dict[str, float]:
     """Returns sparsities s_l = clamp(1 - ε·raw_l, least_l, most_l), with ε such that their mean, weighted by units, is
     `ratio`.
 
     Raises:
         ValueError: the layers' bounds leave no room for `ratio`.
     """
-    raw = np.asarray(raw, dtype=np.float64)
-    return _solve_level(lambda epsilon: 1.0 - epsilon * raw, 0.0, float(1.0 / raw.min()), ratio, layers)
+    densities = np.asarray(raw, dtype=np.float64)
+    return _solve_level(lambda epsilon: 1.0 - epsilon * densities, 0.0, float(1.0 / densities.min()), ratio, layers)
 
 
-def shift_sparsities(offsets: Sequence[float], ratio: float, layers: Sequence[LayerSize]) -> dict[str, float]:
+def shift_sparsities(
+    offsets: Sequence[float] | np.ndarray, ratio: float, layers: Sequence[LayerSize]
+) -> dict[str, float]:
     """Returns sparsities s_l = clamp(offset_l - ε, least_l, most_l), with ε such that their mean, weighted by units,
     is `ratio`.
 
@@ -114,9 +116,9 @@ def shift_sparsities(offsets: Sequence[float], ratio: float, layers: Sequence[La
         >>> {name: round(share, 4) for name, share in shares.items()}
         {'a': 0.4, 'b': 0.6}
     """
-    offsets = np.asarray(offsets, dtype=np.float64)
-    low, high = float(offsets.min()) - 1.0, float(offsets.max())
-    return _solve_level(lambda epsilon: offsets - epsilon, low, high, ratio, layers)
+    shifts = np.asarray(offsets, dtype=np.float64)
+    low, high = float(shifts.min()) - 1.0, float(shifts.max())
+    return _solve_level(lambda epsilon: shifts - epsilon, low, high, ratio, layers)
 
 
 def _solve_level(

@@ -291,7 +291,7 @@ class PruningOptions:
     def _group_values(self) -> dict[str, dict[str, Any] | str]:
         """Group name -> the values of all options of the group, or what is wrong with it."""
         shared = {name: value for name, value in self._values().items() if name not in ("groups", "pruning_config")}
-        if not self.groups:
+        if not isinstance(self.groups, Mapping) or not self.groups:
             return {"weights": shared}
         groups: dict[str, dict[str, Any] | str] = {}
         for name, options in self.groups.items():

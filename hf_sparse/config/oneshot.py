@@ -98,7 +98,8 @@ use scope=layer, or name a criterion, as in criterion="wanda".
 
     def _take_layer_sparsity(self) -> list[str]:
         """Replaces each entry by a group."""
-        self._parse_json("layer_sparsity", errors := [])
+        errors: list[str] = []
+        self._parse_json("layer_sparsity", errors)
         given, self.layer_sparsity = self.layer_sparsity, None
         if errors:
             return errors

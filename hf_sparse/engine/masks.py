@@ -1,9 +1,9 @@
-"""Masks: which weights are kept, and the only code that writes zeros.
+"""Masks: which weights are kept, and the only code that enforces zeros in the parameters of a model.
 
-A mask is held as int8, -1 (all bits set) where a weight is kept and 0 where it is pruned. A bitwise AND of the
-weight's own bits with the sign-extended mask then leaves kept weights as they are, bit for bit, and makes pruned ones
-+0.0, whatever they held: multiplying would leave -0.0 and keep a nan. It is also the fastest of the exact ways:
-one read of the weights and of one byte per weight.
+A mask is stored as int8, -1 (all bits set) where a weight is kept and 0 where it is pruned. A bitwise AND of the
+weight's bits with the sign-extended mask leaves kept weights unchanged, bit for bit, and sets pruned ones to +0.0,
+whatever they held; a multiplication would leave -0.0 and keep nan. It is also the fastest exact way: one read of the
+weights and of one byte per weight.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _BITS = {
     torch.float16: torch.int16,
     torch.float64: torch.int64,
 }
-# On a CPU the mask is widened to the weight's size in a temporary; at this many elements that stays small.
+# On a CPU the mask is widened to the weight's dtype in a temporary, which this many elements keep small.
 _CHUNK = 1 << 20
 
 
 class MaskStore(Mapping[str, torch.Tensor]):
-    """Parameter name -> mask (bool, True is kept). Everything is kept at first.
+    """A mapping of parameter names to masks (bool, True is kept). Initially everything is kept.
 
-    A mask has the shape of the parameter, or of the part of it that this process holds.
+    A mask has the shape of the parameter, or of the part of it that this rank holds.
 
     Args:
         shapes: parameter name -> (shape, device).
@@ -62,14 +62,14 @@ class MaskStore(Mapping[str, torch.Tensor]):
         return len(self._bits)
 
     def bits(self, name: str) -> torch.Tensor:
-        """The mask itself, int8: -1 where kept, 0 where pruned. Writing to it changes the mask."""
+        """Returns the mask of `name` as int8, -1 where kept and 0 where pruned. It is not a copy."""
         return self._bits[name]
 
     def replace(self, name: str, mask: torch.Tensor) -> None:
-        """Set the mask of `name` (bool, True is kept).
+        """Sets the mask of `name` (bool, True is kept).
 
         Raises:
-            ValueError: another shape or dtype than the parameter's mask.
+            ValueError: the mask is not bool or not of the parameter's shape.
         """
         bits = self._bits[name]
         if mask.shape != bits.shape or mask.dtype != torch.bool:
@@ -80,17 +80,16 @@ class MaskStore(Mapping[str, torch.Tensor]):
         bits.copy_(mask).neg_()
 
     def kept(self, name: str) -> int:
-        """How many weights of `name` are kept."""
+        """Returns the number of kept weights of `name`."""
         return int(torch.count_nonzero(self._bits[name]))
 
     def pruned(self, name: str) -> int:
-        """How many weights of `name` are pruned."""
+        """Returns the number of pruned weights of `name`."""
         return self._bits[name].numel() - self.kept(name)
 
     @torch.no_grad()
     def enforce(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Write +0.0 wherever a weight is pruned; kept weights are not touched, bit for bit, and parameters without a
-        mask are left alone."""
+        """Sets pruned weights to +0.0 in place. Kept weights and parameters without a mask do not change."""
         for name in parameters.keys() & self._bits.keys():
             weight = parameters[name]
             weight, bits = weight.detach(), self._bits[name].to(weight.device)
@@ -105,27 +104,27 @@ class MaskStore(Mapping[str, torch.Tensor]):
                 part.bitwise_and_(part_bits)
 
     def packed(self, name: str) -> torch.Tensor:
-        """The mask as uint8, eight weights to the byte, the first in the highest bit."""
+        """Returns the mask as uint8, eight weights per byte, the first in the highest bit."""
         return torch.from_numpy(np.packbits(self._bits[name].cpu().numpy() != 0))
 
     def digest_of(self, name: str) -> int:
-        """A number of 64 bits that changes with the name, the shape and every bit of one mask."""
+        """Returns a 64-bit digest of the name, the shape and the values of one mask."""
         bits = self._bits[name]
         digest = hashlib.blake2b(f"{name}{tuple(bits.shape)}".encode(), digest_size=8)
-        digest.update(self.packed(name).numpy())
+        digest.update(self.packed(name).numpy().tobytes())
         return int.from_bytes(digest.digest(), "little", signed=True)
 
     def digest(self) -> str:
-        """The same of all masks, in whatever order."""
+        """Returns a digest of all masks, independent of their order."""
         numbers = sorted(self.digest_of(name) for name in self._bits)
         return hashlib.blake2b(str(numbers).encode(), digest_size=16).hexdigest()
 
 
 def unpack_mask(packed: torch.Tensor, numel: int) -> torch.Tensor:
-    """A packed mask as bool, (numel).
+    """Returns a packed mask as bool, of shape (numel,).
 
     Raises:
-        ValueError: it is not of `numel` weights.
+        ValueError: the packed mask is not of `numel` weights.
 
     Example:
         >>> unpack_mask(torch.tensor([0b10100000], dtype=torch.uint8), 3)

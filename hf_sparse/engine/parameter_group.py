@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,8 @@ class ParameterGroup:
             ValueError: the scheduler returns a sparsity outside of 0 to the target.
         """
         scheduler = self.options.scheduler
-        ratio = scheduler.update_sparsity_ratio(self.target, prune_step, total_steps, masks)
+        # The seed API says dict; a MaskStore is a mapping that makes each bool mask when it is read.
+        ratio = scheduler.update_sparsity_ratio(self.target, prune_step, total_steps, cast(dict, masks))
         if not 0 <= ratio <= self.target + 1e-9:
             raise ValueError(
                 f"{type(scheduler).__name__} returns sparsity {ratio} at prune step {prune_step} of {total_steps}: it "
@@ -170,6 +171,10 @@ class ParameterGroup:
     def _layer_scores(
         self, layer: PrunableLayer, shard: Shard, masks: MaskStore, statistic: torch.Tensor | None
     ) -> LayerScores:
+        if self.criterion is None:
+            raise ValueError(
+                f'group "{self.name}" has no criterion: solver "{self.options.solver_name}" selects the units'
+            )
         bits, by_row = masks.bits(layer.name), self.scope == "row"
         return LayerScores(layer, self.criterion, self.pattern, shard, bits, statistic, by_row, self.communicator)
 
@@ -301,6 +306,8 @@ class ParameterGroup:
     def _growth_scores(self, scores: LayerScores) -> LayerScores:
         """Returns the scores by which pruned units regrow: |gradient|, and inf for what is kept."""
         shard, bits = scores.shard, scores.mask_bits
+        if shard.gradient is None:
+            raise ValueError(f'regrow needs the gradient of "{scores.layer.name}", but there is none')
         growth = shard.gradient.detach().float().abs().masked_fill_(bits != 0, torch.inf)
         rest = self.scope == "row", self.communicator
         return LayerScores(scores.layer, _GivenScores(), self.pattern, shard, bits, growth, *rest, prune_only=False)

@@ -1,9 +1,9 @@
-"""The engine: observe -> update -> enforce. It has no clock and knows nothing of transformers."""
+"""The engine: observe, update, enforce. It has no notion of time and does not depend on transformers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,17 +90,17 @@ class Pruner:
 
     @property
     def observes(self) -> bool:
-        """Whether any group's criterion sums up gradients."""
+        """Whether the criterion of any group sums over gradients."""
         return any(group.requires_gradients for group in self.groups)
 
     def observe(self) -> bool:
-        """Add the gradients that the parameters hold now to the criteria's sums: once per optimizer step.
+        """Adds the present gradients of the parameters to the statistics: once per optimizer step.
 
-        Returns: False, with nothing added to any sum, when some gradient of an observing group is inf or nan.
+        Returns:
+            False, with no statistic changed, when a gradient of an observing group is inf or nan.
         """
         groups = [group for group in self.groups if group.requires_gradients]
-        names = [layer.name for group in groups for layer in group.layers]
-        gradients = [self.shards[name].gradient for name in names]
+        gradients = [self.shards[layer.name].gradient for group in groups for layer in group.layers]
         if self.communicator.any(not all_finite(gradient for gradient in gradients if gradient is not None)):
             self.refused_observations += 1
             return False
@@ -109,11 +109,14 @@ class Pruner:
         return True
 
     def update(self, prune_step: int, total: int) -> SparsityReport:
-        """Carry out prune step `prune_step` of `total`: new masks, and their zeros. All processes do so at once.
+        """Carries out prune step `prune_step` of `total`, from 1, on all ranks at once: new masks, and their zeros.
+
+        Returns:
+            The sparsity of the model afterwards.
 
         Raises:
-            RuntimeError: at the last prune step, a gradient criterion has never seen a finite gradient; or processes
-                have decided differently about the same weights.
+            RuntimeError: at the last prune step, a criterion that requires gradients has observed no finite gradient;
+                or ranks have different masks for the same weights.
             ValueError: scores are nan.
         """
         for group in self.groups:
@@ -121,7 +124,7 @@ class Pruner:
                 group.prune(prune_step, total, self.shards, self.masks)
             elif prune_step < total:
                 logger.warning(
-                    'prune step %d of %d left out for group "%s": no finite gradient was seen yet.',
+                    'prune step %d of %d is skipped for group "%s": no finite gradient has been observed yet.',
                     prune_step,
                     total,
                     group.name,
@@ -129,49 +132,29 @@ class Pruner:
             else:
                 raise RuntimeError(
                     f'group "{group.name}" cannot reach its target: criterion "{group.options.criterion_name}" has '
-                    "seen no finite gradient up to the last prune step. Prune later (prune_end), lower the loss "
+                    "observed no finite gradient up to the last prune step. Prune later (prune_end), lower the loss "
                     "scale, or use a criterion without gradients."
                 )
-        self._compare()
+        self._check_masks_across_ranks()
         self.apply_masks()
         return self.report()
 
     def apply_masks(self) -> None:
-        """What follows a change of masks: every process learns those of the whole weights that it has beside its
-        shards, and zeros are written."""
-        loads = []
+        """Enforces changed masks: distributes them to the ranks that hold full copies of sharded weights, and sets
+        pruned weights to zero."""
+        transfers = []
         for name in self._full_masks:
             shard, bits = self.shards[name], self.masks.bits(name)
-            everywhere = [(full_region(shard.shape),)] * self.communicator.world_size
-            own = shard.local_views(bits) if shard.is_primary else []
-            loads.append(Transfer(own, shard.primary_regions, everywhere, bits, packed=True))
-        if loads:
-            for name, (mask,) in zip(self._full_masks, redistribute(loads, self.communicator), strict=True):
+            targets = [(full_region(shard.shape),)] * self.communicator.world_size
+            views = shard.local_views(bits) if shard.is_primary else []
+            transfers.append(Transfer(views, shard.primary_regions, targets, bits, packed=True))
+        if transfers:
+            for name, (mask,) in zip(self._full_masks, redistribute(transfers, self.communicator), strict=True):
                 self._full_masks.bits(name).copy_(mask)
         self.enforce()
 
-    def _compare(self) -> None:
-        """See that all processes that hold the same weights have the same masks."""
-        peers = get_communicator()
-        if peers.world_size == 1:
-            return
-        names = list(self.shards)
-        told = peers.all_gather(torch.tensor([self.masks.digest_of(name) for name in names], dtype=torch.int64))
-        for name, digests in zip(names, torch.stack(told, dim=1).tolist(), strict=True):
-            boxes = self.shards[name].regions_by_rank
-            masks = set(zip(boxes * peers.world_size if len(boxes) == 1 else boxes, digests, strict=True))
-            if len(masks) > len(set(boxes)):
-                alike = [
-                    [rank for rank in range(peers.world_size) if digests[rank] == digest] for digest in set(digests)
-                ]
-                raise RuntimeError(
-                    f'processes disagree about the masks of "{name}": these ranks have one mask each: '
-                    f"{', '.join(map(str, sorted(alike)))}. Their weights or gradients differ: look for a seed, a "
-                    "device or a data-dependent branch that is not the same on every rank."
-                )
-
     def enforce(self) -> None:
-        """Write +0.0 wherever a weight is pruned."""
+        """Sets pruned weights to +0.0, wherever this rank holds them."""
         self.masks.enforce({name: shard.tensor for name, shard in self.shards.items()})
         for name, shard in self.shards.items():
             for replica in shard.replicas:
@@ -179,92 +162,114 @@ class Pruner:
         copies = {name: self.shards[name].full_copy for name in self._full_masks}
         self._full_masks.enforce({name: copy for name, copy in copies.items() if copy is not None})
 
-    # Figures
+    def _check_masks_across_ranks(self) -> None:
+        """Raises RuntimeError when ranks that hold the same weights have different masks for them."""
+        ranks = get_communicator()
+        if ranks.world_size == 1:
+            return
+        names = list(self.shards)
+        digests = ranks.all_gather(torch.tensor([self.masks.digest_of(name) for name in names], dtype=torch.int64))
+        for name, by_rank in zip(names, torch.stack(digests, dim=1).tolist(), strict=True):
+            regions = self.shards[name].regions_by_rank
+            held = regions * ranks.world_size if len(regions) == 1 else regions
+            if len(set(zip(held, by_rank, strict=True))) > len(set(regions)):
+                equal = [[rank for rank, other in enumerate(by_rank) if other == digest] for digest in set(by_rank)]
+                raise RuntimeError(
+                    f'the masks of "{name}" differ between ranks; ranks with equal masks: '
+                    f"{', '.join(map(str, sorted(equal)))}. Their weights or gradients differ: check for a seed, a "
+                    "device or a data-dependent branch that is not the same on every rank."
+                )
+
+    # Sparsity
 
     @property
     def target(self) -> float:
-        """The share of the selected weights that the targets of all groups come to."""
-        return self._mean(lambda group: group.target)
+        """The target sparsity of all selected weights: the mean over groups, weighted by their sizes."""
+        return self._mean_over_weights(lambda group: group.target)
 
     def scheduled(self, prune_step: int, total: int) -> float:
-        """The share that the schedules ask for after `prune_step` prune steps (0: before the first)."""
-        return self._mean(lambda group: group.ratio(prune_step, total, self.masks) if prune_step else 0.0)
+        """Returns the scheduled sparsity of all selected weights after `prune_step` prune steps (0 at the start)."""
+        return self._mean_over_weights(lambda group: group.ratio(prune_step, total, self.masks) if prune_step else 0.0)
 
-    def _mean(self, figure) -> float:
+    def _mean_over_weights(self, value: Callable[[ParameterGroup], float]) -> float:
         sizes = [sum(layer.numel for layer in group.layers) for group in self.groups]
-        return sum(size * figure(group) for size, group in zip(sizes, self.groups, strict=True)) / sum(sizes)
+        return sum(size * value(group) for size, group in zip(sizes, self.groups, strict=True)) / sum(sizes)
 
     def sparsity(self) -> float:
-        """The share of the selected weights that is zero, counted in the weights, in all processes at once."""
-        return self._zeros(self.shards).sum() / sum(shard.shape.numel() for shard in self.shards.values())
+        """Returns the fraction of zeros among the selected weights, counted in the weights, on all ranks at once."""
+        return float(self._num_zeros(self.shards).sum() / sum(shard.shape.numel() for shard in self.shards.values()))
 
-    def _zeros(self, shards: Mapping[str, Shard]) -> np.ndarray:
-        """How many entries of each parameter are zero."""
+    def _num_zeros(self, shards: Mapping[str, Shard]) -> np.ndarray:
         counts = [count_zeros(shard.tensor) if shard.is_primary else 0 for shard in shards.values()]
         return self.communicator.sum_counts(np.array(counts, dtype=np.int64))
 
     def report(self) -> SparsityReport:
-        """The figures of the model as it is now, counted in all processes at once."""
-        zeros = dict(zip(self._all_shards, self._zeros(self._all_shards).tolist(), strict=True))
+        """Returns the sparsity of the model, counted in the weights, on all ranks at once."""
+        zeros = dict(zip(self._all_shards, self._num_zeros(self._all_shards).tolist(), strict=True))
         sizes = {name: shard.shape.numel() for name, shard in self._all_shards.items()}
         return SparsityReport.from_counts(self.groups, zeros, sizes)
 
     # Saving and resuming
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What a resumed run needs, as far as this process holds it: tensors (packed masks, sums of the criteria), and
-        JSON values (which part of which weight they are of)."""
+        """Returns what a resumed run needs of this rank: tensors (packed masks, statistics), and JSON values (the
+        shape of each weight, the regions that the tensors cover, and counters)."""
         tensors = {f"mask/{name}": self.masks.packed(name) for name in self.shards}
         counters = {}
         for group in self.groups:
-            for name, stat in group.statistics.items():
-                tensors[f"stat/{name}"], counters[name] = stat.state()
+            for name, statistic in group.statistics.items():
+                tensors[f"stat/{name}"], counters[name] = statistic.state()
         shapes = {name: list(shard.shape) for name, shard in self.shards.items()}
-        boxes = {name: [[box.start, box.stop] for box in shard.local_regions] for name, shard in self.shards.items()}
-        return tensors, {"shapes": shapes, "boxes": boxes, "counters": counters}
+        regions = {
+            name: [[region.start, region.stop] for region in shard.local_regions]
+            for name, shard in self.shards.items()
+        }
+        return tensors, {"shapes": shapes, "boxes": regions, "counters": counters}
 
     def load_state_dict(self, *states: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]) -> None:
-        """Take up what was saved, by as many processes as there were: everything that each one's `state_dict` gave.
-        The weights must be those that the masks were saved with.
+        """Restores masks and statistics.
+
+        Args:
+            states: what `state_dict` returned on each rank of the run that saved them; there may have been any number.
 
         Raises:
-            ValueError: masks of other weights, missing or misshapen: what is wrong is named, nothing is changed.
+            ValueError: masks or statistics are missing, of another shape, or of other weights; nothing is changed.
         """
         masks = self._new_masks()
         for name, shard in self.shards.items():
-            mask = self._assemble("mask", name, states).to(shard.tensor.device)
-            alive = int(torch.count_nonzero(shard.tensor[~mask]))
-            # A checkpoint of an adapter lacks the frozen weights under it: what was pruned of them is pruned again.
-            if alive and shard.parameter.requires_grad:
+            mask = self._load_local("mask", name, states).to(shard.tensor.device)
+            nonzero = int(torch.count_nonzero(shard.tensor[~mask]))
+            # A checkpoint of an adapter lacks the frozen base weights, whose zeros are enforced again.
+            if nonzero and shard.parameter.requires_grad:
                 raise ValueError(
-                    f'the masks belong to other weights: {alive:,} of the pruned weights of "{name}" are not zero.'
+                    f'the masks belong to other weights: {nonzero:,} of the pruned weights of "{name}" are not zero.'
                 )
             masks.replace(name, mask)
         counters: dict[str, dict] = {}
         for _, values in states:
             for name, counts in values["counters"].items():
-                # A process that held nothing of a weight has counted nothing.
-                counters[name] = max(counts, counters.get(name, counts), key=lambda found: found.get("count", 0))
-        sums = {}
+                # A rank that held no part of a weight has observed nothing of it.
+                counters[name] = max(counts, counters.get(name, counts), key=lambda counter: counter.get("count", 0))
+        statistics = {}
         for layer in (layer for group in self.groups if group.requires_gradients for layer in group.layers):
-            counts = counters.get(layer.name)
+            saved = counters.get(layer.name)
             observed = any(f"stat/{layer.name}" in tensors for tensors, _ in states)
-            if observed and not {"count", "stale"} <= set(counts or ()):
+            if observed and not {"count", "stale"} <= set(saved or ()):
                 raise ValueError(f'the scores of "{layer.name}" are missing or misshapen: they lack their counters.')
-            if counts is not None:
-                sums[layer.name] = self._assemble("stat", layer.name, states), counts
+            if saved is not None:
+                statistics[layer.name] = self._load_local("stat", layer.name, states), saved
         self.masks = masks
         for group in self.groups:
             group.statistics.clear()
-            for name in [layer.name for layer in group.layers if layer.name in sums]:
-                group.restore(name, self.shards[name].tensor, *sums[name])
+            for name in [layer.name for layer in group.layers if layer.name in statistics]:
+                group.restore(name, self.shards[name].tensor, *statistics[name])
 
-    def _assemble(self, kind: str, name: str, states: Sequence) -> torch.Tensor:
-        """This process's part of a mask, or of the sum of a criterion."""
+    def _load_local(self, kind: str, name: str, states: Sequence) -> torch.Tensor:
+        """Returns this rank's part of a mask ("mask") or of a statistic ("stat")."""
         saved = []
         for tensors, values in states:
-            boxes = [ShardRegion(tuple(start), tuple(stop)) for start, stop in values["boxes"].get(name, ())]
-            saved.append((boxes, partial(_read, tensors, kind, name, sum(box.numel for box in boxes))))
+            regions = [ShardRegion(tuple(start), tuple(stop)) for start, stop in values["boxes"].get(name, ())]
+            saved.append((regions, partial(_read, tensors, kind, name, sum(region.numel for region in regions))))
         try:
             return load_local_part(self.shards[name], saved, torch.bool if kind == "mask" else torch.float32)
         except (ValueError, KeyError, RuntimeError) as error:

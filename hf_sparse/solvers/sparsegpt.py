@@ -100,7 +100,7 @@ def _check(request: PruneRequest, factor: HessianFactor) -> None:
     if pattern is None:
         return
     if pattern.max_sparsity < 1:
-        if abs(request.sparsity - pattern.max_sparsity) > 1e-9:
+        if abs((request.sparsity or 0.0) - pattern.max_sparsity) > 1e-9:
             raise ValueError(
                 f'solver "sparsegpt" always gives sparsity {pattern.max_sparsity:g} with {pattern}, not '
                 f"{request.sparsity}"
@@ -250,4 +250,4 @@ def _select(
         scores_U = scores_U.contiguous()
         threshold = find_threshold(TensorScores(scores_U), count)
         kept_units = threshold.keep_mask(scores_U.view(-1), threshold.num_ties)[0].view(scores_U.shape)
-    kept.logical_and_(pattern.expand(kept_units, tuple(kept.shape)))
+    kept.logical_and_(pattern.expand(kept_units, (kept.shape[0], 1, kept.shape[2])))
