@@ -1,12 +1,13 @@
-# Two commands set everything up: `make demo` and `make test`. Each makes the virtual environment it needs.
+# `make demo` and `make test` create the virtual environment that they need. Rules of style: pyproject.toml.
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build where an index or folder of wheels offers one; set TORCH=torch for the newest.
+# The pinned version has a CPU build where an index offers one; TORCH=torch installs the newest.
 TORCH ?= torch==2.13.0
-# Twice quiet: errors, and no warnings about where an index does not have what another has.
+# Processes that run tests.
+JOBS ?= 2
+# Twice quiet: errors only, no warnings about packages that one of several indexes lacks.
 PIP = $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 RUFF = $(VENV)/bin/ruff
-RUFF_CHECK = check --line-length 119 --target-version py310 --select C,E,F,I,W,UP --ignore C901 --config 'lint.isort.lines-after-imports=2'
 SOURCES = hf_sparse scripts tests setup.py
 
 .PHONY: demo test slow quality style clean
@@ -14,35 +15,37 @@ SOURCES = hf_sparse scripts tests setup.py
 demo: $(VENV)/.installed
 	@$(VENV)/bin/python scripts/demo.py
 
+# loadfile: the tests of a file share processes that they start once.
 test: $(VENV)/.installed $(VENV)/.deepspeed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 slow: $(VENV)/.installed $(VENV)/.deepspeed
 	$(VENV)/bin/python -m pytest -m slow
 
 quality: $(VENV)/.installed
-	$(RUFF) $(RUFF_CHECK) $(SOURCES)
-	$(RUFF) format --check --line-length 119 --target-version py310 $(SOURCES)
+	$(RUFF) check $(SOURCES)
+	$(RUFF) format --check $(SOURCES)
+	$(VENV)/bin/mypy
 
 style: $(VENV)/.installed
-	$(RUFF) $(RUFF_CHECK) --fix $(SOURCES)
-	$(RUFF) format --line-length 119 --target-version py310 $(SOURCES)
+	$(RUFF) check --fix $(SOURCES)
+	$(RUFF) format $(SOURCES)
 
-$(VENV)/.installed: setup.cfg setup.py
-	@echo "Installing into $(VENV): this takes some minutes, once."
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml
+	@echo "Installing into $(VENV). This takes some minutes, once."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
 	@$(PIP) "$(TORCH)"
 	@$(PIP) -e ".[scripts,test,quality]"
 	@touch $@
 
-# Comes as source, and finds its compiled parts when it needs them: none of the tests does.
+# DeepSpeed comes as source and compiles its kernels at first use; no test uses them.
 $(VENV)/.deepspeed: $(VENV)/.installed
-	@echo "Installing DeepSpeed, for its tests."
+	@echo "Installing DeepSpeed for its tests."
 	@$(PIP) --upgrade setuptools wheel
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation "deepspeed>=0.19" || \
-		echo "DeepSpeed does not install here: its tests are skipped."
+		echo "DeepSpeed cannot be installed here: its tests are skipped."
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Package metadata lives in setup.cfg; this file lets `pip install -e .` work with every pip."""
+"""Lets tools that expect a setup.py work; the metadata of the package is in setup.cfg."""
 
 from setuptools import setup
 
