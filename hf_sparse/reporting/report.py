@@ -76,7 +76,7 @@ class SparsityReport:
         """Builds the report of a model from its parameter groups and the counts of its parameters.
 
         Args:
-            groups: the `ParameterGroup`s of the model.
+            groups: the `ParameterGroup`s or `ResolvedGroup`s of the model.
             zeros: number of zeros of every parameter of the model, by name.
             sizes: number of entries of every parameter of the model, by name.
             errors: relative squared output errors of the selected weights, where measured.

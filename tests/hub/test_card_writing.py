@@ -144,6 +144,11 @@ def test_plugins_are_named_where_their_methods_were_used():
     assert "plug-in" not in render_card(card(plugins=["my_methods.py"])).text
 
 
+def test_a_card_knows_the_plugins_that_are_loaded(monkeypatch):
+    monkeypatch.setattr("hf_sparse.plugins._loaded", {"my_methods.py": None})
+    assert card().plugins == ["my_methods.py"]
+
+
 def test_settings_of_an_earlier_version_are_made_from_the_config():
     assert (
         card(settings=[{"group": "weights", "solver": "zero", "criterion": "magnitude"}]).settings == card().settings

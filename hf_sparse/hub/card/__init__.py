@@ -1,6 +1,6 @@
-"""The model card of a sparse model: what was pruned, how, out of what, and what it cost.
+"""The model card of a sparse model: what was pruned, how, from what, and at which cost in quality.
 
-It is made from files alone, so it can be made again: the report, the config, and `pruning_card.json` beside them.
+A card is generated from files alone, so that it can be generated again: the report, the config, and pruning_card.json.
 """
 
 from ...files import CARD_FILE, README_FILE
@@ -21,17 +21,17 @@ from .writing import (
 
 __all__ = [
     "CARD_FILE",
-    "has_card_files",
     "PUBLISHED_FILES",
     "README_FILE",
-    "SparsityCard",
     "CardVersion",
+    "SparsityCard",
     "auto_class",
-    "select_metrics",
-    "parse_card",
     "download_card",
+    "has_card_files",
+    "parse_card",
     "recount_zeros",
     "render_card",
     "rewrite_card",
+    "select_metrics",
     "write_card",
 ]

@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from ...config import OneshotConfig, PruningConfig, upgrade_options
 from ...config.base import PruningOptions
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_json, write_json
+from ...plugins import loaded_plugins
 from ...reporting.pruning_files import write_report_and_config
 from ...reporting.report import SparsityReport
 from ..model_classes import auto_class
@@ -59,7 +60,7 @@ class SparsityCard:
         command: the command that started the run; None if there was none.
         auto_class: the class of transformers whose `from_pretrained` opens the model; None if there is none.
         adapter: whether the saved files are a PEFT adapter, without the pruned weights.
-        plugins: names of the plug-ins that were loaded, see `hf_sparse.plugins.loaded_plugins`.
+        plugins: names of the plug-ins that the run has loaded.
         version: version of hf_sparse.
         written: metadata and text digests of the card as it was generated last, see `CardVersion.base`.
 
@@ -90,7 +91,7 @@ class SparsityCard:
     command: str | None = None
     auto_class: str | None = None
     adapter: bool = False
-    plugins: list[str] = field(default_factory=list)
+    plugins: list[str] = field(default_factory=loaded_plugins)
     version: str = field(default_factory=_version)
 
     written: dict[str, Any] = field(default_factory=dict)

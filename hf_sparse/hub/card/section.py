@@ -33,8 +33,8 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "pattern": (),
     "criterion": (),
     "scope": (),
-    "allocation": (None, "uniform"),
-    "solver": (None, "none"),
+    "allocation": (None, OneshotConfig.defaults["allocation"]),
+    "solver": (None, OneshotConfig.defaults["solver"]),
     "target": (),
 }
 
