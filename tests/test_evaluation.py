@@ -13,7 +13,7 @@ from hf_sparse.calibration.text_batches import TextReader
 from hf_sparse.evaluation import accuracy, evaluate_model
 
 
-def test_perplexity_is_of_all_tokens_alike_and_of_no_padding():
+def test_perplexity_weights_all_tokens_equally_and_ignores_padding():
     model = llama().train()
     texts = ["good film", "a very very bad film", "one two three"]
     batches = TextReader(word_tokenizer(), model, length=9, batch_size=2, per_row=True).first(texts)
@@ -23,8 +23,8 @@ def test_perplexity_is_of_all_tokens_alike_and_of_no_padding():
     model.eval()
     for text in texts:  # each by itself, without padding
         ids = torch.tensor([word_tokenizer()(text)["input_ids"]])
-        chances = model(ids).logits.log_softmax(-1)[0]
-        losses += [-float(chances[place, token]) for place, token in enumerate(ids[0, 1:])]
+        log_probabilities = model(ids).logits.detach().log_softmax(-1)[0]
+        losses += [-float(log_probabilities[index, token]) for index, token in enumerate(ids[0, 1:])]
     assert found["tokens"] == len(losses) == 2 + 5 + 3
     assert found["loss"] == pytest.approx(sum(losses) / 10, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
@@ -57,7 +57,7 @@ def test_accuracy_is_computed_by_the_evaluate_library_where_it_can_be_loaded(mon
     assert evaluate_model(classifier(), batches) == by_library
 
 
-def test_what_cannot_be_measured_is_refused():
+def test_other_models_are_refused():
     with pytest.raises(
         ValueError, match="BertForMaskedLM cannot be evaluated: perplexity is of causal language models"
     ):

@@ -23,7 +23,7 @@ IDS = torch.tensor([[5, 6, 7], [8, 9, 0]])
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
 
 
-def test_models_are_called_with_what_the_batch_is():
+def test_models_are_called_by_the_type_of_the_batch():
     def model(*args, **kwargs):
         return args, kwargs
 
@@ -50,7 +50,7 @@ def test_the_first_row_of_what_has_rows():
         assert first_row(batch) is batch
 
 
-def test_batches_become_one():
+def test_batches_are_concatenated():
     both = concatenate_batches([{"a": IDS, "flag": True}, {"a": IDS[:1], "flag": True}])
     assert both["a"].tolist() == [*IDS.tolist(), IDS[0].tolist()] and both["flag"] is True
     assert (
@@ -79,7 +79,7 @@ def test_tokens_are_counted(batch, tokens):
     assert count_tokens(batch) == tokens
 
 
-def test_padding_is_what_a_mask_of_tokens_says():
+def test_only_masks_of_tokens_tell_padding():
     assert is_padded({"attention_mask": MASK}) and not is_padded({"attention_mask": MASK[:1]})
     assert not is_padded({"attention_mask": torch.zeros(1, 1, 3, 3)}) and not is_padded(IDS) and not is_padded({})
 

@@ -25,7 +25,7 @@ def numbered(count: int) -> list[str]:
     return [WORDS[index % len(WORDS)] for index in range(count)]
 
 
-def test_blocks_are_full_and_cut_out_of_the_joined_texts():
+def test_blocks_are_full_and_cut_from_the_joined_texts():
     reader = TextReader(word_tokenizer(), llama(), length=5)
     # <s> good, <s> bad, <s> film, ...: words are tokens from 2 on. Eleven texts are 22 tokens, or 4 blocks and a rest.
     batches = reader.first(numbered(11))
@@ -49,7 +49,7 @@ def test_empty_rows_are_left_out():
 
 
 def test_samples_come_from_all_over_the_data_and_are_chosen_by_the_seed():
-    # Texts of 8 words that occur in their place only: the block shows where it is from.
+    # Every text repeats one word, so the tokens of a block tell which part of the data it is from.
     texts = [" ".join([WORDS[index // 5 % len(WORDS)]] * 7) for index in range(5 * len(WORDS))]
     options = {"length": 8, "samples": 9, "batch_size": 4}
 
@@ -59,8 +59,8 @@ def test_samples_come_from_all_over_the_data_and_are_chosen_by_the_seed():
         return torch.cat([batch["input_ids"] for batch in batches])
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
-    places = {int(row[-1]) for seed in range(10) for row in drawn(seed)}
-    assert places == set(range(2, 2 + len(WORDS)))
+    words = {int(row[-1]) for seed in range(10) for row in drawn(seed)}
+    assert words == set(range(2, 2 + len(WORDS)))
     assert len(set(drawn(0)[:, -1].tolist())) > 4
 
 

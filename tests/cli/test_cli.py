@@ -64,7 +64,7 @@ def test_compare_decides_the_exit_code(folder, run):
     assert run("report", folder / "other", "--compare", folder)[0] == 0
 
 
-def test_what_users_can_mend_is_one_line_and_2(folder, run):
+def test_user_errors_are_one_line_with_exit_code_2(folder, run):
     for words in (
         ("report", folder / "absent.safetensors"),
         ("report", folder, "--expect", "2;4"),

@@ -34,7 +34,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def given(monkeypatch):
-    """What the program gives to `run_oneshot`, which does nothing."""
+    """The arguments of every call of `run_oneshot`, which is replaced."""
     calls = []
     monkeypatch.setattr(oneshot, "run_oneshot", lambda job, config, say: calls.append((job, config)))
     return calls
@@ -144,7 +144,7 @@ def test_a_plugin_registers_a_method_before_the_options_are_checked(model, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def test_what_users_can_mend_is_one_line_and_2(model, tmp_path, run):
+def test_user_errors_are_one_line_with_exit_code_2(model, tmp_path, run):
     for words, text in (
         ((model, "out", "--target-sparsity", 1.5), "target_sparsity is 1.5: it must be a number from 0 to 1"),
         ((model, "out", "--target-sparsity", 0.5), 'criterion "wanda" needs calibration data'),
@@ -175,7 +175,7 @@ def test_help_names_every_option(run):
 
 
 def test_the_program_by_itself(model, tmp_path):
-    """Once for real, with nothing said to be done, and with nothing left to do."""
+    """As a process of its own; a second time it refuses to replace the result."""
     command = [sys.executable, "-m", "hf_sparse", "prune", model, str(tmp_path / "out"), "--target-sparsity", "0.5"]
     command += ["--criterion", "magnitude", "--scope", "layer"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -17,15 +17,15 @@ def save(folder, **tensors):
     return folder
 
 
-def test_every_zero_is_followed(tmp_path):
+def test_every_zero_is_compared(tmp_path):
     first = {
         "kept": [[0.0, 1.0], [-0.0, 2.0]],
         "lost": [[0.0, 1.0], [0.0, 2.0]],
         "gone": [[0.0, 1.0]],
         "cut": [[0.0, 1.0]],
         "dense": [[3.0, 1.0]],
-        "bias": [0.0, 0.0],  # no matrix: what becomes of its zeros is not asked
-        "embed": [[0.0, 1.0]],  # nor of an embedding's
+        "bias": [0.0, 0.0],  # not selected, so its zeros are not compared
+        "embed": [[0.0, 1.0]],  # nor is an embedding
         "code": [[0.0, 0.0, 1.0]],
     }
     second = first | {
@@ -66,7 +66,7 @@ def test_every_zero_is_followed(tmp_path):
     ]
 
 
-def test_a_body_is_found_under_a_task_head(tmp_path):
+def test_a_body_matches_a_model_with_a_task_head(tmp_path):
     model = bert()
     with torch.no_grad():
         model.bert.pooler.dense.weight.view(-1)[::2] = 0

@@ -103,7 +103,7 @@ def report(layers):
     return json.dumps({"layers": layers, "parameters": 0, "parameter_zeros": 0, "target_sparsity": 0.5})
 
 
-def test_a_report_beside_the_weights_is_held_against_them(folder):
+def test_a_report_beside_the_weights_is_compared_with_them(folder):
     first = ("layers.0.up.weight", "2:4", [8, 16], 128, 64)
     (folder / "pruning_report.json").write_text(report([first]))
     contents = inspect_checkpoint(folder)
@@ -144,7 +144,7 @@ def test_expectations(folder):
             unmet_expectations(contents, **options)
 
 
-def test_a_checkpoint_without_weights_meets_nothing(tmp_path):
+def test_a_checkpoint_without_weights_cannot_be_checked(tmp_path):
     save_file({"lora_A.weight": torch.zeros(4, 4), "x": torch.zeros(0, 3)}, tmp_path / "adapter_model.safetensors")
     contents = inspect_checkpoint(tmp_path)
     assert (contents.selected, contents.sparsity, contents.parameters) == ((), 0.0, 16)

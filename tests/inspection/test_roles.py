@@ -81,7 +81,7 @@ def test_the_report_agrees_with_the_files_whatever_their_names(saved):
     assert any(f" {count + 1:,} zeros, in the report {count:,}." in difference for count in zeros)
 
 
-def test_fused_experts_are_seen_in_both_layouts(tmp_path):
+def test_fused_experts_are_scanned_in_both_layouts(tmp_path):
     live = torch.rand(2, 64, 32, 4).argsort(-1) < 2
     weight_EOI = torch.randn(2, 64, 128) * live.flatten(2)
     save_file(
@@ -92,7 +92,7 @@ def test_fused_experts_are_seen_in_both_layouts(tmp_path):
     assert (down.selected, down.structure.kind, down.structure.n_of_m) == (True, "experts_transposed", ("2:4",))
 
 
-def test_what_a_run_left_says_what_is_selected(tmp_path):
+def test_report_and_config_beside_the_weights_select(tmp_path):
     bert().save_pretrained(tmp_path)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     (tmp_path / "pruning_config.json").write_text(json.dumps({"targets": ["*.query"]}))

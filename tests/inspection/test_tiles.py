@@ -68,6 +68,6 @@ def test_no_more_than_a_tile_is_ever_read(tmp_path, monkeypatch):
     assert max(sizes) <= 2**13 and sum(sizes) == sum(tensor.numel() for tensor in tensors.values())
 
 
-def test_a_file_that_vanishes_is_told(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InspectionError, match='"a" cannot be read from'):
         next(read_tiles(tmp_path / "gone.safetensors", "a", tile_regions((2,))))

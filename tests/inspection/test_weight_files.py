@@ -35,7 +35,7 @@ def test_a_file_a_directory_an_index(tmp_path):
     assert [tensor.name for tensor in inspect_checkpoint(folder).tensors] == ["t0", "t1"]
 
 
-def test_masks_and_optimizers_are_no_weights(tmp_path):
+def test_masks_and_optimizers_are_not_weights(tmp_path):
     for name in ("pruning_state", "pruning_state-00001-of-00002", "optimizer"):
         save(tmp_path / f"{name}.safetensors")
     unet = save(tmp_path / "custom.safetensors")
@@ -66,7 +66,7 @@ def test_what_is_refused(tmp_path):
     refused(tmp_path / "two", "several", "p.safetensors, q.safetensors", "Name one")
 
 
-def test_damaged_files_are_told(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     def refused(folder, words):
         with pytest.raises(InspectionError, match=words):
             inspect_checkpoint(folder)
@@ -85,7 +85,7 @@ def test_damaged_files_are_told(tmp_path):
     refused(tmp_path, "pruning_report.json is no report of hf_sparse")
 
 
-def test_damaged_shards_are_told(tmp_path):
+def test_damaged_shards_are_refused(tmp_path):
     folder = sharded(tmp_path)
     (folder / "y.safetensors").unlink()
     with pytest.raises(InspectionError, match="1 of the 2 files that .* are missing, such as y.safetensors"):
