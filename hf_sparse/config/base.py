@@ -14,19 +14,14 @@ from typing import Any, ClassVar
 from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
 from ..files import write_json
-from ..methods import MethodRegistry
 from ..patterns import Pattern, get_pattern
 from ..plugins import load_installed_plugins
-from ..registry import nearest
 from ..schedulers import OneshotScheduler, Scheduler
 from ..solvers import SOLVERS
+from .options import METHODS, merge_group_options, replace_instances, unknown_options, upgrade_options
 from .recipe import read_recipe
 from .resolved import ResolvedGroup
 from .validation import consistency_errors, option_errors, target_of, type_error
-
-
-METHODS: dict[str, MethodRegistry] = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "solver": SOLVERS}
-"""Options that name a method with options of its own, `<name>_kwargs`."""
 
 
 class PruningConfigError(ValueError):
@@ -151,19 +146,13 @@ class PruningOptions:
                 continue
             own, problems = self._check_types(options) if self.groups else (values, [])
             criterion = self.resolve_criterion(own)
-            problems = self._unknown_in_group(name) + problems
+            if isinstance(self.groups, Mapping) and self.groups:
+                problems = unknown_options(self.groups[name], "", self.group_options()) + problems
             problems += [error for error in option_errors(own, criterion) if error not in shared]
             if not (type_errors or shared or problems):  # each option is valid by itself
                 problems = consistency_errors(own, criterion) + self.more_errors(own, criterion)
             errors += [where + problem for problem in problems]
         return errors
-
-    def _unknown_in_group(self, name: str) -> list[str]:
-        return (
-            unknown_options(self.groups[name], "", self.group_options())
-            if isinstance(self.groups, Mapping) and self.groups
-            else []
-        )
 
     def more_errors(self, options: SimpleNamespace, criterion: str | None) -> list[str]:
         """Returns further errors of a group's options, which only this kind of config has."""
@@ -172,7 +161,7 @@ class PruningOptions:
     def _replace_instances(self) -> list[str]:
         """Replaces methods and patterns that were given as instances by their names and options."""
         values = self._values()
-        errors = _replace_instances(values)
+        errors = replace_instances(values)
         for name in (*METHODS, *(f"{name}_kwargs" for name in METHODS), "pattern"):
             if name in values:
                 setattr(self, name, values[name])
@@ -181,7 +170,7 @@ class PruningOptions:
                 name: dict(group) if isinstance(group, Mapping) else group for name, group in self.groups.items()
             }
             for group in self.groups.values():
-                errors += _replace_instances(group) if isinstance(group, dict) else []
+                errors += replace_instances(group) if isinstance(group, dict) else []
         return errors
 
     @classmethod
@@ -362,88 +351,3 @@ def _default_scope(allocation: str, pattern: Pattern, criterion: Criterion | Non
         return "layer"
     scope = criterion.default_scope
     return "layer" if scope == "global" and allocation != "uniform" else scope
-
-
-def merge_group_options(shared: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of one group: its own, and for the others those that all groups share.
-
-    A group that names a method does not inherit the shared options of that method, and a group whose pattern implies a
-    target (2:4) does not inherit the shared target.
-
-    Example:
-        >>> merge_group_options({"pattern": "4x1", "target_sparsity": 0.8}, {"pattern": "2:4"})
-        {'pattern': '2:4', 'target_sparsity': None}
-    """
-    merged = {**shared, **group}
-    for method in METHODS:
-        if method in group and f"{method}_kwargs" not in group and f"{method}_kwargs" in merged:
-            merged[f"{method}_kwargs"] = None
-    if "target_sparsity" not in group and "target_sparsity" in merged:
-        try:
-            implied = get_pattern(merged["pattern"]).implied_sparsity
-        except (ValueError, KeyError):  # an unknown pattern is an error of its own
-            implied = None
-        if implied is not None:
-            merged["target_sparsity"] = None
-    return merged
-
-
-def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns options that an earlier version has written under their present names.
-
-    Example:
-        >>> upgrade_options({"solver": "sparsegpt", "dampening": 0.1, "solver_block": None})
-        {'solver': 'sparsegpt', 'solver_kwargs': {'dampening': 0.1}}
-        >>> upgrade_options({"solver": "zero"})
-        {'solver': 'none'}
-    """
-    values = dict(values)
-    if values.get("solver") == "zero":
-        values["solver"] = "none"
-    old = {"dampening": values.pop("dampening", None), "block_size": values.pop("solver_block", None)}
-    kwargs = {name: value for name, value in old.items() if value is not None}
-    # Before, dampening was written whatever the solver was.
-    groups = values.get("groups") or {}
-    solvers = {values.get("solver")} | {group.get("solver") for group in groups.values() if isinstance(group, Mapping)}
-    if kwargs and solvers - {None, "none", "zero"}:
-        values["solver_kwargs"] = kwargs
-    if isinstance(values.get("groups"), Mapping):
-        values["groups"] = {
-            name: upgrade_options(group) if isinstance(group, Mapping) else group for name, group in groups.items()
-        }
-    return values
-
-
-def unknown_options(values: Mapping[str, Any], where: str, allowed: tuple[str, ...]) -> list[str]:
-    """Returns an error for every key of `values` that is no option."""
-    known = f" Known are {', '.join(allowed)}."
-    return [f'{where}unknown option "{key}".{nearest(key, allowed) or known}' for key in values if key not in allowed]
-
-
-def _replace_instances(values: dict[str, Any]) -> list[str]:
-    """Replaces instances in a mapping of options by names and options, in place. Returns the errors."""
-    errors = []
-    for method, registry in METHODS.items():
-        instance = values.get(method)
-        if not isinstance(instance, registry.base):
-            continue
-        try:
-            values[method], kwargs = registry.name_and_options(instance)
-        except ValueError as error:
-            errors.append(f"{method}: {error}")
-            values[method], kwargs = None, {}
-        if values.get(f"{method}_kwargs"):
-            errors.append(f"{method} is an instance with its own options: leave {method}_kwargs out.")
-        values[f"{method}_kwargs"] = kwargs or None
-    if isinstance(pattern := values.get("pattern"), Pattern):
-        values["pattern"] = str(pattern)
-        try:
-            known = get_pattern(str(pattern))
-        except ValueError as error:
-            errors.append(f"{error} Decorate its class with register_pattern.")
-        else:
-            if known != pattern:
-                errors.append(
-                    f"pattern {pattern!r} is written as {pattern}, which means {known!r}: define its __str__."
-                )
-    return errors

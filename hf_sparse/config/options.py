@@ -1,0 +1,102 @@
+"""Mappings of option names to values: of groups, of files of earlier versions, with instances of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..allocations import ALLOCATIONS
+from ..criteria import CRITERIA
+from ..methods import MethodRegistry
+from ..patterns import Pattern, get_pattern
+from ..registry import nearest
+from ..solvers import SOLVERS
+
+
+METHODS: dict[str, MethodRegistry] = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "solver": SOLVERS}
+"""Options that name a method with options of its own, `<name>_kwargs`."""
+
+
+def merge_group_options(shared: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of one group: its own, and for the others those that all groups share.
+
+    A group that names a method does not inherit the shared options of that method, and a group whose pattern implies a
+    target (2:4) does not inherit the shared target.
+
+    Example:
+        >>> merge_group_options({"pattern": "4x1", "target_sparsity": 0.8}, {"pattern": "2:4"})
+        {'pattern': '2:4', 'target_sparsity': None}
+    """
+    merged = {**shared, **group}
+    for method in METHODS:
+        if method in group and f"{method}_kwargs" not in group and f"{method}_kwargs" in merged:
+            merged[f"{method}_kwargs"] = None
+    if "target_sparsity" not in group and "target_sparsity" in merged:
+        try:
+            implied = get_pattern(merged["pattern"]).implied_sparsity
+        except (ValueError, KeyError):  # an unknown pattern is an error of its own
+            implied = None
+        if implied is not None:
+            merged["target_sparsity"] = None
+    return merged
+
+
+def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options that an earlier version has written under their present names.
+
+    Example:
+        >>> upgrade_options({"solver": "sparsegpt", "dampening": 0.1, "solver_block": None})
+        {'solver': 'sparsegpt', 'solver_kwargs': {'dampening': 0.1}}
+        >>> upgrade_options({"solver": "zero"})
+        {'solver': 'none'}
+    """
+    values = dict(values)
+    if values.get("solver") == "zero":
+        values["solver"] = "none"
+    old = {"dampening": values.pop("dampening", None), "block_size": values.pop("solver_block", None)}
+    kwargs = {name: value for name, value in old.items() if value is not None}
+    # Before, dampening was written whatever the solver was.
+    groups = values.get("groups") or {}
+    solvers = {values.get("solver")} | {group.get("solver") for group in groups.values() if isinstance(group, Mapping)}
+    if kwargs and solvers - {None, "none", "zero"}:
+        values["solver_kwargs"] = kwargs
+    if isinstance(values.get("groups"), Mapping):
+        values["groups"] = {
+            name: upgrade_options(group) if isinstance(group, Mapping) else group for name, group in groups.items()
+        }
+    return values
+
+
+def unknown_options(values: Mapping[str, Any], where: str, allowed: tuple[str, ...]) -> list[str]:
+    """Returns an error for every key of `values` that is no option."""
+    known = f" Known are {', '.join(allowed)}."
+    return [f'{where}unknown option "{key}".{nearest(key, allowed) or known}' for key in values if key not in allowed]
+
+
+def replace_instances(values: dict[str, Any]) -> list[str]:
+    """Replaces instances in a mapping of options by names and options, in place. Returns the errors."""
+    errors = []
+    for method, registry in METHODS.items():
+        instance = values.get(method)
+        if not isinstance(instance, registry.base):
+            continue
+        try:
+            values[method], kwargs = registry.name_and_options(instance)
+        except ValueError as error:
+            errors.append(f"{method}: {error}")
+            values[method], kwargs = None, {}
+        if values.get(f"{method}_kwargs"):
+            errors.append(f"{method} is an instance with its own options: leave {method}_kwargs out.")
+        values[f"{method}_kwargs"] = kwargs or None
+    if isinstance(pattern := values.get("pattern"), Pattern):
+        values["pattern"] = str(pattern)
+        try:
+            known = get_pattern(str(pattern))
+        except ValueError as error:
+            errors.append(f"{error} Decorate its class with register_pattern.")
+        else:
+            if known != pattern:
+                errors.append(
+                    f"pattern {pattern!r} is written as {pattern}, which means {known!r}: define its __str__."
+                )
+    return errors
