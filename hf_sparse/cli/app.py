@@ -197,7 +197,7 @@ def prune(context: typer.Context) -> None:
         A run that was killed resumes after the last finished block when it is started again with the same options.
         Exit codes: 0 success, 2 the options, the data or the model do not allow it.
         """
-        run_oneshot(arguments, config, say=typer.echo)
+        run_oneshot(arguments, config, echo=typer.echo)
 
     # Plug-ins come first: the other options may name what they register.
     classes = (PluginArguments, OneshotArguments, OneshotConfig)

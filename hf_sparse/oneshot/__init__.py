@@ -1,7 +1,7 @@
 """One-shot pruning: from calibration data, without training, block by block."""
 
 from ..calibration.text_batches import calibration_batches
-from ..config.oneshot import OneshotConfig
+from ..config import OneshotConfig
 from ..evaluation import evaluate_model
 from .arguments import OneshotArguments
 from .plan import OneshotPlan, plan_oneshot

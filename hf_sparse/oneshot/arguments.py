@@ -1,4 +1,4 @@
-"""OneshotJob: the options of a one-shot run from one checkpoint to another, beside those of `OneshotConfig`."""
+"""OneshotArguments: the options of one-shot pruning from checkpoint to checkpoint, in addition to `OneshotConfig`."""
 
 from __future__ import annotations
 
@@ -14,68 +14,74 @@ def option(default: Any, help: str) -> Any:  # noqa: A002 - the name that argume
     return field(default=default, metadata={"help": help})
 
 
+_MISSING_OUTPUT = "missing output folder: pass output_dir (the second argument of hf-sparse prune), or dry_run."
+
+
 @dataclass
 class OneshotArguments:
-    """Which model to prune, on which texts, and where the result goes."""
+    """Model, calibration data and output."""
 
-    model_name_or_path: str = option(None, "Folder or Hub name of the pretrained model.")
-    output_dir: str | None = option(None, "Folder that the pruned model is saved to. A dry run needs none.")
+    model_name_or_path: str = option(None, "Model to prune: a folder or a Hub name.")
+    output_dir: str | None = option(None, "Output folder for the pruned model. Not needed for a dry run.")
 
     calibration_file: str | None = option(
-        None, "Calibration texts: .txt (a text in each line), .json, .jsonl, .csv, .tsv or .parquet."
+        None, "Calibration texts: a .txt (one text per line), .json, .jsonl, .csv, .tsv or .parquet file."
     )
-    dataset_name: str | None = option(None, "Calibration texts: Hub name of a data set, in place of a file.")
-    dataset_config_name: str | None = option(None, "Configuration of that data set.")
-    dataset_split: str = option("train", "Split of that data set to calibrate on.")
-    streaming: bool = option(False, "Read the first 10,000 rows of that split only, and download no more.")
+    dataset_name: str | None = option(None, "Calibration texts: a dataset on the Hub, instead of a file.")
+    dataset_config_name: str | None = option(None, "Configuration of the dataset.")
+    dataset_split: str = option("train", "Split of the dataset for calibration.")
+    streaming: bool = option(False, "Download only the first 10,000 rows of the split.")
     text_column: str | None = option(
         None,
-        'Column of the texts, or "first,second" for pairs. Left out: text, sentence, or the only column of texts.',
+        'Column with the texts, or "first,second" for text pairs. Default: text, sentence, or the only text column.',
     )
     label_column: str | None = option(
         None,
-        "Labels of a classifier, or target texts of an encoder with a decoder. Left out: label or labels, for "
-        "classifiers.",
+        "Column with the labels of a classifier or the target texts of an encoder-decoder model. Default: label or "
+        "labels, for classifiers.",
     )
-    samples: int = option(128, "How many blocks or rows to calibrate on, from all over the data.")
-    length: int = option(512, "Tokens of a block, or at most of a row. Never more than the model has positions.")
-    batch_size: int = option(8, "Blocks or rows that go through the model together.")
+    samples: int = option(128, "Number of calibration samples (blocks or rows), drawn from the whole data.")
+    length: int = option(
+        512, "Number of tokens of a block, or the maximum of a row. At most the number of positions of the model."
+    )
+    batch_size: int = option(8, "Number of samples per forward.")
     per_row: bool = option(
         False,
-        "Take each text for a sample of its own, padded, in place of blocks cut out of joined texts. So it always is "
-        "for other than causal language models.",
+        "Use each text as a sample, padded, instead of blocks of concatenated texts. Always so for models other than "
+        "causal language models.",
     )
-    seed: int = option(0, "Which blocks or rows are chosen.")
+    seed: int = option(0, "Random seed of the choice of samples.")
 
     eval: bool = option(
-        False, "Measure perplexity of a causal language model, or accuracy of a classifier, before and after."
+        False,
+        "Evaluate before and after pruning: perplexity of a causal language model, or accuracy of a classifier.",
     )
-    validation_file: str | None = option(None, "Texts to measure on, in the same formats.")
-    validation_split: str = option("validation", "Split of the data set to measure on, where there is no file.")
-    max_eval_samples: int | None = option(None, "Measure on this many first blocks or rows only.")
+    validation_file: str | None = option(None, "Evaluation texts: a file in one of the formats above.")
+    validation_split: str = option("validation", "Evaluation split of the dataset, if there is no validation file.")
+    max_eval_samples: int | None = option(None, "Maximum number of evaluation samples (the first ones).")
 
-    dtype: str = option("auto", "Type to load the weights in: auto (the checkpoint's), bfloat16, float16, float32.")
-    device: str | None = option(None, "Where to compute: cpu, cuda, cuda:1. Left out: a GPU where there is one.")
+    dtype: str = option("auto", "Data type of the weights: auto (as in the checkpoint), bfloat16, float16 or float32.")
+    device: str | None = option(None, "Device to compute on: cpu, cuda, cuda:1. Default: a GPU if there is one.")
     device_map: str | None = option(
         None,
-        "Spread the model over devices, CPU and disk as accelerate does: auto, balanced, sequential, or a JSON object "
-        "of modules and devices. For a model larger than the GPU.",
+        "Split a model that is larger than the GPU across devices, CPU and disk, as in accelerate: auto, balanced, "
+        "sequential, or a JSON object that maps modules to devices.",
     )
-    offload_folder: str | None = option(None, "Where weights go that device_map sends to disk.")
-    tokenizer_name: str | None = option(None, "Folder or Hub name of the tokenizer, if it is not the model's own.")
-    model_revision: str = option("main", "Branch, tag or commit of the model.")
-    cache_dir: str | None = option(None, "Where downloads and prepared data are kept.")
+    offload_folder: str | None = option(None, "Folder for weights that device_map offloads to disk.")
+    tokenizer_name: str | None = option(None, "Tokenizer, if not the model's own: a folder or a Hub name.")
+    model_revision: str = option("main", "Branch, tag or commit of the model on the Hub.")
+    cache_dir: str | None = option(None, "Cache folder for downloads and prepared data.")
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint. Read that code first.")
 
-    dry_run: bool = option(False, "Say what would be pruned, and what memory and time it takes. Nothing is written.")
-    overwrite: bool = option(False, "Replace what is in output_dir.")
+    dry_run: bool = option(False, "Print what would be pruned, and the memory and time that it would take. No output.")
+    overwrite: bool = option(False, "Replace the contents of output_dir.")
 
     def __post_init__(self):
         errors = []
         if not self.model_name_or_path:
-            errors.append("no model: pass model_name_or_path.")
+            errors.append("missing model: pass model_name_or_path (the first argument of hf-sparse prune).")
         if not self.output_dir and not self.dry_run:
-            errors.append("no place for the result: pass output_dir, or dry_run.")
+            errors.append(_MISSING_OUTPUT)
         if self.dtype not in DTYPES:
             errors.append(f'dtype is "{self.dtype}": it must be one of {", ".join(DTYPES)}.')
         if self.device and self.device_map:
@@ -88,17 +94,30 @@ class OneshotArguments:
             raise ValueError(" ".join(errors))
 
     def hub_options(self) -> dict[str, Any]:
-        """What every `from_pretrained` shares."""
-        names = {"revision": self.model_revision, "cache_dir": self.cache_dir}
-        return names | {"trust_remote_code": self.trust_remote_code}
+        """Returns the keyword arguments of `from_pretrained` for the model."""
+        return {
+            "revision": self.model_revision,
+            "cache_dir": self.cache_dir,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
     @property
     def reads_texts(self) -> bool:
-        """Whether there are texts to calibrate or to measure on."""
+        """Whether there are calibration or evaluation texts."""
         return bool(self.calibration_file or self.dataset_name or self.eval)
 
     @property
-    def unfinished(self) -> Path:
-        """Where finished blocks are kept until the result is."""
-        output = Path(self.output_dir)
-        return output.with_name(f"{output.name}.unfinished")
+    def output_path(self) -> Path:
+        """`output_dir` as a path. A dry run may have none.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.output_dir:
+            raise ValueError(_MISSING_OUTPUT)
+        return Path(self.output_dir)
+
+    @property
+    def unfinished_dir(self) -> Path:
+        """The folder for finished blocks while the run is not complete, beside `output_dir`."""
+        return self.output_path.with_name(f"{self.output_path.name}.unfinished")

@@ -1,4 +1,4 @@
-"""What a one-shot run costs: memory by counting, time from the speed of a few forwards.
+"""Estimates the costs of a one-shot run: memory by counting, time from the speed of a few forwards.
 
 Shapes: T tokens, C inputs of a weight, R rows of all weights that share an input.
 """
@@ -6,7 +6,7 @@ Shapes: T tokens, C inputs of a weight, R rows of all weights that share an inpu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,130 +21,163 @@ from ..model.layers import PrunableLayer
 from ..requires import Requires
 from .observers import SAMPLE
 from .pipeline import BlockPipeline, Subgraph
-from .prune import OneshotRun
-from .tracing import ModelTrace, trace_model
+from .run import OneshotRun
+from .tracing import ModelTrace
 
 
-RANKING = 1000
-"""Operations that ranking one weight takes the time of, on a CPU that multiplies large matrices at full speed."""
+RANKING_OPERATIONS = 1000
+"""Multiply-adds in the time that ranking one weight takes, on a CPU that multiplies large matrices at full speed."""
 
-_READING = 30
-"""The same for an input that is squared and added."""
+_NORM_OPERATIONS = 30
+"""The same for squaring one input and adding it to a sum."""
 
-_UNKNOWN_SPEED = 1e11
-_QUICK = 1.0
-_FLOAT = 4
+_DEFAULT_SPEED = 1e11
+"""Multiply-adds per second where no forward was measured."""
+
+_SHORT_FORWARD = 1.0
+"""Seconds of a forward below which a whole batch is measured, not only its first row."""
+
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes and seconds of one process. What a forward takes is not counted: of one batch, or with forwards=1 of
-    all calibration data.
+    """Memory and time of a one-shot run on one rank.
+
+    The memory of a forward is not included: of one batch, or with `forwards=1` of all calibration data.
 
     Args:
-        place: where activations are kept.
-        block: bytes of the weights of the largest block.
-        statistics: of the sums for one block, at most.
-        solving: of factors and copies while weights that share an input are solved, at most.
-        activations: of what blocks have given for the calibration data.
-        whole: of what is held for all blocks: gradients and their sums, masks that are decided over all layers.
-        forwards: seconds of forwards (and backwards).
-        summing: seconds of making the sums.
-        pruning: seconds of choosing weights and solving for others.
+        activation_storage: where activations are cached: cpu, disk or device.
+        block_bytes: the weights of the largest block.
+        statistics_bytes: the statistics of one block, at most.
+        solver_bytes: factors and copies while the weights that share an input are solved, at most.
+        activation_bytes: the cached outputs of blocks for all calibration data of the rank.
+        model_wide_bytes: what is held for all blocks: gradients and their statistics, masks of globally ranked groups.
+        forward_seconds: forwards and backwards.
+        statistics_seconds: accumulating statistics.
+        pruning_seconds: ranking and solving.
     """
 
-    place: str
-    block: int
-    statistics: int
-    solving: int
-    activations: int
-    whole: int
-    forwards: float
-    summing: float
-    pruning: float
+    activation_storage: str
+    block_bytes: int
+    statistics_bytes: int
+    solver_bytes: int
+    activation_bytes: int
+    model_wide_bytes: int
+    forward_seconds: float
+    statistics_seconds: float
+    pruning_seconds: float
 
     @property
     def seconds(self) -> float:
-        """Of all."""
-        return self.forwards + self.summing + self.pruning
+        """The time of the whole run."""
+        return self.forward_seconds + self.statistics_seconds + self.pruning_seconds
 
     def __str__(self) -> str:
-        memory = f"largest block {size(self.block)}, its sums {size(self.statistics)}, solving {size(self.solving)}"
-        kept = f"activations {size(self.activations)} on {self.place}"
-        kept += f", for all blocks {size(self.whole)}" if self.whole else ""
-        parts = f"forwards {span(self.forwards)}, sums {span(self.summing)}, pruning {span(self.pruning)}"
-        return f"memory: {memory}; {kept}\ntime: about {span(self.seconds)} ({parts})"
+        memory = [
+            f"largest block {format_bytes(self.block_bytes)}",
+            f"its statistics {format_bytes(self.statistics_bytes)}",
+            f"solver {format_bytes(self.solver_bytes)}",
+            f"activations {format_bytes(self.activation_bytes)} on {self.activation_storage}",
+        ]
+        if self.model_wide_bytes:
+            memory.append(f"for all blocks {format_bytes(self.model_wide_bytes)}")
+        parts = (
+            f"forwards {format_seconds(self.forward_seconds)}, statistics {format_seconds(self.statistics_seconds)}, "
+            f"pruning {format_seconds(self.pruning_seconds)}"
+        )
+        return f"memory: {', '.join(memory)}\ntime: about {format_seconds(self.seconds)} ({parts})"
 
 
 @dataclass(frozen=True)
-class _Input:
-    """What feeds some weights of a stage: `matrices` inputs alike, of experts, or one."""
+class _SharedInput:
+    """An input that some weights of a subgraph share, or the inputs of all experts of a weight.
+
+    Args:
+        subgraph: name of the subgraph.
+        columns: C.
+        rows: R.
+        gram: whether its statistic is a Gram matrix.
+        experts: the number of inputs, one for each expert; 1 for other layers.
+        token_share: the share of the tokens that reaches each expert.
+    """
 
     subgraph: str
     columns: int
     rows: int
     gram: bool
-    matrices: int = 1
-    share: float = 1.0
-    """Of the tokens, that reaches it."""
+    experts: int = 1
+    token_share: float = 1.0
 
     @property
-    def sums(self) -> int:
-        """Bytes of its sums and of the tokens set aside."""
-        return _FLOAT * self.matrices * self.columns * ((self.columns if self.gram else 1) + SAMPLE)
+    def statistics_bytes(self) -> int:
+        """Bytes of its statistic and of the sampled tokens."""
+        return _FLOAT_BYTES * self.experts * self.columns * ((self.columns if self.gram else 1) + SAMPLE)
 
     @property
-    def solving(self) -> int:
-        """Bytes while its weights are settled, one matrix after the other: factor and its source, weights in float32
-        before and after; or scores of a part, and masks."""
+    def solver_bytes(self) -> int:
+        """Bytes while one matrix is pruned: factor and Gram matrix, float32 weights before and after; or two masks."""
         if self.gram:
-            return 2 * _FLOAT * self.columns * (self.columns + self.rows)
+            return 2 * _FLOAT_BYTES * self.columns * (self.columns + self.rows)
         return 2 * self.columns * self.rows
 
-    def operations(self, tokens: int) -> tuple[float, float]:
-        """Of summing, by halves of a square; and of one Cholesky factor, elimination and ranking."""
-        summing = tokens * self.share * self.columns * (self.columns if self.gram else _READING)
+    def operations(self, tokens: float) -> tuple[float, float]:
+        """Multiply-adds of its statistic (half a square) and of pruning (Cholesky factor, elimination, ranking)."""
+        statistic = tokens * self.token_share * self.columns * (self.columns if self.gram else _NORM_OPERATIONS)
         solving = self.columns**3 / 3 + self.rows * self.columns**2 if self.gram else 0.0
-        ranking = RANKING * self.rows * self.columns
-        return self.matrices * summing, self.matrices * (solving + ranking)
+        ranking = RANKING_OPERATIONS * self.rows * self.columns
+        return self.experts * statistic, self.experts * (solving + ranking)
 
 
-def costs_of(run: OneshotRun) -> tuple[ModelTrace | None, Costs]:
-    """What a run would cost, and what a forward showed; no probe where no input matters."""
-    layers = list(dict.fromkeys([*run.dense_pass_layers, *run.seen]))
-    tokens, share, speed, seconds, kept = sum(map(_width, run.own)), 0.0, _UNKNOWN_SPEED, 0.0, 0
-    trace, inputs, sample = None, [], None
+def estimate_costs(run: OneshotRun, trace: ModelTrace | None) -> Costs:
+    """Returns the costs of a run.
+
+    Args:
+        run: the run.
+        trace: of its model; None if no inputs are observed.
+    """
+    num_tokens = sum(map(_count_computed_tokens, run.local_batches))
+    inputs: list[_SharedInput] = []
+    speed, forward_seconds, activation_bytes, num_samples = _DEFAULT_SPEED, 0.0, 0, 0.0
+    sample = None
     if run.batches:
         sample = _sample(run.model, run.batches[0])
-        share = tokens / max(1, _width(sample))
-    if layers:
-        trace = trace_model(run.model, layers, run.batches[0], run.config.sequential)
-        inputs = _inputs(run, trace)
+        num_samples = num_tokens / max(1, _count_computed_tokens(sample))
+    if trace is not None:
+        inputs = _shared_inputs(run, trace)
         with BlockPipeline(run.model, [sample], "device") as pipeline:
-            entry = _timed(lambda: pipeline.run_until(_entrance(trace)))
-            body = max(_timed(lambda: pipeline.run_until(trace.subgraphs[-1])) - entry, 1e-9)
-            first = {
-                subgraph.stack: subgraph.name for subgraph in reversed(trace.subgraphs) if subgraph.stack is not None
-            }
-            kept = int(share * sum(_bytes(pipeline.output(name, 0)) for name in first.values()))
-        speed = (
-            sum(2 * _width(sample) * each.share * each.rows * each.columns * each.matrices for each in inputs) / body
-        )
-        seconds = share * _passes(run, trace, body, entry)
+            before_blocks = _measure(lambda: pipeline.run_until(_before_blocks(trace)))
+            blocks = max(_measure(lambda: pipeline.run_until(trace.subgraphs[-1])) - before_blocks, 1e-9)
+            first_blocks = {subgraph.block_list: subgraph.name for subgraph in reversed(trace.subgraphs)}
+            first_blocks.pop(None, None)
+            outputs = [pipeline.block_output(name, 0) for name in first_blocks.values()]
+            activation_bytes = int(num_samples * sum(map(_num_bytes, outputs)))
+        products = sum(each.token_share * each.rows * each.columns * each.experts for each in inputs)
+        speed = 2 * _count_computed_tokens(sample) * products / blocks
+        forward_seconds = num_samples * _forward_seconds(run, trace, blocks, before_blocks)
     if any(group.requires_gradients for group in run.groups):
-        seconds += 3 * share * _timed(lambda: _forward(run.model, sample))
-    summing, pruning = map(sum, zip(*(each.operations(tokens) for each in inputs))) if inputs else (0.0, 0.0)
-    known = set(layers)
-    pruning += RANKING * sum(layer.numel for group in run.groups for layer in group.layers if layer not in known)
-    memory = _memory(run, trace, inputs)
-    return trace, Costs(run.config.activations, *memory, kept, _whole(run), seconds, summing / speed, pruning / speed)
+        forward_seconds += 3 * num_samples * _measure(lambda: _forward(run.model, sample))
+    operations = [each.operations(num_tokens) for each in inputs]
+    observed = {layer for subgraph in (trace.subgraphs if trace else ()) for layer in subgraph.layers}
+    unobserved = sum(layer.numel for group in run.groups for layer in group.layers if layer not in observed)
+    return Costs(
+        activation_storage=run.activation_storage,
+        block_bytes=_largest_block_bytes(run.model, trace.subgraphs if trace else ()),
+        statistics_bytes=_largest_statistics_bytes(inputs, run.single_forward),
+        solver_bytes=max((each.solver_bytes for each in inputs), default=0),
+        activation_bytes=activation_bytes,
+        model_wide_bytes=_model_wide_bytes(run),
+        forward_seconds=forward_seconds,
+        statistics_seconds=sum(statistic for statistic, _ in operations) / speed,
+        pruning_seconds=(sum(pruning for _, pruning in operations) + RANKING_OPERATIONS * unobserved) / speed,
+    )
 
 
 def _sample(model: nn.Module, batch: Any) -> Any:
-    """The first row of a batch, or all of it where that is quick: what a row costs falls with their number."""
+    """The first row of a batch, or all of it if that is fast: rows are cheaper in a large batch."""
     row = first_row(batch)
-    _timed(lambda: _forward(model, row))  # the first forward of a process is slow
-    return batch if _timed(lambda: _forward(model, row)) < _QUICK else row
+    _forward(model, row)  # the first forward of a process is slow
+    return batch if _measure(lambda: _forward(model, row)) < _SHORT_FORWARD else row
 
 
 def _forward(model: nn.Module, batch: Any) -> None:
@@ -152,8 +185,8 @@ def _forward(model: nn.Module, batch: Any) -> None:
         call_model(model, to_device(batch, input_device(model)))
 
 
-def _timed(work: Callable[[], Any]) -> float:
-    """Seconds, GPUs included."""
+def _measure(work: Callable[[], Any]) -> float:
+    """Seconds that `work` takes, on GPUs as well."""
     start = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -161,94 +194,95 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _width(batch: Any) -> int:
-    """How many tokens are computed, padding included."""
-    return count_tokens(
-        {name: value for name, value in batch.items() if name != "attention_mask"}
-        if isinstance(batch, Mapping)
-        else batch
-    )
+def _count_computed_tokens(batch: Any) -> int:
+    """The number of tokens of a batch, padding included."""
+    if isinstance(batch, Mapping):
+        batch = {name: value for name, value in batch.items() if name != "attention_mask"}
+    return count_tokens(batch)
 
 
-def _bytes(structure: Any) -> int:
+def _num_bytes(structure: Any) -> int:
     return sum(leaf.nbytes for leaf in _pytree.tree_leaves(structure) if torch.is_tensor(leaf))
 
 
-def _entrance(trace: ModelTrace) -> Subgraph:
-    """What a model does before its first block."""
-    blocks = [subgraph.name for subgraph in trace.subgraphs if subgraph.stack is not None]
-    return Subgraph("before the blocks", (), until=blocks[0]) if blocks else trace.subgraphs[0]
+def _before_blocks(trace: ModelTrace) -> Subgraph:
+    """The part of the model before its first block."""
+    first = next((subgraph.name for subgraph in trace.subgraphs if subgraph.is_block), None)
+    return trace.subgraphs[0] if first is None else Subgraph("before the blocks", (), stop_before=first)
 
 
-def _inputs(run: OneshotRun, trace: ModelTrace) -> list[_Input]:
+def _shared_inputs(run: OneshotRun, trace: ModelTrace) -> list[_SharedInput]:
+    gram_layers = run.layers_requiring(Requires.GRAM)
     config = getattr(run.model, "config", None)
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
-    found = []
+    experts_per_token = getattr(config, "num_experts_per_tok", None) or 1
+    inputs = []
     for subgraph in trace.subgraphs:
-        fed: dict[str, list[PrunableLayer]] = {}
+        readers: dict[str, list[PrunableLayer]] = {}
         for layer in subgraph.layers:
+            if layer.expert_dim is None:
+                readers.setdefault(trace.shared_inputs[layer.module], []).append(layer)
+                continue
             rows, _, columns = layer.matrix_shape
-            if layer.expert_dim is not None:
-                experts = layer.shape[0]
-                found.append(
-                    _Input(subgraph.name, columns, rows, _solves(run, layer), experts, min(1.0, chosen / experts))
-                )
-            else:
-                fed.setdefault(trace.leaders[layer.module], []).append(layer)
-        for layers in fed.values():
+            experts = layer.shape[0]
+            share = min(1.0, experts_per_token / experts)
+            inputs.append(_SharedInput(subgraph.name, columns, rows, layer in gram_layers, experts, share))
+        for layers in readers.values():
             rows = sum(layer.matrix_shape[0] for layer in layers)
-            gram = any(_solves(run, layer) for layer in layers)
-            found.append(_Input(subgraph.name, layers[0].matrix_shape[2], rows, gram))
-    return found
+            gram = not gram_layers.isdisjoint(layers)
+            inputs.append(_SharedInput(subgraph.name, layers[0].matrix_shape[2], rows, gram))
+    return inputs
 
 
-def _solves(run: OneshotRun, layer: PrunableLayer) -> bool:
-    return bool(run.group_of[layer.name].options.solver.requires & Requires.GRAM)
+def _forward_seconds(run: OneshotRun, trace: ModelTrace, blocks: float, before_blocks: float) -> float:
+    """Seconds of all forwards over the sample: every subgraph runs what is before the blocks again.
 
-
-def _passes(run: OneshotRun, trace: ModelTrace, body: float, entry: float) -> float:
-    """Seconds of all forwards over the sample. Each stage begins anew before the first block."""
+    Args:
+        run: the run.
+        trace: of its model.
+        blocks: seconds of one forward through the blocks.
+        before_blocks: seconds of what is before them.
+    """
     count = len(trace.subgraphs)
-    once = body + count * entry
-    total = once if run.dense_pass_layers else 0.0
-    if run.seen and run.config.sequential and run.config.forwards == 2:
-        total += (2 - 1 / count) * body + (2 * count - 1) * entry
-    elif run.seen:
-        total += once
+    one_pass = blocks + count * before_blocks
+    total = one_pass if run.dense_pass_layers else 0.0
+    if run.calibrated_layers and run.sequential and not run.single_forward:
+        total += (2 - 1 / count) * blocks + (2 * count - 1) * before_blocks
+    elif run.calibrated_layers:
+        total += one_pass
     return total
 
 
-def _memory(run: OneshotRun, trace: ModelTrace | None, inputs: list[_Input]) -> tuple[int, int, int]:
-    """Bytes of the largest block, of the sums of one block, and while an input's weights are solved."""
-    sums: dict[str, int] = {}
+def _largest_statistics_bytes(inputs: Sequence[_SharedInput], single_forward: bool) -> int:
+    """Of all inputs of a subgraph; in a single forward, of one input at a time."""
+    totals: dict[str, int] = {}
     for each in inputs:
-        at_once = (
-            max(sums.get(each.subgraph, 0), each.sums)
-            if run.config.forwards == 1
-            else sums.get(each.subgraph, 0) + each.sums
-        )
-        sums[each.subgraph] = at_once
-    blocks = [0]
-    for subgraph in trace.subgraphs if trace else ():
-        names = [subgraph.name] if subgraph.stack is not None else {layer.module for layer in subgraph.layers}
-        weights = (parameter for name in names for parameter in run.model.get_submodule(name).parameters())
-        blocks.append(sum(weight.nbytes for weight in weights))
-    return max(blocks), max(sums.values(), default=0), max((each.solving for each in inputs), default=0)
+        total = totals.get(each.subgraph, 0)
+        new = each.statistics_bytes
+        totals[each.subgraph] = max(total, new) if single_forward else total + new
+    return max(totals.values(), default=0)
 
 
-def _whole(run: OneshotRun) -> int:
-    """Bytes of gradients, of a float32 sum for each weight scored by them, and of a mask, made as int8 and as bool."""
-    learning = [group for group in run.groups if group.requires_gradients]
-    total = sum(weight.nbytes for weight in run.model.parameters()) if learning else 0
-    total += sum(_FLOAT * layer.numel for group in learning for layer in group.layers)
-    return total + sum(2 * layer.numel for group in run.dense for layer in group.layers)
+def _largest_block_bytes(model: nn.Module, subgraphs: Sequence[Subgraph]) -> int:
+    sizes = [
+        sum(weight.nbytes for name in subgraph.modules for weight in model.get_submodule(name).parameters())
+        for subgraph in subgraphs
+    ]
+    return max(sizes, default=0)
 
 
-def size(count: int) -> str:
-    """Bytes for people.
+def _model_wide_bytes(run: OneshotRun) -> int:
+    """Gradients, a float32 statistic for each weight scored by them, and masks as int8 and as bool."""
+    groups = [group for group in run.groups if group.requires_gradients]
+    total = sum(weight.nbytes for weight in run.model.parameters()) if groups else 0
+    total += sum(_FLOAT_BYTES * layer.numel for group in groups for layer in group.layers)
+    return total + sum(2 * layer.numel for group in run.dense_ranked_groups for layer in group.layers)
+
+
+def format_bytes(count: int) -> str:
+    """Returns a number of bytes with a unit.
 
     Example:
-        >>> size(1_500_000), size(20)
+        >>> format_bytes(1_500_000), format_bytes(20)
         ('1.5 MB', '20 B')
     """
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
@@ -257,11 +291,11 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
-def span(seconds: float) -> str:
-    """Seconds for people.
+def format_seconds(seconds: float) -> str:
+    """Returns a time in hours, minutes and seconds.
 
     Example:
-        >>> span(7384), span(75), span(0.5)
+        >>> format_seconds(7384), format_seconds(75), format_seconds(0.5)
         ('2 h 3 min', '1 min 15 s', '0.5 s')
     """
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""Loads the model that is to be pruned, by the class that its config names."""
+"""Loads the model to prune, with the Auto class that its config names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from ..hub.card import auto_class
 
@@ -17,7 +16,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def auto_class_of(config: Any) -> str:
-    """The name of the class of transformers that opens a checkpoint with its head.
+    """Returns the name of the transformers Auto class that loads a checkpoint with its head.
 
     Example:
         >>> from transformers import BertConfig
@@ -25,12 +24,12 @@ def auto_class_of(config: Any) -> str:
         ('AutoModelForMaskedLM', 'AutoModel')
     """
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    if known := auto_class(architecture):
-        return known
-    # Code that comes with a checkpoint says which classes it has; the longest end that fits is the head's.
-    own = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
-    fitting = [name for name in own if architecture.endswith(name.removeprefix("AutoModel"))]
-    return max(fitting, key=len, default="AutoModel")
+    if name := auto_class(architecture):
+        return name
+    # The config of a model with remote code lists its Auto classes: the longest suffix that matches is the head's.
+    candidates = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    matching = [name for name in candidates if architecture.endswith(name.removeprefix("AutoModel"))]
+    return max(matching, key=len, default="AutoModel")
 
 
 def load_model(
@@ -40,36 +39,40 @@ def load_model(
     device_map: str | None = None,
     offload_folder: str | None = None,
     **hub_options: Any,
-) -> nn.Module:
-    """A pretrained model with its head, on `device`, or spread out by `device_map`.
+) -> transformers.PreTrainedModel:
+    """Loads a pretrained model with its head, in evaluation mode.
 
     Args:
         name: folder or Hub name.
-        dtype: one of `DTYPES`; auto is the checkpoint's.
-        device_map: auto, balanced, sequential, the name of a device, or a JSON object of modules and devices.
-        offload_folder: where the weights go that the map sends to disk.
+        dtype: one of `DTYPES`; "auto" is the checkpoint's.
+        device: of the model, unless `device_map` is given.
+        device_map: "auto", "balanced", "sequential", the name of a device, or a JSON object that maps modules to
+            devices, as text or in a .json file.
+        offload_folder: folder for the weights that `device_map` offloads to disk.
         hub_options: cache_dir, revision, token, trust_remote_code.
 
     Raises:
         OSError: there is no such model.
-        ValueError: options that do not fit.
+        ValueError: an option is not valid.
     """
     if dtype not in DTYPES:
         raise ValueError(f'dtype is "{dtype}": it must be one of {", ".join(DTYPES)}.')
     try:
         config = transformers.AutoConfig.from_pretrained(name, **hub_options)
     except (OSError, ValueError) as error:
-        raise OSError(f'"{name}" is no model that can be opened, neither a folder nor on the Hub: {error}') from error
-    spread = {}
+        raise OSError(f'there is no folder "{name}" with a model, and no such model on the Hub: {error}') from error
+    placement: dict[str, Any] = {}
     if device_map is not None:
-        spread = {"device_map": _read_map(device_map)} | ({"offload_folder": offload_folder} if offload_folder else {})
-    opener = getattr(transformers, auto_class_of(config))
-    model = opener.from_pretrained(name, config=config, dtype=dtype, **spread, **hub_options)
-    return (model if spread else model.to(device)).eval()
+        placement["device_map"] = _parse_device_map(device_map)
+        if offload_folder:
+            placement["offload_folder"] = offload_folder
+    model_class = getattr(transformers, auto_class_of(config))
+    model = model_class.from_pretrained(name, config=config, dtype=dtype, **placement, **hub_options)
+    return (model if placement else model.to(device)).eval()
 
 
 def load_tokenizer(name: str, **hub_options: Any) -> Any:
-    """The tokenizer of a model.
+    """Loads the tokenizer of a model.
 
     Raises:
         OSError: there is none.
@@ -77,13 +80,10 @@ def load_tokenizer(name: str, **hub_options: Any) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(name, **hub_options)
     except (OSError, ValueError) as error:
-        raise OSError(
-            f'"{name}" has no tokenizer to read texts with ({error}): name one with tokenizer_name.'
-        ) from error
+        raise OSError(f'"{name}" has no tokenizer ({error}): name one with tokenizer_name.') from error
 
 
-def _read_map(device_map: str) -> str | dict[str, str | int]:
-    """A word, or a JSON object, or a file of one."""
+def _parse_device_map(device_map: str) -> str | dict[str, str | int]:
     if device_map.endswith(".json") and Path(device_map).is_file():
         device_map = Path(device_map).read_text(encoding="utf-8")
     if not device_map.lstrip().startswith("{"):
@@ -91,4 +91,4 @@ def _read_map(device_map: str) -> str | dict[str, str | int]:
     try:
         return json.loads(device_map)
     except json.JSONDecodeError as error:
-        raise ValueError(f"device_map is no JSON object: {error}.") from error
+        raise ValueError(f"device_map is not a JSON object: {error}.") from error

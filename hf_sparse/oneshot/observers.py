@@ -1,13 +1,13 @@
-"""What reaches the weights of a stage: one sum for each distinct input, whatever number of weights it feeds.
+"""Observes the inputs of the layers of a subgraph, with one statistic for each distinct input.
 
 Shapes: T tokens, I inputs of a weight, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -16,93 +16,119 @@ from torch.overrides import TorchFunctionMode
 from ..calibration.batches import mask_for_inputs
 from ..model.layers import PrunableLayer
 from ..statistics import GramMatrix, InputNorms
-from .pipeline import stop
+from .pipeline import stop_forward
 
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 128
-"""Tokens of each input that are set aside, to measure what pruning does to its outputs."""
+"""Tokens of each input that are kept to measure the error of the outputs."""
 
-# How the experts of transformers multiply: their weights are views of one parameter, and no module's own.
-_PRODUCTS = {nn.functional.linear, torch.matmul, torch.mm, torch.bmm}
-_PRODUCTS |= {getattr(torch.Tensor, name) for name in ("matmul", "__matmul__", "mm", "bmm")}
+# The experts of transformers multiply by views of one parameter, not by calling a module.
+_MATMULS: set[Callable] = {nn.functional.linear, torch.matmul, torch.mm, torch.bmm}
+_MATMULS |= {getattr(torch.Tensor, name) for name in ("matmul", "__matmul__", "mm", "bmm")}
 
 
-@dataclass(eq=False)
 class InputObserver:
-    """One input: the sums over its tokens, and the matrices that it feeds."""
+    """Accumulates the statistic of one input.
 
-    stat: InputNorms | GramMatrix
-    layers: list[PrunableLayer]
-    expert: int | None = None
-    """Which matrix of the layer, where there are several."""
-    sample: torch.Tensor | None = None
-    """(T, I) its first tokens, float32."""
-    _aside: list[torch.Tensor] = field(default_factory=list)
+    Args:
+        statistic: the sums over tokens.
+        layers: the layers that read this input.
+        expert: which matrix of a layer with several reads it; None for other layers.
+    """
+
+    def __init__(self, statistic: InputNorms | GramMatrix, layers: list[PrunableLayer], expert: int | None = None):
+        self._statistic: InputNorms | GramMatrix | None = statistic
+        self.layers, self.expert = layers, expert
+        self.sample: torch.Tensor | None = None
+        """(T, I) the first tokens, float32."""
+
+    @property
+    def statistic(self) -> InputNorms | GramMatrix:
+        """The sums over tokens, until they are released."""
+        if self._statistic is None:
+            raise RuntimeError(f'the statistic of the inputs of "{self.name}" has been released')
+        return self._statistic
+
+    def release_statistic(self) -> None:
+        """Frees the memory of the statistic."""
+        self._statistic = None
 
     def observe(self, x: torch.Tensor, keep: torch.Tensor | None) -> None:
+        """Adds the tokens of one call.
+
+        Args:
+            x: (..., I) the input.
+            keep: (...) bool, False for padding; None if all tokens count.
+
+        Raises:
+            ValueError: a value is inf or nan, or shapes do not fit.
+        """
         try:
-            self.stat.observe(x, keep)
+            self.statistic.observe(x, keep)
         except ValueError as error:
             raise ValueError(f'inputs of "{self.name}": {error}') from error
-        if self.sample is None or len(self.sample) < SAMPLE:
+        size = 0 if self.sample is None else len(self.sample)
+        if self.sample is None or size < SAMPLE:
             tokens = x.detach().reshape(-1, x.shape[-1])
             tokens = tokens if keep is None else tokens[keep.reshape(-1).to(x.device)]
-            known = 0 if self.sample is None else len(self.sample)
-            new = tokens[: SAMPLE - known].float()
+            new = tokens[: SAMPLE - size].float()
             self.sample = new.clone() if self.sample is None else torch.cat([self.sample, new])
 
     @property
     def name(self) -> str:
-        """The first weight that it feeds."""
-        expert = "" if self.expert is None else f"[{self.expert}]"
-        return self.layers[0].name + expert
+        """The name of the first weight that reads this input."""
+        return self.layers[0].name + ("" if self.expert is None else f"[{self.expert}]")
 
 
 class InputObservers:
-    """Observes the layers of a stage while `with feeds:` lasts.
+    """Observes the layers of a subgraph. A context manager: hooks are registered inside it.
 
     Args:
-        model: that is run.
-        layers: of the stage.
-        leaders: see `ModelTrace`.
-        gram: the names of layers whose whole Gram matrix is needed; of others the norms are.
-        last: the module after whose input the forward may end; None if it must not.
-        ready: called at once with each feed and what was wrong with its input, while the forward waits. For a forward
-            of all batches as one.
+        model: the model that runs.
+        layers: the layers to observe.
+        shared_inputs: see `ModelTrace`.
+        gram_layers: the layers that need a Gram matrix of their inputs; for the others norms suffice.
+        last_module: the module at whose input the forward ends; None to let it run.
+        on_input: called after each call of a layer, while the forward waits, with the observer and the error of its
+            input, if there was one. For a forward that runs all batches as one.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[PrunableLayer],
-        leaders: Mapping[str, str],
-        gram: set[str],
-        last: str | None = None,
-        ready: Callable[[InputObserver, Exception | None], None] | None = None,
+        shared_inputs: Mapping[str, str],
+        gram_layers: Collection[PrunableLayer],
+        last_module: str | None = None,
+        on_input: Callable[[InputObserver, ValueError | None], None] | None = None,
     ):
-        self._model, self._gram, self._last, self._ready = model, gram, last, ready
-        self._fed: dict[str, list[PrunableLayer]] = {}
+        self._model, self._gram_layers = model, gram_layers
+        self._last_module, self._on_input = last_module, on_input
+        self._readers: dict[str, list[PrunableLayer]] = {}
+        """Module -> the layers that share its input."""
         self._experts = [layer for layer in layers if layer.expert_dim is not None]
         for layer in (layer for layer in layers if layer.expert_dim is None):
-            self._fed.setdefault(leaders[layer.module], []).append(layer)
+            self._readers.setdefault(shared_inputs[layer.module], []).append(layer)
         self._observers: dict[tuple[str, int | None], InputObserver] = {}
-        self.masks: list[torch.Tensor] = []
-        """Which tokens of the batch that runs count, see `token_masks`."""
+        self.token_masks: list[torch.Tensor] = []
+        """Which tokens of the current batch count, see `token_masks` in calibration/batches.py."""
 
     def __enter__(self) -> InputObservers:
         self._handles = ExitStack()
-        for name in self._fed:
+        for name in self._readers:
             module = self._model.get_submodule(name)
             handle = module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             self._handles.callback(handle.remove)
         if self._experts:
-            self._handles.enter_context(_Products(self))
-        if self._last is not None:
-            module = self._model.get_submodule(self._last)
-            if self._last in {layer.module for layer in self._experts}:
-                handle = module.register_forward_hook(stop)
+            self._handles.enter_context(_MatmulMode(self))
+        if self._last_module is not None:
+            module = self._model.get_submodule(self._last_module)
+            if self._last_module in {layer.module for layer in self._experts}:
+                handle = module.register_forward_hook(stop_forward)
             else:
-                handle = module.register_forward_pre_hook(stop)
+                handle = module.register_forward_pre_hook(stop_forward)
             self._handles.callback(handle.remove)
         return self
 
@@ -110,31 +136,33 @@ class InputObservers:
         self._handles.close()
 
     def _hook(self, name: str) -> Callable:
-        def called(module, args, kwargs):
-            x = next(iter((*args, *kwargs.values())))
-            self._observe((name, None), self._fed[name], x)
+        def observe(module, args, kwargs):
+            self._observe((name, None), self._readers[name], next(iter((*args, *kwargs.values()))))
 
-        return called
+        return observe
 
     def _observe(self, key: tuple[str, int | None], layers: list[PrunableLayer], x: torch.Tensor) -> None:
         observer = self._observers.get(key)
         if observer is None:
-            needed = any(layer.name in self._gram for layer in layers)
-            observer = self._observers[key] = InputObserver(
-                (GramMatrix if needed else InputNorms)(x.shape[-1], x.device), layers, key[1]
-            )
+            observer = self._observers[key] = self._new_observer(layers, key[1], x.shape[-1], x.device)
         try:
-            observer.observe(x, mask_for_inputs(self.masks, x))
+            observer.observe(x, mask_for_inputs(self.token_masks, x))
         except ValueError as error:
-            if self._ready is None:
+            if self._on_input is None:
                 raise
-            self._ready(observer, error)
+            self._on_input(observer, error)
         else:
-            if self._ready is not None:
-                self._ready(observer, None)
+            if self._on_input is not None:
+                self._on_input(observer, None)
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """See whether `weight` is an expert's, or those of all, and `x` its input."""
+    def _new_observer(
+        self, layers: list[PrunableLayer], expert: int | None, columns: int, device: torch.device
+    ) -> InputObserver:
+        statistic = GramMatrix if any(layer in self._gram_layers for layer in layers) else InputNorms
+        return InputObserver(statistic(columns, device), layers, expert)
+
+    def observe_matmul(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Observes `x` if `weight` is a view of an expert's matrix, or of those of all experts."""
         storage = weight.untyped_storage().data_ptr()
         for layer in self._experts:
             parameter = self._model.get_parameter(layer.name)
@@ -147,27 +175,76 @@ class InputObservers:
                     self._observe((layer.name, expert), [layer], tokens)
                 return
 
-    def all(self, device_of: Callable[[PrunableLayer], torch.device]) -> list[InputObserver]:
-        """Every feed of the stage in an order that does not depend on the data, also of experts that no token reached:
-        all processes have the same."""
-        found = [self._observers[name, None] for name in self._fed]
+    def in_order(self, device_of: Callable[[PrunableLayer], torch.device]) -> list[InputObserver]:
+        """Returns the observers of all inputs in an order that is the same on all ranks, whatever their data: experts
+        that no token has reached have one as well.
+
+        Args:
+            device_of: the device for the statistic of an expert that no token has reached.
+        """
+        observers = [self._observers[name, None] for name in self._readers]
         for layer in self._experts:
-            columns = layer.matrix_shape[2]
-            kind = GramMatrix if layer.name in self._gram else InputNorms
             for expert in range(layer.shape[0]):
                 observer = self._observers.get((layer.name, expert))
-                found.append(observer or InputObserver(kind(columns, device_of(layer)), [layer], expert))
-        return found
+                observers.append(
+                    observer or self._new_observer([layer], expert, layer.matrix_shape[2], device_of(layer))
+                )
+        return observers
 
 
-class _Products(TorchFunctionMode):
-    """Shows products of matrices to the feeds."""
+class _MatmulMode(TorchFunctionMode):
+    """Shows the operands of matrix products to the observers."""
 
     def __init__(self, observers: InputObservers):
         super().__init__()
         self._observers = observers
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _PRODUCTS and len(args) > 1 and torch.is_tensor(args[1]):
-            self._observers.product(args[0], args[1])
+        if func in _MATMULS and len(args) > 1 and torch.is_tensor(args[1]):
+            self._observers.observe_matmul(args[0], args[1])
         return func(*args, **(kwargs or {}))
+
+
+def input_norms(layer: PrunableLayer, observers: Sequence[InputObserver]) -> torch.Tensor:
+    """Returns the L2 norms of a layer's inputs over all tokens, of a shape that broadcasts to the weight's."""
+    per_matrix = [observer.statistic.norms for observer in observers if layer in observer.layers]
+    norms = torch.stack(per_matrix) if layer.expert_dim is not None else per_matrix[0]
+    return norms.unsqueeze(layer.row_dim)
+
+
+def fill_unreached(observers: Sequence[InputObserver], on_unreached: str) -> None:
+    """Gives inputs that no token has reached equal norms, so that their weights are pruned by magnitude.
+
+    The norms are as large as the mean of the layer's other experts, with which these weights may compete.
+
+    Args:
+        observers: all observers of a subgraph.
+        on_unreached: "magnitude", or "error".
+
+    Raises:
+        ValueError: no token has reached an input, and `on_unreached` is "error".
+    """
+    unreached = [observer for observer in observers if not observer.statistic.count]
+    if unreached and on_unreached == "error":
+        raise ValueError(
+            f"no token of the calibration data reaches {len(unreached)} of {len(observers)} inputs, such as that of "
+            f'"{unreached[0].name}": give more data, set on_unreached="magnitude" to prune these by magnitude, or '
+            f'leave the weight out, as with exclude=["{unreached[0].layers[0].module}"].'
+        )
+    levels = [_mean_square_of_others(observer, observers) for observer in unreached]
+    for observer, level in zip(unreached, levels, strict=True):
+        logger.warning('no token reaches "%s": it is pruned by magnitude.', observer.name)
+        total = observer.statistic.total
+        is_gram = isinstance(observer.statistic, GramMatrix)
+        total.copy_(level * (torch.eye(len(total)) if is_gram else torch.ones(len(total))))
+        observer.statistic.count = len(total)
+
+
+def _mean_square_of_others(observer: InputObserver, observers: Sequence[InputObserver]) -> float:
+    """The mean over the reached experts of the same layer of their inputs' sums of squares; 1 if there are none."""
+    squares = [
+        other.statistic.norms.square().mean()
+        for other in observers
+        if other.layers == observer.layers and other.statistic.count
+    ]
+    return float(torch.stack(squares).mean()) if squares else 1.0

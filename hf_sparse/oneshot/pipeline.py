@@ -1,9 +1,8 @@
-"""Blocks: the repeated parts of a model, found by its structure, and a walk over them that computes each block of each
-batch once, however often the model around them is asked.
+"""Runs a model block by block over calibration batches, so that each block computes each batch once.
 
-The model itself says what reaches a block: its own forward is run, with blocks that are done giving back what they
-gave, and stops where it has gone far enough. So masks, positions, and whatever else a model hands to its blocks are
-right without this package knowing of them.
+The model's own forward is run for every step: blocks that are finished return their cached outputs, and the forward is
+stopped as soon as it has gone far enough. Attention masks, position embeddings and whatever else the model passes to
+its blocks are therefore right without knowledge of its architecture.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -20,143 +19,177 @@ from ..calibration.batches import call_model, to_device
 from ..distributed import input_device
 from ..model.evaluation_mode import evaluation_mode
 from ..model.layers import PrunableLayer
-from .activations import Activations
+from .activation_cache import ActivationCache
 
 
-class Stop(BaseException):
-    """A forward has gone far enough. No code of a model catches it."""
+class StopForward(BaseException):
+    """Ends a forward early. Not an `Exception`, so that no code of a model catches it."""
 
 
 @dataclass(frozen=True)
 class Subgraph:
-    """What is pruned together, from what reaches it: the layers of a block, or those outside all blocks.
+    """Layers that are calibrated and pruned together: those of one block, or those outside all blocks.
 
     Args:
-        name: of the block, or of what stands for one.
-        layers: those to prune; of a block that only passes on what it gets there are none.
-        stack: the name of the list that the block is in; None outside blocks.
-        until: the name of the block that is not to be entered any more, outside blocks; None if there is none.
+        name: of the block's module, or a description for layers outside blocks.
+        layers: the layers to prune; empty for a block that only propagates activations.
+        block_list: name of the `nn.ModuleList` or `nn.Sequential` that the block is in; None outside blocks.
+        stop_before: outside blocks, the name of the block at which the forward ends; None to run it to its end.
     """
 
     name: str
     layers: tuple[PrunableLayer, ...]
-    stack: str | None = None
-    until: str | None = None
+    block_list: str | None = None
+    stop_before: str | None = None
+
+    @property
+    def is_block(self) -> bool:
+        """Whether these are the layers of a block, whose output can be cached."""
+        return self.block_list is not None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of the modules that hold its weights: the block, or the modules of its layers."""
+        return (self.name,) if self.is_block else tuple(dict.fromkeys(layer.module for layer in self.layers))
+
+
+def _do_nothing(index: int) -> None:
+    pass
 
 
 class BlockPipeline:
-    """Runs a model over batches. Within `with walk:` the model is in evaluation mode, without gradients and cache.
+    """Runs a model over calibration batches, subgraph by subgraph.
+
+    A context manager: inside, the model is in evaluation mode, without gradients and without a key-value cache.
 
     Args:
         model: any module.
-        batches: what it is called with: keyword arguments in a mapping, positional ones in a tuple, or a tensor.
-        place: where outputs of blocks are kept, see `Activations`.
+        batches: arguments of the model: a mapping of keyword arguments, a tuple of positional ones, or a tensor.
+        storage: where outputs of blocks are cached, see `ActivationCache`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> with BlockPipeline(model, [torch.ones(3, 2)]) as pipeline:
+        ...     pipeline.propagate(Subgraph("0", (), block_list=""))  # "0" computes once and is cached
+        ...     output = pipeline.forward(0)
+        >>> output.shape
+        torch.Size([3, 1])
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], place: str = "cpu"):
-        self.model, self.batches, self._place = model, batches, place
-        self._passed: dict[str, Activations] = {}
-        self._done: dict[str, tuple[nn.Module, Any]] = {}
-        self._now = 0
-        self._taken: dict[str, Any] = {}
-        self._used_up: str | None = None
-        self._context: ExitStack | None = None
+    def __init__(self, model: nn.Module, batches: Sequence[Any], storage: str = "cpu"):
+        self.model, self.batches, self._storage = model, batches, storage
+        self._caches: dict[str, ActivationCache] = {}
+        """Block list -> outputs of the last block of it that was propagated."""
+        self._original_forwards: dict[str, tuple[nn.Module, Any]] = {}
+        self._batch_index = 0
+        self._cached_outputs: dict[str, Any] = {}
+        """Block list -> cached output for the batch that is running."""
+        self._overwritten_list: str | None = None
+        self._context = ExitStack()
 
     def __enter__(self) -> BlockPipeline:
-        self._context = ExitStack()
         self._context.enter_context(torch.no_grad())
         self._context.enter_context(evaluation_mode(self.model))
-        self._context.callback(self._forget)
+        self._context.callback(self._restore_forwards)
         return self
 
     def __exit__(self, *error) -> None:
         self._context.close()
 
-    def _forget(self) -> None:
-        """Blocks compute again."""
-        for module, own in self._done.values():
-            if own is None:
+    def _restore_forwards(self) -> None:
+        for module, original in self._original_forwards.values():
+            if original is None:
                 del module.forward
             else:
-                module.forward = own
-        self._done.clear()
-        self._passed.clear()
-        self._taken.clear()
+                module.forward = original
+        self._original_forwards.clear()
+        self._caches.clear()
+        self._cached_outputs.clear()
 
     def forward(self, index: int) -> Any:
-        """Run one batch until something raises `Stop`. Returns what the model gives, if nothing does."""
-        self._now = index
+        """Runs the model on batch `index`. Returns its output, or None if a hook ended the forward early."""
+        self._batch_index = index
         try:
             return call_model(self.model, to_device(self.batches[index], input_device(self.model)))
-        except Stop:
+        except StopForward:
             return None
         finally:
-            self._taken.clear()
+            self._cached_outputs.clear()
 
-    def propagate(self, subgraph: Subgraph, before: Callable[[int], None] = lambda index: None) -> None:
-        """Run every batch through a block and keep what it gives; `before` is called with each batch's number first.
-        From then on the block gives that without computing."""
-        self._used_up = subgraph.stack  # what a block gives takes the place of what it got
+    def propagate(self, subgraph: Subgraph, before_batch: Callable[[int], None] = _do_nothing) -> None:
+        """Runs every batch through a block and caches its outputs, which it returns from then on without computing.
+
+        Args:
+            subgraph: a block.
+            before_batch: called with the number of each batch before it runs.
+
+        Raises:
+            ValueError: the subgraph is not a block.
+        """
+        block_list = subgraph.block_list
+        if block_list is None:
+            raise ValueError(f'"{subgraph.name}" is not a block, so its outputs cannot be cached')
+        if block_list not in self._caches:
+            self._caches[block_list] = ActivationCache(self._storage)
+        cache = self._caches[block_list]
+        self._overwritten_list = block_list  # a block's outputs replace its inputs in the cache
         try:
             for index in range(len(self.batches)):
-                before(index)
-                self.keep(subgraph, index, self.output(subgraph.name, index))
+                before_batch(index)
+                cache[index] = self.block_output(subgraph.name, index)
         finally:
-            self._used_up = None
-        self.finish(subgraph)
+            self._overwritten_list = None
+        module = self.model.get_submodule(subgraph.name)
+        self._original_forwards[subgraph.name] = module, module.__dict__.get("forward")
+        module.forward = lambda *args, **kwargs: self._cached_output(block_list)
 
-    def output(self, block: str, index: int) -> Any:
-        """What a block gives for one batch."""
-        found = []
+    def block_output(self, block: str, index: int) -> Any:
+        """Returns the output of a block for batch `index`.
 
-        def take(module, args, output):
-            found.append(output)
-            raise Stop
+        Raises:
+            ValueError: the model does not call the block for this batch.
+        """
+        outputs = []
 
-        handle = self.model.get_submodule(block).register_forward_hook(take)
+        def capture(module, args, output):
+            outputs.append(output)
+            raise StopForward
+
+        handle = self.model.get_submodule(block).register_forward_hook(capture)
         try:
             self.forward(index)
         finally:
             handle.remove()
-        if not found:
+        if not outputs:
             raise ValueError(f'a forward on calibration batch {index} does not reach the block "{block}".')
-        return found[0]
+        return outputs[0]
 
-    def keep(self, subgraph: Subgraph, index: int, output: Any) -> None:
-        """Take `output` for what a block gives for a batch."""
-        self._passed.setdefault(subgraph.stack, Activations(self._place))[index] = output
+    def _cached_output(self, block_list: str) -> Any:
+        """The cached output for the current batch, read once however many finished blocks of the list return it."""
+        if block_list not in self._cached_outputs:
+            cache, index = self._caches[block_list], self._batch_index
+            overwritten = block_list == self._overwritten_list
+            self._cached_outputs[block_list] = cache.pop(index) if overwritten else cache[index]
+        return self._cached_outputs[block_list]
 
-    def finish(self, subgraph: Subgraph) -> None:
-        """From now on the block gives what is kept of its stack, without computing."""
-        module = self.model.get_submodule(subgraph.name)
-        self._done[subgraph.name] = module, module.__dict__.get("forward")
-        module.forward = lambda *args, **kwargs: self._take(subgraph.stack)
+    def is_propagated(self, subgraph: Subgraph) -> bool:
+        """Whether the block returns cached outputs."""
+        return subgraph.name in self._original_forwards
 
-    def _take(self, stack: str) -> Any:
-        """What is kept of a stack for the batch that runs: brought once, however many of its blocks are done."""
-        if stack not in self._taken:
-            kept = self._passed[stack]
-            self._taken[stack] = kept.pop(self._now) if stack == self._used_up else kept[self._now]
-        return self._taken[stack]
-
-    def __contains__(self, block: str) -> bool:
-        """Whether a block gives what is kept."""
-        return block in self._done
-
-    def run_until(self, subgraph: Subgraph, before: Callable[[int], None] = lambda index: None) -> None:
-        """Run every batch as far as a stage goes, and keep nothing."""
+    def run_until(self, subgraph: Subgraph, before_batch: Callable[[int], None] = _do_nothing) -> None:
+        """Runs every batch up to the end of a subgraph and discards the outputs."""
         with ExitStack() as handles:
-            if subgraph.stack is not None:
-                handle = self.model.get_submodule(subgraph.name).register_forward_hook(stop)
+            if subgraph.is_block:
+                handle = self.model.get_submodule(subgraph.name).register_forward_hook(stop_forward)
                 handles.callback(handle.remove)
-            elif subgraph.until is not None:
-                handle = self.model.get_submodule(subgraph.until).register_forward_pre_hook(stop)
+            elif subgraph.stop_before is not None:
+                handle = self.model.get_submodule(subgraph.stop_before).register_forward_pre_hook(stop_forward)
                 handles.callback(handle.remove)
             for index in range(len(self.batches)):
-                before(index)
+                before_batch(index)
                 self.forward(index)
 
 
-def stop(module, *arguments) -> None:
-    """A hook that ends the forward."""
-    raise Stop
+def stop_forward(module: nn.Module, *arguments: Any) -> NoReturn:
+    """A forward hook or forward pre-hook that ends the forward."""
+    raise StopForward

@@ -1,4 +1,4 @@
-"""A dry run: what one-shot pruning would prune, and about what memory and time it would take. Nothing changes."""
+"""A dry run of one-shot pruning: what would be pruned, and the memory and time that it would take."""
 
 from __future__ import annotations
 
@@ -6,110 +6,122 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..calibration.batches import count_tokens
 from ..config import OneshotConfig, PruningConfig
 from ..engine.parameter_group import ParameterGroup
-from ..model.layers import PrunableLayer
 from ..reporting.tables import format_table
 from ..requires import Requires
-from .costs import Costs, costs_of
-from .prune import OneshotRun
-from .validation import ranks_dense_model
+from .costs import Costs, estimate_costs
+from .prepare import prepare_run
+from .run import OneshotRun
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One weight. `falling` of its `units` are to be zero; None where that is decided over all layers together or by
-    what is seen of their inputs. `subgraph` is what it is pruned with; None where no input has a say."""
+    """The plan for one layer.
+
+    Args:
+        name: of the weight.
+        group: name of its parameter group.
+        shape: of the weight.
+        pattern: its pattern.
+        num_weights: the number of its weights.
+        num_units: the number of its units.
+        num_pruned: how many of the units will be zero; None if that is decided by a global ranking or by its inputs.
+        subgraph: name of the block or subgraph that it is pruned with; None if its inputs are not observed.
+    """
 
     name: str
     group: str
     shape: tuple[int, ...]
     pattern: str
-    weights: int
-    units: int
-    falling: int | None
+    num_weights: int
+    num_units: int
+    num_pruned: int | None
     subgraph: str | None
 
 
 @dataclass(frozen=True)
 class OneshotPlan:
-    """What a run would do.
+    """What a one-shot run would do. `str(plan)` is a table.
 
     Args:
-        layers: the selected weights.
-        stages: how many blocks are gone through, one after the other.
-        tokens: of the calibration data, padding left out.
+        layers: the selected layers.
+        num_subgraphs: the number of blocks (or other subgraphs) that are pruned one after the other.
+        num_tokens: the number of calibration tokens, padding not included.
         costs: memory and time.
     """
 
     layers: tuple[LayerPlan, ...]
-    subgraphs: int
-    tokens: int
+    num_subgraphs: int
+    num_tokens: int
     costs: Costs
 
     def __str__(self) -> str:
-        rows = [("layer", "shape", "pattern", "stage", "units", "to fall")]
+        rows = [("layer", "shape", "pattern", "block", "units", "to prune")]
         for layer in self.layers:
-            falling = "ranked" if layer.falling is None else f"{layer.falling:,}"
+            num_pruned = "ranked" if layer.num_pruned is None else f"{layer.num_pruned:,}"
             shape = "x".join(map(str, layer.shape))
-            rows.append((layer.name, shape, layer.pattern, layer.subgraph or "-", f"{layer.units:,}", falling))
-        weights = sum(layer.weights for layer in self.layers)
-        text = f"{len(self.layers)} weights of {weights:,} in all, {self.subgraphs} stages, {self.tokens:,} tokens"
-        return f"{format_table(rows, text_columns=4)}\n\n{text}\n{self.costs}"
+            rows.append((layer.name, shape, layer.pattern, layer.subgraph or "-", f"{layer.num_units:,}", num_pruned))
+        num_weights = sum(layer.num_weights for layer in self.layers)
+        summary = (
+            f"layers: {len(self.layers)} with {num_weights:,} weights; blocks: {self.num_subgraphs}; "
+            f"calibration tokens: {self.num_tokens:,}"
+        )
+        return f"{format_table(rows, text_columns=4)}\n\n{summary}\n{self.costs}"
 
 
 def plan_oneshot(model: nn.Module, calibration_data: Iterable[Any] | None, config: PruningConfig) -> OneshotPlan:
-    """What `prune_oneshot` would do with the same arguments. Takes a few forwards of one batch.
+    """Returns what `prune_oneshot` would do with the same arguments, without changing the model.
 
-    Memory is what stays while a block is pruned, beside the model and one forward. Time comes from the speed of the
-    forwards that were run, and is an order of magnitude: see `Costs`.
+    Runs a few forwards of one batch. The memory is that of a block while it is pruned, in addition to the model and
+    one forward; it is counted. The time is extrapolated from the measured forwards: an order of magnitude.
+
+    Args:
+        model: as for `prune_oneshot`.
+        calibration_data: as for `prune_oneshot`.
+        config: as for `prune_oneshot`.
 
     Raises:
-        as `prune_oneshot` before it prunes anything.
+        PruningConfigError: as for `prune_oneshot`.
+        ValueError: as for `prune_oneshot`, as far as one batch shows it.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 2, bias=False))
         >>> plan = plan_oneshot(model, [torch.ones(3, 4)], OneshotConfig(target_sparsity=0.5))
-        >>> plan.layers[0].units, plan.layers[0].falling, plan.costs.activations
+        >>> plan.layers[0].num_units, plan.layers[0].num_pruned, plan.costs.activation_bytes
         (8, 4, 24)
     """
-    run = OneshotRun(model, calibration_data, OneshotConfig.of(config))
-    trace, costs = costs_of(run)
-    stage_of = {
-        layer.name: subgraph.name for subgraph in (trace.subgraphs if trace else ()) for layer in subgraph.layers
-    }
-    layers = [
-        LayerPlan(
-            layer.name,
-            group.name,
-            layer.shape,
-            str(group.pattern),
-            layer.numel,
-            _units(group, layer),
-            falling.get(layer.name),
-            stage_of.get(layer.name),
-        )
-        for group in run.groups
-        for falling in [_falling(run, group)]
-        for layer in group.layers
-    ]
-    tokens = sum(map(count_tokens, run.batches))
-    return OneshotPlan(tuple(layers), len(trace.subgraphs) if trace else 0, tokens, costs)
+    run = prepare_run(model, calibration_data, OneshotConfig.of(config))
+    trace = run.trace()
+    costs = estimate_costs(run, trace)
+    subgraphs = () if trace is None else tuple(trace.subgraphs)
+    subgraph_of = {layer.name: subgraph.name for subgraph in subgraphs for layer in subgraph.layers}
+    layers = []
+    for group in run.groups:
+        num_pruned = _num_pruned(run, group)
+        for layer in group.layers:
+            plan = LayerPlan(
+                name=layer.name,
+                group=group.name,
+                shape=layer.shape,
+                pattern=str(group.pattern),
+                num_weights=layer.numel,
+                num_units=group.options.num_units(layer),
+                num_pruned=num_pruned.get(layer.name),
+                subgraph=subgraph_of.get(layer.name),
+            )
+            layers.append(plan)
+    return OneshotPlan(tuple(layers), len(subgraphs), sum(map(count_tokens, run.batches)), costs)
 
 
-def _units(group: ParameterGroup, layer: PrunableLayer) -> int:
-    matrices = layer.num_matrices
-    return matrices * torch.Size(group.pattern.unit_shape(layer.matrix_shape)).numel()
-
-
-def _falling(run: OneshotRun, group: ParameterGroup) -> dict[str, int]:
-    """How many units of each layer are to be zero, as far as that is known before."""
+def _num_pruned(run: OneshotRun, group: ParameterGroup) -> dict[str, int]:
+    """The number of units of each layer that will be zero, as far as it is known in advance."""
     if not group.target:
-        return run.gone(group) or dict.fromkeys((layer.name for layer in group.layers), 0)
-    if ranks_dense_model(group) or group.options.allocation.requires & Requires.OUTLIERS:
+        return run.num_pruned(group) or dict.fromkeys((layer.name for layer in group.layers), 0)
+    if group.options.ranks_all_layers or group.options.requires & Requires.OUTLIERS:
         return {}
-    return group.prune_counts(run.gone(group), {})
+    return group.prune_counts(run.num_pruned(group), {})

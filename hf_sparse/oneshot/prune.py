@@ -1,37 +1,30 @@
-"""One-shot pruning: a pretrained model, some calibration data, one prune step, no training.
+"""One-shot pruning of a pretrained model: calibration data, one prune step, no training.
 
-survey    the dense model, where something is shared out or ranked over all layers
-decide    masks of what is ranked over all layers, or by gradients
-walk      stage by stage: observe inputs, prune, pass on what the pruned block gives
+1. Dense model: observe inputs, for globally ranked groups and for allocations; accumulate gradients; select masks of
+   globally ranked groups.
+2. Prune the layers that need no observation of their inputs.
+3. Subgraph by subgraph: observe inputs, prune, propagate the outputs of the pruned block.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..calibration.batches import concatenate_batches
 from ..config import OneshotConfig, PruningConfig
-from ..distributed import get_communicator, iter_parameters, onload
-from ..engine.parameter_group import ParameterGroup
-from ..engine.resolve import resolve_layers
-from ..model.layers import PrunableLayer
+from ..distributed import iter_parameters, onload
 from ..numerics import count_zeros
 from ..reporting.report import SparsityReport
-from .dense_pass import accumulate_gradients, masks_from_dense_model
+from .dense_model import accumulate_gradients, masks_from_dense_model
 from .layerwise import LayerPruner
-from .resume import FinishedSubgraphs, ResumeError, identity_of
+from .prepare import prepare_run
+from .resume import FinishedSubgraphs, ResumeError, run_digest
+from .run import OneshotRun
 from .sequential import SequentialPruner
-from .tracing import trace_model
-from .validation import check_once, check_run, ranks_dense_model, requires_dense_pass, requires_inputs
-
-
-logger = logging.getLogger(__name__)
 
 
 def prune_oneshot(
@@ -41,26 +34,27 @@ def prune_oneshot(
     state_dir: str | Path | None = None,
     progress: bool = True,
 ) -> SparsityReport:
-    """Prune `model` in place, without training.
+    """Prunes `model` in place, without training.
 
-    Block by block, the inputs of each weight are observed over the calibration data, its weights are pruned, and what
-    the pruned block gives is passed on to the next. Nothing is added to the model: `save_pretrained` writes a plain
-    checkpoint, and `SparseTrainer` with `keep_zeros=True` fine-tunes the weights that are left.
+    Block by block, the inputs of each layer are observed over the calibration data, its weights are pruned, and the
+    outputs of the pruned block become the inputs of the next one. Nothing is added to the model: `save_pretrained`
+    writes a plain checkpoint, and `SparseTrainer` with `keep_zeros=True` fine-tunes the remaining weights.
 
     Args:
-        model: of transformers or any other; on any device, or offloaded by accelerate (`device_map`).
-        calibration_data: batches, as the model takes them (mappings of keyword arguments, tuples, or tensors), on the
-            CPU. Padding, by `attention_mask`, is not counted. May be None where nothing looks at inputs. Under
-            `accelerate launch` each process gives all of it, and takes its share.
-        config: `OneshotConfig`, or a `PruningConfig` of the same options.
-        state_dir: where finished blocks are kept, so that the same call goes on after an interruption.
-        progress: whether a bar is shown.
+        model: a transformers model or any other, on any device or offloaded by accelerate (`device_map`).
+        calibration_data: batches on the CPU, in a form that the model takes: mappings of keyword arguments, tuples of
+            positional arguments, or tensors. Padding tokens, where `attention_mask` is 0, do not count. May be None
+            if no method needs data. Under `accelerate launch` every process gives all batches and uses its share.
+        config: an `OneshotConfig`, or a `PruningConfig`, whose scheduling options do not apply.
+        state_dir: a folder for finished blocks, from which the same call continues after an interruption.
+        progress: whether to show a progress bar.
 
-    Returns: zeros counted in the weights, with each layer's error on calibration data.
+    Returns:
+        The zeros of each layer, counted in the weights, and the error of its outputs on calibration data.
 
     Raises:
         PruningConfigError: options that contradict each other or the model, all together.
-        ValueError: calibration data that is missing, not finite, or does not reach a layer; a model without blocks.
+        ValueError: calibration data that is missing, is not finite or does not reach a layer; a model without blocks.
         ResumeError: `state_dir` belongs to another run.
 
     Example:
@@ -73,110 +67,47 @@ def prune_oneshot(
         tensor([[4., 1., 0., 0.],
                 [0., 2., 0., 4.]])
     """
-    return OneshotRun(model, calibration_data, OneshotConfig.of(config)).run(state_dir, progress)
+    oneshot_config = OneshotConfig.of(config)
+    run = prepare_run(model, calibration_data, oneshot_config)
+    finished = None if state_dir is None else _open_finished(run, oneshot_config, state_dir)
+    trace = run.trace()
+    sequential = None if trace is None else SequentialPruner(run, trace)
+    norms, outliers = ({}, {}) if sequential is None else sequential.dense_calibration_pass()
+    if any(group.requires_gradients for group in run.groups):
+        accumulate_gradients(model, run.groups, run.local_batches, run.communicator)
+    layer_pruner = LayerPruner(
+        groups=run.group_of,
+        prune_counts=run.prune_counts(outliers),
+        masks=masks_from_dense_model(model, run.dense_ranked_groups, norms) if run.dense_ranked_groups else {},
+        on_unreached=run.on_unreached,
+    )
+    calibrated = set(run.calibrated_layers)
+    for layer in (layer for group in run.groups for layer in group.layers if layer not in calibrated):
+        with onload(model.get_submodule(layer.module)), torch.no_grad():
+            layer_pruner.prune_without_inputs(layer, model.get_parameter(layer.name))
+    errors: Mapping[str, float] = {}
+    if sequential is not None and calibrated:
+        errors = sequential.prune(layer_pruner, finished, progress)
+    return _report(run, errors)
 
 
-class OneshotRun:
-    """One run."""
+def _open_finished(run: OneshotRun, config: OneshotConfig, folder: str | Path) -> FinishedSubgraphs:
+    """Read the finished subgraphs, on all ranks."""
+    digest = run_digest(config.to_dict(), iter_parameters(run.model), run.batches)
+    try:
+        finished = FinishedSubgraphs(folder, digest, run.communicator.rank == 0)
+    except ResumeError as error:
+        run.communicator.raise_together(error)
+    else:
+        run.communicator.raise_together(None)
+    counts = torch.cat(run.communicator.all_gather(torch.tensor([finished.count]))).tolist()
+    if len(set(counts)) > 1:
+        raise ResumeError(f"ranks find {counts} finished blocks in {folder}: use a folder that all of them share.")
+    return finished
 
-    def __init__(self, model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig):
-        self.model, self.config, self.communicator = model, config, get_communicator()
-        resolved, self.skipped = resolve_layers(model, config, observes_inputs=True)
-        self.groups = [ParameterGroup(group) for group in resolved]
-        self.batches = list(calibration_data) if calibration_data is not None else []
-        check_run(model, config, self.groups, self.batches, self.communicator.world_size)
-        if self.skipped:
-            logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(self.skipped))
-        self.group_of = {layer.name: group for group in self.groups for layer in group.layers}
-        self.own = self.batches[self.communicator.rank :: self.communicator.world_size]
-        if config.forwards == 1 and self.own:
-            self.own = [concatenate_batches(self.own)]
 
-    # What each group needs
-
-    @property
-    def dense(self) -> list[ParameterGroup]:
-        """Groups whose masks are decided on the dense model."""
-        return [group for group in self.groups if group.target and ranks_dense_model(group)]
-
-    @property
-    def seen(self) -> list[PrunableLayer]:
-        """Layers that are pruned by what reaches them."""
-        return [layer for group in self.groups for layer in group.layers if requires_inputs(group)]
-
-    @property
-    def dense_pass_layers(self) -> list[PrunableLayer]:
-        """Layers whose inputs in the dense model matter."""
-        return [layer for group in self.groups if requires_dense_pass(group) for layer in group.layers]
-
-    # The run
-
-    def run(self, state_dir: str | Path | None, progress: bool) -> SparsityReport:
-        finished = self._finished(state_dir)
-        trace = None
-        if watched := list(dict.fromkeys([*self.dense_pass_layers, *self.seen])):
-            trace = trace_model(self.model, watched, self.batches[0], self.config.sequential)
-            check_once(self.config, self.seen, trace.repeated)
-        subgraphs = SequentialPruner(self.model, self.config, self.own, self.group_of, self.communicator, trace)
-        norms, outliers = (
-            subgraphs.dense_calibration_pass(self.dense_pass_layers) if self.dense_pass_layers else ({}, {})
-        )
-        if any(group.requires_gradients for group in self.groups):
-            accumulate_gradients(self.model, self.groups, self.own, self.communicator)
-        masks = masks_from_dense_model(self.model, self.dense, norms) if self.dense else {}
-        layer_pruner = LayerPruner(
-            groups=self.group_of,
-            prune_counts=self._prune_counts(outliers),
-            masks=masks,
-            on_unreached=self.config.on_unreached,
-        )
-        errors: dict[str, float | None] = {}
-        self._prune_unseen(layer_pruner)
-        if self.seen:
-            errors = subgraphs.prune(layer_pruner, finished, progress)
-        return self._report(errors)
-
-    def _finished(self, state_dir: str | Path | None) -> FinishedSubgraphs | None:
-        if state_dir is None:
-            return None
-        identity = identity_of(self.config.to_dict(), iter_parameters(self.model), self.batches)
-        finished, error = None, None
-        try:
-            finished = FinishedSubgraphs(state_dir, identity, self.communicator.rank == 0)
-        except ResumeError as problem:
-            error = problem
-        self.communicator.raise_together(error)
-        counts = torch.cat(self.communicator.all_gather(torch.tensor([finished.count]))).tolist()
-        if len(set(counts)) > 1:
-            raise ResumeError(
-                f"processes find {counts} finished stages in {state_dir}: give a folder that all of them share."
-            )
-        return finished
-
-    def _prune_counts(self, outliers: dict[str, float]) -> dict[str, int]:
-        prune_counts: dict[str, int] = {}
-        for group in (group for group in self.groups if group.target and not ranks_dense_model(group)):
-            prune_counts |= group.prune_counts(self.gone(group), outliers)
-        return prune_counts
-
-    def gone(self, group: ParameterGroup) -> dict[str, int]:
-        """How many units of each layer are zero already, where they are locked."""
-        if not self.config.keep_zeros:
-            return {}
-        gone = {}
-        for layer in group.layers:
-            with onload(self.model.get_submodule(layer.module)):
-                gone[layer.name] = group.pruned_units(layer, self.model.get_parameter(layer.name))
-        return gone
-
-    def _prune_unseen(self, layer_pruner: LayerPruner) -> None:
-        """What no input has a say in."""
-        for layer in (layer for group in self.groups if not requires_inputs(group) for layer in group.layers):
-            with onload(self.model.get_submodule(layer.module)), torch.no_grad():
-                layer_pruner.prune(layer, self.model.get_parameter(layer.name))
-
-    def _report(self, errors: dict[str, float]) -> SparsityReport:
-        zeros, sizes = {}, {}
-        for name, tensor in iter_parameters(self.model):
-            zeros[name], sizes[name] = count_zeros(tensor), tensor.numel()
-        return SparsityReport.from_counts(self.groups, zeros, sizes, errors)
+def _report(run: OneshotRun, errors: Mapping[str, float]) -> SparsityReport:
+    zeros, sizes = {}, {}
+    for name, tensor in iter_parameters(run.model):
+        zeros[name], sizes[name] = count_zeros(tensor), tensor.numel()
+    return SparsityReport.from_counts(run.groups, zeros, sizes, errors)

@@ -1,4 +1,4 @@
-"""The folder of a model that was pruned one-shot: a plain checkpoint, and what there is to say of it."""
+"""The output folder of a one-shot run: a plain checkpoint, with report, results and model card."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import OneshotConfig
 from ..engine.resolve import resolve_layers
@@ -17,7 +17,7 @@ from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
 
 
-# What the Hub calls the task of a model, by its Auto class.
+# The Hub's name of the task of each Auto class.
 _TASKS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
@@ -29,19 +29,19 @@ _TASKS = {
 
 @dataclass
 class OneshotResult:
-    """What a run found out.
+    """The results of a one-shot run.
 
     Args:
-        name: of the model that comes out.
-        base_model: that went in, folder or Hub name.
-        report: zeros in the weights.
-        config: of the run.
-        calibration: data, split, samples, unit, length, seed and tokens; empty where nothing was looked at.
-        dataset: Hub name of the calibration data, if they are from there.
-        measured_on: the same of the data that was measured on.
-        dense: measurements before pruning.
-        sparse: the same after.
-        processes: how many pruned together.
+        name: of the pruned model.
+        base_model: folder or Hub name of the dense model.
+        report: zeros of the weights.
+        config: the options of the run.
+        calibration: data, split, samples, unit, length, seed and tokens; empty without calibration data.
+        dataset: Hub name of the calibration data, if they come from there.
+        eval_dataset: Hub name of the evaluation data, if they come from there.
+        dense_metrics: metrics before pruning.
+        sparse_metrics: metrics after pruning.
+        world_size: the number of processes.
     """
 
     name: str
@@ -50,61 +50,65 @@ class OneshotResult:
     config: OneshotConfig
     calibration: dict[str, Any] = field(default_factory=dict)
     dataset: str | None = None
-    measured_on: str | None = None
-    dense: dict[str, float] = field(default_factory=dict)
-    sparse: dict[str, float] = field(default_factory=dict)
-    processes: int = 1
+    eval_dataset: str | None = None
+    dense_metrics: dict[str, float] = field(default_factory=dict)
+    sparse_metrics: dict[str, float] = field(default_factory=dict)
+    world_size: int = 1
 
-    def save(self, folder: Path, model: nn.Module, tokenizer: Any) -> None:
-        """Write checkpoint, tokenizer, report, config, results, a figure and the card."""
+    def save(self, folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
+        """Writes checkpoint, tokenizer, report, config, results, figure and model card."""
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        results = {"model": self.base_model, "calibration": self.calibration or None}
-        results |= _named("dense", self.dense) | _named("eval", self.sparse)
+        results: dict[str, Any] = {"model": self.base_model, "calibration": self.calibration or None}
+        results |= {f"dense_{name}": value for name, value in self.dense_metrics.items()}
+        results |= {f"eval_{name}": value for name, value in self.sparse_metrics.items()}
         write_json(folder / ONESHOT_RESULTS_FILE, results)
         plot_layers(folder / LAYERS_PLOT_FILE, self.report)
         write_card(folder, self._card(model))
 
-    def _card(self, model: nn.Module) -> SparsityCard:
-        opener = auto_class(type(model).__name__)
-        task = _TASKS.get(opener)
-        metadata = {"base_model": self.base_model} | ({"datasets": [self.dataset]} if self.dataset else {})
+    def _card(self, model: PreTrainedModel) -> SparsityCard:
+        model_class = auto_class(type(model).__name__)
+        task = _TASKS.get(model_class or "")
+        metadata: dict[str, Any] = {"base_model": self.base_model}
+        if self.dataset:
+            metadata["datasets"] = [self.dataset]
+        if task:
+            metadata["pipeline_tag"] = task
+        has_eval_dataset = self.eval_dataset and self.sparse_metrics
         return SparsityCard(
             model_name=self.name,
             report=self.report,
             config=self.config.to_dict(),
-            metadata=metadata | ({"pipeline_tag": task} if task else {}),
+            metadata=metadata,
             task=task,
-            dataset={"type": self.measured_on, "name": self.measured_on} if self.measured_on and self.sparse else None,
-            dense_metrics=_named("eval", _measured(self.dense)),
-            metrics=_named("eval", _measured(self.sparse)),
-            calibration=told(self.calibration) if self.calibration else None,
+            dataset={"type": self.eval_dataset, "name": self.eval_dataset} if has_eval_dataset else None,
+            dense_metrics=_card_metrics(self.dense_metrics),
+            metrics=_card_metrics(self.sparse_metrics),
+            calibration=format_calibration(self.calibration) if self.calibration else None,
             settings=[group.to_dict() for group in resolve_layers(model, self.config, observes_inputs=True)[0]],
-            processes=self.processes,
+            processes=self.world_size,
             command=command_line(),
-            auto_class=opener,
+            auto_class=model_class,
             oneshot=True,
         )
 
 
-def told(calibration: dict[str, Any]) -> str:
-    """Calibration data in words.
+def format_calibration(calibration: dict[str, Any]) -> str:
+    """Returns a description of calibration data.
 
     Example:
-        >>> told({"samples": 2, "unit": "blocks", "length": 8, "data": "a.txt", "seed": 0, "tokens": 16})
-        '2 blocks of 8 tokens out of a.txt, 16 tokens in all, seed 0'
+        >>> format_calibration(
+        ...     {"samples": 2, "unit": "blocks", "length": 8, "data": "a.txt", "seed": 0, "tokens": 16}
+        ... )
+        '2 blocks of 8 tokens from a.txt, 16 tokens in total, seed 0'
     """
-    most = "at most " if calibration["unit"] == "rows" else ""
-    return "{samples} {unit} of {most}{length} tokens out of {data}, {tokens:,} tokens in all, seed {seed}".format(
-        most=most, **calibration
+    at_most = "at most " if calibration["unit"] == "rows" else ""
+    return "{samples} {unit} of {at_most}{length} tokens from {data}, {tokens:,} tokens in total, seed {seed}".format(
+        at_most=at_most, **calibration
     )
 
 
-def _measured(metrics: dict[str, float]) -> dict[str, float]:
-    """Less what they are of."""
-    return {name: value for name, value in metrics.items() if name not in ("tokens", "samples")}
-
-
-def _named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+def _card_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics as Trainer names them, without the size of the data."""
+    return {f"eval_{name}": value for name, value in metrics.items() if name not in ("tokens", "samples")}

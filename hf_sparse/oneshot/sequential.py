@@ -1,232 +1,221 @@
-"""Stages gone through one after the other: what reaches each is observed, its layers are pruned, and what it gives is
-passed on to the next."""
+"""Prunes a model subgraph by subgraph: observe the inputs of its layers, prune them, propagate its outputs."""
 
 from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.batches import token_masks
-from ..config import OneshotConfig
-from ..distributed import Communicator, onload
-from ..engine.parameter_group import ParameterGroup
+from ..distributed import onload
 from ..model.blocks import group_by_block
 from ..model.layers import PrunableLayer
 from ..numerics import count_zeros
 from ..requires import Requires
-from .layerwise import LayerPruner, norms_of
-from .observers import InputObserver, InputObservers
+from .layerwise import LayerPruner, compute_outliers
+from .observers import InputObserver, InputObservers, fill_unreached, input_norms
 from .pipeline import BlockPipeline, Subgraph
 from .resume import FinishedSubgraphs
+from .run import OneshotRun
 from .tracing import ModelTrace
-from .validation import ranks_dense_model, requires_inputs
 
 
 logger = logging.getLogger(__name__)
 
 
 class SequentialPruner:
-    """The stages of one run, in all processes at once.
+    """Prunes the subgraphs of a model one after the other, on all ranks at once.
 
     Args:
-        model, config: of the run.
-        batches: of this process.
-        groups: name of a layer -> its group.
-        communicator: that share the calibration data.
-        probe: of the model; None where no input matters.
+        run: the run.
+        trace: of its model.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: OneshotConfig,
-        batches: Sequence[Any],
-        groups: Mapping[str, ParameterGroup],
-        communicator: Communicator,
-        trace: ModelTrace | None,
-    ):
-        self._model, self._config, self._batches = model, config, batches
-        self._groups, self._communicator, self._trace = groups, communicator, trace
-        self._decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    def __init__(self, run: OneshotRun, trace: ModelTrace):
+        self._run, self._trace = run, trace
+        self._model, self._communicator = run.model, run.communicator
+        self._gram_layers = run.layers_requiring(Requires.GRAM)
+        model_config = getattr(run.model, "config", None)
+        self._is_encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
 
-    def dense_calibration_pass(
-        self, layers: Sequence[PrunableLayer]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """Norms of these layers' inputs in the dense model, and shares of outliers, where groups need them."""
+    def dense_calibration_pass(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Observes inputs in the dense model.
+
+        Returns:
+            The norms of each layer's inputs, of a shape that broadcasts to the weight's, for groups ranked in the
+            dense model; and the outlier ratio of each layer, for groups whose allocation requires it.
+        """
         norms: dict[str, torch.Tensor] = {}
         outliers: dict[str, float] = {}
-        wanted = {layer.name for layer in layers}
-        ranked = {name for name in wanted if ranks_dense_model(self._groups[name])}
-        shares = LayerPruner(self._groups, on_unreached=self._config.on_unreached)
-        with BlockPipeline(self._model, self._batches, self._config.activations) as pipeline:
+        observed = set(self._run.dense_pass_layers)
+        if not observed:
+            return norms, outliers
+        ranked = {layer for group in self._run.dense_ranked_groups for layer in group.layers}
+        allocated_by_outliers = self._run.layers_requiring(Requires.OUTLIERS)
+        with self._pipeline() as pipeline:
             for subgraph in self._trace.subgraphs:
-                own = [layer for layer in subgraph.layers if layer.name in wanted]
+                layers = [layer for layer in subgraph.layers if layer in observed]
+                propagate = subgraph is not self._trace.subgraphs[-1]
                 with self._onload(subgraph):
-                    observers = self._observe(
-                        pipeline, subgraph, own, set(), passing=subgraph is not self._trace.subgraphs[-1]
-                    )
-                    shares.check_reached(observers)
-                    owls = [
-                        layer
-                        for layer in own
-                        if self._groups[layer.name].options.allocation.requires & Requires.OUTLIERS
-                    ]
-                    for block in group_by_block(self._model, owls):
-                        outliers |= shares.outliers(observers, block, self._weights(block))
-                    norms |= {layer.name: norms_of(layer, observers) for layer in own if layer.name in ranked}
+                    observers = self._calibrate(pipeline, subgraph, layers, set(), propagate)
+                    fill_unreached(observers, self._run.on_unreached)
+                    norms |= {layer.name: input_norms(layer, observers) for layer in layers if layer in ranked}
+                    allocated = [layer for layer in layers if layer in allocated_by_outliers]
+                    for block in group_by_block(self._model, allocated):
+                        outliers |= compute_outliers(self._run.group_of, observers, block, self._weights(block))
         return norms, outliers
 
-    def prune(self, layer_pruner: LayerPruner, finished: FinishedSubgraphs | None, progress: bool) -> dict[str, float]:
-        """Prune stage by stage. Returns the error of each layer's outputs."""
+    def prune(
+        self, layer_pruner: LayerPruner, finished: FinishedSubgraphs | None, show_progress: bool
+    ) -> dict[str, float]:
+        """Prunes the layers whose inputs are observed, in place.
+
+        Args:
+            layer_pruner: prunes the layers of a subgraph.
+            finished: subgraphs that an earlier run has finished, to which those of this run are added; or None.
+            show_progress: whether rank 0 shows a progress bar.
+
+        Returns:
+            The relative squared error of each layer's outputs.
+        """
         errors: dict[str, float] = {}
-        subgraphs = self._trace.subgraphs
-        hidden = not progress or self._communicator.rank > 0
-        with (
-            BlockPipeline(self._model, self._batches, self._config.activations) as pipeline,
-            tqdm(subgraphs, disable=hidden) as bar,
-        ):
+        subgraphs, calibrated = self._trace.subgraphs, set(self._run.calibrated_layers)
+        hide_bar = not show_progress or self._communicator.rank > 0
+        with self._pipeline() as pipeline, tqdm(subgraphs, disable=hide_bar) as bar:
             for number, subgraph in enumerate(bar):
                 bar.set_description(subgraph.name)
-                layers = [layer for layer in subgraph.layers if requires_inputs(self._groups[layer.name])]
-                passing = subgraph is not subgraphs[-1] and subgraph.stack is not None
+                layers = [layer for layer in subgraph.layers if layer in calibrated]
+                propagate = subgraph.is_block and subgraph is not subgraphs[-1]
                 with self._onload(subgraph):
                     if finished is not None and number < finished.count:
-                        new = self._take(layers, *finished.read(number))
-                    elif self._config.forwards == 1:
-                        new = self._prune_passing(pipeline, subgraph, layers, layer_pruner, passing)
+                        weights, new_errors = finished.read(number)
+                        for name, weight in self._weights(layers).items():
+                            weight.copy_(weights[name])
+                    elif self._run.single_forward:
+                        new_errors = self._prune_during_forward(pipeline, subgraph, layers, layer_pruner, propagate)
                     else:
-                        observers = self._observe(pipeline, subgraph, layers, self._gram(layers))
-                        new = layer_pruner.prune_layers(observers, self._weights(layers))
-                    self._compare(layers)
+                        observers = self._calibrate(pipeline, subgraph, layers, self._gram_layers)
+                        new_errors = layer_pruner.prune_layers(observers, self._weights(layers))
+                    self._check_same_zeros(layers)
                     if finished is not None and number >= finished.count:
-                        finished.write(number, self._weights(layers), new)
-                    if passing and subgraph.name not in pipeline:
+                        finished.write(number, self._weights(layers), new_errors)
+                    if propagate and not pipeline.is_propagated(subgraph):
                         pipeline.propagate(subgraph)
-                    bar.set_postfix_str(self._told(layers, new))
-                errors |= new
+                    bar.set_postfix_str(self._report_progress(layers, new_errors))
+                errors |= new_errors
         return errors
 
-    def _observe(
+    def _calibrate(
         self,
         pipeline: BlockPipeline,
         subgraph: Subgraph,
-        layers: list[PrunableLayer],
-        gram: set[str],
-        passing: bool = False,
+        layers: Sequence[PrunableLayer],
+        gram_layers: Collection[PrunableLayer],
+        propagate: bool = False,
     ) -> list[InputObserver]:
-        """Sum up what reaches these layers, over all batches of all processes. `passing` on as well what the block
-        gives takes no other forward."""
-        if not layers and not passing:
+        """Observe the inputs of layers over the batches of all ranks. With `propagate`, the same forward also caches
+        the outputs of the block."""
+        if not layers and not propagate:
             return []
         error, found = None, []
-        last = self._trace.last.get(subgraph.name) if len(layers) == len(subgraph.layers) and not passing else None
-        with InputObservers(self._model, layers, self._trace.leaders, gram, last) as observers:
+        can_stop = len(layers) == len(subgraph.layers) and not propagate
+        last_module = self._trace.last_module.get(subgraph.name) if can_stop else None
+        with InputObservers(self._model, layers, self._trace.shared_inputs, gram_layers, last_module) as observers:
 
-            def announce(index: int) -> None:
-                observers.masks = token_masks(self._batches[index], self._decodes)
+            def set_token_masks(index: int) -> None:
+                observers.token_masks = token_masks(self._run.local_batches[index], self._is_encoder_decoder)
 
             try:
-                if passing and subgraph.stack is not None:
-                    pipeline.propagate(subgraph, announce)
-                else:
-                    pipeline.run_until(subgraph, announce)
-                found = observers.all(lambda layer: self._model.get_parameter(layer.name).device)
-            except Exception as problem:  # whatever it is, the other processes must not wait
-                error = problem
+                run = pipeline.propagate if propagate and subgraph.is_block else pipeline.run_until
+                run(subgraph, set_token_masks)
+                found = observers.in_order(lambda layer: self._model.get_parameter(layer.name).device)
+            except Exception as exception:  # of any kind: the other ranks must not wait for this one
+                error = exception
         self._communicator.raise_together(error)
         self._all_reduce(found)
         return found
 
-    def _prune_passing(
+    def _prune_during_forward(
         self,
         pipeline: BlockPipeline,
         subgraph: Subgraph,
-        layers: list[PrunableLayer],
+        layers: Sequence[PrunableLayer],
         layer_pruner: LayerPruner,
-        passing: bool,
+        propagate: bool,
     ) -> dict[str, float]:
-        """Prune each layer when its inputs come, all batches at once, and let them go on through what is left."""
+        """Run all batches at once and prune each layer when it is called, before it computes its output."""
         errors: dict[str, float] = {}
-        waiting, problem = True, None
+        others_wait, error = True, None
 
-        def ready(observer: InputObserver, error: Exception | None) -> None:
-            nonlocal waiting
-            waiting = False  # if this raises, the others know
-            self._communicator.raise_together(error)
-            waiting = True
+        def prune(observer: InputObserver, observer_error: Exception | None) -> None:
+            nonlocal others_wait
+            others_wait = False  # if this raises, the other ranks know of the error
+            self._communicator.raise_together(observer_error)
+            others_wait = True
             self._all_reduce([observer])
             errors.update(layer_pruner.prune_layers([observer], self._weights(observer.layers)))
 
-        last = None if passing else self._trace.last.get(subgraph.name)
-        with InputObservers(self._model, layers, self._trace.leaders, self._gram(layers), last, ready) as observers:
-            observers.masks = token_masks(self._batches[0], self._decodes)
+        last_module = None if propagate else self._trace.last_module.get(subgraph.name)
+        with InputObservers(
+            self._model, layers, self._trace.shared_inputs, self._gram_layers, last_module, prune
+        ) as observers:
+            observers.token_masks = token_masks(self._run.local_batches[0], self._is_encoder_decoder)
             try:
-                pipeline.propagate(subgraph) if passing else pipeline.run_until(subgraph)
-            except Exception as error:
-                if not waiting:
+                pipeline.propagate(subgraph) if propagate else pipeline.run_until(subgraph)
+            except Exception as exception:
+                if not others_wait:
                     raise
-                problem = error
-        self._communicator.raise_together(problem)
+                error = exception
+        self._communicator.raise_together(error)
         return errors
 
     def _all_reduce(self, observers: Sequence[InputObserver]) -> None:
         counts = self._communicator.sum_counts(
-            np.array([observer.stat.count for observer in observers], dtype=np.int64)
+            np.array([observer.statistic.count for observer in observers], dtype=np.int64)
         )
         for observer, count in zip(observers, counts.tolist(), strict=True):
-            self._communicator.all_reduce(observer.stat.total)
-            observer.stat.count = count
+            self._communicator.all_reduce(observer.statistic.total)
+            observer.statistic.count = count
 
-    def _compare(self, layers: Sequence[PrunableLayer]) -> None:
-        """See that all processes have pruned the same weights."""
+    def _check_same_zeros(self, layers: Sequence[PrunableLayer]) -> None:
+        """Check that all ranks have pruned the same weights."""
         if self._communicator.world_size == 1 or not layers:
             return
-        zeros = [zlib.crc32((weight != 0).cpu().numpy()) for weight in self._weights(layers).values()]
-        told = torch.stack(self._communicator.all_gather(torch.tensor(zeros, dtype=torch.int64)))
-        differing = [layer.name for layer, column in zip(layers, told.t()) if len(column.unique()) > 1]
+        checksums = [zlib.crc32((weight != 0).cpu().numpy().tobytes()) for weight in self._weights(layers).values()]
+        by_rank = torch.stack(self._communicator.all_gather(torch.tensor(checksums, dtype=torch.int64)))
+        differing = [layer.name for layer, column in zip(layers, by_rank.t()) if len(column.unique()) > 1]
         if differing:
             raise RuntimeError(
-                f'processes have pruned different weights of "{differing[0]}": load the same model on every rank, and '
+                f'ranks have pruned different weights of "{differing[0]}": load the same model on every rank, and '
                 "give each the same calibration data."
             )
 
-    def _take(self, layers: Sequence[PrunableLayer], weights, errors: dict[str, float]) -> dict[str, float]:
-        """The weights of a stage that was finished before."""
-        for layer in layers:
-            with torch.no_grad():
-                self._model.get_parameter(layer.name).copy_(weights[layer.name])
-        return errors
-
-    def _told(self, layers: Sequence[PrunableLayer], errors: dict[str, float]) -> str:
-        """A stage in a few words; each layer goes to the log."""
+    def _report_progress(self, layers: Sequence[PrunableLayer], errors: Mapping[str, float]) -> str:
+        """Log the sparsity and the error of each layer, and return a summary of them."""
         if not layers:
             return ""
         zeros = {name: count_zeros(weight) for name, weight in self._weights(layers).items()}
         for layer in layers:
-            share = zeros[layer.name] / layer.numel
-            logger.info("%s: %.2f%% zero, error %.4f", layer.name, 100 * share, errors[layer.name])
-        worst = max(errors, key=errors.get)
-        share = sum(zeros.values()) / sum(layer.numel for layer in layers)
-        return f"{share:.2%} zero, error up to {errors[worst]:.4f} in {worst}"
+            sparsity = zeros[layer.name] / layer.numel
+            logger.info("%s: %.2f%% zero, error %.4f", layer.name, 100 * sparsity, errors[layer.name])
+        worst = max(errors, key=errors.__getitem__)
+        sparsity = sum(zeros.values()) / sum(layer.numel for layer in layers)
+        return f"{sparsity:.2%} zero, error up to {errors[worst]:.4f} in {worst}"
 
-    def _gram(self, layers: Sequence[PrunableLayer]) -> set[str]:
-        return {layer.name for layer in layers if self._groups[layer.name].options.solver.requires & Requires.GRAM}
+    def _pipeline(self) -> BlockPipeline:
+        return BlockPipeline(self._model, self._run.local_batches, self._run.activation_storage)
 
     def _weights(self, layers: Sequence[PrunableLayer]) -> dict[str, torch.Tensor]:
         return {layer.name: self._model.get_parameter(layer.name).detach() for layer in layers}
 
     @contextmanager
     def _onload(self, subgraph: Subgraph) -> Iterator[None]:
-        names = [subgraph.name] if subgraph.stack is not None else [layer.module for layer in subgraph.layers]
         with ExitStack() as stack:
-            for name in dict.fromkeys(names):
+            for name in subgraph.modules:
                 stack.enter_context(onload(self._model.get_submodule(name)))
             yield

@@ -1,9 +1,8 @@
-"""One forward that is looked at before anything is pruned: in which order a model calls its blocks and layers, which
-layers get the same input, and whether the blocks can be gone through one after the other."""
+"""Traces a model with one forward before it is pruned: the order in which it calls its blocks and layers, which layers
+share their input, and whether the blocks form a chain that can be pruned one after the other."""
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from ..calibration.batches import count_tokens, first_row
+from ..calibration.batches import first_row
 from ..model.blocks import find_block_lists, is_within
 from ..model.layers import PrunableLayer
 from .pipeline import BlockPipeline, Subgraph
@@ -27,70 +26,78 @@ REMEDY = "Prune all layers at once, from the inputs that they have in the dense 
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """What the forward showed.
+    """The structure of a model's forward.
 
     Args:
-        stages: in the order in which they are pruned.
-        leaders: module of a layer -> the first module of the same stage that gets the same input.
-        last: stage -> the module of its layers that is called last, if nothing of the stage is called twice.
-        repeated: modules of layers that are called more than once.
-        tokens: how many the forward was of, and the `seconds` that it took.
+        subgraphs: in the order in which they are pruned.
+        shared_inputs: maps the module of each layer to the first module of the same subgraph that has the same input.
+            Modules called more than once map to themselves.
+        last_module: maps the name of each subgraph to the module of its layers that is called last. Subgraphs without
+            layers, or with a module that is called more than once, are left out.
+        repeated: the modules of layers that are called more than once in a forward.
     """
 
     subgraphs: list[Subgraph]
-    leaders: dict[str, str]
-    last: dict[str, str]
+    shared_inputs: dict[str, str]
+    last_module: dict[str, str]
     repeated: frozenset[str]
-    tokens: int
-    seconds: float
 
 
 def trace_model(model: nn.Module, layers: Sequence[PrunableLayer], batch: Any, sequential: bool) -> ModelTrace:
-    """Run the model once on (the first row of) a batch and, if it is to be gone through block by block, once more in
-    that way, to see that every block gets what it got.
+    """Runs the model on the first row of a batch and records the calls of its blocks and layers.
+
+    A sequential trace runs the model a second time, block by block, to check that every block then has the same
+    inputs.
+
+    Args:
+        model: any module.
+        layers: the layers whose inputs are observed.
+        batch: arguments of the model, as in `BlockPipeline`.
+        sequential: whether the layers are pruned block by block; if not, all of them are one subgraph.
 
     Raises:
-        ValueError: layers that the forward does not reach; no blocks, or some that are not called themselves, that run
-            several times, or that read more than the blocks before them pass on.
+        ValueError: the forward does not reach a layer; or the model has no blocks, or its blocks are not modules that
+            are called once each and whose inputs come from the block before.
     """
     batch = first_row(batch)
-    stacks = find_block_lists(model, layers) if sequential else {}
-    if sequential and not stacks:
+    block_lists = find_block_lists(model, layers) if sequential else {}
+    if sequential and not block_lists:
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks (an nn.ModuleList or nn.Sequential) that hold what is to "
             f"be pruned. {REMEDY}"
         )
-    block_of = {block: stack for stack, blocks in stacks.items() for block in blocks}
-    calls = _Calls(model, layers, block_of)
+    list_of_block = {block: name for name, blocks in block_lists.items() for block in blocks}
+    calls = _CallRecorder(model, layers, list_of_block)
     with BlockPipeline(model, [batch], "device") as pipeline:
         with calls:
-            start = time.perf_counter()
             pipeline.forward(0)
-            seconds = time.perf_counter() - start
-        _check_reached(layers, calls.count)
-        subgraphs = _stages(layers, calls, block_of)
+        _check_reached(layers, calls.num_calls)
+        subgraphs = _subgraphs(layers, calls, list_of_block)
         _check_chain(pipeline, subgraphs, calls)
-    last = {subgraph.name: _last(subgraph, calls) for subgraph in subgraphs}
-    last = {name: module for name, module in last.items() if module is not None}
-    repeated = frozenset(layer.module for layer in layers if calls.count[layer.module] > 1)
-    return ModelTrace(subgraphs, calls.leaders(), last, repeated, count_tokens(batch), seconds)
+    last_modules = {subgraph.name: _last_module(subgraph, calls) for subgraph in subgraphs}
+    return ModelTrace(
+        subgraphs,
+        calls.shared_inputs(),
+        {name: module for name, module in last_modules.items() if module is not None},
+        frozenset(layer.module for layer in layers if calls.num_calls[layer.module] > 1),
+    )
 
 
-class _Calls:
-    """Watches a forward: calls of blocks and of modules that hold layers, in order."""
+class _CallRecorder:
+    """Records the calls of blocks, and of modules that hold layers, during a forward."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[PrunableLayer], block_of: Mapping[str, str]):
-        self._model, self._block_of = model, block_of
-        self._holders = list(dict.fromkeys(layer.module for layer in layers))
+    def __init__(self, model: nn.Module, layers: Sequence[PrunableLayer], list_of_block: Mapping[str, str]):
+        self._model, self._blocks = model, tuple(list_of_block)
+        self._layer_modules = list(dict.fromkeys(layer.module for layer in layers))
         self.order: list[str] = []
-        self.count: Counter[str] = Counter()
-        self.fingerprints: dict[str, list] = {}
-        self._seen: dict[tuple, tuple] = {}
-        self._shares: dict[str, str] = {}
+        self.num_calls: Counter[str] = Counter()
+        self.fingerprints: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]] = {}
+        self._inputs: dict[tuple, tuple[weakref.ref, int, str]] = {}
+        self._shared_inputs: dict[str, str] = {}
 
-    def __enter__(self) -> _Calls:
+    def __enter__(self) -> _CallRecorder:
         self._handles = ExitStack()
-        for name in dict.fromkeys([*self._block_of, *self._holders]):
+        for name in dict.fromkeys([*self._blocks, *self._layer_modules]):
             hook = self._hook(name)
             handle = self._model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
             self._handles.callback(handle.remove)
@@ -98,54 +105,58 @@ class _Calls:
 
     def __exit__(self, *error) -> None:
         self._handles.close()
-        self._seen.clear()
+        self._inputs.clear()
 
-    def _hook(self, name: str):
-        holds = name in self._holders
+    def _hook(self, name: str) -> Callable:
+        holds_layers = name in self._layer_modules
 
-        def called(module, args, kwargs):
-            self.count[name] += 1
+        def record(module, args, kwargs):
+            self.num_calls[name] += 1
             self.order.append(name)
-            if name in self._block_of or self.block(name) is None:
+            if name in self._blocks or self.block_of(name) is None:
                 self.fingerprints[name] = fingerprint((args, kwargs))
-            if holds:
-                self._shares[name] = self._first_with(name, next(iter((*args, *kwargs.values()))))
+            if holds_layers:
+                self._shared_inputs[name] = self._first_with_input(name, next(iter((*args, *kwargs.values()))))
 
-        return called
+        return record
 
-    def _first_with(self, name: str, x: torch.Tensor) -> str:
-        """The first module of the same block that got the very same numbers."""
-        block = self.block(name)
-        key = (block, x.data_ptr(), x.shape[-1], x.numel())
-        known, version, leader = self._seen.get(key, (None, None, None))
-        if known is not None and known() is not None and version == x._version:
-            return leader
-        self._seen[key] = weakref.ref(x), x._version, name
+    def _first_with_input(self, name: str, x: torch.Tensor) -> str:
+        """The first module of the same block that was called with the same tensor, unchanged since."""
+        key = (self.block_of(name), x.data_ptr(), x.shape[-1], x.numel())
+        if key in self._inputs:
+            reference, version, first = self._inputs[key]
+            if reference() is not None and version == x._version:
+                return first
+        self._inputs[key] = weakref.ref(x), x._version, name
         return name
 
-    def block(self, name: str) -> str | None:
+    def block_of(self, name: str) -> str | None:
         """The block that a module is in."""
-        return next((block for block in self._block_of if is_within(name, block)), None)
+        return next((block for block in self._blocks if is_within(name, block)), None)
 
-    def leaders(self) -> dict[str, str]:
-        """Whose input is whose; nobody's but its own for what is called twice, or follows such."""
-        twice = {name for name in self._shares if self.count[name] > 1}
-        twice |= {leader for name, leader in self._shares.items() if name in twice}
-        return {name: name if leader in twice or name in twice else leader for name, leader in self._shares.items()}
+    def shared_inputs(self) -> dict[str, str]:
+        """Maps each module to the module whose input it shares. Modules called more than once map to themselves."""
+        repeated = {name for name in self._shared_inputs if self.num_calls[name] > 1}
+        repeated |= {first for name, first in self._shared_inputs.items() if name in repeated}
+        return {
+            name: name if name in repeated or first in repeated else first
+            for name, first in self._shared_inputs.items()
+        }
 
 
-def fingerprint(structure: Any) -> list[tuple]:
-    """A few numbers of each float tensor, by which to know it again."""
+def fingerprint(structure: Any) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    """Returns the shape and up to about 64 sampled values of each floating-point tensor of a structure."""
     tensors = [leaf for leaf in _pytree.tree_leaves(structure) if torch.is_tensor(leaf) and leaf.is_floating_point()]
     found = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 64)].double().nan_to_num().clamp(-1e30, 1e30)
-        found.append((tuple(tensor.shape), some.cpu()))  # what is not finite is told where it is summed up
+        # Values that are not finite are reported later, when they are accumulated.
+        sample = flat[:: max(1, len(flat) // 64)].double().nan_to_num().clamp(-1e30, 1e30)
+        found.append((tuple(tensor.shape), sample.cpu()))
     return found
 
 
-def _alike(left: list[tuple], right: list[tuple]) -> bool:
+def _is_close(left: Sequence[tuple], right: Sequence[tuple]) -> bool:
     if [shape for shape, _ in left] != [shape for shape, _ in right]:
         return False
     return all(
@@ -154,77 +165,80 @@ def _alike(left: list[tuple], right: list[tuple]) -> bool:
     )
 
 
-def _check_reached(layers: Sequence[PrunableLayer], count: Counter[str]) -> None:
-    idle = [layer.module for layer in layers if not count[layer.module]]
-    if idle:
+def _check_reached(layers: Sequence[PrunableLayer], num_calls: Counter[str]) -> None:
+    unreached = [layer.module for layer in layers if not num_calls[layer.module]]
+    if unreached:
         raise ValueError(
-            f"{len(idle)} of {len(layers)} selected weights are never reached by a forward on the first row of the "
-            f"calibration data, such as {', '.join(idle[:3])}: nothing is known of their inputs. Leave them out, as "
-            f'with exclude=["{idle[0]}"], or give calibration data that reaches them.'
+            f"{len(unreached)} of {len(layers)} selected weights are never reached by a forward on the first row of "
+            f"the calibration data, such as {', '.join(unreached[:3])}: nothing is known of their inputs. Leave them "
+            f'out, as with exclude=["{unreached[0]}"], or give calibration data that reaches them.'
         )
 
 
-def _stages(layers: Sequence[PrunableLayer], calls: _Calls, block_of: Mapping[str, str]) -> list[Subgraph]:
-    """Blocks in the order of their calls, up to the last that matters, and before and after them what is outside."""
-    blocks = [name for name in dict.fromkeys(calls.order) if name in block_of]
-    inside: dict[str | None, list[PrunableLayer]] = {}
+def _subgraphs(
+    layers: Sequence[PrunableLayer], calls: _CallRecorder, list_of_block: Mapping[str, str]
+) -> list[Subgraph]:
+    """Blocks in the order of their calls, up to the last one needed, and the layers outside before and after them."""
+    blocks = [name for name in dict.fromkeys(calls.order) if name in list_of_block]
+    layers_of: dict[str | None, list[PrunableLayer]] = {}
     for layer in layers:
-        inside.setdefault(calls.block(layer.module), []).append(layer)
-    outside = inside.pop(None, [])
-    uncalled = [block for block in inside if block not in blocks]
+        layers_of.setdefault(calls.block_of(layer.module), []).append(layer)
+    outside = layers_of.pop(None, [])
+    uncalled = [block for block in layers_of if block not in blocks]
     if uncalled:
         raise ValueError(
-            f'"{uncalled[0]}" is one of several like it that hold what is to be pruned, but no block: the model calls '
-            f"its parts, and not itself. {REMEDY}"
+            f'"{uncalled[0]}" is one of several like it that hold what is to be pruned, but the model calls its parts '
+            f"and not itself, so it is no block. {REMEDY}"
         )
     if not blocks:
         return [Subgraph("the whole model", tuple(outside))]
     start = calls.order.index(blocks[0])
     early = [layer for layer in outside if layer.module in calls.order[:start]]
     late = [layer for layer in outside if layer not in early]
-    subgraphs = [Subgraph(block, tuple(inside.get(block, ())), block_of[block]) for block in blocks]
+    subgraphs = [Subgraph(block, tuple(layers_of.get(block, ())), list_of_block[block]) for block in blocks]
     while not late and not subgraphs[-1].layers:
         subgraphs.pop()
     if early:
-        subgraphs.insert(0, Subgraph("before the blocks", tuple(early), until=blocks[0]))
+        subgraphs.insert(0, Subgraph("before the blocks", tuple(early), stop_before=blocks[0]))
     return [*subgraphs, Subgraph("after the blocks", tuple(late))] if late else subgraphs
 
 
-def _check_chain(pipeline: BlockPipeline, subgraphs: Sequence[Subgraph], calls: _Calls) -> None:
-    """See that each block of a walk gets what it gets in a forward."""
-    twice = [subgraph.name for subgraph in subgraphs if subgraph.stack is not None and calls.count[subgraph.name] > 1]
-    if twice:
-        raise ValueError(f'block "{twice[0]}" runs {calls.count[twice[0]]} times in one forward. {REMEDY}')
-    blocks = [subgraph for subgraph in subgraphs if subgraph.stack is not None]
-    for subgraph in blocks:
-        if _changed(pipeline, [subgraph.name], calls, partial(pipeline.propagate, subgraph)):
+def _check_chain(pipeline: BlockPipeline, subgraphs: Sequence[Subgraph], calls: _CallRecorder) -> None:
+    """Check that each block has the same inputs in a pipeline as in a plain forward."""
+    blocks = [subgraph for subgraph in subgraphs if subgraph.is_block]
+    for block in blocks:
+        if calls.num_calls[block.name] > 1:
+            raise ValueError(f'block "{block.name}" runs {calls.num_calls[block.name]} times in one forward. {REMEDY}')
+    for block in blocks:
+        if _with_other_inputs(pipeline, [block.name], calls, partial(pipeline.propagate, block)):
             raise ValueError(
-                f'block "{subgraph.name}" reads more than what the blocks before it pass on to each other. {REMEDY}'
+                f'block "{block.name}" reads more than what the blocks before it pass on to each other. {REMEDY}'
             )
-    if blocks and subgraphs[-1].stack is None:
-        late = list(dict.fromkeys(layer.module for layer in subgraphs[-1].layers))
-        changed = _changed(pipeline, late, calls, partial(pipeline.run_until, subgraphs[-1]))
-        if changed:
+    if blocks and not subgraphs[-1].is_block:
+        run = partial(pipeline.run_until, subgraphs[-1])
+        if changed := _with_other_inputs(pipeline, subgraphs[-1].modules, calls, run):
             raise ValueError(f'"{changed[0]}" reads what blocks before the last one pass on. {REMEDY}')
 
 
-def _changed(pipeline: BlockPipeline, names: Sequence[str], calls: _Calls, run: Callable[[], None]) -> list[str]:
-    """Which of these modules get other inputs while `run` runs than in a forward."""
-    got = {}
+def _with_other_inputs(
+    pipeline: BlockPipeline, names: Sequence[str], calls: _CallRecorder, run: Callable[[], None]
+) -> list[str]:
+    """The modules whose inputs during `run` differ from those that were recorded."""
+    fingerprints = {}
     with ExitStack() as handles:
         for name in names:
 
-            def watch(module, args, kwargs, name=name):
-                got[name] = fingerprint((args, kwargs))
+            def record(module, args, kwargs, name=name):
+                fingerprints[name] = fingerprint((args, kwargs))
 
-            handle = pipeline.model.get_submodule(name).register_forward_pre_hook(watch, with_kwargs=True)
+            handle = pipeline.model.get_submodule(name).register_forward_pre_hook(record, with_kwargs=True)
             handles.callback(handle.remove)
         run()
-    return [name for name in names if not _alike(calls.fingerprints[name], got.get(name, []))]
+    return [name for name in names if not _is_close(calls.fingerprints[name], fingerprints.get(name, []))]
 
 
-def _last(subgraph: Subgraph, calls: _Calls) -> str | None:
-    holders = {layer.module for layer in subgraph.layers}
-    if not holders or any(calls.count[name] > 1 for name in holders):
+def _last_module(subgraph: Subgraph, calls: _CallRecorder) -> str | None:
+    modules = {layer.module for layer in subgraph.layers}
+    if not modules or any(calls.num_calls[name] > 1 for name in modules):
         return None
-    return [name for name in calls.order if name in holders][-1]
+    return [name for name in calls.order if name in modules][-1]

@@ -183,7 +183,7 @@ class Bench:
         watched = {
             (InputObserver, "observe"): "statistics",
             (LayerPruner, "prune_layers"): "solve",
-            (LayerPruner, "prune"): "solve",
+            (LayerPruner, "prune_without_inputs"): "solve",
         }
         patches = [
             patch.object(owner, name, meter.watched(phase, getattr(owner, name)))

@@ -36,7 +36,7 @@ def model(tmp_path):
 def given(monkeypatch):
     """The arguments of every call of `run_oneshot`, which is replaced."""
     calls = []
-    monkeypatch.setattr(oneshot, "run_oneshot", lambda job, config, say: calls.append((job, config)))
+    monkeypatch.setattr(oneshot, "run_oneshot", lambda arguments, config, echo: calls.append((arguments, config)))
     return calls
 
 
@@ -44,7 +44,7 @@ def test_it_prunes(model, tmp_path, run):
     words = ["--calibration-file", tmp_path / "texts.jsonl", "--samples", 4, "--length", 16, "--pattern", "2:4"]
     code, out, err = run(model, tmp_path / "out", *words)
     assert code == 0 and out.splitlines()[-1] == f"saved to {tmp_path / 'out'}"
-    assert "calibration: 4 blocks of 16 tokens" in out and "selected" in out
+    assert "calibration data: 4 blocks of 16 tokens" in out and "selected" in out
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[1].mlp.up_proj.weight
     assert ((weight != 0).reshape(32, 4, 4).sum(-1) == 2).all()
 
@@ -148,9 +148,9 @@ def test_user_errors_are_one_line_with_exit_code_2(model, tmp_path, run):
     for words, text in (
         ((model, "out", "--target-sparsity", 1.5), "target_sparsity is 1.5: it must be a number from 0 to 1"),
         ((model, "out", "--target-sparsity", 0.5), 'criterion "wanda" needs calibration data'),
-        ((model,), "no place for the result: pass output_dir, or dry_run."),
+        ((model,), "missing output folder: pass output_dir"),
         ((model, tmp_path, "--target-sparsity", 0.5), "is not empty: name another folder, or pass --overwrite"),
-        ((tmp_path / "no", "out", "--target-sparsity", 0.5, "--criterion", "magnitude"), "is no model that can be"),
+        ((tmp_path / "no", "out", "--target-sparsity", 0.5, "--criterion", "magnitude"), "there is no folder"),
     ):
         code, out, err = run(*words)
         assert code == 2 and text in err

@@ -44,7 +44,7 @@ def differing(name, options, batches):
     architecture = ARCHITECTURES[name]
     found, alone = architecture.model(), architecture.model()
     report = prune(found, batches, **options)
-    with mock.patch("hf_sparse.oneshot.prune.get_communicator", lambda: SINGLE_PROCESS):
+    with mock.patch("hf_sparse.oneshot.prepare.get_communicator", lambda: SINGLE_PROCESS):
         expected = prune(alone, batches, **options)
     if report.zeros != expected.zeros:
         return "reports"

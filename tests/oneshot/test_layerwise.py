@@ -1,4 +1,4 @@
-"""Single layers: how many fall, how solvers share a factor, the error of the outputs, inputs that never came."""
+"""Single layers: exact counts, a factor shared by solvers, errors of outputs, inputs that no token reached."""
 
 import pytest
 import torch
@@ -6,21 +6,21 @@ import torch
 from hf_sparse import OneshotConfig
 from hf_sparse.engine.parameter_group import ParameterGroup
 from hf_sparse.model.layers import PrunableLayer
-from hf_sparse.oneshot import layerwise
-from hf_sparse.oneshot.layerwise import LayerPruner, norms_of
-from hf_sparse.oneshot.observers import InputObserver
+from hf_sparse.oneshot.layerwise import LayerPruner
+from hf_sparse.oneshot.observers import InputObserver, input_norms
+from hf_sparse.solvers.sparsegpt import SparseGPT
 from hf_sparse.statistics import GramMatrix, InputNorms
 
 
-def setting(layers, **options):
-    """One group of these layers, and Layerwise of it."""
-    (config,) = OneshotConfig(**options).resolve_groups(oneshot=True).values()
-    group = ParameterGroup("weights", config, layers)
+def pruner_of(layers, **options):
+    """A LayerPruner of one group with these layers."""
+    (options,) = OneshotConfig(**options).resolve_groups().values()
+    group = ParameterGroup(options.with_layers(layers))
     groups = {layer.name: group for layer in layers}
     return LayerPruner(groups, group.prune_counts({}, {}))
 
 
-def fed(layers, x, kind=InputNorms, expert=None):
+def observed(layers, x, kind=InputNorms, expert=None):
     observer = InputObserver(kind(x.shape[-1]), layers, expert)
     observer.observe(x, None)
     return observer
@@ -35,23 +35,23 @@ LINEAR = PrunableLayer("a.weight", "linear", (4, 8))
 
 @pytest.mark.parametrize("kind, shape", [("linear", (4, 8)), ("conv1d", (8, 4)), ("experts", (3, 4, 8))])
 @pytest.mark.parametrize("target", [0.0625, 0.3, 0.97, 1.0])
-@pytest.mark.parametrize("solver", ["zero", "sparsegpt"])
-def test_the_exact_number_of_the_group_falls(kind, shape, target, solver):
-    """Also where it is no whole number in each row, matrix or layer."""
+@pytest.mark.parametrize("solver", ["none", "sparsegpt"])
+def test_exactly_the_target_is_pruned(kind, shape, target, solver):
+    """Also where it is not a whole number in each row, matrix or layer."""
     layers = [PrunableLayer(f"{name}.weight", kind, shape) for name in "ab"]
     weights = {layer.name: random(*shape, seed=number) for number, layer in enumerate(layers)}
     gram = GramMatrix if solver == "sparsegpt" else InputNorms
     experts = range(3) if kind == "experts" else [None]
-    observers = [fed([layer], random(40, 8, seed=9 + (e or 0)), gram, e) for layer in layers for e in experts]
-    setting(layers, target_sparsity=target, solver=solver).prune_layers(observers, weights)
+    observers = [observed([layer], random(40, 8, seed=9 + (e or 0)), gram, e) for layer in layers for e in experts]
+    pruner_of(layers, target_sparsity=target, solver=solver).prune_layers(observers, weights)
     total = sum(weight.numel() for weight in weights.values())
     assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(target * total)
 
 
-def test_errors_are_those_of_the_outputs_on_the_sample():
+def test_errors_of_outputs_on_the_sample():
     weight, x = random(4, 8), random(30, 8, seed=1)
     parameters = {LINEAR.name: weight.clone()}
-    errors = setting([LINEAR], target_sparsity=0.5).prune_layers([fed([LINEAR], x)], parameters)
+    errors = pruner_of([LINEAR], target_sparsity=0.5).prune_layers([observed([LINEAR], x)], parameters)
     change = parameters[LINEAR.name] - weight
     expected = float((x @ change.t()).square().sum() / (x @ weight.t()).square().sum())
     assert errors == {LINEAR.name: pytest.approx(expected, rel=1e-5)}
@@ -61,8 +61,8 @@ def test_errors_of_experts_are_those_of_all_together():
     layer = PrunableLayer("e.weight", "experts", (2, 4, 8))
     weight, inputs = random(2, 4, 8), [random(10, 8, seed=1), 5 * random(20, 8, seed=2)]
     parameters = {layer.name: weight.clone()}
-    observers = [fed([layer], x, expert=expert) for expert, x in enumerate(inputs)]
-    errors = setting([layer], target_sparsity=0.5).prune_layers(observers, parameters)
+    observers = [observed([layer], x, expert=expert) for expert, x in enumerate(inputs)]
+    errors = pruner_of([layer], target_sparsity=0.5).prune_layers(observers, parameters)
     pairs = [(x @ (parameters[layer.name] - weight)[e].t(), x @ weight[e].t()) for e, x in enumerate(inputs)]
     expected = sum(float(change.square().sum()) for change, _ in pairs) / sum(
         float(output.square().sum()) for _, output in pairs
@@ -72,34 +72,34 @@ def test_errors_of_experts_are_those_of_all_together():
 
 def test_one_factor_for_all_weights_of_an_input(monkeypatch):
     made = []
-    real = layerwise.HessianFactor
-    monkeypatch.setattr(layerwise, "Factor", lambda *args: made.append(args) or real(*args))
+    real = SparseGPT.prepare
+    monkeypatch.setattr(SparseGPT, "prepare", lambda *args: made.append(args) or real(*args))
     layers = [PrunableLayer(f"{name}.weight", "linear", (4, 8)) for name in "qkv"]
     parameters = {layer.name: random(4, 8, seed=number) for number, layer in enumerate(layers)}
     alone = {name: weight.clone() for name, weight in parameters.items()}
     x = random(40, 8, seed=5)
-    observer = fed(layers, x, GramMatrix)
-    setting(layers, pattern="2:4", solver="sparsegpt").prune_layers([observer], parameters)
-    assert len(made) == 1 and observer.stat is None and observer.sample is None
+    observer = observed(layers, x, GramMatrix)
+    pruner_of(layers, pattern="2:4", solver="sparsegpt").prune_layers([observer], parameters)
+    assert len(made) == 1 and observer._statistic is None and observer.sample is None
     for layer in layers:
-        setting([layer], pattern="2:4", solver="sparsegpt").prune_layers([fed([layer], x, GramMatrix)], alone)
+        pruner_of([layer], pattern="2:4", solver="sparsegpt").prune_layers([observed([layer], x, GramMatrix)], alone)
     assert all(torch.allclose(alone[name], parameters[name], rtol=1e-5, atol=1e-6) for name in alone)
 
 
-def test_masks_that_were_decided_before_are_taken():
+def test_given_masks_are_applied():
     parameters, mask = {LINEAR.name: random(4, 8)}, random(4, 8, seed=3) > 0
     expected = parameters[LINEAR.name] * mask
-    given = setting([LINEAR], target_sparsity=0.5)
+    given = pruner_of([LINEAR], target_sparsity=0.5)
     given = LayerPruner(given.groups, given.prune_counts, {LINEAR.name: mask})
-    given.prune(LINEAR, parameters[LINEAR.name])
+    given.prune_without_inputs(LINEAR, parameters[LINEAR.name])
     assert torch.equal(parameters[LINEAR.name], expected)
 
 
-def test_inputs_that_never_came(caplog):
+def test_inputs_that_no_token_reached(caplog):
     parameters = {LINEAR.name: random(4, 8)}
     before = parameters[LINEAR.name].clone()
     for kind, options in ((InputNorms, {}), (GramMatrix, {"solver": "sparsegpt"})):
-        given = setting([LINEAR], target_sparsity=0.5, **options)
+        given = pruner_of([LINEAR], target_sparsity=0.5, **options)
         with pytest.raises(ValueError, match=r'reaches 1 of 1 inputs, such as that of "a.weight": .*exclude=\["a"\]'):
             given.prune_layers([InputObserver(kind(8), [LINEAR])], parameters)
         assert torch.equal(parameters[LINEAR.name], before)
@@ -114,11 +114,10 @@ def test_inputs_that_never_came(caplog):
     assert caplog.text.count('no token reaches "a.weight": it is pruned by magnitude') == 2
 
 
-def test_sums_that_no_factor_can_be_made_of_name_the_weight():
-    given = setting([LINEAR], target_sparsity=0.5, solver="sparsegpt")
-    given.dampening = 0
+def test_errors_of_a_factor_name_the_weight():
+    given = pruner_of([LINEAR], target_sparsity=0.5, solver="sparsegpt", solver_kwargs={"dampening": 0})
     with pytest.raises(ValueError, match='inputs of "a.weight": the Gram matrix is not positive definite'):
-        given.prune_layers([fed([LINEAR], random(2, 8), GramMatrix)], {LINEAR.name: random(4, 8)})
+        given.prune_layers([observed([LINEAR], random(2, 8), GramMatrix)], {LINEAR.name: random(4, 8)})
 
 
 def test_norms_broadcast_to_the_weight():
@@ -131,5 +130,5 @@ def test_norms_broadcast_to_the_weight():
         ("experts_transposed", (2, 8, 4), torch.stack([norms, y.norm(dim=0)]).view(2, 8, 1)),
     ):
         layer = PrunableLayer("w", kind, shape)
-        observers = [fed([layer], x), fed([layer], y)] if len(shape) == 3 else [fed([layer], x)]
-        assert torch.allclose(norms_of(layer, observers), expected)
+        observers = [observed([layer], x), observed([layer], y)] if len(shape) == 3 else [observed([layer], x)]
+        assert torch.allclose(input_norms(layer, observers), expected)

@@ -1,4 +1,4 @@
-"""Runs that are cut off and go on: the same weights, bit for bit; and what is refused."""
+"""Interrupted runs that continue: the same weights, bit for bit; and files that are refused."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from hf_sparse import OneshotConfig, prune_oneshot
 from hf_sparse import files as storage
 from hf_sparse.oneshot import ResumeError
 from hf_sparse.oneshot.layerwise import LayerPruner
-from hf_sparse.oneshot.resume import FinishedSubgraphs, identity_of
+from hf_sparse.oneshot.resume import FinishedSubgraphs, remove_finished_subgraphs, run_digest
 
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ def run(name, folder=None, model=None, batches=None, **options):
     return weights(model), report
 
 
-def stages_in(folder):
+def files_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -56,7 +56,7 @@ class _Cut:
 
 @pytest.mark.parametrize("options", [{}, {"forwards": 1}, {"allocation": "owl", "criterion": "wanda"}], ids=str)
 @pytest.mark.parametrize("name", ["bert", "t5"])
-def test_a_run_goes_on_after_the_last_finished_stage(name, options, monkeypatch, tmp_path):
+def test_a_run_continues_after_the_last_finished_subgraph(name, options, monkeypatch, tmp_path):
     expected, report = run(name, **options)
     subgraphs = {"bert": 3, "t5": 4}[name]
     for finished in range(1, subgraphs + 1):
@@ -65,25 +65,25 @@ def test_a_run_goes_on_after_the_last_finished_stage(name, options, monkeypatch,
             patch.setattr(FinishedSubgraphs, "write", _Cut(FinishedSubgraphs.write, finished, after=True))
             with pytest.raises(KeyboardInterrupt):
                 run(name, folder, **options)
-        assert stages_in(folder) == [f"stage-{number:05d}.safetensors" for number in range(finished)]
-        with monkeypatch.context() as patch:  # what is finished is not settled again
+        assert files_in(folder) == [f"stage-{number:05d}.safetensors" for number in range(finished)]
+        with monkeypatch.context() as patch:  # finished subgraphs are not pruned again
             solved = []
             real = LayerPruner.prune_layers
-            patch.setattr(LayerPruner, "settle", lambda *args: solved.append(args) or real(*args))
+            patch.setattr(LayerPruner, "prune_layers", lambda *args: solved.append(args) or real(*args))
             found, again = run(name, folder, **options)
             assert bool(solved) == (finished < subgraphs)
         assert same(found, expected) and again == report
-        assert same(run(name, folder, **options)[0], expected), "from all stages"
+        assert same(run(name, folder, **options)[0], expected), "from all subgraphs"
 
 
-def test_interrupted_while_a_stage_is_written(monkeypatch, tmp_path):
-    """Whatever the moment, no half of a file is ever seen under its name."""
+def test_interrupted_while_a_file_is_written(monkeypatch, tmp_path):
+    """A file is never partly written under its name."""
     expected, _ = run("bert")
     with monkeypatch.context() as patch:
         patch.setattr(storage, "save_file", _Cut(storage.save_file, 2, after=True))
         with pytest.raises(KeyboardInterrupt):
             run("bert", tmp_path)
-    assert stages_in(tmp_path) == ["stage-00000.safetensors"]
+    assert files_in(tmp_path) == ["stage-00000.safetensors"]
     assert same(run("bert", tmp_path)[0], expected)
 
 
@@ -92,13 +92,13 @@ def test_killed(tmp_path):
     command = [sys.executable, str(HERE / "cut_off_worker.py"), str(tmp_path / "state"), "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-    assert len(stages_in(tmp_path / "state")) == 2
+    assert len(files_in(tmp_path / "state")) == 2
     assert same(run("bert", tmp_path / "state")[0], run("bert")[0])
 
 
 @pytest.fixture
 def cut_off(tmp_path, monkeypatch):
-    """The folder of a run that finished one stage."""
+    """The folder of a run that finished one subgraph."""
     with monkeypatch.context() as patch:
         patch.setattr(FinishedSubgraphs, "write", _Cut(FinishedSubgraphs.write, 1, after=True))
         with pytest.raises(KeyboardInterrupt):
@@ -115,8 +115,8 @@ def test_another_run_is_refused_before_anything_is_changed(cut_off):
     other.bert.encoder.layer[1].output.dense.weight.data[0, 0] += 1e-6
     for changes in (
         {"target_sparsity": 0.6},
-        {"dampening": 0.02},
-        {"solver_block": 8},
+        {"solver_kwargs": {"dampening": 0.02}},
+        {"solver_kwargs": {"block_size": 8}},
         {"exclude": ["*.pooler.*"]},
         {"batches": batches[::-1]},
         {"batches": batches[:-1]},
@@ -127,7 +127,7 @@ def test_another_run_is_refused_before_anything_is_changed(cut_off):
     ):
         model = changes.pop("model", architecture.model())
         before = weights(model)
-        with pytest.raises(ResumeError, match="was finished by a run with another model, config or calibration data"):
+        with pytest.raises(ResumeError, match="was written by a run with another model, config or calibration data"):
             run("bert", cut_off, model=model, **changes)
         assert same(weights(model), before)
     assert same(run("bert", cut_off)[0], run("bert")[0])
@@ -148,24 +148,24 @@ def test_a_damaged_file_is_refused_by_name(cut_off, damage):
     assert same(run("bert", cut_off)[0], run("bert")[0])
 
 
-def test_what_lies_after_a_gap_is_not_believed(cut_off):
-    """A stage's weights were made from what the stages before gave."""
+def test_files_after_a_gap_are_not_used(cut_off):
+    """The weights of a subgraph depend on the outputs of those before it."""
     run("bert", cut_off)
     (cut_off / "stage-00001.safetensors").unlink()
-    assert FinishedSubgraphs(cut_off, _identity()).count == 1
+    assert FinishedSubgraphs(cut_off, _digest()).count == 1
     assert same(run("bert", cut_off)[0], run("bert")[0])
 
 
-def _identity():
+def _digest():
     architecture = ARCHITECTURES["bert"]
     config = OneshotConfig(**OPTIONS).to_dict()
-    return identity_of(config, architecture.model().named_parameters(), architecture.batches())
+    return run_digest(config, architecture.model().named_parameters(), architecture.batches())
 
 
-def test_clear_removes_what_the_run_wrote_and_nothing_else(tmp_path):
+def test_removing_leaves_other_files(tmp_path):
     subgraphs = FinishedSubgraphs(tmp_path / "state", "me")
     assert subgraphs.count == 0 and not (tmp_path / "state").exists()
-    subgraphs.clear()
+    remove_finished_subgraphs(tmp_path / "state")
     for number in range(2):
         subgraphs.write(number, {"w": torch.ones(2, 2)}, {"w": 0.25})
     again = FinishedSubgraphs(tmp_path / "state", "me")
@@ -174,36 +174,35 @@ def test_clear_removes_what_the_run_wrote_and_nothing_else(tmp_path):
     )
     (tmp_path / "state" / "mine.txt").write_text("keep")
     (tmp_path / "state" / ".stage-00002-x1y2.safetensors").write_text("what a killed process leaves")
-    again.clear()
-    assert stages_in(tmp_path / "state") == ["mine.txt"]
+    remove_finished_subgraphs(tmp_path / "state")
+    assert files_in(tmp_path / "state") == ["mine.txt"]
     (tmp_path / "state" / "mine.txt").unlink()
     subgraphs.write(0, {}, {})
-    subgraphs.clear()
+    remove_finished_subgraphs(tmp_path / "state")
     assert not (tmp_path / "state").exists()
 
 
 def test_only_the_main_process_writes(tmp_path):
-    other = FinishedSubgraphs(tmp_path / "state", "me", main=False)
+    other = FinishedSubgraphs(tmp_path / "state", "me", is_main=False)
     other.write(0, {"w": torch.ones(1)}, {})
-    other.clear()
     assert not (tmp_path / "state").exists()
 
 
-def test_identities():
-    """Equal where the result is; what differs is told apart."""
+def test_run_digest():
+    """Equal for equal runs, different for any other."""
     batch, weight = {"ids": torch.tensor([[1, 2], [3, 4]])}, ("w", torch.arange(1000.0))
-    first = identity_of({"a": 1, "b": None}, [weight], [batch])
-    assert first == identity_of({"b": None, "a": 1}, [weight], [dict(batch)])
+    first = run_digest({"a": 1, "b": None}, [weight], [batch])
+    assert first == run_digest({"b": None, "a": 1}, [weight], [dict(batch)])
     others = [
-        identity_of({"a": 2, "b": None}, [weight], [batch]),
-        identity_of({"a": 1, "b": None}, [("v", weight[1])], [batch]),
-        identity_of({"a": 1, "b": None}, [("w", weight[1].view(10, 100))], [batch]),
-        identity_of({"a": 1, "b": None}, [("w", weight[1].half())], [batch]),
-        identity_of({"a": 1, "b": None}, [weight], [{"ids": batch["ids"].view(1, 4)}]),
-        identity_of({"a": 1, "b": None}, [weight], [{"other": batch["ids"]}]),
-        identity_of({"a": 1, "b": None}, [weight], [batch["ids"]]),
-        identity_of({"a": 1, "b": None}, [weight], [{"ids": batch["ids"].int()}]),
-        identity_of({"a": 1, "b": None}, [weight], [batch, batch]),
-        identity_of({"a": 1, "b": None}, [weight], [batch | {"flag": True}]),
+        run_digest({"a": 2, "b": None}, [weight], [batch]),
+        run_digest({"a": 1, "b": None}, [("v", weight[1])], [batch]),
+        run_digest({"a": 1, "b": None}, [("w", weight[1].view(10, 100))], [batch]),
+        run_digest({"a": 1, "b": None}, [("w", weight[1].half())], [batch]),
+        run_digest({"a": 1, "b": None}, [weight], [{"ids": batch["ids"].view(1, 4)}]),
+        run_digest({"a": 1, "b": None}, [weight], [{"other": batch["ids"]}]),
+        run_digest({"a": 1, "b": None}, [weight], [batch["ids"]]),
+        run_digest({"a": 1, "b": None}, [weight], [{"ids": batch["ids"].int()}]),
+        run_digest({"a": 1, "b": None}, [weight], [batch, batch]),
+        run_digest({"a": 1, "b": None}, [weight], [batch | {"flag": True}]),
     ]
     assert len({first, *others}) == len(others) + 1

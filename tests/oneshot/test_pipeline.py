@@ -1,4 +1,4 @@
-"""Blocks are found by structure, and a walk computes each once for each batch."""
+"""Blocks are found by structure, and a pipeline computes each once per batch."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from hf_sparse.model.blocks import find_block_lists, group_by_block
 from hf_sparse.model.evaluation_mode import evaluation_mode
 from hf_sparse.model.layers import find_layers
-from hf_sparse.oneshot.pipeline import BlockPipeline, Stop, Subgraph
+from hf_sparse.oneshot.pipeline import BlockPipeline, StopForward, Subgraph
 
 
 class Counted(nn.Module):
@@ -22,7 +22,7 @@ class Counted(nn.Module):
 
 
 class Model(nn.Module):
-    """Two lists; what the first gives goes into every block of the second."""
+    """Two block lists; the output of the first is an input of every block of the second."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ BATCHES = [torch.arange(6.0).view(2, 3), torch.ones(4, 3)]
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_stacks_of_every_family_are_those_of_its_blocks(name):
+def test_block_lists_of_every_architecture(name):
     architecture = ARCHITECTURES[name]
     model = architecture.model()
     layers = [layer for layer in find_layers(model) if layer.in_body]
@@ -62,7 +62,7 @@ def test_stacks_of_every_family_are_those_of_its_blocks(name):
         assert len(prefixes) == 1
 
 
-def test_lists_that_hold_no_layer_are_no_stacks(model):
+def test_lists_without_layers_are_not_block_lists(model):
     layers = find_layers(model)
     assert find_block_lists(model, layers) == {
         "first": ["first.0", "first.1", "first.2"],
@@ -76,15 +76,17 @@ def test_each_block_computes_once_for_each_batch(model):
     outputs = [model.first[0](batch) for batch in BATCHES]
     calls = [block.calls for block in (*model.first, *model.second)]
     with BlockPipeline(model, BATCHES) as pipeline:
-        for stack, count in (("first", 3), ("second", 2)):
+        for block_list, count in (("first", 3), ("second", 2)):
             for number in range(count):
-                subgraph = Subgraph(f"{stack}.{number}", (), stack)
-                assert subgraph.name not in pipeline
-                if (stack, number) == ("first", 0):
-                    assert all(torch.equal(pipeline.output("first.0", index), outputs[index]) for index in range(2))
+                subgraph = Subgraph(f"{block_list}.{number}", (), block_list)
+                assert not pipeline.is_propagated(subgraph)
+                if (block_list, number) == ("first", 0):
+                    assert all(
+                        torch.equal(pipeline.block_output("first.0", index), outputs[index]) for index in range(2)
+                    )
                     calls[0] += 2
                 pipeline.propagate(subgraph)
-                assert subgraph.name in pipeline
+                assert pipeline.is_propagated(subgraph)
         assert all(torch.equal(pipeline.forward(index), expected[index]) for index in range(2))
         assert not pipeline.forward(0).requires_grad
     assert [block.calls for block in (*model.first, *model.second)] == [count + 2 for count in calls]
@@ -92,19 +94,19 @@ def test_each_block_computes_once_for_each_batch(model):
     assert torch.equal(model(BATCHES[0]), expected[0]) and model(BATCHES[0]).requires_grad
 
 
-def test_a_forward_goes_no_further_than_its_stage(model):
+def test_a_forward_stops_at_the_end_of_its_subgraph(model):
     seen = []
     with BlockPipeline(model, BATCHES) as pipeline:
         pipeline.run_until(Subgraph("first.1", (), "first"), seen.append)
         assert seen == [0, 1] and [block.calls for block in model.first] == [2, 2, 0]
-        pipeline.run_until(Subgraph("before the blocks", (), until="first.1"))
+        pipeline.run_until(Subgraph("before the blocks", (), stop_before="first.1"))
         assert [block.calls for block in model.first] == [4, 2, 0]
         pipeline.run_until(Subgraph("after the blocks", ()))
         assert model.first[2].calls == model.second[1].calls == 2
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_blocks_have_their_own_forward_again_also_after_an_exception(model):
+def test_forwards_of_blocks_are_restored_after_an_exception(model):
     def special(x, scale=1.0):
         return x
 
@@ -124,11 +126,11 @@ def test_a_block_that_a_batch_does_not_reach(model):
         BlockPipeline(model, BATCHES) as pipeline,
         pytest.raises(ValueError, match='batch 1 does not reach the block "first.2"'),
     ):
-        pipeline.output("first.2", 1)
+        pipeline.block_output("first.2", 1)
 
 
 def test_no_code_of_a_model_catches_the_end_of_a_forward():
-    assert not issubclass(Stop, Exception)
+    assert not issubclass(StopForward, Exception)
 
 
 def experts_of(model):
@@ -136,7 +138,7 @@ def experts_of(model):
     return model.config._experts_implementation
 
 
-def test_the_mode_of_inference():
+def test_evaluation_mode():
     model = ARCHITECTURES["qwen3_moe"].model().train()
     model.config.use_cache = True
     model.model.layers[1].mlp.eval()

@@ -1,6 +1,7 @@
-"""The plan is what the run then does; nothing changes; memory is counted as by hand."""
+"""A plan says what the run then does and changes nothing; its memory is that computed by hand."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers.tiny_texts import WORDS, llama
 
 from hf_sparse import OneshotConfig, PruningConfigError, plan_oneshot, prune_oneshot
 from hf_sparse.oneshot import costs
+from hf_sparse.oneshot.prepare import prepare_run
 
 
 BATCHES = [
@@ -27,7 +29,7 @@ BATCHES = [
         {"target_sparsity": 0.5, "sequential": False},
     ],
 )
-def test_what_is_planned_is_done(options):
+def test_a_run_does_what_was_planned(options):
     model = llama()
     before = copy.deepcopy(model.state_dict())
     plan = plan_oneshot(model, BATCHES, OneshotConfig(**options))
@@ -35,25 +37,33 @@ def test_what_is_planned_is_done(options):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     report = prune_oneshot(model, BATCHES, OneshotConfig(**options), progress=False)
     size = 4 if options.get("pattern") == "4x1" else 1
-    assert [(layer.name, layer.falling * size) for layer in plan.layers] == [
+    assert [(layer.name, layer.num_pruned * size) for layer in plan.layers] == [
         (layer.name, layer.zeros) for layer in report.layers
     ]
-    assert plan.tokens == 6 * 4 * 8
+    assert plan.num_tokens == 6 * 4 * 8
 
 
-def test_stages():
+def test_subgraphs():
     plan = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5))
-    assert plan.subgraphs == 3 and {layer.subgraph for layer in plan.layers} == {f"model.layers.{n}" for n in range(3)}
-    assert plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, sequential=False)).subgraphs == 1
+    assert plan.num_subgraphs == 3 and {layer.subgraph for layer in plan.layers} == {
+        f"model.layers.{n}" for n in range(3)
+    }
+    assert plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, sequential=False)).num_subgraphs == 1
     unseen = plan_oneshot(llama(), None, OneshotConfig(target_sparsity=0.5, criterion="magnitude", scope="layer"))
-    assert unseen.subgraphs == unseen.tokens == unseen.costs.activations == unseen.costs.statistics == 0
+    assert (
+        unseen.num_subgraphs
+        == unseen.num_tokens
+        == unseen.costs.activation_bytes
+        == unseen.costs.statistics_bytes
+        == 0
+    )
     assert {layer.subgraph for layer in unseen.layers} == {None}
 
 
 @pytest.mark.parametrize("options", [{"allocation": "owl"}, {"criterion": "taylor", "scope": "global"}])
-def test_what_is_decided_later_is_not_said(options):
+def test_counts_that_are_decided_during_the_run_are_none(options):
     plan = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, **options))
-    assert {layer.falling for layer in plan.layers} == {None} and "ranked" in str(plan)
+    assert {layer.num_pruned for layer in plan.layers} == {None} and "ranked" in str(plan)
 
 
 def test_locked_zeros_are_counted():
@@ -62,7 +72,7 @@ def test_locked_zeros_are_counted():
         model.model.layers[1].mlp.up_proj.weight[:3] = 0
     groups = {"pruned": {"targets": ["*.1.mlp.down_proj"], "target_sparsity": 0.5}, "kept": {"targets": ["*.up_proj"]}}
     plan = plan_oneshot(model, BATCHES, OneshotConfig(keep_zeros=True, groups=groups))
-    assert [(layer.group, layer.falling) for layer in plan.layers] == [
+    assert [(layer.group, layer.num_pruned) for layer in plan.layers] == [
         ("pruned", 256),
         ("kept", 0),
         ("kept", 3 * 16),
@@ -79,7 +89,7 @@ def test_memory_by_hand():
 
     def memory(**options):
         found = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, **options)).costs
-        return found.block, found.statistics, found.solving, found.activations
+        return found.block_bytes, found.statistics_bytes, found.solver_bytes, found.activation_bytes
 
     # Norms are a vector each; masks of gate and up take a byte as they are chosen, and another as bool.
     assert memory() == (block, 4 * (3 * 16 + 32 + aside), 2 * 16 * 64, outputs)
@@ -93,30 +103,30 @@ def test_memory_by_hand():
     # Gradients of all parameters, sums and masks of 3 blocks' matrices.
     model, matrices = llama(), 3 * (4 * 16 * 16 + 3 * 16 * 32)
     found = plan_oneshot(model, BATCHES, OneshotConfig(target_sparsity=0.5, criterion="taylor", scope="global")).costs
-    assert found.whole == 4 * model.num_parameters() + 4 * matrices + 2 * matrices
-    assert (found.statistics, found.activations) == (0, 0)
+    assert found.model_wide_bytes == 4 * model.num_parameters() + 4 * matrices + 2 * matrices
+    assert (found.statistics_bytes, found.activation_bytes) == (0, 0)
     # One input at a time.
     assert memory(forwards=1)[1] == 4 * (32 + 128 * 32)
 
 
 def test_time_grows_with_the_data_and_the_forwards():
     """By arithmetic alone: seconds of a body, and of what is before the blocks."""
-    run = costs.OneshotRun(llama(), BATCHES, OneshotConfig(target_sparsity=0.5))
-    trace = costs.trace_model(run.model, run.seen, BATCHES[0], sequential=True)
+    run = prepare_run(llama(), BATCHES, OneshotConfig(target_sparsity=0.5))
+    trace = run.trace()
     # Three blocks: two of them twice, the last once; five times up to the first block.
-    assert costs._passes(run, trace, 3.0, 1.0) == pytest.approx(5 * 1.0 + 5 * 1.0)
-    run.config.forwards = 1
-    assert costs._passes(run, trace, 3.0, 1.0) == pytest.approx(3.0 + 3 * 1.0)
-    small, large = (costs._Input("block", 64, 32, gram=True).operations(tokens) for tokens in (1000, 3000))
+    assert costs._forward_seconds(run, trace, 3.0, 1.0) == pytest.approx(5 * 1.0 + 5 * 1.0)
+    run = dataclasses.replace(run, single_forward=True)
+    assert costs._forward_seconds(run, trace, 3.0, 1.0) == pytest.approx(3.0 + 3 * 1.0)
+    small, large = (costs._SharedInput("block", 64, 32, gram=True).operations(tokens) for tokens in (1000, 3000))
     assert large[0] == 3 * small[0] == 3 * 1000 * 64 * 64 and large[1] == small[1]
 
 
-def test_what_a_run_refuses_a_plan_refuses():
+def test_a_plan_raises_the_errors_of_a_run():
     with pytest.raises(PruningConfigError, match='criterion "wanda" needs calibration data'):
         plan_oneshot(llama(), None, OneshotConfig(target_sparsity=0.5))
 
 
-def test_it_is_printed():
+def test_the_printed_plan():
     lines = str(plan_oneshot(llama(1), BATCHES, OneshotConfig(target_sparsity=0.5))).splitlines()
     assert lines[1].split() == [
         "model.layers.0.self_attn.q_proj.weight",
@@ -126,8 +136,8 @@ def test_it_is_printed():
         "256",
         "128",
     ]
-    assert lines[-3] == "7 weights of 2,560 in all, 1 stages, 192 tokens"
+    assert lines[-3] == "layers: 7 with 2,560 weights; blocks: 1; calibration tokens: 192"
     assert lines[-2].startswith(
-        "memory: largest block 10.4 kB, its sums 41.3 kB, solving 2.0 kB; activations 12.3 kB on cpu"
+        "memory: largest block 10.4 kB, its statistics 41.3 kB, solver 2.0 kB, activations 12.3 kB on cpu"
     )
     assert lines[-1].startswith("time: about ")

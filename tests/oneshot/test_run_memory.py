@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_sparse import OneshotConfig, prune_oneshot
-from hf_sparse.oneshot.activations import Activations
+from hf_sparse.oneshot.activation_cache import ActivationCache
 from hf_sparse.oneshot.layerwise import LayerPruner
 from hf_sparse.statistics import GramMatrix, InputNorms
 
@@ -34,8 +34,8 @@ class Ledger:
         self.most_stats = self.most_outputs = self.most_bytes = 0
         for kind in (GramMatrix, InputNorms):
             self._watch(monkeypatch, kind, "__init__", lambda stat, *_: self.stats.add(stat))
-        self._watch(monkeypatch, Activations, "__setitem__", self._kept)
-        self._watch(monkeypatch, LayerPruner, "settle", lambda *_: self.trace_model(), before=True)
+        self._watch(monkeypatch, ActivationCache, "__setitem__", self._kept)
+        self._watch(monkeypatch, LayerPruner, "prune_layers", lambda *_: self._measure(), before=True)
 
     def _watch(self, monkeypatch, owner, name, see, before=False):
         real = getattr(owner, name)
@@ -51,12 +51,12 @@ class Ledger:
         monkeypatch.setattr(owner, name, watched)
 
     def _kept(self, activations, index, structure):
-        for leaf in activations._kept[index][0]:
+        for leaf in activations._entries[index][0]:
             if torch.is_tensor(leaf):
                 self.outputs.add(leaf)
-        self.trace_model()
+        self._measure()
 
-    def trace_model(self):
+    def _measure(self):
         self.most_stats = max(self.most_stats, sum(stat.total.numel() for stat in self.stats))
         self.most_outputs = max(self.most_outputs, len(self.outputs))
 
@@ -73,7 +73,7 @@ def most(depth, monkeypatch, **options):
 
 
 @pytest.mark.parametrize("forwards", [2, 1])
-@pytest.mark.parametrize("solver, one_block", [("zero", WIDTH + 2 * WIDTH), ("sparsegpt", WIDTH**2 + 4 * WIDTH**2)])
+@pytest.mark.parametrize("solver, one_block", [("none", WIDTH + 2 * WIDTH), ("sparsegpt", WIDTH**2 + 4 * WIDTH**2)])
 def test_one_block_at_a_time(solver, one_block, forwards, monkeypatch):
     """Of a block there are a sum for each of its two inputs, and of outputs one for each batch; while the probe looks
     and while a block follows another there is one more."""
@@ -94,15 +94,15 @@ def test_a_survey_keeps_norms_of_inputs_at_most(options, monkeypatch):
 def test_on_disk_nothing_is_kept_in_memory(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     seen = []
-    real = Activations.__setitem__
+    real = ActivationCache.__setitem__
 
     def watched(self, index, structure):
         real(self, index, structure)
-        if self._place == "disk":
-            assert not any(torch.is_tensor(leaf) for leaf in self._kept[index][0])
+        if self._folder is not None:
+            assert not any(torch.is_tensor(leaf) for leaf in self._entries[index][0])
             seen.append(sorted(path.name for path in Path(tmp_path).glob("hf_sparse-*/*")))
 
-    monkeypatch.setattr(Activations, "__setitem__", watched)
+    monkeypatch.setattr(ActivationCache, "__setitem__", watched)
     most(4, monkeypatch, activations="disk")
     assert max(seen, key=len) == [f"{index}.safetensors" for index in range(BATCHES)]
     assert not list(tmp_path.iterdir()), "the folder outlives the run"

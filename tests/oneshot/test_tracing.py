@@ -1,4 +1,4 @@
-"""What one forward shows: stages in order, inputs that are shared, where a forward may end."""
+"""The trace of a model: subgraphs in order, shared inputs, last modules."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hf_sparse.model.layers import find_layers
 from hf_sparse.oneshot.tracing import trace_model
 
 
-def looked(name, sequential=True, exclude=()):
+def traced(name, sequential=True, exclude=()):
     architecture = ARCHITECTURES[name]
     model = architecture.model()
     layers = [layer for layer in find_layers(model) if layer.in_body and not layer.module.endswith(tuple(exclude))]
@@ -17,21 +17,21 @@ def looked(name, sequential=True, exclude=()):
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_stages_follow_each_other_as_the_blocks_do(name):
+def test_subgraphs_are_in_the_order_of_the_blocks(name):
     architecture = ARCHITECTURES[name]
-    trace, layers = looked(name, exclude=("dt_proj",))
-    blocks = [subgraph.name for subgraph in trace.subgraphs if subgraph.stack is not None]
+    trace, layers = traced(name, exclude=("dt_proj",))
+    blocks = [subgraph.name for subgraph in trace.subgraphs if subgraph.block_list is not None]
     assert [f"{block}." for block in blocks] == list(architecture.blocks)
     assert sorted(layer.name for subgraph in trace.subgraphs for layer in subgraph.layers) == sorted(
         layer.name for layer in layers
     )
     for subgraph in trace.subgraphs:
-        if subgraph.stack is not None:
+        if subgraph.block_list is not None:
             assert all(layer.name.startswith(f"{subgraph.name}.") for layer in subgraph.layers)
     outside = {
         subgraph.name: [layer.module for layer in subgraph.layers]
         for subgraph in trace.subgraphs
-        if subgraph.stack is None
+        if subgraph.block_list is None
     }
     assert outside == {
         "opt": {"before the blocks": ["model.decoder.project_in"], "after the blocks": ["model.decoder.project_out"]},
@@ -39,9 +39,9 @@ def test_stages_follow_each_other_as_the_blocks_do(name):
     }.get(name, {})
 
 
-def test_weights_that_get_the_same_numbers_have_one_leader():
-    leaders = {name.split("layers.0.")[-1]: leader for name, leader in looked("llama")[0].leaders.items()}
-    same = {name: leader.split("layers.0.")[-1] for name, leader in leaders.items() if "layers.1" not in name}
+def test_modules_with_the_same_input_map_to_the_first():
+    shared = {name.split("layers.0.")[-1]: first for name, first in traced("llama")[0].shared_inputs.items()}
+    same = {name: first.split("layers.0.")[-1] for name, first in shared.items() if "layers.1" not in name}
     assert same == {
         "self_attn.q_proj": "self_attn.q_proj",
         "self_attn.k_proj": "self_attn.q_proj",
@@ -51,39 +51,34 @@ def test_weights_that_get_the_same_numbers_have_one_leader():
         "mlp.up_proj": "mlp.gate_proj",
         "mlp.down_proj": "mlp.down_proj",
     }
-    trace, _ = looked("bart")
-    assert trace.leaders["model.decoder.layers.1.encoder_attn.v_proj"].endswith("layers.1.encoder_attn.k_proj")
+    trace, _ = traced("bart")
+    assert trace.shared_inputs["model.decoder.layers.1.encoder_attn.v_proj"].endswith("layers.1.encoder_attn.k_proj")
 
 
-def test_leaders_do_not_cross_blocks():
+def test_inputs_are_not_shared_across_blocks():
     """In T5 every block of the decoder reads the same output of the encoder."""
-    trace, _ = looked("t5")
-    for module, leader in trace.leaders.items():
-        assert module.split(".layer.")[0] == leader.split(".layer.")[0]
+    trace, _ = traced("t5")
+    for module, first in trace.shared_inputs.items():
+        assert module.split(".layer.")[0] == first.split(".layer.")[0]
 
 
 @pytest.mark.parametrize(
     "name, last", [("llama", "mlp.down_proj"), ("qwen3_moe", "mlp.experts"), ("bert", "output.dense")]
 )
-def test_a_forward_may_end_at_the_last_layer_of_a_block(name, last):
-    trace, _ = looked(name)
+def test_the_last_module_of_a_block(name, last):
+    trace, _ = traced(name)
     for subgraph in trace.subgraphs:
-        if subgraph.stack is not None:
-            assert trace.last[subgraph.name] == f"{subgraph.name}.{last}"
+        if subgraph.block_list is not None:
+            assert trace.last_module[subgraph.name] == f"{subgraph.name}.{last}"
 
 
-def test_one_row_is_enough_and_is_counted():
-    trace, _ = looked("llama")
-    assert trace.tokens == 10 and trace.seconds > 0 and trace.repeated == frozenset()  # the first row has no padding
-
-
-def test_all_at_once_is_one_stage():
-    trace, layers = looked("t5", sequential=False)
+def test_not_sequential_is_one_subgraph():
+    trace, layers = traced("t5", sequential=False)
     (subgraph,) = trace.subgraphs
-    assert subgraph.name == "the whole model" and len(subgraph.layers) == len(layers) and subgraph.stack is None
+    assert subgraph.name == "the whole model" and len(subgraph.layers) == len(layers) and subgraph.block_list is None
 
 
-def test_inputs_that_were_changed_or_whose_memory_was_used_again_are_not_the_same():
+def test_inputs_that_were_changed_in_place_or_whose_memory_was_reused_are_not_shared():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -101,11 +96,11 @@ def test_inputs_that_were_changed_or_whose_memory_was_used_again_are_not_the_sam
 
     model = nn.Sequential(Block())
     trace = trace_model(model, find_layers(model), torch.ones(2, 4), True)
-    assert trace.leaders == {f"0.{name}": f"0.{name}" for name in "abcd"}
-    assert trace.repeated == {"0.d"} and trace.last == {}
+    assert trace.shared_inputs == {f"0.{name}": f"0.{name}" for name in "abcd"}
+    assert trace.repeated == {"0.d"} and trace.last_module == {}
 
 
-def test_the_model_is_as_before():
+def test_the_model_is_restored():
     model = ARCHITECTURES["bert"].model().train()
     trace_model(model, find_layers(model)[:2], ARCHITECTURES["bert"].batches()[0], True)
     assert model.training and not any("forward" in module.__dict__ for module in model.modules())

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_sparse import OneshotConfig, ResumeError, calibration_batches, prune_oneshot
 from hf_sparse.hub.card import SparsityCard
-from hf_sparse.oneshot import OneshotArguments, run_oneshot
-from hf_sparse.oneshot import workflow as job
+from hf_sparse.oneshot import OneshotArguments, run_oneshot, workflow
 from hf_sparse.oneshot.resume import FinishedSubgraphs
 
 
@@ -83,13 +82,13 @@ def test_the_result_is_a_plain_checkpoint_with_all_that_is_known_of_it(run, inpu
         "tokens": 8 * 16,
     }
     assert 1 < results["dense_perplexity"] != results["eval_perplexity"] > 1
-    assert "calibration: 8 blocks of 16 tokens" in said and f"after:  loss {results['eval_loss']:,.4g}" in said
+    assert "calibration data: 8 blocks of 16 tokens" in said and f"after:  loss {results['eval_loss']:,.4g}" in said
     card = SparsityCard.load(out)
     assert card.oneshot and card.dense_metrics == {
         "eval_loss": results["dense_loss"],
         "eval_perplexity": results["dense_perplexity"],
     }
-    assert "8 blocks of 16 tokens out of" in (out / "README.md").read_text()
+    assert "8 blocks of 16 tokens from" in (out / "README.md").read_text()
 
 
 def test_a_classifier(run, inputs, tmp_path):
@@ -129,7 +128,7 @@ def test_offloaded_to_disk_it_is_the_same(run, inputs, tmp_path):
 
 def test_a_dry_run_writes_nothing(run, tmp_path):
     said = run(dry_run=True, output_dir=None)
-    assert "21 weights of 7,680 in all, 3 stages, 128 tokens" in said and "time: about" in said
+    assert "layers: 21 with 7,680 weights; blocks: 3; calibration tokens: 128" in said and "time: about" in said
     assert run(dry_run=True).startswith("loading") and not any(tmp_path.iterdir())
 
 
@@ -137,21 +136,23 @@ def test_a_dry_run_writes_nothing(run, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from hf_sparse.oneshot import OneshotConfig, OneshotJob, run_job
-from hf_sparse.oneshot.state import FinishedStages
+from hf_sparse.oneshot import OneshotArguments, OneshotConfig, run_oneshot
+from hf_sparse.oneshot.resume import FinishedSubgraphs
 
-write = FinishedStages.write
+write = FinishedSubgraphs.write
 
-def write_and_die(self, stage, weights, errors):
-    write(self, stage, weights, errors)
-    if stage == 1:
+def write_and_die(self, number, weights, errors):
+    write(self, number, weights, errors)
+    if number == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
-FinishedStages.write = write_and_die
+FinishedSubgraphs.write = write_and_die
 model, texts, held_out, out = sys.argv[1:]
-job = OneshotJob(model, out, calibration_file=texts, samples=8, length=16, batch_size=4, device="cpu", eval=True,
-                 validation_file=held_out)
-run_job(job, OneshotConfig(target_sparsity=0.5, solver="sparsegpt"))
+arguments = OneshotArguments(
+    model, out, calibration_file=texts, samples=8, length=16, batch_size=4, device="cpu", eval=True,
+    validation_file=held_out,
+)
+run_oneshot(arguments, OneshotConfig(target_sparsity=0.5, solver="sparsegpt"))
 """
 
 
@@ -166,11 +167,11 @@ def test_a_killed_run_goes_on(run, inputs, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists() and (state / "stage-00001.safetensors").is_file()
 
     measured, written = [], []
-    measure, write = job.evaluate_model, FinishedSubgraphs.write
-    monkeypatch.setattr(job, "evaluate_model", lambda *args: measured.append(1) or measure(*args))
+    measure, write = workflow.evaluate_model, FinishedSubgraphs.write
+    monkeypatch.setattr(workflow, "evaluate_model", lambda *args: measured.append(1) or measure(*args))
     monkeypatch.setattr(FinishedSubgraphs, "write", lambda self, n, *rest: written.append(n) or write(self, n, *rest))
     said = run(options, eval=True, validation_file=inputs["held_out"])
-    assert f"going on: finished blocks in {state}: 2." in said
+    assert f"continuing: finished blocks in {state}: 2." in said
     assert written == [2] and len(measured) == 1  # what the dense model is worth was known
     assert "before: loss" in said
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
@@ -187,12 +188,14 @@ def test_ctrl_c_says_how_to_go_on(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(FinishedSubgraphs, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert run.said[-1].startswith(f"interrupted: finished blocks in {tmp_path / 'out'}.unfinished: 1. Started again")
+    assert run.said[-1].startswith(
+        f"interrupted: finished blocks in {tmp_path / 'out'}.unfinished: 1. Run the same command again"
+    )
 
 
 def test_what_another_run_has_finished_is_refused(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(job, "write_folder_atomically", fails)
+        patch.setattr(workflow, "write_folder_atomically", fails)
         with pytest.raises(OSError, match="the disk is full"):
             run()
     with pytest.raises(ResumeError, match=r"another model, config or calibration data.* remove .*out\.unfinished"):
@@ -234,12 +237,12 @@ def test_a_folder_with_something_in_it_is_left_alone(run, inputs, tmp_path):
         run(output_dir=str(tmp_path / "home"), overwrite=True)
     with pytest.raises(NotADirectoryError, match="letter.txt is a file"):
         run(output_dir=str(tmp_path / "home" / "letter.txt"))
-    with pytest.raises(FileExistsError, match="is the model that is to be pruned"):
+    with pytest.raises(FileExistsError, match="is the model to prune"):
         run(model_name_or_path=str(out), overwrite=True)
 
 
 def test_faults_are_told_before_a_model_is_loaded(run, inputs, monkeypatch):
-    monkeypatch.setattr(job, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    monkeypatch.setattr(workflow, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
     for given, error, text in (
         ({"calibration_file": "no.txt"}, FileNotFoundError, 'calibration file "no.txt" does not exist'),
         ({"calibration_file": None}, ValueError, 'criterion "wanda" needs calibration data: pass calibration_file or'),
@@ -248,21 +251,21 @@ def test_faults_are_told_before_a_model_is_loaded(run, inputs, monkeypatch):
         ({"dataset_name": "x"}, ValueError, "calibration_file and dataset_name exclude each other"),
         ({"device_map": "auto"}, ValueError, "device and device_map exclude each other"),
         ({"dtype": "int8"}, ValueError, 'dtype is "int8": it must be one of auto, bfloat16'),
-        ({"output_dir": None}, ValueError, "no place for the result"),
-        ({"model_name_or_path": None}, ValueError, "no model"),
+        ({"output_dir": None}, ValueError, "missing output folder"),
+        ({"model_name_or_path": None}, ValueError, "missing model"),
     ):
         with pytest.raises(error, match=text):
             run(**given)
 
 
 def test_models_and_maps_that_cannot_be_are_named(run, inputs, tmp_path):
-    with pytest.raises(OSError, match='"/no/model" is no model that can be opened, neither a folder nor on the Hub'):
+    with pytest.raises(OSError, match='there is no folder "/no/model" with a model, and no such model on the Hub'):
         run(model_name_or_path="/no/model")
     llama().save_pretrained(tmp_path / "mute")
-    with pytest.raises(OSError, match='(?s)mute" has no tokenizer to read texts with .* name one with tokenizer_name'):
+    with pytest.raises(OSError, match='(?s)mute" has no tokenizer .* name one with tokenizer_name'):
         run(model_name_or_path=str(tmp_path / "mute"))
     assert "saved" in run(model_name_or_path=str(tmp_path / "mute"), tokenizer_name=inputs["llama"])
-    with pytest.raises(ValueError, match="device_map is no JSON object"):
+    with pytest.raises(ValueError, match="device_map is not a JSON object"):
         run(device=None, device_map="{layers", output_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="length 33 is beyond the model's 32 positions"):
         run(length=33, output_dir=str(tmp_path / "other"))

@@ -1,4 +1,4 @@
-"""What blocks have given, kept in memory or on disk, comes back as it was."""
+"""Outputs of blocks, cached in memory or on disk, are read back unchanged."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,12 @@ from helpers.tiny import bits_equal
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_sparse.config.oneshot import ACTIVATIONS
-from hf_sparse.oneshot.activations import Activations
+from hf_sparse.oneshot.activation_cache import ActivationCache
 
 
 @dataclass(frozen=True)
 class Opaque:
-    """What is no tensor and holds none."""
+    """A leaf that is not a tensor."""
 
     number: int = 3
 
@@ -35,55 +35,55 @@ def leaves(structure):
     return torch.utils._pytree.tree_leaves(structure)
 
 
-@pytest.mark.parametrize("place", ACTIVATIONS)
+@pytest.mark.parametrize("storage", ACTIVATIONS)
 @pytest.mark.parametrize("number", range(len(STRUCTURES)))
-def test_every_structure_comes_back(number, place):
-    kept, structure = Activations(place), STRUCTURES[number]
-    kept[1] = structure
+def test_every_structure_is_read_back(number, storage):
+    cache, structure = ActivationCache(storage), STRUCTURES[number]
+    cache[1] = structure
     for _ in range(2):
-        found = kept[1]
+        found = cache[1]
         assert type(found) is type(structure) and len(leaves(found)) == len(leaves(structure))
         for left, right in zip(leaves(found), leaves(structure), strict=True):
             assert bits_equal(left, right) if torch.is_tensor(left) else left == right
 
 
-@pytest.mark.parametrize("place", ACTIVATIONS)
-def test_what_is_taken_out_is_a_copy(place):
-    kept = Activations(place)
-    kept[0] = (torch.ones(2),)
-    kept[0][0].zero_()
-    assert kept[0][0].tolist() == [1, 1]
+@pytest.mark.parametrize("storage", ACTIVATIONS)
+def test_reading_returns_a_copy(storage):
+    cache = ActivationCache(storage)
+    cache[0] = (torch.ones(2),)
+    cache[0][0].zero_()
+    assert cache[0][0].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("place", ACTIVATIONS)
-def test_what_is_put_in_anew_takes_the_place_of_the_old(place):
-    kept = Activations(place)
+@pytest.mark.parametrize("storage", ACTIVATIONS)
+def test_writing_restorages_the_old_entry(storage):
+    cache = ActivationCache(storage)
     for number in range(3):
         for index in range(2):
-            kept[index] = torch.full((2,), 10.0 * number + index)
-    assert [kept[index].tolist() for index in range(2)] == [[20, 20], [21, 21]]
+            cache[index] = torch.full((2,), 10.0 * number + index)
+    assert [cache[index].tolist() for index in range(2)] == [[20, 20], [21, 21]]
 
 
-def test_files_go_with_the_object(tmp_path, monkeypatch):
+def test_files_are_removed_with_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    kept = Activations("disk")
-    kept[0] = torch.ones(2)
+    cache = ActivationCache("disk")
+    cache[0] = torch.ones(2)
     (folder,) = tmp_path.iterdir()
     assert [path.name for path in Path(folder).iterdir()] == ["0.safetensors"]
-    del kept
+    del cache
     assert not list(tmp_path.iterdir())
 
 
-def test_no_other_place():
+def test_unknown_storage():
     with pytest.raises(ValueError, match='activations are kept in "ram": it must be device, cpu, disk'):
-        Activations("ram")
+        ActivationCache("ram")
 
 
-@pytest.mark.parametrize("place", ACTIVATIONS)
-def test_what_is_popped_is_handed_over_and_kept_no_longer(place):
-    kept, tensor = Activations(place), torch.randn(2, 3)
-    kept[0] = (tensor, None)
-    (found, _) = kept.pop(0)
-    assert bits_equal(found, tensor) and (found is tensor) == (place != "disk")
+@pytest.mark.parametrize("storage", ACTIVATIONS)
+def test_pop_removes_the_entry(storage):
+    cache, tensor = ActivationCache(storage), torch.randn(2, 3)
+    cache[0] = (tensor, None)
+    (found, _) = cache.pop(0)
+    assert bits_equal(found, tensor) and (found is tensor) == (storage != "disk")
     with pytest.raises(KeyError):
-        kept[0]
+        cache[0]

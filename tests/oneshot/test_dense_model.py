@@ -1,4 +1,4 @@
-"""What is decided on the dense model: masks over all layers, and sums of gradients."""
+"""Masks and gradient statistics of the dense model."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hf_sparse import OneshotConfig
 from hf_sparse.distributed import SINGLE_PROCESS
 from hf_sparse.engine.parameter_group import ParameterGroup
 from hf_sparse.engine.resolve import resolve_layers
-from hf_sparse.oneshot.dense_pass import accumulate_gradients, masks_from_dense_model
+from hf_sparse.oneshot.dense_model import accumulate_gradients, masks_from_dense_model
 
 
 def groups_of(model, **options):
@@ -35,8 +35,8 @@ def two_layers():
         ({"criterion": "magnitude", "keep_zeros": True}, None, [[0, 0], [1, 0]], [[1, 1], [1, 0]]),
     ],
 )
-def test_all_layers_compete(options, norms, first, second):
-    """Four of eight fall, and the weights stay as they are."""
+def test_all_layers_are_ranked_together(options, norms, first, second):
+    """Four of eight weights are pruned in the masks; the weights do not change."""
     model = two_layers()
     before = weights(model)
     known = {} if norms is None else {f"{n}.weight": torch.tensor([values]) for n, values in enumerate(norms)}
@@ -45,7 +45,7 @@ def test_all_layers_compete(options, norms, first, second):
     assert same(weights(model), before)
 
 
-def test_gradients_are_summed_over_batches_and_nothing_is_left():
+def test_gradients_are_summed_over_batches_and_cleared():
     model = ARCHITECTURES["gpt2"].model().train()
     batches, groups = ARCHITECTURES["gpt2"].batches(3), groups_of(model, criterion="snip")
     with torch.no_grad():  # whatever mode the caller is in
@@ -61,8 +61,8 @@ def test_gradients_are_summed_over_batches_and_nothing_is_left():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_losses_in_whatever_a_model_gives():
-    """A mapping or an object; without one it is said."""
+def test_loss_of_a_mapping_or_an_object():
+    """An output without a loss is an error."""
 
     class Model(nn.Module):
         def __init__(self):

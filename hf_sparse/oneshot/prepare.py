@@ -1,0 +1,171 @@
+"""Prepares a one-shot run: selects the layers, distributes the calibration data over ranks, and checks both."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..calibration.batches import concatenate_batches, count_tokens, is_padded
+from ..config import OneshotConfig, PruningConfigError, ResolvedGroup
+from ..distributed import build_shards, get_communicator, is_offloaded
+from ..engine.parameter_group import ParameterGroup
+from ..engine.resolve import resolve_layers
+from ..model.layers import PrunableLayer
+from ..requires import Requires
+from .run import OneshotRun, is_calibrated, requires_dense_pass
+
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig) -> OneshotRun:
+    """Returns the run of a config. Warns if there is too little calibration data.
+
+    Args:
+        model: the model to prune.
+        calibration_data: all batches; None if there are none.
+        config: the options.
+
+    Raises:
+        PruningConfigError: options that contradict each other, the model or the data, all together.
+        NotImplementedError: the weights are sharded.
+    """
+    communicator = get_communicator()
+    groups, skipped = resolve_layers(model, config, observes_inputs=True)
+    batches = [] if calibration_data is None else list(calibration_data)
+    offloaded = is_offloaded(model)
+    _check_not_sharded(model, offloaded)
+    errors = []
+    if not any(group.target for group in groups):
+        errors.append("there is nothing to prune: give target_sparsity, or a pattern that implies it.")
+    errors += _data_errors(groups, batches, communicator.world_size)
+    observed = [
+        layer for group in groups if is_calibrated(group) or requires_dense_pass(group) for layer in group.layers
+    ]
+    errors += _layer_errors(observed, config, batches)
+    errors += _offload_errors(groups, config) if offloaded else []
+    errors += _rank_errors(groups, batches)
+    if errors:
+        raise PruningConfigError(errors)
+    if skipped:
+        logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(skipped))
+    single_forward = config.forwards == 1
+    local_batches = batches[communicator.rank :: communicator.world_size]
+    if single_forward and local_batches:
+        local_batches = [concatenate_batches(local_batches)]
+    return OneshotRun(
+        model=model,
+        groups=[ParameterGroup(group) for group in groups],
+        batches=batches,
+        local_batches=local_batches,
+        communicator=communicator,
+        sequential=bool(config.sequential),
+        single_forward=single_forward,
+        activation_storage=str(config.activations),
+        on_unreached=str(config.on_unreached),
+    )
+
+
+def method_requiring_data(group: ResolvedGroup) -> str | None:
+    """Returns the solver, criterion or allocation of a group that requires calibration data; None if none does.
+
+    Example:
+        >>> (group,) = OneshotConfig(target_sparsity=0.5).resolve_groups().values()
+        >>> method_requiring_data(group)
+        'criterion "wanda"'
+        >>> (group,) = OneshotConfig(target_sparsity=0.5, criterion="random").resolve_groups().values()
+        >>> method_requiring_data(group)
+    """
+    if not group.target:
+        return None
+    if group.criterion is None or group.solver.requires & Requires.CALIBRATION_DATA:
+        return f'solver "{group.solver_name}"'
+    if group.criterion.requires & Requires.CALIBRATION_DATA:
+        return f'criterion "{group.criterion_name}"'
+    if group.allocation.requires & Requires.CALIBRATION_DATA:
+        return f'allocation "{group.allocation_name}"'
+    return None
+
+
+def _check_not_sharded(model: nn.Module, offloaded: bool) -> None:
+    # Offloaded weights are on the meta device, and not sharded.
+    present = {name: weight for name, weight in model.named_parameters() if not (offloaded and weight.is_meta)}
+    shards, _ = build_shards(present)
+    sharded = next((name for name, shard in shards.items() if shard.is_split), None)
+    if sharded is not None:
+        raise NotImplementedError(
+            f'"{sharded}" is sharded over processes, but one-shot pruning needs whole weights on every process: load '
+            "the model without FSDP, tensor parallelism or ZeRO-3, or offload it (device_map)."
+        )
+
+
+def _data_errors(groups: Sequence[ResolvedGroup], batches: Sequence[Any], world_size: int) -> list[str]:
+    methods = [method for method in map(method_requiring_data, groups) if method is not None]
+    if methods and not batches:
+        return [f"{methods[0]} needs calibration data, but there is none: give batches of it."]
+    if methods and len(batches) < world_size:
+        return [f"{len(batches)} calibration batches are too few for {world_size} processes: make smaller batches."]
+    return []
+
+
+def _layer_errors(layers: Sequence[PrunableLayer], config: OneshotConfig, batches: Sequence[Any]) -> list[str]:
+    errors = []
+    convolutions = [layer.module for layer in layers if layer.kind == "conv2d"]
+    if convolutions:
+        errors.append(
+            f'inputs of convolutions are not observed, but "{convolutions[0]}" is one: leave it out with '
+            f'exclude=["{convolutions[0]}"], or use criterion="magnitude".'
+        )
+    experts = [layer.module for layer in layers if layer.expert_dim is not None]
+    if experts and config.forwards == 1:
+        errors.append("forwards=1 does not go with fused experts, which run one after the other: use forwards=2.")
+    padded = next((index for index, batch in enumerate(batches) if is_padded(batch)), None)
+    if experts and padded is not None:
+        errors.append(
+            f'padding cannot be told from tokens once they are routed to experts, as in "{experts[0]}", but '
+            f"calibration batch {padded} has some: cut the data into blocks of one length."
+        )
+    return errors
+
+
+def _offload_errors(groups: Sequence[ResolvedGroup], config: OneshotConfig) -> list[str]:
+    errors = []
+    for group in groups:
+        if group.requires & Requires.GRADIENTS:
+            errors.append(
+                f'criterion "{group.criterion_name}" needs gradients, but some weights are offloaded: use '
+                'criterion="wanda", or a device that holds the model.'
+            )
+        elif group.target and group.ranks_all_layers:
+            errors.append('scope "global" needs all weights at once, but some are offloaded: use scope=layer.')
+    if not config.sequential:
+        errors.append("sequential=False needs all weights at once, but some are offloaded: leave it out.")
+    return errors
+
+
+def _rank_errors(groups: Sequence[ResolvedGroup], batches: Sequence[Any]) -> list[str]:
+    """With too few tokens for a Gram matrix of full rank: an error without damping, a warning with it."""
+    groups = [group for group in groups if group.requires & Requires.GRAM]
+    layers = [layer for group in groups for layer in group.layers if layer.expert_dim is None]
+    tokens = sum(count_tokens(batch) for batch in batches)
+    deficient = [layer for layer in layers if layer.matrix_shape[2] > tokens > 0]
+    if not deficient:
+        return []
+    widest = max(deficient, key=lambda layer: layer.matrix_shape[2])
+    columns = widest.matrix_shape[2]
+    text = (
+        f"calibration data of {tokens:,} tokens is too little for Gram matrices of full rank: {len(deficient)} "
+        f'weights have more inputs, such as "{widest.name}" with {columns:,}.'
+    )
+    if any(group.solver.needs_full_rank for group in groups):
+        return [
+            f"{text} Give {columns:,} tokens or more, several times as many for good results, or a damping, as in "
+            'solver_kwargs={"dampening": 0.01}.'
+        ]
+    logger.warning(
+        "%s The solver's damping determines what they leave undetermined. More data improves the result.", text
+    )
+    return []
