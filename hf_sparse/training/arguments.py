@@ -1,4 +1,4 @@
-"""SparseTrainingArguments: TrainingArguments with the options of pruning."""
+"""SparseTrainingArguments: TrainingArguments with pruning options."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..config.base import PruningOptions
 
 @dataclass(repr=False)
 class SparseTrainingArguments(PruningConfig, TrainingArguments):
-    """Every field of `TrainingArguments` and of `PruningConfig`; no default of either is changed.
+    """`TrainingArguments` with the options of `PruningConfig` as further fields. No default of either is changed.
 
-    For Python, `HfArgumentParser` (command line, JSON, YAML) and JSON round trips.
+    Can be made in Python or by `HfArgumentParser` (command line, JSON, YAML), and written to JSON and read back.
 
     Raises:
-        PruningConfigError: with every fault of the pruning options.
+        PruningConfigError: with every error in the pruning options.
 
     Example:
         >>> args = SparseTrainingArguments("out", target_sparsity=0.8, use_cpu=True)
@@ -27,11 +27,11 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "groups", "criterion_kwargs", "allocation_kwargs"]
 
-    # Where both parents have a method of one name, arguments are arguments first: every field, without the tokens.
+    # Both parents have these methods. Those of TrainingArguments show every field and hide tokens.
     to_dict = TrainingArguments.to_dict
     __repr__ = TrainingArguments.__repr__
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         PruningConfig.__post_init__(self)
         super(PruningOptions, self).__post_init__()
 

@@ -12,9 +12,10 @@ from helpers.tiny import SCHEDULE, make
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from hf_sparse import SparseTrainer
+from hf_sparse import SparseTrainer, SparseTrainerMixin
 from hf_sparse.hub.card import PUBLISHED_FILES
 from hf_sparse.hub.card.merge import SECTION_END, SECTION_START
+from hf_sparse.training.model_card import _LOCAL_BASE_MODEL
 
 
 TOKEN = "not-for-anybody-else"
@@ -181,9 +182,67 @@ def test_names_are_escaped_in_text_and_whole_in_the_metadata(tmp_path):
     assert f"a fine-tuned version of {tmp_path.name} (a local folder)" in card.text
 
 
-def test_a_model_from_nowhere_is_not_fine_tuned(tmp_path):
-    trained(tmp_path).create_model_card()
-    assert "[](" not in (tmp_path / "README.md").read_text()
+def test_a_model_made_from_a_config_was_trained_from_scratch(tmp_path):
+    run = trained(tmp_path)
+    run.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "This model was trained from scratch on" in text and "[](" not in text
+    assert run.model.config.name_or_path == ""  # it was changed for as long as Trainer wrote
+    Trainer.create_model_card(run)
+    assert "[](https://huggingface.co/)" in (tmp_path / "README.md").read_text(), "Trainer does it right by now"
+
+
+def test_what_a_card_of_trainer_says_of_the_base_model(tmp_path):
+    """Fails when transformers words it otherwise: then see whether the cards here still read well."""
+    run = trained(tmp_path)
+    Trainer.create_model_card(run, finetuned_from=_LOCAL_BASE_MODEL)
+    card = ModelCard.load(tmp_path / "README.md")
+    link = f"[{_LOCAL_BASE_MODEL}](https://huggingface.co/{_LOCAL_BASE_MODEL})"
+    assert f"\nThis model is a fine-tuned version of {link} on an unknown dataset." in card.text
+    assert card.text.count(_LOCAL_BASE_MODEL) == 2 and card.data.base_model == _LOCAL_BASE_MODEL
+
+
+WORDINGS = {
+    "today's": "This model is a fine-tuned version of [{}](https://huggingface.co/{}) on x.",
+    "a link elsewhere": "It comes from [the base model {}](https://hub.test/models/{}/card), and that is it.",
+    "no link": "Base model: {}",
+    "twice": "Base model: {}. See [{}](https://huggingface.co/{}).",
+}
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_a_local_base_model_is_named_without_its_path_however_trainer_words_it(tmp_path, caplog, wording):
+    (tmp_path / "my_base").mkdir()
+    text = WORDINGS[wording].replace("{}", _LOCAL_BASE_MODEL)
+
+    def create_model_card(self, finetuned_from=None):
+        assert finetuned_from == _LOCAL_BASE_MODEL
+        (tmp_path / "README.md").write_text(f"---\nbase_model: {finetuned_from}\n---\n# out\n\n{text}\n")
+
+    class Worded(Trainer):
+        pass
+
+    class SparseWorded(SparseTrainerMixin, Worded):
+        pass
+
+    Worded.create_model_card = create_model_card
+    trained(tmp_path, SparseWorded).create_model_card(finetuned_from=str(tmp_path / "my_base"))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "my_base (a local folder)" in card.text and "](http" not in card.text.split(SECTION_START)[0]
+    assert _LOCAL_BASE_MODEL not in str(card) and card.data.base_model is None
+    assert "does not name its base model" not in caplog.text
+
+
+def test_a_card_that_does_not_name_its_base_model_is_logged(tmp_path, caplog):
+    class Silent(Trainer):
+        def create_model_card(self, finetuned_from=None):
+            (tmp_path / "README.md").write_text("# out\n")
+
+    class SparseSilent(SparseTrainerMixin, Silent):
+        pass
+
+    trained(tmp_path, SparseSilent).create_model_card(finetuned_from=str(tmp_path))
+    assert f"does not name its base model, {tmp_path.name}." in caplog.text
 
 
 def test_no_token_lands_in_a_card(tmp_path, monkeypatch):
