@@ -1,4 +1,4 @@
-"""What a person writes into a card on the Hub outlives the next push."""
+"""A push keeps what a person has changed in the card on the Hub."""
 
 import pytest
 from helpers.hub_server import USER
@@ -13,7 +13,7 @@ REPO = f"{USER}/out"
 
 
 @pytest.mark.parametrize("program", [False, True], ids=["trainer", "hf-sparse"])
-def test_edits_on_the_hub_outlive_a_push(hub, plots, tmp_path, program):
+def test_a_push_keeps_edits_on_the_hub(hub, plots, tmp_path, program):
     folder = tmp_path / "out"
     trainer = make(folder, push_to_hub=True, target_sparsity=0.5, **SCHEDULE)
     trainer.train()

@@ -1,4 +1,4 @@
-"""Cards: one that can be checked by eye, what of it is written anew, and what of it is read from the weights."""
+"""Cards: one checked by eye, what is regenerated and what is kept, and zeros counted in the weights."""
 
 import json
 import random
@@ -51,12 +51,12 @@ def card(**values) -> SparsityCard:
 
 
 def test_the_golden_card():
-    """Looked at by eye: shares, difference, steps (25, 50 of 100: prune steps after steps 1, 26, 50)."""
+    """Checked by eye: shares, difference, steps (25, 50 of 100: prune steps after steps 1, 26, 50)."""
     images = ("pruning_schedule.png", "pruning_layers.png")
     assert str(render_card(card(), images)) == GOLDEN.read_text(encoding="utf-8").rstrip("\n")
 
 
-def test_metadata_loads_and_is_what_was_counted(tmp_path):
+def test_the_metadata_has_the_counts(tmp_path):
     data = ModelCard.load(write_card(tmp_path, card())).data
     assert data["sparsity"] == {
         "selected": 0.375,
@@ -77,7 +77,7 @@ def test_metadata_loads_and_is_what_was_counted(tmp_path):
     assert found == [("accuracy", 0.8125, None), ("accuracy", 0.75, "test")]
 
 
-def test_what_is_not_known_is_not_said():
+def test_unknown_values_are_left_out():
     text = render_card(
         card(dense_metrics={}, command=None, max_steps=None, auto_class=None, processes=1, task=None)
     ).text
@@ -155,7 +155,7 @@ def test_settings_of_an_earlier_version_are_made_from_the_config():
     )
 
 
-def test_what_others_wrote_changes_no_structure(tmp_path):
+def test_markup_in_names_does_not_change_the_structure(tmp_path):
     """The same lines as with plain names, and the same values when the metadata is read back."""
     nasty = NASTY + f"\n{SECTION_END}\n"
     layers = (LayerReport(nasty, "weights", "2:4", (4, 4), 16, 8),)
@@ -202,7 +202,7 @@ def test_a_card_of_one_shot_pruning(tmp_path):
     assert "Pruned in one shot" in rewrite_card(tmp_path).read_text()
 
 
-def test_a_card_comes_again_from_its_files_alone(tmp_path):
+def test_a_card_is_generated_from_its_files_alone(tmp_path):
     first = write_card(tmp_path, card()).read_bytes()
     assert rewrite_card(tmp_path).read_bytes() == first
     stored = json.loads((tmp_path / "pruning_card.json").read_text())
@@ -233,7 +233,7 @@ def test_a_card_without_report_or_with_a_damaged_one(tmp_path):
         (tmp_path / name).write_text(content)
 
 
-def test_edits_stay_and_ours_is_written_anew(tmp_path):
+def test_edits_are_kept_and_the_section_is_regenerated(tmp_path):
     path = write_card(tmp_path, card())
     text = path.read_text().replace("license: mit", "license: apache-2.0").replace("- sparse\n", "- sparse\n- mine\n")
     text = text.replace("- pruned", "- pruned\n- more").replace("# my-model\n", "# My title\n\nMy words.\n")
@@ -250,7 +250,7 @@ def test_edits_stay_and_ours_is_written_anew(tmp_path):
     assert write_card(tmp_path, fewer).read_text() == text
 
 
-def test_edits_on_the_hub_and_here_meet_in_a_fresh_card(tmp_path):
+def test_local_edits_and_edits_on_the_hub_are_merged(tmp_path):
     outer = "---\nlicense: mit\n---\n# m\nresults 1\n\n## A\n-\n\n## B\n-\n"
     write_card(tmp_path, card(), outer, [])
     here = CardVersion.read(tmp_path / "README.md", tmp_path / "pruning_card.json")
@@ -262,7 +262,7 @@ def test_edits_on_the_hub_and_here_meet_in_a_fresh_card(tmp_path):
     assert write_card(tmp_path, card(), outer.replace("results 1", "results 2"), again).read_text() == text
 
 
-def test_a_card_that_is_rewritten_for_the_hub_takes_over_what_was_changed_there(tmp_path, monkeypatch):
+def test_a_rewritten_card_keeps_edits_on_the_hub(tmp_path, monkeypatch):
     outer = "---\nlicense: mit\n---\n# m\n\n## A\n-\n\n## B\n-\n"
     path = write_card(tmp_path, card(repo_id=None), outer, [])
     hub = CardVersion.read(path, tmp_path / "pruning_card.json")
@@ -274,12 +274,12 @@ def test_a_card_that_is_rewritten_for_the_hub_takes_over_what_was_changed_there(
         assert "## A\nfrom the Hub\n" in text and "## B\nfrom here\n" in text and 'from_pretrained("user/m")' in text
         assert {"here", "there"} < set(ModelCard(text).data.tags)
     again = [CardVersion.read(path, tmp_path / "pruning_card.json")]
-    text = write_card(tmp_path, card(), outer, again).read_text()  # still told from what was written
+    text = write_card(tmp_path, card(), outer, again).read_text()  # edits are still recognised
     assert "from the Hub" in text and "from here" in text
 
 
 def test_a_damaged_card(tmp_path, caplog):
-    """Without what was written last nothing is lost; a head that nobody can read is told."""
+    """A damaged pruning_card.json loses no edits; invalid metadata is an error."""
     path = write_card(tmp_path, card())
     path.write_text(path.read_text() + "\nMy words.\n")
     (tmp_path / "pruning_card.json").write_text("{")
@@ -325,7 +325,7 @@ def test_zeros_are_counted_in_the_files(tmp_path, caplog):
         rewrite_card(tmp_path)
 
 
-def test_any_edit_of_whole_lines_outside_survives(tmp_path):
+def test_random_edits_outside_of_the_section_are_kept(tmp_path):
     """Lines taken out, doubled and put in at random places of a trainer's card."""
     outer = "---\nlicense: mit\n---\n\n# m\nresults\n\n## A\n-\n\n```\n# code\n```\n\n## B\n-\n"
     choice = random.Random(0)
@@ -347,7 +347,7 @@ def test_any_edit_of_whole_lines_outside_survives(tmp_path):
         assert written.count(mine) == 1 and written.count(SECTION_START) == written.count(SECTION_END) == 1
 
 
-def test_the_model_of_the_tiny_tests_opens_as_its_card_says():
+def test_auto_classes():
     from hf_sparse.hub.card import auto_class
 
     assert auto_class(type(bert()).__name__) == "AutoModelForSequenceClassification"

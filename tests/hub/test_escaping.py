@@ -19,7 +19,7 @@ NASTY = [
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_text_reads_as_it_was_written(text):
+def test_escaped_text_is_shown_literally(text):
     """As a renderer of Markdown shows it: in a paragraph, in a heading, and in one cell of a table."""
     markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     for source in (escape(text), f"# {escape(text)}", f"| x | y |\n|---|---|\n| {escape(text)} | 1 |"):
@@ -43,7 +43,7 @@ def test_a_fence_is_longer_than_what_it_holds():
     assert code_block("a\n```\nb\n", "yaml") == "````yaml\na\n```\nb\n````"
 
 
-def test_secrets_leave_any_text(monkeypatch):
+def test_secrets_are_removed_from_text(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret-of-the-environment")
     text = "a secret-of-the-environment b given-secret c https://me:hf_abcdefghijklmnopqrst@hub d"
     assert remove_secrets(text, ["given-secret", None]) == f"a {REMOVED} b {REMOVED} c https://me:{REMOVED}@hub d"

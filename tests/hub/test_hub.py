@@ -1,4 +1,4 @@
-"""Uploads of a folder, to a Hub that works, that is busy, that refuses, and that is not there."""
+"""`push` to a Hub that works, is busy, refuses, or cannot be reached."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ UPLOADED = {"config.json", "model.safetensors", "pruning_report.json"}
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model, beside what is not uploaded."""
+    """The folder of a model, with files that are not uploaded."""
     folder = tmp_path / "out"
     (folder / "checkpoint-1").mkdir(parents=True)
     save_file({"weight": torch.arange(2**16, dtype=torch.float32)}, folder / "model.safetensors")
@@ -66,7 +66,7 @@ def test_a_folder_is_uploaded_once(hub, folder):
         ("POST .*/commit/", 0),
     ],
 )
-def test_a_hub_that_fails_once_is_asked_again(hub, folder, request_, status):
+def test_a_request_that_fails_once_is_retried(hub, folder, request_, status):
     hub.fail(request_, status, times=1)
     push(folder, REPO)
     assert hub.asked(request_)[0].status == status
@@ -80,7 +80,7 @@ def test_a_slow_hub_is_waited_for(hub, folder):
     assert hub.repos[REPO].files.keys() == UPLOADED
 
 
-# What is broken, and what the user reads.
+# name -> (what breaks the Hub, the error message)
 FAILURES = {
     "no token": (lambda hub, patch: patch.delenv("HF_TOKEN"), r"\(401\): log in with `hf auth login`"),
     "token of nobody": (lambda hub, patch: patch.setenv("HF_TOKEN", "unknown"), r"\(401\): log in"),
@@ -110,13 +110,13 @@ def test_a_failed_upload_says_why_and_how_to_try_again(hub, folder, monkeypatch,
     assert TOKEN not in f"{raised.value} {raised.value.__cause__} {caplog.text}"
 
 
-def test_a_card_that_the_hub_cannot_read_is_named(hub, folder):
+def test_a_card_with_invalid_metadata_is_named(hub, folder):
     (folder / "README.md").write_text("---\ntags: [sparse\n---\n")
     with pytest.raises(UploadError, match="The Hub answered 400: Invalid metadata in README.md.*expected ',' or"):
         push(folder, REPO)
 
 
-def test_only_what_may_pass_is_tried_again(hub, folder):
+def test_only_transient_errors_are_retried(hub, folder):
     hub.fail("/commit/", 403)
     with pytest.raises(UploadError):
         push(folder, REPO)
@@ -138,7 +138,7 @@ def test_a_file_with_a_token_is_not_uploaded(hub, folder, secret):
 
 
 @pytest.mark.parametrize("empty", [True, False])
-def test_there_must_be_something_to_upload(hub, folder, empty):
+def test_a_folder_without_files_is_refused(hub, folder, empty):
     shutil.rmtree(folder)
     if empty:
         (folder / "checkpoint-5").mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_there_must_be_something_to_upload(hub, folder, empty):
     assert not hub.requests
 
 
-def test_a_hub_without_xet_names_the_way_around(hub, folder, monkeypatch):
+def test_a_hub_without_xet_is_reported_with_the_remedy(hub, folder, monkeypatch):
     pytest.importorskip("hf_xet")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     hub.fail("xet-write-token", 404)
@@ -155,7 +155,7 @@ def test_a_hub_without_xet_names_the_way_around(hub, folder, monkeypatch):
         push(folder, REPO)
 
 
-def test_a_hidden_token_works_and_is_not_saved():
+def test_a_hidden_token_is_usable_but_not_saved():
     class Arguments:
         hub_token = None
 
@@ -173,8 +173,8 @@ def test_a_hidden_token_works_and_is_not_saved():
     assert TOKEN not in repr(args.__dict__) and isinstance(args.hub_token, HiddenToken)
 
 
-def test_what_is_no_failure_of_an_upload(hub):
-    """Only errors out of huggingface_hub's API are: a full disk is another matter."""
+def test_errors_outside_of_the_hub_are_not_hub_errors(hub):
+    """Only errors raised by huggingface_hub's API are, not those of a full disk."""
     import huggingface_hub
 
     for work, expected in [(lambda: huggingface_hub.model_info(f"{USER}/none"), True), (lambda: open("/none"), False)]:

@@ -19,7 +19,7 @@ def section(text: str) -> str:
     return f"{SECTION_START}\n{text}\n{SECTION_END}\n"
 
 
-def test_three_way_by_hand():
+def test_three_way_merge_by_hand():
     base = {"same": 1, "edited": 1, "deleted": 1, "dropped": 1}
     theirs = {"own": 0, "same": 1, "edited": 7, "dropped": 1}
     ours = {"same": 2, "edited": 2, "deleted": 2, "new": 2}
@@ -39,7 +39,7 @@ def test_three_way_by_hand():
         "# a\r\nb\r\n",
     ],
 )
-def test_a_text_is_its_chunks(text):
+def test_joined_chunks_are_the_text(text):
     assert join_chunks(split_chunks(text)) == text
 
 
@@ -54,7 +54,7 @@ def test_chunks_by_hand():
     }
 
 
-def test_the_section_enters_after_the_title_and_is_replaced_where_it_is():
+def test_the_section_is_inserted_after_the_title_and_replaced_in_place():
     first = replace_section("\n# t\nx\n\n## u\ny\n", section("one"))
     assert first == f"\n# t\nx\n\n{section('one')}\n## u\ny\n"
     assert replace_section(first, section("two")) == first.replace("one", "two")
@@ -63,7 +63,7 @@ def test_the_section_enters_after_the_title_and_is_replaced_where_it_is():
     assert replace_section("no title", section("one")) == f"no title\n\n{section('one')}"
 
 
-def test_text_with_edits():
+def test_merging_text_keeps_edits():
     written = replace_section(
         "# t\nold results\n\n## Description\nnothing\n\n## Data\nnothing\n\n## Versions\n1\n", section("old")
     )
@@ -79,7 +79,7 @@ def test_text_with_edits():
     assert merge_text(theirs.replace("\n", "\r\n"), chunk_digests(written), ours).count("My words") == 1
 
 
-def test_a_section_whose_marks_were_taken_out_comes_back():
+def test_a_section_without_its_marks_is_inserted_again():
     written = replace_section("# t\nx\n\n## u\ny\n", section("old"))
     theirs = "# t\nx\n\n## u\nmine\n"
     merged = merge_text(theirs, chunk_digests(written), replace_section("# t\nx\n\n## u\ny\n", section("new")))
@@ -92,7 +92,7 @@ def index(name: str, **values) -> list[dict]:
     return [{"name": name, "results": [what]}]
 
 
-def test_metadata_with_edits():
+def test_merging_metadata_keeps_edits():
     base = {"license": "mit", "tags": ["sparse", "2:4"], "language": ["en"], "sparsity": {"selected": 0.5}}
     base |= {"model-index": index("m", accuracy=0.5)}
     theirs = base | {"license": "apache-2.0", "tags": ["sparse", "2:4", "mine"], "widget": [{"text": "x"}]}

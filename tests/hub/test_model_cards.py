@@ -1,4 +1,4 @@
-"""The cards in model_cards/ are what the library makes of the files beside them."""
+"""The cards in model_cards/ are those that the library generates from the files beside them."""
 
 import re
 import shutil
@@ -27,7 +27,7 @@ def test_there_are_cards_and_all_are_listed():
     assert sorted(listed) == [path.name for path in FOLDERS] and len(FOLDERS) >= 3
 
 
-def test_the_card_comes_again_from_its_files_byte_by_byte(folder, tmp_path):
+def test_the_card_is_generated_again_from_its_files_byte_for_byte(folder, tmp_path):
     """As it is, and when all figures in its head are wrong and its section is empty."""
     expected = (folder / "README.md").read_text(encoding="utf-8")
     copy = shutil.copytree(folder, tmp_path / folder.name)
@@ -42,7 +42,7 @@ def test_the_card_comes_again_from_its_files_byte_by_byte(folder, tmp_path):
     assert rewrite_card(copy).read_text(encoding="utf-8") == expected
 
 
-def test_the_card_says_what_the_report_says(folder):
+def test_the_card_agrees_with_the_report(folder):
     report = SparsityReport.load(folder / "pruning_report.json")
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert f"| selected weights | {report.zeros:,} | {report.selected:,} | {report.sparsity:.2%} |" in text
@@ -56,7 +56,7 @@ def test_the_card_says_what_the_report_says(folder):
         )
 
 
-def test_the_folder_is_complete_and_names_no_place_on_a_machine(folder):
+def test_the_folder_is_complete_and_has_no_local_paths(folder):
     absent = {SCHEDULE_PLOT_FILE} if SparsityCard.load(folder).oneshot else set()  # one prune step is no schedule
     assert {path.name for path in folder.iterdir()} == {"README.md", *PUBLISHED_FILES} - absent
     for path in folder.glob("*.*"):

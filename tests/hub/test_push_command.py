@@ -1,4 +1,4 @@
-"""`hf-sparse push`: what it prints, how it ends, and where its token comes from."""
+"""`hf-sparse push`: output, exit codes, and where the token is read from."""
 
 import pytest
 from helpers.hub_server import TOKEN, USER
@@ -27,7 +27,7 @@ def test_it_prints_the_address(hub, folder):
     assert hub.repos[REPO].private and hub.repos[REPO].commits == [("Mine", ["last-checkpoint/config.json"])]
 
 
-def test_a_failure_is_told_with_the_command_and_exit_code_1(hub, folder):
+def test_a_failure_prints_the_command_to_try_again_and_exits_with_1(hub, folder):
     hub.fail("/commit/", 503)
     done = run(folder, REPO, "--revision", "main", "--private")
     assert (done.exit_code, done.stdout) == (1, "")
@@ -37,12 +37,12 @@ def test_a_failure_is_told_with_the_command_and_exit_code_1(hub, folder):
     )
 
 
-def test_no_such_folder_is_exit_code_2(hub, tmp_path):
+def test_a_missing_folder_exits_with_2(hub, tmp_path):
     done = run(str(tmp_path / "none"), REPO)
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1) and "there is no such folder" in done.stderr
 
 
-def test_the_token_comes_from_a_variable_by_name(hub, folder, monkeypatch):
+def test_the_token_is_read_from_the_named_variable(hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert run(folder, REPO).exit_code == 1
     monkeypatch.setenv("MY_TOKEN", TOKEN)

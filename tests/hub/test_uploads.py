@@ -1,4 +1,4 @@
-"""What a trainer uploads, in every way that there is to ask for it, and what is left when that fails."""
+"""Uploads of trainers: every way to request one, and what remains when it fails."""
 
 import logging
 import os
@@ -78,7 +78,7 @@ def test_what_each_strategy_uploads(hub, plots, tmp_path, strategy):
     assert top == {name: data for name, data in content(tmp_path / "out").items() if "/" not in name}
 
 
-def test_there_and_back_in_another_process(hub, tmp_path):
+def test_an_uploaded_model_loads_in_another_process(hub, tmp_path):
     trainer = pushing(tmp_path)
     trainer.train()
     trainer.push_to_hub(tags="digits")
@@ -107,7 +107,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def test_a_run_goes_on_from_the_checkpoint_on_the_hub(hub, tmp_path):
+def test_a_run_resumes_from_the_checkpoint_on_the_hub(hub, tmp_path):
     options = {"hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 5}
     pushing(tmp_path, callbacks=[StopAt(5)], **options).train()
     there = Path(snapshot_download(REPO, allow_patterns="last-checkpoint/*")) / "last-checkpoint"
@@ -129,7 +129,7 @@ class After(TrainerCallback):
         self.event.set()
 
 
-def test_the_last_save_reaches_the_hub_though_an_upload_was_under_way(hub, plots, tmp_path):
+def test_the_last_save_is_uploaded_although_an_earlier_upload_is_running(hub, plots, tmp_path):
     """Trainer leaves out the uploads of saves while another runs: here the first runs until training is over."""
     over = threading.Event()
     hub.fail("/commit/", status=None, times=1, until=over.wait)
@@ -141,7 +141,7 @@ def test_the_last_save_reaches_the_hub_though_an_upload_was_under_way(hub, plots
     assert hub.repos[REPO].files == content_of_model(tmp_path / "out")
 
 
-def test_the_end_of_training_does_not_write_into_an_upload(hub, plots, tmp_path, caplog):
+def test_the_end_of_training_does_not_change_files_during_their_upload(hub, plots, tmp_path, caplog):
     """The figures of the end differ from those of step 6, whose upload has announced its own, and sends them late."""
     over = threading.Event()
     hub.fail("/objects/batch", status=None, times=1, until=over.wait)
@@ -169,7 +169,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_hub_that_will_not_do_is_found_out_before_training(hub, tmp_path, monkeypatch, broken):
+def test_a_failing_hub_is_reported_before_training(hub, tmp_path, monkeypatch, broken):
     happen, message = BROKEN[broken]
     happen(hub, monkeypatch)
     with pytest.raises(UploadError, match=message) as raised:
@@ -179,7 +179,7 @@ def test_a_hub_that_will_not_do_is_found_out_before_training(hub, tmp_path, monk
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_hub_that_fails_later_costs_no_model(hub, tmp_path, monkeypatch, caplog, broken):
+def test_a_hub_that_fails_after_training_does_not_lose_the_model(hub, tmp_path, monkeypatch, caplog, broken):
     trainer = pushing(tmp_path, hub_private_repo=True)
     trainer.train()
     happen, message = BROKEN[broken]
@@ -187,7 +187,7 @@ def test_a_hub_that_fails_later_costs_no_model(hub, tmp_path, monkeypatch, caplo
     command = f"hf-sparse push {tmp_path / 'out'} {REPO} --private"
     with caplog.at_level(logging.ERROR, "hf_sparse"):
         trainer.save_model()
-    assert command in caplog.text, "saving has done its work: the upload after it is told of in the log"
+    assert command in caplog.text, "saving succeeded: the failure of the upload is only logged"
     with pytest.raises(UploadError, match=message) as raised:
         trainer.push_to_hub()
     assert str(raised.value).endswith(command)
@@ -197,7 +197,7 @@ def test_a_hub_that_fails_later_costs_no_model(hub, tmp_path, monkeypatch, caplo
     assert trainer.evaluate()["eval_loss"] > 0, "the trainer goes on"
 
 
-def test_push_by_method_saves_before_it_asks(hub, tmp_path):
+def test_push_to_hub_saves_before_it_contacts_the_hub(hub, tmp_path):
     trainer = make(tmp_path / "out", **PRUNING)
     trainer.train()
     hub.refuse()
@@ -207,7 +207,7 @@ def test_push_by_method_saves_before_it_asks(hub, tmp_path):
     assert same(weights(kept), weights(trainer.model))
 
 
-def test_push_by_method_needs_no_argument(hub, tmp_path):
+def test_push_to_hub_needs_no_argument(hub, tmp_path):
     trainer = make(tmp_path / "out", **PRUNING)
     trainer.train()
     trainer.push_to_hub("By method")
@@ -218,7 +218,7 @@ def test_push_by_method_needs_no_argument(hub, tmp_path):
 
 
 @pytest.mark.parametrize("status", [503, 0])
-def test_a_push_that_failed_for_a_moment_is_made_good(hub, tmp_path, status):
+def test_a_push_with_a_transient_failure_is_retried(hub, tmp_path, status):
     trainer = pushing(tmp_path)
     trainer.train()
     hub.fail("/commit/", status, times=2)
@@ -227,22 +227,22 @@ def test_a_push_that_failed_for_a_moment_is_made_good(hub, tmp_path, status):
     assert hub.repos[REPO].files == content(tmp_path / "out")
 
 
-def test_a_failure_in_the_background_is_told_and_costs_nothing(hub, tmp_path, caplog):
+def test_a_failed_background_upload_is_logged_and_changes_nothing_else(hub, tmp_path, caplog):
     undisturbed = make(tmp_path / "undisturbed", **PRUNING)
     undisturbed.train()
     trainer = pushing(tmp_path, hub_strategy="checkpoint", save_strategy="steps", save_steps=5, hub_always_push=True)
     hub.fail("/commit/", 403)
     trainer.train()
     assert same(weights(trainer.model), weights(undisturbed.model))
-    told = [record for record in caplog.records if record.name.startswith("hf_sparse")]
-    assert {record.levelname for record in told[:-1]} == {"WARNING"} and len(told) == 4 + 1
+    logged = [record for record in caplog.records if record.name.startswith("hf_sparse")]
+    assert {record.levelname for record in logged[:-1]} == {"WARNING"} and len(logged) == 4 + 1
     assert "The last checkpoint is not on the Hub. " in caplog.text and "(403)" in caplog.text
-    assert told[-1].levelname == "ERROR" and told[-1].getMessage().endswith(
+    assert logged[-1].levelname == "ERROR" and logged[-1].getMessage().endswith(
         f"hf-sparse push {tmp_path / 'out'} {REPO}"
     )
 
 
-def test_a_moment_of_failure_in_the_background_is_made_good(hub, tmp_path, caplog):
+def test_a_transient_failure_of_a_background_upload_is_made_up_for(hub, tmp_path, caplog):
     trainer = pushing(tmp_path, hub_strategy="every_save", save_strategy="steps", save_steps=10)
     hub.fail("/commit/", 503, times=1)
     trainer.train()
@@ -251,7 +251,7 @@ def test_a_moment_of_failure_in_the_background_is_made_good(hub, tmp_path, caplo
 
 
 @pytest.mark.parametrize("trainer", [SparseTrainer, Trainer], ids=["SparseTrainer", "Trainer"])
-def test_no_token_is_left_anywhere(hub, tmp_path, monkeypatch, caplog, capfd, trainer):
+def test_no_file_log_or_upload_has_the_token(hub, tmp_path, monkeypatch, caplog, capfd, trainer):
     pytest.importorskip("tensorboard")
     monkeypatch.delenv("HF_TOKEN")
     caplog.set_level(logging.DEBUG)
@@ -276,8 +276,8 @@ def test_no_token_is_left_anywhere(hub, tmp_path, monkeypatch, caplog, capfd, tr
     assert saved.hub_token == "<HUB_TOKEN>" and saved.max_steps == STEPS
 
 
-def test_where_trainer_alone_leaves_it(hub, tmp_path):
-    """The search above finds a token where there is one."""
+def test_a_stock_trainer_saves_the_token_in_its_arguments(hub, tmp_path):
+    """The search of the test before this one finds a token where there is one."""
     make(tmp_path / "out", Trainer, push_to_hub=True, hub_token=TOKEN).save_model()
     assert [name for name, data in content(tmp_path).items() if TOKEN.encode() in data] == ["out/training_args.bin"]
 

@@ -1,4 +1,4 @@
-"""Adapters on a pruned base: what is selected, training, resume, and merging with the zeros held.
+"""Adapters on a pruned base: selection, training, resuming, and merging that keeps the zeros.
 
 The expected merged weights are computed here from lora_A and lora_B, not by the package.
 """
@@ -64,7 +64,7 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_the_bases_body_is_selected_and_nothing_of_an_adapter(adapter):
+def test_weights_of_the_base_are_selected_and_none_of_an_adapter(adapter):
     expected = selected(bert())
     model = peft.get_peft_model(bert(), ADAPTERS[adapter]())
     found = selected(model)
@@ -169,7 +169,7 @@ def test_a_pruned_frozen_base_is_pruned_again_on_resume(tmp_path):
     assert same(weights(resumed.model), weights(whole.model))
 
 
-def test_in_sft_trainer_with_its_own_lora(tmp_path):
+def test_sft_trainer_with_a_peft_config(tmp_path):
     library = SFT()
     model = prune(library.model())
     kept = {name: weight != 0 for name, weight in model.named_parameters() if name in selected(model)}
@@ -271,7 +271,7 @@ def test_embeddings_biases_and_copies_are_not_held_at_zero():
     assert merged.bert.embeddings.word_embeddings.weight[0].any()
 
 
-def test_masks_take_the_place_of_zeros_under_either_name():
+def test_masks_replace_zeros_with_and_without_peft_names():
     for prefix in (True, False):
         model = attach(prune(bert()), ["query"])
         weight = model.get_parameter(PEFT_QUERY)
@@ -286,7 +286,7 @@ def test_masks_take_the_place_of_zeros_under_either_name():
     assert int((merged.bert.pooler.dense.weight == 0).sum()) > 0
 
 
-def test_merged_for_a_while_and_taken_back():
+def test_merged_adapter_is_unmerged_on_exit():
     model = attach(prune(bert()))
     before, kept = weights(model), Watch(model).kept
     with merged_adapter(model) as report:
@@ -301,7 +301,7 @@ def test_merged_for_a_while_and_taken_back():
     torch.testing.assert_close(merged.get_parameter(QUERY).detach(), inside[PEFT_QUERY], rtol=0, atol=1e-6)
 
 
-def test_what_safe_merge_refuses_is_taken_back():
+def test_a_refused_safe_merge_is_unmerged():
     model = attach(prune(bert()))
     before = weights(model)
     model.get_base_model().bert.pooler.dense.lora_A["default"].weight.data[0, 0] = torch.nan
@@ -337,7 +337,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_cannot_be_merged_is_refused_before_anything_changes(wrong):
+def test_invalid_merges_are_refused_before_anything_changes(wrong):
     break_it, options, error, text = WRONG[wrong]
     model = attach(bert(), ["query", "dense"])
     model.get_parameter(PEFT_QUERY).data.view(-1)[::2] = 0
@@ -349,7 +349,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_changes(wrong):
     assert wrong == "meta" or same(weights(model), before)
 
 
-def test_only_models_of_peft_with_layers_to_merge_are_taken():
+def test_only_peft_models_with_layers_to_merge_are_accepted():
     with pytest.raises(TypeError, match="model is a BertForSequenceClassification, but must be a PeftModel"):
         merge_and_unload(bert())
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS")
@@ -364,13 +364,13 @@ def test_multihead_attention_is_refused_and_selected_without_error():
         merge_and_unload(model)
 
 
-def test_without_peft_it_says_what_to_install(monkeypatch):
+def test_without_peft_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
         merge_and_unload(bert())
 
 
-def test_the_share_over_all_layers_is_of_the_joint_norm():
+def test_norm_lost_of_all_layers_is_that_of_the_joint_norm():
     layers = [MergedLayer("a", 8, 4, 4, 3.0, 3.0), MergedLayer("b", 8, 0, 0, 4.0, 0.0)]
     assert MergeReport(tuple(layers)).norm_lost == pytest.approx(3 / 5)
     assert MergeReport(()).norm_lost == 0.0

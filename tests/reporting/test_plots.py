@@ -1,4 +1,4 @@
-"""The figures: what is drawn is what was given, and files are whole."""
+"""Plots show the given values, and their files are written atomically."""
 
 import matplotlib
 import pytest
@@ -40,7 +40,7 @@ def test_a_run_without_measurements_or_prune_steps_has_a_schedule_too(tmp_path, 
 
 
 @pytest.mark.parametrize("count", [1, 60])
-def test_layers_have_a_bar_each(tmp_path, drawn, count):
+def test_each_layer_has_a_bar(tmp_path, drawn, count):
     layers = tuple(LayerReport(f"layer.{i}.weight", "weights", "2:4", (4, 4), 16, i % 17) for i in range(count))
     report = SparsityReport(layers, 16 * count + 4, 8, 0.5)
     plots.plot_layers(tmp_path / "a.png", report)

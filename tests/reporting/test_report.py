@@ -10,7 +10,7 @@ from hf_sparse.numerics import count_zeros
 from hf_sparse.reporting.report import LayerReport
 
 
-def test_figures_by_hand():
+def test_sparsities_by_hand():
     layers = (LayerReport("a.weight", "g", "2:4", (2, 8), 16, 8), LayerReport("b.weight", "g", "4x1", (4, 1), 4, 4))
     report = SparsityReport(layers, parameters=40, parameter_zeros=14, target=0.6)
     assert (report.selected, report.zeros, report.sparsity) == (20, 12, 0.6)
@@ -35,7 +35,7 @@ def test_round_trip_and_file(tmp_path):
     assert values["layers"][0]["sparsity"] == 0.5
 
 
-def test_nothing_is_divided_by_zero():
+def test_an_empty_report_divides_nothing_by_zero():
     report = SparsityReport((), 0, 0, 0.0)
     assert (report.sparsity, report.parameter_sparsity) == (0.0, 0.0)
     assert "selected" in str(report)
