@@ -107,4 +107,6 @@ def test_card(folder, run):
 
     code, out, err = run("card", folder / "other")
     assert (code, out) == (2, "")
-    assert err.startswith(f"hf-sparse: {folder / 'other' / 'pruning_report.json'} does not exist: a card is made from")
+    assert err.startswith(
+        f"hf-sparse: {folder / 'other' / 'pruning_report.json'} does not exist: a card is generated from"
+    )
