@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 STATE_FILE = "pruning_state.safetensors"
 """Masks, sums of the criteria and the config of a checkpoint, where every process holds whole weights."""
-STATE_SHARD_FILE = re.compile(r"pruning_state-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+STATE_SHARD_PATTERN = re.compile(r"pruning_state-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 """The same for one process of several that hold parts of the weights; numbers start at 1."""
 STATE_GLOB = "pruning_state*"
 CONFIG_FILE = "pruning_config.json"
@@ -38,7 +38,7 @@ FINISHED_BLOCK_GLOB = "stage-*.safetensors"
 
 
 def state_shard_file(rank: int, world_size: int) -> str:
-    """Returns the name of the state file of one rank, which `STATE_SHARD_FILE` matches."""
+    """Returns the name of the state file of one rank, which `STATE_SHARD_PATTERN` matches."""
     return f"pruning_state-{rank + 1:05d}-of-{world_size:05d}.safetensors"
 
 

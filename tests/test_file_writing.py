@@ -1,4 +1,4 @@
-"""Files: whole or not at all."""
+"""Files are complete or absent."""
 
 import os
 
@@ -8,7 +8,7 @@ import torch
 from hf_sparse.files import open_tensors, write_atomically, write_json, write_tensors
 
 
-def test_tensors_and_text_come_back(tmp_path):
+def test_tensors_and_metadata_round_trip(tmp_path):
     path = tmp_path / "new" / "file.safetensors"
     tensors = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.tensor([1, 2], dtype=torch.uint8)}
     write_tensors(path, tensors, {"note": "ä"})
@@ -17,7 +17,7 @@ def test_tensors_and_text_come_back(tmp_path):
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
-def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "file.json"
     write_json(path, {"a": 1})
 
@@ -33,13 +33,13 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_files_have_the_usual_permissions(tmp_path):
-    """mkstemp makes files that nobody else may read; a checkpoint is shared like any other file."""
+    """mkstemp creates files that only their owner may read; checkpoints need the default permissions."""
     (tmp_path / "plain").write_text("")
     write_json(tmp_path / "file.json", 1)
     assert (tmp_path / "file.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_damage_is_told(tmp_path):
+def test_damaged_files_raise(tmp_path):
     path = tmp_path / "file.safetensors"
     with pytest.raises(FileNotFoundError, match=r"file\.safetensors does not exist"):
         open_tensors(path)

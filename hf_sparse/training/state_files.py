@@ -18,7 +18,7 @@ import torch
 from ..config import PruningConfig, upgrade_options
 from ..distributed import get_communicator
 from ..engine.pruner import Pruner
-from ..files import STATE_FILE, STATE_GLOB, STATE_SHARD_FILE, TEMPORARY_GLOB, state_shard_file, write_tensors
+from ..files import STATE_FILE, STATE_GLOB, STATE_SHARD_PATTERN, TEMPORARY_GLOB, state_shard_file, write_tensors
 from ..schedulers import PruningSchedule
 
 
@@ -32,7 +32,7 @@ _COMPARED_BY_EFFECT = ("prune_start", "prune_end", "prune_every", "targets", "ex
 def state_file_paths(directory: str | Path) -> list[Path]:
     """Returns the state files that `directory` has or, by the rank count in their names, should have; [] if none."""
     directory = Path(directory)
-    matches = (STATE_SHARD_FILE.fullmatch(path.name) for path in directory.glob(STATE_GLOB))
+    matches = (STATE_SHARD_PATTERN.fullmatch(path.name) for path in directory.glob(STATE_GLOB))
     counts = {int(match["count"]) for match in matches if match}
     if counts:
         return [directory / state_shard_file(rank, max(counts)) for rank in range(max(counts))]

@@ -1,4 +1,4 @@
-"""Ranks that are started once for all tests."""
+"""Ranks that are started once per session."""
 
 import pytest
 from launch import Ranks
@@ -12,7 +12,7 @@ def _ranks(world, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    """Two of them."""
+    """Two ranks."""
     yield from _ranks(2, tmp_path_factory)
 
 

@@ -1,6 +1,6 @@
-"""Moments at which ranks are killed: SIGKILL, so that nothing is tidied up.
+"""Fault injection: kills a rank with SIGKILL at a chosen moment, so that nothing is cleaned up.
 
-Each takes the checkpoint's step and patches what is about to be called; at most once, on the ranks that are to die.
+Each function takes the checkpoint's step and patches the call to interrupt. It is called once, on the ranks to kill.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def die() -> None:
 
 
 def _before(owner, method: str, step: int) -> None:
-    """Die where `method` would write into the checkpoint of `step`."""
+    """Kills the rank when `method` is called to write into the checkpoint of `step`."""
     call = getattr(owner, method)
 
     def patched(self, folder, *args, **kwargs):
@@ -29,7 +29,7 @@ def _before(owner, method: str, step: int) -> None:
 
 
 def _halfway(owner, method: str, step: int) -> None:
-    """Die when `method` has written half of a file into the checkpoint of `step`."""
+    """Kills the rank when half of a file of the checkpoint of `step` is written."""
     call = getattr(owner, method)
 
     def patched(*args, **kwargs):
@@ -83,7 +83,7 @@ def after_save(step: int, trainer: Trainer) -> None:
 
 
 def in_training(step: int, trainer: Trainer) -> None:
-    """Between the optimizer step that the checkpoint would be of and the prune step's masks being used by the next."""
+    """Before the optimizer step of the checkpoint."""
     trainer.add_callback(_Dies("on_pre_optimizer_step", step - 1))
 
 

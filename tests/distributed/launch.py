@@ -1,10 +1,9 @@
-"""Several ranks under torchrun, kept for many scenarios: starting and importing takes longer than training."""
+"""Starts ranks with torchrun once for many scenarios: start-up and imports take longer than training."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,19 +16,19 @@ from safetensors.torch import load_file
 
 
 HERE = Path(__file__).parent
-# A rank that hangs says where after the first of these, and is ended. Far above what a busy machine needs.
+# A rank that hangs for SCENARIO_SECONDS prints its traceback and is killed.
 SCENARIO_SECONDS = 120
 START_SECONDS = 300
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one scenario left behind.
+    """The results of one scenario.
 
     Args:
-        folder: its results.
-        ranks: per rank, what it wrote (see `scenario.py`); `{}` where it was killed.
-        exits: per rank, the exit code, -9 where it was killed.
+        folder: with all files.
+        ranks: per rank, its `rank-<r>.json` (see `scenario.py`); `{}` where it was killed.
+        exits: per rank, the exit code; -9 where it was killed.
     """
 
     folder: Path
@@ -43,14 +42,14 @@ class Run:
 
     @property
     def log(self) -> str:
-        """What the ranks printed."""
+        """The end of each rank's output."""
         logs = sorted(self.folder.glob("rank-*.log"))
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}" for log in logs)
 
 
 class Ranks:
-    """`world` processes that torchrun started. Each scenario runs in children that they fork, so that none sees what
-    another left behind, and one that is killed takes nothing with it."""
+    """`world` ranks started by torchrun, each of which forks a child per scenario: scenarios are isolated from each
+    other, and killing one does not end the ranks."""
 
     def __init__(self, world: int, folder: Path):
         self.world, self.folder, self.count = world, Path(folder), 0
@@ -75,19 +74,19 @@ class Ranks:
         self._wait([self.folder / f"ready-{rank}" for rank in range(world)], START_SECONDS)
 
     def run(self, mode: str, name: str, fails: bool = False, world: int | None = None, **scenario) -> Run:
-        """Run one scenario (see `scenario.py`) and wait for it.
+        """Runs one scenario (see `scenario.py`) and waits for it.
 
         Args:
             mode: a key of `MODES`.
             name: for the folder of its results.
-            fails: whether a rank may end otherwise than by writing its results.
-            world: how many of the ranks take part; all by default.
+            fails: whether ranks may exit with an error.
+            world: number of ranks that take part; default all.
         """
         world = world or self.world
         folder = self.folder / f"{self.count:03}-{name}"
         folder.mkdir()
         scenario |= {"mode": mode, "world": world, "folder": str(folder), "seconds": SCENARIO_SECONDS}
-        # Renamed, so that no rank reads half of it.
+        # Renamed, so that no rank reads an incomplete file.
         temporary = self.folder / "next"
         temporary.write_text(json.dumps(scenario, default=str))
         temporary.rename(self.folder / f"scenario-{self.count}.json")
@@ -115,7 +114,7 @@ class Ranks:
             time.sleep(0.01)
 
     def close(self) -> None:
-        """End torchrun, its ranks and their children: each started a group of its own under one session."""
+        """Ends torchrun, its ranks and their children, which are process groups of one session."""
         (self.folder / "stop").touch()
         try:
             self.process.wait(timeout=20)
@@ -131,7 +130,7 @@ class Ranks:
 
 
 def _session(leader: int) -> list[int]:
-    """The processes of a session."""
+    """Returns the ids of the processes of a session."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat") if Path("/proc").is_dir() else ():
         try:
@@ -141,8 +140,3 @@ def _session(leader: int) -> list[int]:
         if int(fields[3]) == leader:
             found.append(int(status.parent.name))
     return found or [leader]
-
-
-def copy(run: Path, to: Path) -> Path:
-    """A run's folder, to go on from without changing it."""
-    return Path(shutil.copytree(run, to))

@@ -1,5 +1,6 @@
-"""Runs in every process: one-shot pruning of tiny models with the data shared out, beside the same in one process.
-Started by torchrun; the argument is a folder for states. Prints a line for each disagreement, and how many there were.
+"""Run by torchrun on every rank: compares one-shot pruning with the data split over ranks with one process.
+
+The argument is a folder for finished blocks. Prints one line for each difference, and the number of checks.
 """
 
 import sys
@@ -39,8 +40,8 @@ def prune(model, batches, folder=None, **options):
     return prune_oneshot(model, batches, OneshotConfig(on_unreached="magnitude", **options), folder, progress=False)
 
 
-def differing(name, options, batches):
-    """What is not as in one process, or None. Three batches of two processes: one has more."""
+def difference(name, options, batches):
+    """Returns what differs from one process, or None."""
     architecture = ARCHITECTURES[name]
     found, alone = architecture.model(), architecture.model()
     report = prune(found, batches, **options)
@@ -54,10 +55,10 @@ def differing(name, options, batches):
             return f"the mask of {key}"
         if not torch.allclose(other, weight, rtol=1e-3, atol=1e-4):
             return key
-        told = [torch.empty_like(other) for _ in range(dist.get_world_size())]
-        dist.all_gather(told, other.contiguous())
-        if not all(torch.equal(part, other) for part in told):
-            return f"{key} from process to process"
+        gathered = [torch.empty_like(other) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, other.contiguous())
+        if not all(torch.equal(weight, other) for weight in gathered):
+            return f"{key} between ranks"
     return None
 
 
@@ -73,7 +74,7 @@ class Block(nn.Module):
 
 
 def raised(batches, seed=0, **options):
-    """The error of a run, and whether no process has pruned anything."""
+    """Returns the error of a run, and whether this rank's model is unchanged."""
     torch.manual_seed(seed)
     model = nn.Sequential(Block(), Block())
     before = weights(model)
@@ -84,13 +85,13 @@ def raised(batches, seed=0, **options):
     return None, "", False
 
 
-def refusals(rank):
-    """(name, whether it is as it should be) of what all processes raise together."""
+def error_checks(rank):
+    """Yields (name, whether it holds) of checks that all ranks raise together."""
     torch.manual_seed(1)
     batches = [torch.randn(4, 6) for _ in range(4)]
     for forwards in (1, 2):
         broken = [batch.clone() for batch in batches]
-        broken[3][0, 0] = torch.nan  # in the share of process 1
+        broken[3][0, 0] = torch.nan  # a batch of rank 1
         kind, text, untouched = raised(broken, forwards=forwards)
         words = 'inputs of "0.up.weight": inputs must be finite' if rank == 1 else "another process stopped"
         yield f"nan, {forwards} forwards: {text}", kind is ValueError and words in text and untouched
@@ -105,7 +106,7 @@ def refusals(rank):
 
 
 def resumed(folder, rank):
-    """Whether a run that all processes leave after its first block goes on to the same weights."""
+    """Whether a run that is interrupted on all ranks after its first block resumes to the same weights."""
     architecture = ARCHITECTURES["llama"]
     batches, cut, again, alone = architecture.batches(), *(architecture.model() for _ in range(3))
     real, calls = InputNorms.__init__, []
@@ -134,9 +135,9 @@ def main():
     checks = []
     for name, runs in FAMILIES.items():
         for kind in runs:
-            problem = differing(name, dict(RUNS[kind]), ARCHITECTURES[name].batches(3))
+            problem = difference(name, dict(RUNS[kind]), ARCHITECTURES[name].batches(3))
             checks.append((f"{name}, {kind}: {problem}", problem is None))
-    checks += refusals(rank)
+    checks += error_checks(rank)
     checks.append(("resume", resumed(sys.argv[1], rank)))
     for name, right in checks:
         if not right:

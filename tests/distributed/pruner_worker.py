@@ -1,6 +1,6 @@
-"""Runs in every process: a pruner whose weights are split, beside one that has them whole. Started by torchrun.
+"""Run by torchrun on every rank: compares a pruner of sharded weights with one of whole weights.
 
-Prints one line for each case in which they disagree, and how many there were.
+Prints one line for each case in which they differ, and the number of cases.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from hf_sparse.criteria import CRITERIA
 from hf_sparse.engine.pruner import Pruner
 
 
-# By layout: where each weight of NAMES is cut. With an odd number of rows, or more processes than rows, some processes
+# Placements of the weights NAMES, by layout. Where the number of rows is odd or below the number of ranks, some ranks
 # hold more than others, or nothing.
 LAYOUTS = {
     "first": [[Shard(0)]] * 5,
@@ -35,7 +35,7 @@ GRIDS = {
 }
 PATTERNS = ["unstructured", "2:4", "1:4", "4x1", "2x2", "channel", "channel:in"]
 SCOPES = ["row", "layer", "global"]
-# Few scores are collected as they are; the second lets them go the way that many go.
+# (number of scores to collect without a search, chunk size): the second makes small layers take the way of large ones.
 SIZES = ((4096, 262_080), (3, 40))
 OTHERS = [
     {"pattern": "unstructured", "regrow": 0.3, "criterion": "snip"},
@@ -48,7 +48,7 @@ OTHERS = [
 
 
 def split(model, layout, mesh):
-    """Put DTensors in the place of weights. What every process holds whole stays as it is."""
+    """Replaces weights by DTensors, those without placements stay whole."""
     placements = dict(zip(NAMES, layout, strict=True))
     for name, parameter in list(model.named_parameters()):
         if placements.get(name) is None:
@@ -60,7 +60,7 @@ def split(model, layout, mesh):
 
 
 def give_gradients(model, whole):
-    """The gradients of the whole model, split alike."""
+    """Gives a sharded model the gradients of the whole model."""
     gradients = dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
         gradient = gradients[name].grad
@@ -70,7 +70,7 @@ def give_gradients(model, whole):
 
 
 def masks(pruner):
-    """Whole masks: the weights that are left, put together from all processes."""
+    """Returns the full masks, gathered from all ranks."""
     found = {}
     for name, shard in pruner.shards.items():
         kept = pruner.masks[name].to(torch.float32)
@@ -83,23 +83,23 @@ def masks(pruner):
     return found
 
 
-def disagreement(options, layout, mesh, flat):
-    """What differs between the pruner of split weights and the other, or None. With `flat`, all weights are equal."""
-    whole, parted = Mixed(seed=3), Mixed(seed=3)
-    for model in (whole, parted) if flat else ():
+def difference(options, layout, mesh, constant):
+    """Returns what differs between the two pruners, or None. With `constant`, all weights are equal."""
+    whole, sharded = Mixed(seed=3), Mixed(seed=3)
+    for model in (whole, sharded) if constant else ():
         for parameter in model.parameters():
             parameter.data.fill_(1.0)
     if options.get("keep_zeros"):
-        for model in (whole, parted):
+        for model in (whole, sharded):
             for name in NAMES:
                 weight = model.get_parameter(name).data
                 weight[weight.abs() < 0.5] = 0.0
-    split(parted, layout, mesh)
+    split(sharded, layout, mesh)
     config = PruningConfig(**options)
-    pruners = [Pruner(whole, config), Pruner(parted, config)]
+    pruners = [Pruner(whole, config), Pruner(sharded, config)]
     for prune_step in (1, 2, 3):
         whole.fake_gradients(prune_step)
-        give_gradients(parted, whole)
+        give_gradients(sharded, whole)
         for pruner in pruners:
             pruner.observe()
         reports = [pruner.update(prune_step, 3) for pruner in pruners]
@@ -143,21 +143,21 @@ def main():
     count = wrong = 0
     everything = "everything" in sys.argv
     turn = itertools.cycle(SIZES)
-    for options, layout, mesh, name, flat in cases(dist.get_world_size(), everything):
+    for options, layout, mesh, name, constant in cases(dist.get_world_size(), everything):
         if ":" not in options["pattern"] or options["pattern"] == "channel:in":
             options = options | {"target_sparsity": 0.6}
         try:
             for few, chunk in SIZES if everything else [next(turn)]:
                 bracket._MIN_SAMPLED, numerics.CPU_CHUNK = few, chunk
-                problem = disagreement(options, layout, mesh, flat)
+                problem = difference(options, layout, mesh, constant)
                 count += 1
                 if problem:
                     wrong += 1
-                    print(f"WRONG {name} {options} flat={flat} few={few}: {problem}", flush=True)
+                    print(f"WRONG {name} {options} constant={constant} few={few}: {problem}", flush=True)
         except PruningConfigError:
-            continue  # refused in one process too
+            continue  # invalid in one process as well
         except Exception:
-            print(f"FAILED {name} {options} flat={flat}", flush=True)
+            print(f"FAILED {name} {options} constant={constant}", flush=True)
             traceback.print_exc()
             sys.exit(1)
     print(f"{count} cases, {wrong} wrong", flush=True)

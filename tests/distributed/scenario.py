@@ -1,20 +1,20 @@
-"""One training run on one of several ranks, and what it writes for the tests to look at.
+"""One training run on one of several ranks, which writes its results to files.
 
-A scenario, as `Ranks.run` takes it:
-    mode, world     how and on how many ranks
+A scenario is a JSON object, the keyword arguments of `Ranks.run`:
+    mode, world     training mode and number of ranks
     output_dir      of the trainer
     trainer         "plain" or "sparse"
     options         of the training arguments
-    seed            of the model's first weights
-    config          of the model, where other than by default
+    seed            of the model's initial weights
+    config          changes to the default model config
     raises          whether an error of `train` is a result, written as `error`
-    resume          what `train` gets as resume_from_checkpoint
-    spies           names in `spies.SPIES`, with what each takes
-    kill            a name in `faults.FAULTS`, the step, and the ranks: [name, step, ranks]
-    checked         whether the mode is as `modes.check` knows it; true by default
-    export          a folder for `save_model`, or nothing
-    hub             the address of a `HubServer`, or nothing
-    push            whether to upload in the end, with what came of it as `pushed`
+    resume          resume_from_checkpoint of `train`
+    spies           name in `spies.SPIES` -> keyword arguments
+    kill            [name in `faults.FAULTS`, step, ranks]
+    checked         whether to call `modes.check`; default true
+    export          folder for `save_model`
+    hub             address of a `HubServer`
+    push            whether to call `push_to_hub` after training; its result is written as `pushed`
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from hf_sparse import SparseTrainer
 
 
 BATCH = 4
-# gloo gives up on a rank that is silent for so long.
-PATIENCE = datetime.timedelta(seconds=60)
+# Timeout of collectives.
+TIMEOUT = datetime.timedelta(seconds=60)
 
 
 class _InOrder:
-    """Samples in the order of the dataset, for any number of ranks."""
+    """Samples in dataset order, for any number of ranks."""
 
     def _get_train_sampler(self, *args, **kwargs):
         return SequentialSampler(self.train_dataset)
@@ -58,29 +58,29 @@ class SparseInOrder(_InOrder, SparseTrainer):
 
 
 def repeated(copies: int, language: bool) -> list[dict]:
-    """Batches, each `copies` times in a row: accelerate deals them out in turn, so each rank gets the batches that a
-    single process would. Gradients are then the same on all ranks, and their mean is exact for 2 and 4 ranks."""
+    """Repeats each batch `copies` times, so that every rank gets the batches that a single process would: accelerate
+    assigns batches to ranks in turn. Gradients are then equal on all ranks, and their mean is exact for 2 and 4."""
     rows = samples(24, language)
     batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
     return [row for batch in batches for _ in range(copies) for row in batch]
 
 
 def training_options(options: dict, mode: str) -> dict:
-    """Options under which one and several ranks compute the same."""
+    """Adds the options under which one and several ranks compute the same."""
     exact = {
         "per_device_train_batch_size": BATCH,
-        # The norm of sharded gradients is summed in another order.
+        # The order of summation in the norm of gradients depends on the shards.
         "max_grad_norm": 0.0,
-        # BERT's loss would be multiplied by the number of ranks, or without this Llama's under TP.
+        # True multiplies the loss of BERT by the number of ranks, False that of Llama under TP.
         "average_tokens_across_devices": MODES[mode].model == "llama",
-        # The fused optimizer computes the last few numbers of a tensor by other instructions, and parts end elsewhere.
+        # The fused optimizer rounds the last entries of a tensor differently, and shards end at other entries.
         "optim": "adamw_torch",
     }
     return exact | MODES[mode].arguments | options
 
 
 def main(scenario: dict, rank: int) -> Trainer:
-    """Train, and write `rank-<r>.json` and, on rank 0, the whole weights. Returns what had better live on."""
+    """Trains and writes `rank-<r>.json` and, on rank 0, the full weights. Returns the trainer, to keep it alive."""
     torch.set_num_threads(1)
     folder, mode, world = Path(scenario["folder"]), scenario["mode"], scenario["world"]
     if MODES[mode].kind == "NO":
@@ -88,7 +88,7 @@ def main(scenario: dict, rank: int) -> Trainer:
             del os.environ[variable]
     else:
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=PATIENCE
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=TIMEOUT
         )
     if scenario.get("hub"):
         speak_to(scenario["hub"])
@@ -129,7 +129,7 @@ def _finish(scenario: dict, trainer: Trainer, rank: int, result: dict) -> None:
     result |= {"log": figures(trainer.state.log_history), "step": trainer.state.global_step}
     if isinstance(trainer, SparseTrainer):
         result["from"] = Path(trainer.resumed_from or "").name
-    weights = whole(trainer)
+    weights = gather_weights(trainer)
     if rank == 0:
         save_file(weights, Path(scenario["folder"]) / "weights.safetensors")
     if scenario.get("export"):
@@ -138,12 +138,12 @@ def _finish(scenario: dict, trainer: Trainer, rank: int, result: dict) -> None:
         result["pushed"] = str(trainer.push_to_hub())
 
 
-def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The weights as one process would hold them, gathered by all ranks."""
-    return {name: _whole(weight) for name, weight in trainer.model.named_parameters()}
+def gather_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Returns the full weights, gathered from all ranks."""
+    return {name: _gather(weight) for name, weight in trainer.model.named_parameters()}
 
 
-def _whole(weight: torch.nn.Parameter) -> torch.Tensor:
+def _gather(weight: torch.nn.Parameter) -> torch.Tensor:
     if hasattr(weight, "full_tensor"):
         return weight.full_tensor().detach().clone()
     if hasattr(weight, "ds_id"):

@@ -1,4 +1,4 @@
-"""Callbacks that watch a pruning run from inside, on every rank, and one that spoils it."""
+"""Callbacks that record the weights during a run on every rank, and one that corrupts a mask."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def is_selected(name: str) -> bool:
 
 
 def local(weight: torch.nn.Parameter, rank: int) -> torch.Tensor:
-    """What this rank holds of a weight, flat, where the model computes from it."""
+    """Returns this rank's part of the model's weight, flattened."""
     if hasattr(weight, "to_local"):
         return weight.detach().to_local().reshape(-1)
     if hasattr(weight, "ds_tensor"):
-        # The last ranks' parts are filled up with numbers that belong to no weight.
+        # The last ranks' parts end with padding.
         part = weight.ds_tensor.detach().reshape(-1)
         return part[: max(0, weight.ds_numel - rank * part.numel())]
     return weight.detach().reshape(-1)
 
 
 def master(weight: torch.nn.Parameter, rank: int) -> torch.Tensor | None:
-    """The copy that DeepSpeed's optimizer steps on, of the elements of `local`; None where there is none."""
+    """Returns DeepSpeed's master weight of the elements of `local`; None without DeepSpeed."""
     if hasattr(weight, "ds_tensor"):
         from deepspeed.utils import safe_get_local_fp32_param
 
@@ -49,11 +49,11 @@ def master(weight: torch.nn.Parameter, rank: int) -> torch.Tensor | None:
 
 
 class Zeros(TrainerCallback):
-    """After every optimizer step, looks at the bits of the weights that this rank holds.
+    """After every optimizer step, counts zeros among the weights that this rank holds.
 
-    Writes a row per step: `zeros`, how many are +0.0; `negative`, how many are -0.0; `revived`, how many that had
-    been zero are not; `unlike`, how many of the optimizer's copy have other bits, where there is such a copy. Nothing
-    but pruning makes a weight zero, so this needs to know nothing about masks.
+    Appends a row per step: `zeros`, the number of +0.0; `negative`, of -0.0; `revived`, of weights that were zero
+    before and are not; `unlike`, of master weights with other bits than the model's; `copies`, of weights with a
+    master. Masks are not read: nothing but pruning makes a weight zero.
     """
 
     def __init__(self, trainer: Trainer, rank: int, result: dict):
@@ -79,23 +79,23 @@ class Zeros(TrainerCallback):
 
 
 class Begin(TrainerCallback):
-    """Writes the whole weights as they are at the first step, from rank 0."""
+    """Saves the full weights at the start of the first step, from rank 0."""
 
     def __init__(self, trainer: Trainer, rank: int, result: dict, path: str):
         self.trainer, self.rank, self.path, self.done = trainer, rank, path, False
 
     def on_step_begin(self, *args, **kwargs):
         if not self.done:
-            from scenario import whole
+            from scenario import gather_weights
 
-            weights = whole(self.trainer)
+            weights = gather_weights(self.trainer)
             if self.rank == 0:
                 save_file(weights, self.path)
         self.done = True
 
 
 class Tamper(TrainerCallback):
-    """On rank `on`, right before the optimizer step `step`, masks the one weight of a layer that is sure to stay."""
+    """On rank `on`, before optimizer step `step`, masks the largest weight of a layer, which pruning would keep."""
 
     def __init__(self, trainer: Trainer, rank: int, result: dict, on: int, step: int, name: str):
         self.trainer, self.step, self.name, self.hit = trainer, step, name, rank == on

@@ -1,11 +1,11 @@
-"""What the other tests here rest on: plain Trainer, on the same samples, computes the same on one rank and on several.
+"""Without pruning, Trainer computes the same on one rank and on several, bit for bit where `exact_as` is given.
 
-Where it does, bit for bit, a difference in a pruning run is pruning's doing.
+The other tests rely on it: any difference in a pruning run is then due to pruning.
 """
 
 import pytest
 import torch
-from helpers.modes import MODES, each
+from helpers.modes import MODES, mode_params
 from helpers.tiny import same
 
 
@@ -13,21 +13,21 @@ _reference = {}
 
 
 def reference(ranks, mode):
-    """The weights that one process trains."""
+    """Returns the weights after training in one process."""
     other = MODES[mode].exact_as or "single_llama"
     if other not in _reference:
         _reference[other] = ranks.run(other, f"dense-{other}", world=1, trainer="plain").weights
     return _reference[other]
 
 
-@pytest.mark.parametrize("mode", each())
-def test_two_ranks_train_what_one_does(ranks, mode):
+@pytest.mark.parametrize("mode", mode_params())
+def test_two_ranks_train_as_one(ranks, mode):
     _check(ranks, mode)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", each())
-def test_four_ranks_train_what_one_does(ranks4, mode):
+@pytest.mark.parametrize("mode", mode_params())
+def test_four_ranks_train_as_one(ranks4, mode):
     _check(ranks4, mode)
 
 
@@ -40,13 +40,13 @@ def _check(ranks, mode):
         assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in weights)
 
 
-@pytest.mark.parametrize("mode", each("zero3"))
-def test_zero3_on_one_rank_is_as_near_to_a_single_process_as_rounding_allows(ranks, mode):
+@pytest.mark.parametrize("mode", mode_params("zero3"))
+def test_zero3_on_one_rank_equals_a_single_process_up_to_rounding(ranks, mode):
     weights, expected = reference(ranks, mode), reference(ranks, "ddp")
     assert all(torch.allclose(weights[name], expected[name], atol=1e-5) for name in expected)
 
 
-@pytest.mark.parametrize("mode", each(checkpoints=True))
+@pytest.mark.parametrize("mode", mode_params(checkpoints=True))
 def test_trainer_resumes_exactly(ranks, tmp_path, mode):
     run = {"trainer": "plain", "options": {"save_strategy": "steps", "save_steps": 6}}
     for before, after in [(2, 2), (2, 1), (1, 2)] if MODES[mode].elastic else [(2, 2)]:

@@ -1,4 +1,4 @@
-"""What was asked for and what runs: where accelerate leaves weights whole, the log says so."""
+"""A warning is logged where FSDP or DeepSpeed is requested, but accelerate runs DDP."""
 
 import logging
 from types import SimpleNamespace
@@ -15,15 +15,15 @@ OPTIONS = {"target_sparsity": 0.5, **SCHEDULE}
 
 
 @pytest.mark.parametrize("options", [{}, MODES["fsdp2"].arguments], ids=["ddp", "fsdp"])
-def test_fsdp_that_falls_back_to_ddp_is_said(ranks, options):
-    """Without `as_on_gpus`, as a user on a CPU has it."""
+def test_warning_when_fsdp_falls_back_to_ddp(ranks, options):
+    """Without `as_on_gpus`, as for a user without GPUs."""
     log = ranks.run("ddp", "fallback", options=OPTIONS | options).log
-    assert log.count("FSDP was asked for, but accelerate runs MULTI_CPU: DDP") == bool(options)
+    assert log.count("FSDP was requested, but accelerate runs MULTI_CPU: DDP") == bool(options)
 
 
 @pytest.mark.parametrize("runs", ["MULTI_GPU", "DEEPSPEED", "NO"])
 @pytest.mark.parametrize("asked", ["argument", "launcher", None])
-def test_so_is_deepspeed(monkeypatch, caplog, runs, asked):
+def test_warning_when_deepspeed_is_not_used(monkeypatch, caplog, runs, asked):
     if asked == "launcher":
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     trainer = SimpleNamespace(
@@ -35,4 +35,4 @@ def test_so_is_deepspeed(monkeypatch, caplog, runs, asked):
     )
     with caplog.at_level(logging.WARNING):
         SparseTrainer._check_split(trainer)
-    assert ("DEEPSPEED was asked for" in caplog.text) == (runs == "MULTI_GPU" and asked is not None)
+    assert ("DEEPSPEED was requested" in caplog.text) == (runs == "MULTI_GPU" and asked is not None)

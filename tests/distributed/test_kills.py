@@ -1,9 +1,9 @@
-"""Ranks that are killed, at any moment, and a restart: from the last checkpoint that is whole, to the same end."""
+"""Runs whose ranks are killed at any moment resume from the last complete checkpoint, to the same weights."""
 
 from pathlib import Path
 
 import pytest
-from helpers.modes import MODES, each
+from helpers.modes import MODES, mode_params
 from helpers.tiny import SCHEDULE, same
 
 
@@ -11,8 +11,8 @@ STEP = 4
 OPTIONS = {"target_sparsity": 0.5, "criterion": "snip_momentum", **SCHEDULE}
 OPTIONS |= {"save_strategy": "steps", "save_steps": 1}
 ALL, FIRST, OTHER = [0, 1], [0], [1]
-# By moment and who is killed: the checkpoint that is gone on from. What the one that is left alive goes on to write,
-# without its fellow's part, must not pass for a whole checkpoint.
+# By moment and killed ranks: the checkpoint to resume from. What a surviving rank writes after the kill must not be
+# taken for a complete checkpoint.
 KILLS = {
     ("in_training", "ALL"): 3,
     ("in_training", "OTHER"): 3,
@@ -25,7 +25,7 @@ KILLS = {
     ("after_save", "ALL"): 4,
 }
 WHO = {"ALL": ALL, "FIRST": FIRST, "OTHER": OTHER}
-# Where every rank writes parts of its own, more can be missing.
+# Where every rank writes its own files.
 SPLIT = {("in_masks", "OTHER"): 3, ("in_optimizer", "OTHER"): 3}
 _reference = {}
 
@@ -37,12 +37,12 @@ def _uninterrupted(ranks, mode):
     return _reference[mode]
 
 
-def _kill_and_go_on(ranks, folder, mode, moment, who, resumed_from):
+def _kill_and_resume(ranks, folder, mode, moment, who, resumed_from):
     killed = ranks.run(
         mode, f"{mode}-{moment}", fails=True, output_dir=folder, options=OPTIONS, kill=[moment, STEP, WHO[who]]
     )
     assert [killed.exits[rank] for rank in WHO[who]] == [-9] * len(WHO[who]), killed.log
-    assert all(killed.exits), "the ranks that are left alive must not end as if all were well"
+    assert all(killed.exits), "surviving ranks must not exit with 0"
     again = ranks.run(mode, f"{mode}-{moment}-again", output_dir=folder, options=OPTIONS, seed=5, resume=True)
     expected = f"checkpoint-{resumed_from}"
     assert {rank["from"] for rank in again.ranks} == {expected}, (mode, moment, who)
@@ -52,22 +52,22 @@ def _kill_and_go_on(ranks, folder, mode, moment, who, resumed_from):
 
 @pytest.mark.parametrize("moment, who", KILLS)
 def test_killed_under_ddp(ranks, tmp_path, moment, who):
-    _kill_and_go_on(ranks, tmp_path, "ddp", moment, who, KILLS[moment, who])
+    _kill_and_resume(ranks, tmp_path, "ddp", moment, who, KILLS[moment, who])
 
 
-@pytest.mark.parametrize("mode", each("fsdp2", "fsdp2_sharded", "zero1", "zero3"))
-def test_killed_with_parts_on_every_rank(ranks, tmp_path, mode):
+@pytest.mark.parametrize("mode", mode_params("fsdp2", "fsdp2_sharded", "zero1", "zero3"))
+def test_killed_with_files_of_every_rank(ranks, tmp_path, mode):
     kills = SPLIT if mode != "fsdp2" else {("in_masks", "OTHER"): 3}
     for (moment, who), resumed_from in ({("before_rng", "OTHER"): 3} | kills).items():
-        _kill_and_go_on(ranks, tmp_path / moment, mode, moment, who, resumed_from)
+        _kill_and_resume(ranks, tmp_path / moment, mode, moment, who, resumed_from)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment, who", KILLS)
-@pytest.mark.parametrize("mode", each(checkpoints=True))
+@pytest.mark.parametrize("mode", mode_params(checkpoints=True))
 def test_killed_in_any_mode(ranks, tmp_path, mode, moment, who):
-    passed_by = (MODES[mode].kind == "DEEPSPEED" and moment == "in_masks") or (
-        mode == "fsdp2_sharded" and moment == "before_weights"  # its checkpoints hold shards only
+    not_applicable = (MODES[mode].kind == "DEEPSPEED" and moment == "in_masks") or (
+        mode == "fsdp2_sharded" and moment == "before_weights"  # its checkpoints contain shards only
     )
-    if not passed_by:
-        _kill_and_go_on(ranks, tmp_path, mode, moment, who, KILLS[moment, who])
+    if not not_applicable:
+        _kill_and_resume(ranks, tmp_path, mode, moment, who, KILLS[moment, who])

@@ -1,4 +1,4 @@
-"""Pruning on several ranks is what it is in one process: same masks, same weights, zeros that hold on every rank."""
+"""Pruning on several ranks equals pruning in one process: the same masks and weights, and zeros on every rank."""
 
 import re
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers.masks import read_masks
-from helpers.modes import MODES, each
+from helpers.modes import MODES, mode_params
 from helpers.tiny import PRUNE_STEPS, SCHEDULE, STEPS, same
 from safetensors.torch import load_file
 from spies import is_selected
@@ -29,7 +29,7 @@ CLASSES = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCaus
 
 
 class Runs:
-    """Pruning runs, each made once."""
+    """Pruning runs, cached."""
 
     def __init__(self, ranks, folder):
         self.ranks, self.folder, self.made = ranks, folder, {}
@@ -66,23 +66,23 @@ def runs4(ranks4, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("mode", each("ddp", "fsdp2", "fsdp_size", "tp", "zero2", "zero3"))
-def test_two_ranks_prune_what_one_process_does(runs, mode, method):
+@pytest.mark.parametrize("mode", mode_params("ddp", "fsdp2", "fsdp_size", "tp", "zero2", "zero3"))
+def test_two_ranks_prune_as_one_process(runs, mode, method):
     _check(runs, mode, method)
 
 
 @pytest.mark.parametrize("method", ["snip_momentum", pytest.param("blocks", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", each("fsdp2_sharded", "zero1"))
-def test_modes_that_hold_weights_as_another_does(runs, mode, method):
+@pytest.mark.parametrize("mode", mode_params("fsdp2_sharded", "zero1"))
+def test_modes_with_the_same_shards_as_another_mode(runs, mode, method):
     _check(runs, mode, method)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [3, 4])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("mode", each())
-def test_more_ranks_prune_what_one_process_does(runs4, mode, method, world):
-    """Three ranks hold parts of unequal size, and the mean of three gradients is rounded."""
+@pytest.mark.parametrize("mode", mode_params())
+def test_more_ranks_prune_as_one_process(runs4, mode, method, world):
+    """Three ranks hold shards of unequal size, and the mean of three gradients is rounded."""
     if world == 4 or MODES[mode].exact_as:
         _check(runs4, mode, method, world)
 
@@ -91,7 +91,7 @@ def _check(runs, mode, method, world=None):
     run, output_dir = runs(mode, method, world)
     single, _ = runs.reference(mode, method)
     world, rounded = len(run.ranks), world == 3
-    _zeros_hold(run, single, mode)
+    _check_zeros(run, single, mode)
     weights, expected = run.weights, single.weights
     assert weights.keys() == expected.keys()
     if MODES[mode].exact_as and not rounded:
@@ -105,13 +105,13 @@ def _check(runs, mode, method, world=None):
 
 
 def _exported(output_dir, mode):
-    """The weights that one process reads, from what was saved after training."""
+    """Returns the weights that one process loads from the saved model."""
     model = CLASSES[MODES[mode].model].from_pretrained(output_dir / "export")
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
-def _zeros_hold(run, single, mode):
-    """After every step, on every rank, in every copy; and on all ranks together as many as in one process."""
+def _check_zeros(run, single, mode):
+    """Checks zeros after every step, on every rank and in every copy; their number is that of one process."""
     whole = not MODES[mode].sharded and mode != "zero3"
     expected = [row["zeros"] for row in single.ranks[0]["zeros"]]
     assert [step for step in range(1, STEPS + 1) if expected[step - 1] > (expected[step - 2] if step > 1 else 0)] == [
@@ -127,16 +127,16 @@ def _zeros_hold(run, single, mode):
         assert [sum(row["zeros"] for row in ranks) for ranks in rows] == expected
 
 
-@pytest.mark.parametrize("mode", each("fsdp2", "zero2", "zero3"))
-def test_weights_that_ranks_hold_unequal_parts_of(runs, mode):
+@pytest.mark.parametrize("mode", mode_params("fsdp2", "zero2", "zero3"))
+def test_shards_of_unequal_size(runs, mode):
     """45 rows: 23 and 22."""
     odd = {"config": {"intermediate_size": 45}}
     run, _ = runs(mode, "snip_momentum", **odd)
     assert same(run.weights, runs.reference(mode, "snip_momentum", **odd)[0].weights)
 
 
-def test_tensor_parallel_ranks_decide_the_masks_of_one_process(runs):
-    """With a learning rate of 0 rounding changes no weight, so that masks can be compared. Rows are cut here."""
+def test_tensor_parallel_masks_equal_those_of_one_process(runs):
+    """With learning rate 0, rounding changes no weight and masks can be compared. Some rows are split over ranks."""
     still = {"options": {"learning_rate": 0.0}}
     for method in METHODS:
         assert same(runs("tp", method, **still)[0].weights, runs("single_llama", method, **still)[0].weights), method
@@ -145,14 +145,14 @@ def test_tensor_parallel_ranks_decide_the_masks_of_one_process(runs):
 # Checkpoints
 
 
-@pytest.mark.parametrize("mode", each(checkpoints=True))
-def test_resumed_on_as_many_ranks_or_others(runs, tmp_path, mode):
+@pytest.mark.parametrize("mode", mode_params(checkpoints=True))
+def test_resume_on_the_same_or_another_number_of_ranks(runs, tmp_path, mode):
     _resume(runs, tmp_path, mode, [(2, 2), (2, 1), (1, 2)] if MODES[mode].elastic else [(2, 2)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", each(checkpoints=True))
-def test_resumed_on_four_ranks_or_fewer(runs4, tmp_path, mode):
+@pytest.mark.parametrize("mode", mode_params(checkpoints=True))
+def test_resume_on_up_to_four_ranks(runs4, tmp_path, mode):
     _resume(runs4, tmp_path, mode, [(4, 4), (4, 2), (2, 4), (4, 1), (1, 4)] if MODES[mode].elastic else [(4, 4)])
 
 
@@ -169,19 +169,19 @@ def _resume(runs, tmp_path, mode, worlds):
             spies={"begin": {"path": str(begin)}},
             options={"target_sparsity": 0.5, **SCHEDULE, **METHODS["snip_momentum"]},
         )
-        _begins_with(begin, dict(read_masks(output_dir / "checkpoint-6")))
+        _check_initial_zeros(begin, dict(read_masks(output_dir / "checkpoint-6")))
         assert same(resumed.weights, whole.weights), (before, after)
 
 
-def _begins_with(begin, masks):
+def _check_initial_zeros(begin, masks):
     weights = load_file(begin)
     assert sum(mask.numel() for mask in masks.values()) == SELECTED["bert"]
     assert all(torch.equal(weights[name] != 0, mask) for name, mask in masks.items())
 
 
-@pytest.mark.parametrize("mode", each(checkpoints=True, elastic=False))
-def test_deepspeed_on_another_number_of_ranks_is_refused(runs, mode):
-    """DeepSpeed cannot do it; the run says so, and does not start anew."""
+@pytest.mark.parametrize("mode", mode_params(checkpoints=True, elastic=False))
+def test_deepspeed_on_another_number_of_ranks_raises(runs, mode):
+    """DeepSpeed does not support it: the run must not restart from the beginning."""
     _, output_dir = runs(mode, "snip_momentum")
     run = runs.ranks.run(
         mode,
@@ -194,7 +194,7 @@ def test_deepspeed_on_another_number_of_ranks_is_refused(runs, mode):
     assert re.match("CheckpointError: .*2 processes.*not with 1", run.ranks[0]["error"])
 
 
-# By mode: what each rank, or the one that is last, writes into a checkpoint.
+# By mode: files of a checkpoint that single ranks write.
 PARTS = {
     "ddp": ["rng_state_1.pth", "optimizer.pt"],
     "fsdp2": ["rng_state_1.pth", "optimizer.bin", "pruning_state-00002-of-00002.safetensors"],
@@ -204,8 +204,8 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("mode", each(*PARTS))
-def test_a_checkpoint_that_lacks_what_one_rank_wrote_is_not_taken(runs, tmp_path, mode):
+@pytest.mark.parametrize("mode", mode_params(*PARTS))
+def test_checkpoint_without_a_file_of_one_rank_is_invalid(runs, tmp_path, mode):
     _, output_dir = runs(mode, "snip_momentum")
     assert find_checkpoint_error(ResumeState(output_dir / "checkpoint-6")) is None
     for index, part in enumerate(PARTS[mode]):
@@ -215,10 +215,7 @@ def test_a_checkpoint_that_lacks_what_one_rank_wrote_is_not_taken(runs, tmp_path
         assert find_checkpoint_error(ResumeState(checkpoint)), part
 
 
-# Ranks that disagree
-
-
-def test_ranks_that_disagree_about_a_mask_stop_the_run(ranks):
+def test_different_masks_on_ranks_raise(ranks):
     name = "bert.encoder.layer.0.intermediate.dense.weight"
     for step in PRUNE_STEPS[1:]:
         run = ranks.run(

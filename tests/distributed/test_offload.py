@@ -1,5 +1,4 @@
-"""Weights that accelerate keeps elsewhere: brought for a while and put back changed. On the CPU; what execution on
-another device would need is the same."""
+"""Weights offloaded by accelerate are onloaded, pruned and stored again. The execution device is the CPU here."""
 
 import pytest
 import torch
@@ -59,7 +58,7 @@ def offloaded(way, folder, **options):
     ids=str,
 )
 @pytest.mark.parametrize("way", WAYS)
-def test_offloaded_weights_are_pruned_as_others_and_saved(way, options, tmp_path):
+def test_offloaded_weights_are_pruned_like_others_and_saved(way, options, tmp_path):
     plain, model = llama(), offloaded(way, tmp_path)
     assert is_offloaded(model) and not is_offloaded(plain)
     expected = prune_oneshot(plain, data(), OneshotConfig(**options), progress=False)
@@ -70,7 +69,7 @@ def test_offloaded_weights_are_pruned_as_others_and_saved(way, options, tmp_path
     batch = data()[0]
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, plain(**batch).logits)
-    if not hasattr(model, "hf_device_map"):  # transformers then saves nothing of what is offloaded
+    if not hasattr(model, "hf_device_map"):  # transformers cannot save offloaded weights then
         return
     model.save_pretrained(tmp_path / "pruned")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "pruned")
@@ -78,18 +77,20 @@ def test_offloaded_weights_are_pruned_as_others_and_saved(way, options, tmp_path
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_offloaded_weights_stay_where_they_are(way, tmp_path):
-    """Those that were not in memory are not afterwards, in whatever dtype."""
+def test_offloaded_weights_stay_offloaded(way, tmp_path):
     model = offloaded(way, tmp_path, dtype=torch.bfloat16)
-    away = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    offloaded_names = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     prune_oneshot(model, data(), OneshotConfig(target_sparsity=0.5), progress=False)
-    assert away and {name for name, parameter in model.named_parameters() if parameter.is_meta} == away
+    assert (
+        offloaded_names
+        and {name for name, parameter in model.named_parameters() if parameter.is_meta} == offloaded_names
+    )
     found = dict(iter_parameters(model))
-    assert all(found[name].dtype == torch.bfloat16 for name in away)
-    assert {name for name, parameter in model.named_parameters() if parameter.is_meta} == away
+    assert all(found[name].dtype == torch.bfloat16 for name in offloaded_names)
+    assert {name for name, parameter in model.named_parameters() if parameter.is_meta} == offloaded_names
 
 
-def test_the_checkpoint_that_weights_are_read_from_is_not_written_to(tmp_path):
+def test_checkpoint_of_offloaded_weights_is_not_modified(tmp_path):
     """from_pretrained reads offloaded weights straight from the checkpoint's file."""
     model = offloaded("from_pretrained", tmp_path)
     before = load_file(tmp_path / "saved" / "model.safetensors")
@@ -98,27 +99,27 @@ def test_the_checkpoint_that_weights_are_read_from_is_not_written_to(tmp_path):
     assert all(bits_equal(tensor, before[name]) for name, tensor in after.items())
 
 
-@pytest.mark.parametrize("way", WAYS[:3])  # accelerate itself finds no tied weight in a checkpoint's file
-def test_tied_weights_that_are_offloaded(way, tmp_path):
+@pytest.mark.parametrize("way", WAYS[:3])  # accelerate does not find tied weights in a checkpoint
+def test_offloaded_tied_weights(way, tmp_path):
     plain, model = llama(tie_word_embeddings=True), offloaded(way, tmp_path, tie_word_embeddings=True)
-    for each in (plain, model):
-        prune_oneshot(each, data(), OneshotConfig(target_sparsity=0.5), progress=False)
+    for network in (plain, model):
+        prune_oneshot(network, data(), OneshotConfig(target_sparsity=0.5), progress=False)
     found = dict(iter_parameters(model))
     assert found.keys() - {"lm_head.weight"} == dict(plain.named_parameters()).keys()
     assert all(bits_equal(found[name], parameter) for name, parameter in plain.named_parameters())
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_exception_on_board_puts_everything_back(way, tmp_path):
+def test_exception_while_onloaded_restores_the_offloading(way, tmp_path):
     model = offloaded(way, tmp_path)
     block = model.model.layers[1]
-    away = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    offloaded_names = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     with pytest.raises(KeyboardInterrupt):
         with onload(block), torch.no_grad():
             assert not any(parameter.is_meta for parameter in block.parameters())
             block.mlp.up_proj.weight[0] = 7.0
             raise KeyboardInterrupt
-    assert {name for name, parameter in model.named_parameters() if parameter.is_meta} == away
+    assert {name for name, parameter in model.named_parameters() if parameter.is_meta} == offloaded_names
     found, plain = dict(iter_parameters(model)), llama()
     plain.model.layers[1].mlp.up_proj.weight.data[0] = 7.0
     assert all(bits_equal(found[name], parameter) for name, parameter in plain.named_parameters())
@@ -127,7 +128,7 @@ def test_an_exception_on_board_puts_everything_back(way, tmp_path):
         assert torch.equal(model(**batch).logits, plain(**batch).logits)
 
 
-def test_a_forward_while_on_board_uses_and_keeps_what_is_there(tmp_path):
+def test_forward_while_onloaded_uses_and_keeps_the_weights(tmp_path):
     model, batch = offloaded("disk_offload", tmp_path), data()[0]
     with torch.no_grad(), onload(model.model.layers[1]):
         model.model.layers[1].mlp.down_proj.weight.zero_()
@@ -137,7 +138,7 @@ def test_a_forward_while_on_board_uses_and_keeps_what_is_there(tmp_path):
         assert torch.equal(model(**batch).logits, first)
 
 
-def test_nothing_is_done_to_weights_that_are_at_hand():
+def test_onload_does_nothing_without_offloading():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     before = weights(model)
     with onload(model):
@@ -146,7 +147,7 @@ def test_nothing_is_done_to_weights_that_are_at_hand():
     assert input_device(model) == torch.device("cpu") == input_device(nn.Identity())
 
 
-def test_parameters_that_are_tied_come_once():
+def test_tied_parameters_are_yielded_once():
     model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     model["b"].weight = model["a"].weight
     assert [name for name, _ in iter_parameters(model)] == ["a.weight"]
@@ -160,7 +161,7 @@ def test_parameters_that_are_tied_come_once():
         ({"sequential": False}, "sequential=False needs all weights at once, but some are offloaded: leave it out"),
     ],
 )
-def test_what_needs_all_weights_at_once_is_refused(options, words, tmp_path):
+def test_options_that_need_all_weights_at_once_raise(options, words, tmp_path):
     model = offloaded("cpu_offload", tmp_path)
     with pytest.raises(PruningConfigError, match=words):
         prune_oneshot(model, data(), OneshotConfig(target_sparsity=0.5, **options), progress=False)

@@ -1,4 +1,4 @@
-"""Under several processes one-shot pruning takes the data in shares and decides as one process does."""
+"""One-shot pruning on several ranks splits the calibration data and prunes as one process."""
 
 import os
 import subprocess
@@ -9,8 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def _run(processes, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def _run(num_ranks, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     paths = [HERE.parents[1], HERE.parent]
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": ":".join(map(str, paths))}
     done = subprocess.run(
@@ -25,5 +25,5 @@ def _run(processes, folder):
     return done.stdout
 
 
-def test_two_processes_prune_as_one(tmp_path):
+def test_two_ranks_prune_as_one_process(tmp_path):
     assert _run(2, tmp_path / "state").count(" checks, 0 wrong") == 2

@@ -1,11 +1,11 @@
-"""Several ranks and one Hub: what is uploaded goes up once, from the main one, and all stop where that one must."""
+"""On several ranks the main one uploads, once, and all raise if it cannot."""
 
 from pathlib import Path
 
 import pytest
 from helpers.hub_server import READ_TOKEN, TOKEN, USER
 from helpers.masks import read_masks
-from helpers.modes import each
+from helpers.modes import mode_params
 from helpers.tiny import SCHEDULE, same
 from huggingface_hub import snapshot_download
 from safetensors.torch import load
@@ -16,7 +16,7 @@ OPTIONS |= {"hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps"
 MAIN, OTHER = 0, 1
 
 
-@pytest.mark.parametrize("mode", each("ddp", "fsdp2"))
+@pytest.mark.parametrize("mode", mode_params("ddp", "fsdp2"))
 def test_one_rank_uploads(ranks, hub, tmp_path, mode):
     options = OPTIONS | {"hub_token": TOKEN, "hub_model_id": "pruned"}
     run = ranks.run(mode, f"{mode}-push", output_dir=tmp_path / "out", options=options, hub=hub.url, push=True)
@@ -35,7 +35,7 @@ def test_one_rank_uploads(ranks, hub, tmp_path, mode):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
-def test_all_stop_where_the_main_one_may_not_upload(ranks, hub, tmp_path):
+def test_all_ranks_raise_if_the_main_one_cannot_upload(ranks, hub, tmp_path):
     options = OPTIONS | {"hub_token": READ_TOKEN, "hub_model_id": "pruned"}
     run = ranks.run("ddp", "ddp-no-push", fails=True, output_dir=tmp_path / "out", options=options, hub=hub.url)
     assert run.exits == [1, 1], run.log
@@ -45,9 +45,9 @@ def test_all_stop_where_the_main_one_may_not_upload(ranks, hub, tmp_path):
     assert "another process stopped with an error" in run.log
 
 
-@pytest.mark.parametrize("mode", each("fsdp2"))
+@pytest.mark.parametrize("mode", mode_params("fsdp2"))
 def test_push_by_method(ranks, hub, tmp_path, mode):
-    """The main rank asks the Hub for a name, and all save what each holds a part of."""
+    """The main rank creates the repository, and all ranks take part in saving sharded weights."""
     options = {name: value for name, value in OPTIONS.items() if not name.startswith(("push", "hub", "save"))}
     options |= {"hub_token": TOKEN}
     run = ranks.run(mode, f"{mode}-by-method", output_dir=tmp_path / "out", options=options, hub=hub.url, push=True)

@@ -1,13 +1,13 @@
-"""BERT's loss comes out as many times too large as there are processes; masks are the same (see the README)."""
+"""Trainer may multiply BERT's loss by the number of processes (see the README): masks are the same."""
 
 import pytest
-from helpers.modes import each
+from helpers.modes import mode_params
 from helpers.tiny import SCHEDULE, same
 
 
-@pytest.mark.parametrize("mode", each("ddp", "fsdp2", "zero2"))
-def test_a_loss_times_the_number_of_processes_changes_no_mask(ranks, mode):
-    """Weights stay as they are, but for the zeros."""
+@pytest.mark.parametrize("mode", mode_params("ddp", "fsdp2", "zero2"))
+def test_loss_scale_changes_no_mask(ranks, mode):
+    """With learning rate 0, weights change by pruning only."""
     options = {"target_sparsity": 0.5, "criterion": "snip_momentum", "learning_rate": 0.0, **SCHEDULE}
     right, large = (
         ranks.run(mode, "scaled", options=options | {"average_tokens_across_devices": scaled})

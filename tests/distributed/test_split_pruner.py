@@ -1,4 +1,4 @@
-"""The pruner of split weights decides what the pruner of whole weights does, mask for mask."""
+"""A pruner of sharded weights computes the masks of a pruner of whole weights."""
 
 import os
 import subprocess
@@ -11,9 +11,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def _run(processes, *arguments, seconds=580):
-    """The worker's last line, one for each process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def _run(num_ranks, *arguments, seconds=580):
+    """Returns the output of all ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE.parents[1]}"}
     done = subprocess.run(
         [*command, str(HERE / "pruner_worker.py"), *arguments],
@@ -27,11 +27,11 @@ def _run(processes, *arguments, seconds=580):
     return done.stdout
 
 
-def test_two_processes_decide_as_one():
+def test_two_ranks_prune_as_one_process():
     assert _run(2).count(" cases, 0 wrong") == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_every_criterion_pattern_and_scope_on_every_layout(processes):
-    assert _run(processes, "everything", seconds=3600).count(" cases, 0 wrong") == processes
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_every_criterion_pattern_and_scope_on_every_layout(num_ranks):
+    assert _run(num_ranks, "everything", seconds=3600).count(" cases, 0 wrong") == num_ranks

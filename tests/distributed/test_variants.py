@@ -1,11 +1,11 @@
-"""What a mode can be told besides: other dtypes, accumulation, small weights left whole; and what is refused."""
+"""Options of the modes: dtypes, gradient accumulation, small weights whole under ZeRO-3; and options that raise."""
 
 import re
 
 import pytest
 import torch
 from helpers.masks import read_masks
-from helpers.modes import MODES, each
+from helpers.modes import MODES, mode_params
 from helpers.tiny import SCHEDULE, STEPS, same
 from safetensors.torch import load_file
 from spies import is_selected
@@ -16,7 +16,7 @@ SELECTED = 4992
 
 
 def deepspeed(mode, **zero):
-    """The mode's config with other options of `zero_optimization`."""
+    """Returns the mode's DeepSpeed config with changed `zero_optimization` options."""
     config = MODES[mode].arguments["deepspeed"]
     return config | {"zero_optimization": config["zero_optimization"] | zero}
 
@@ -25,7 +25,7 @@ def zeros(weights):
     return sum(int((weight == 0).sum()) for name, weight in weights.items() if is_selected(name))
 
 
-@pytest.mark.parametrize("mode", each("zero1", "zero2", "zero3"))
+@pytest.mark.parametrize("mode", mode_params("zero1", "zero2", "zero3"))
 def test_zero_in_bf16_masks_the_master_and_the_copy(ranks, tmp_path, mode):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -44,9 +44,9 @@ def test_zero_in_bf16_masks_the_master_and_the_copy(ranks, tmp_path, mode):
 
 
 @pytest.mark.parametrize("threshold", [700, 100_000])
-@pytest.mark.parametrize("mode", each("zero3"))
-def test_zero3_that_leaves_small_weights_whole(ranks, tmp_path, mode, threshold):
-    """Those of 24 x 24 at 700, all at 100,000, which is the default."""
+@pytest.mark.parametrize("mode", mode_params("zero3"))
+def test_zero3_with_small_weights_whole(ranks, tmp_path, mode, threshold):
+    """Threshold 700 leaves weights of 24 x 24 whole; 100,000, the default, leaves all."""
     weights = []
     for index, options in enumerate(({}, deepspeed(mode, stage3_param_persistence_threshold=threshold))):
         options = OPTIONS | ({"deepspeed": options} if options else {})
@@ -58,7 +58,7 @@ def test_zero3_that_leaves_small_weights_whole(ranks, tmp_path, mode, threshold)
     assert zeros(weights[0]) == SELECTED // 2 and same(*weights)
 
 
-@pytest.mark.parametrize("mode", each("ddp", "fsdp2", "zero2"))
+@pytest.mark.parametrize("mode", mode_params("ddp", "fsdp2", "zero2"))
 def test_accumulated_gradients_count_as_one(ranks, mode):
     options = OPTIONS | {"gradient_accumulation_steps": 2}
     runs = [
@@ -72,7 +72,7 @@ def test_accumulated_gradients_count_as_one(ranks, mode):
 @pytest.mark.parametrize(
     "change", [{"bf16": True}, {"fsdp_config": {"activation_checkpointing": True}}], ids=["bf16", "checkpointing"]
 )
-def test_fsdp2_in_other_ways(ranks, change):
+def test_fsdp2_with_other_options(ranks, change):
     fsdp = MODES["fsdp2"].arguments["fsdp_config"] | change.get("fsdp_config", {})
     run = ranks.run("fsdp2", "fsdp2-other", options=OPTIONS | change | {"fsdp_config": fsdp}, spies={"zeros": {}})
     assert zeros(run.weights) == SELECTED // 2
@@ -105,9 +105,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=each(REFUSED[case][0])[0].marks, id=case) for case in REFUSED]
+    "case", [pytest.param(case, marks=mode_params(REFUSED[case][0])[0].marks, id=case) for case in REFUSED]
 )
-def test_what_pruning_cannot_follow_is_refused_on_every_rank_before_training(ranks, case):
+def test_unsupported_options_raise_on_every_rank_before_training(ranks, case):
     mode, options, message = REFUSED[case]
     options = {name: value(mode) if callable(value) else value for name, value in options.items()}
     run = ranks.run(mode, case, fails=True, raises=True, checked=False, options=OPTIONS | options)

@@ -1,5 +1,5 @@
-"""Runs in every process: prune steps of two layers of a million weights each, cut along either dimension, beside a
-pruner that has them whole. Prints what differs, and what came in, in a line for each setting. Started by torchrun."""
+"""Run by torchrun on every rank: prune steps of two layers of a million weights each, sharded along either dimension,
+compared with a pruner of whole weights. Prints one line for each setting: an error, or that all is within limits."""
 
 import copy
 import sys
@@ -16,7 +16,7 @@ from hf_sparse.engine.pruner import Pruner
 
 
 SIZE = 1024
-# The most that collectives may fill, with what each process tells itself, as a share of the weights' bytes.
+# Limit of the bytes that collectives may fill, including a rank's own part, as a fraction of the weights' bytes.
 SETTINGS = {
     0.06: [
         {"pattern": "unstructured", "scope": "global", "target_sparsity": 0.8},
@@ -25,7 +25,7 @@ SETTINGS = {
         {"pattern": "2x2", "scope": "global", "target_sparsity": 0.8},
         {"pattern": "2:4"},
     ],
-    # Rows that are cut are put together, half of one layer's in each process, and their masks go back.
+    # Rows that are split over ranks are redistributed, half of a layer to each rank, and their masks sent back.
     0.30: [{"pattern": "unstructured", "scope": "row", "target_sparsity": 0.8}],
 }
 
@@ -37,8 +37,8 @@ def split(model, mesh):
     return model
 
 
-def watched(original, seen, *args):
-    """A collective of torch, and the bytes that it fills."""
+def recorded(original, seen, *args):
+    """Calls a collective of torch and records the number of bytes that it fills."""
     done = original(*args)
     into = args[0] if isinstance(args[0], list) else [args[0]]
     seen.append(sum(tensor.nbytes for tensor in into))
@@ -48,15 +48,15 @@ def watched(original, seen, *args):
 def problem(options, share, mesh):
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False), nn.Linear(SIZE, SIZE, bias=False))
-    parted = split(copy.deepcopy(whole), mesh)
+    sharded = split(copy.deepcopy(whole), mesh)
     config = PruningConfig(criterion="magnitude", **options)
-    expected, pruner = Pruner(whole, config), Pruner(parted, config)
+    expected, pruner = Pruner(whole, config), Pruner(sharded, config)
     for prune_step in (1, 2, 3):
         expected.update(prune_step, 3)
         seen, names = [], ("all_reduce", "all_gather", "all_to_all_single")
         originals = {name: getattr(dist, name) for name in names}
         for name, original in originals.items():
-            setattr(dist, name, partial(watched, original, seen))
+            setattr(dist, name, partial(recorded, original, seen))
         try:
             pruner.update(prune_step, 3)
         finally:
@@ -64,9 +64,9 @@ def problem(options, share, mesh):
                 setattr(dist, name, original)
         most = share * sum(weight.numel() * 4 for weight in whole.parameters())
         if sum(seen) > most:
-            return f"{sum(seen)} bytes were filled by {len(seen)} collectives, at most {most:.0f} may"
+            return f"{len(seen)} collectives filled {sum(seen)} bytes, more than {most:.0f}"
         if len(seen) > 20:
-            return f"there were {len(seen)} collectives for two layers"
+            return f"{len(seen)} collectives for two layers"
         for dim, name in enumerate(pruner.shards):
             own = expected.masks[name].chunk(dist.get_world_size(), dim)[dist.get_rank()]
             if not torch.equal(pruner.masks[name], own):
@@ -77,12 +77,12 @@ def problem(options, share, mesh):
 def main():
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    found = [(options, problem(options, share, mesh)) for share, some in SETTINGS.items() for options in some]
-    for options, fault in found:
-        print(f"{options}: {fault or 'as promised'}", flush=True)
+    results = [(options, problem(options, share, mesh)) for share, some in SETTINGS.items() for options in some]
+    for options, error in results:
+        print(f"{options}: {error or 'within limits'}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
-    sys.exit(any(fault for _, fault in found))
+    sys.exit(any(error for _, error in results))
 
 
 if __name__ == "__main__":

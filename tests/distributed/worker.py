@@ -1,8 +1,8 @@
-"""A rank that torchrun started: imports once, then forks a child for each scenario and says how that ended.
+"""A rank started by torchrun: imports once, then forks a child for each scenario and writes its exit code.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 worker.py FOLDER PID
 
-It ends with the file `stop` in FOLDER, or with the process PID.
+It ends when FOLDER contains a file `stop`, or when the process PID has ended.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def main(folder: Path, starter: int) -> None:
     for name in ("plot_schedule", "plot_layers"):
         setattr(hf_sparse.training.run_files, name, lambda *args, **kwargs: None)
     if modes.available("zero3"):
-        import deepspeed.ops  # slow: once here, not in every child
+        import deepspeed.ops  # slow: imported here once for all children
 
-        # Its own sums over ranks are compiled at first use, wait by spinning, and leave shared memory when killed.
+        # DeepSpeed's own all-reduce is compiled at first use, busy-waits, and leaks shared memory when killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gc.freeze()
     (folder / f"ready-{rank}").touch()
@@ -44,7 +44,7 @@ def main(folder: Path, starter: int) -> None:
 
 
 def _run(scenario: dict, rank: int, body) -> None:
-    """Run `body` in a child; end the child soon after that of another rank failed, as torchrun ends its ranks."""
+    """Runs `body` in a child, which is killed soon after another rank's child fails, as torchrun does."""
     folder, world = Path(scenario["folder"]), scenario["world"]
     if rank >= world:
         return _write(folder / f"exit-{rank}", "0")
@@ -73,8 +73,8 @@ def _child(scenario: dict, rank: int, body) -> int:
     world = str(scenario["world"])
     os.environ |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     try:
-        trainer = body(scenario, rank)  # noqa: F841 - taking DDP and gloo apart was seen to deadlock: never done
-        _farewell(Path(scenario["folder"]), rank, scenario["world"])
+        trainer = body(scenario, rank)  # noqa: F841 - kept alive: tearing down DDP and gloo can deadlock
+        _wait_for_others(Path(scenario["folder"]), rank, scenario["world"])
         code = 0
     except BaseException:
         import traceback
@@ -86,8 +86,8 @@ def _child(scenario: dict, rank: int, body) -> int:
     return code
 
 
-def _farewell(folder: Path, rank: int, world: int) -> None:
-    """Wait for the other ranks without asking gloo: the first to leave would cut off the last."""
+def _wait_for_others(folder: Path, rank: int, world: int) -> None:
+    """Waits for the other ranks, through files: the first rank to exit would break the connections of the last."""
     (folder / f"done-{rank}").touch()
     while not all((folder / f"done-{other}").exists() for other in range(world)):
         time.sleep(0.01)

@@ -1,7 +1,7 @@
-"""The ways to train on several ranks that the tests know: how each is asked for, and how to see that it is on.
+"""The distributed training modes of the tests: how to configure each, and how to check that it is active.
 
-No machine with several GPUs is needed: gloo carries all of them on CPU. Asked for wrongly, several of them fall back
-to DDP or to one process without a word, so every run checks that it got what it asked for.
+No GPUs are needed: all modes run on CPU with gloo. Misconfigured, several of them silently fall back to DDP or to one
+process, so every run checks its mode.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def llama(seed: int = 0, **config) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes | config))
 
 
-def still_bert(seed: int = 0, **config) -> torch.nn.Module:
-    """Without dropout, which draws other numbers on each rank. Its 44 rows make 11 blocks of 4: two ranks cut one."""
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "intermediate_size": 44}
-    return bert(seed, **still | config)
+def deterministic_bert(seed: int = 0, **config) -> torch.nn.Module:
+    """Without dropout, which differs between ranks. Its 44 rows make 11 blocks of 4: two ranks split one of them."""
+    fixed = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "intermediate_size": 44}
+    return bert(seed, **fixed | config)
 
 
-MODELS = {"bert": still_bert, "llama": llama}
+MODELS = {"bert": deterministic_bert, "llama": llama}
 
 
 def _fsdp(state_dict_type: str) -> dict:
@@ -59,20 +59,20 @@ def _zero(stage: int) -> dict:
 
 @dataclass(frozen=True)
 class Mode:
-    """How one of them is asked for.
+    """One training mode.
 
     Args:
         arguments: of `TrainingArguments`.
         model: a key of `MODELS`.
-        load: the field of `DistributedConfig` that `from_pretrained` gets, if the weights are sharded as they load.
-        gpu: whether accelerate does it only where it believes to see GPUs.
-        kind: what accelerate must call it.
+        load: the field of `DistributedConfig` to pass to `from_pretrained`, if weights are sharded when loaded.
+        gpu: whether accelerate supports it on GPUs only; see `as_on_gpus`.
+        kind: accelerate's distributed type, which is checked.
         sharded: whether a weight is a DTensor.
         data_parallel: whether ranks see different samples.
-        exact_as: the mode which on one rank computes the same, bit for bit; None where the number of ranks changes
-            how numbers are rounded.
-        checkpoints: whether Trainer can write one that it can resume from.
-        elastic: whether Trainer can resume from one on another number of ranks.
+        exact_as: the mode that computes the same on one rank, bit for bit; None where rounding depends on the
+            number of ranks.
+        checkpoints: whether Trainer can write checkpoints to resume from.
+        elastic: whether Trainer can resume on another number of ranks.
     """
 
     arguments: dict = field(default_factory=dict)
@@ -94,12 +94,12 @@ MODES = {
     "single_llama": Mode(kind="NO", model="llama"),
     "ddp": Mode(),
     "fsdp2": Mode(_fsdp("FULL_STATE_DICT"), gpu=True, kind="FSDP", sharded=True),
-    # Trainer leaves the parts as they are, in a format of torch's, for `accelerate merge-weights`.
+    # Trainer saves sharded checkpoints of torch, for `accelerate merge-weights`.
     "fsdp2_sharded": Mode(_fsdp("SHARDED_STATE_DICT"), gpu=True, kind="FSDP", sharded=True),
     "fsdp_size": Mode(
         model="llama", load="fsdp_size", sharded=True, exact_as="single_llama", checkpoints=False, elastic=False
     ),
-    # The halves of a row are multiplied on two ranks and added: rounded otherwise than in one process.
+    # Partial products of a row are summed over ranks, which rounds differently than one process.
     "tp": Mode(
         model="llama",
         load="tp_size",
@@ -113,18 +113,18 @@ MODES = {
     ),
     "zero1": Mode(_zero(1), kind="DEEPSPEED", elastic=False),
     "zero2": Mode(_zero(2), kind="DEEPSPEED", elastic=False),
-    # Its hooks in the graph have the gradients of what several layers read added up in another order.
+    # Its autograd hooks change the order in which gradients of shared activations are added.
     "zero3": Mode(_zero(3), kind="DEEPSPEED", exact_as="zero3", elastic=False),
 }
 
 
 def available(mode: str) -> bool:
-    """Whether what the mode needs is installed."""
+    """Whether the packages for the mode are installed."""
     return MODES[mode].kind != "DEEPSPEED" or importlib.util.find_spec("deepspeed") is not None
 
 
-def each(*names: str, **traits) -> list:
-    """The modes on several ranks, by name or all that have these traits, as pytest's parameters."""
+def mode_params(*names: str, **traits) -> list:
+    """Returns pytest parameters: the named modes, or all modes on several ranks, that have these traits."""
     chosen = names or (name for name, mode in MODES.items() if mode.kind != "NO")
     return [
         pytest.param(name, marks=pytest.mark.skipif(not available(name), reason="deepspeed is not installed"), id=name)
@@ -134,10 +134,10 @@ def each(*names: str, **traits) -> list:
 
 
 def build(mode: str, seed: int, world: int, folder: Path, **config) -> torch.nn.Module:
-    """The model, its weights the same for every mode that has it; sharded where `from_pretrained` does that.
+    """Returns the model of a mode, sharded where `from_pretrained` does that. Weights depend on the seed only.
 
     Args:
-        folder: where a dense copy to load from is written by rank 0.
+        folder: for a checkpoint to load from, which rank 0 writes.
     """
     load, make = MODES[mode].load, MODELS[MODES[mode].model]
     if load is None or world == 1:
@@ -152,7 +152,7 @@ def build(mode: str, seed: int, world: int, folder: Path, **config) -> torch.nn.
 
 @contextlib.contextmanager
 def as_on_gpus(mode: str):
-    """Have accelerate turn on FSDP2 or TP for ranks on CPU, which it otherwise leaves out without saying so."""
+    """Makes accelerate use FSDP2 or TP on CPU ranks, where it would silently use DDP."""
     create = Trainer.create_accelerator_and_postprocess
 
     def patched(self):
@@ -173,11 +173,7 @@ def as_on_gpus(mode: str):
 
 
 def check(mode: str, trainer: Trainer, world: int) -> None:
-    """See, during training, that the mode is on.
-
-    Raises:
-        AssertionError: it is not.
-    """
+    """Asserts, during training, that the mode is active."""
     from torch.distributed.tensor import DTensor
 
     kind = MODES[mode].kind
