@@ -16,6 +16,9 @@ from ..distributed import Communicator
 from ..numerics import as_fastest_array, prefers_numpy
 
 
+Array = np.ndarray | torch.Tensor
+
+
 @dataclass(frozen=True)
 class PackedScores:
     """Some scores of each of L layers.
@@ -95,12 +98,12 @@ class PackedScores:
 
 
 def gather_scores(
-    parts_by_layer: Sequence[list[torch.Tensor]], layer_indices: Sequence[int], communicator: Communicator
+    parts_by_layer: Sequence[list[Array]], layer_indices: Sequence[int], communicator: Communicator
 ) -> PackedScores:
     """Packs the scores that all ranks have collected of each of L layers.
 
     Args:
-        parts_by_layer: (L) lists of 1-D tensors of this rank.
+        parts_by_layer: (L) lists of 1-D arrays or tensors of this rank.
         layer_indices: (L) names of the layers in an error message.
         communicator: of the ranks, which call this function together.
 
@@ -126,10 +129,11 @@ def gather_scores(
     return scores
 
 
-def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _concatenate(parts: Sequence[Array]) -> torch.Tensor:
     if len(parts) == 1:
-        return parts[0]
-    if all(part.device.type == "cpu" for part in parts):
-        return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(part.numpy() for part in parts)]))
-    device = next(part.device for part in parts if part.device.type != "cpu")
-    return torch.cat([part.to(device) for part in parts])
+        return torch.as_tensor(parts[0])
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *parts]))
+    tensors = [torch.as_tensor(part) for part in parts]
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
+    return torch.cat([tensor.to(device) for tensor in tensors])

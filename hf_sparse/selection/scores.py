@@ -64,23 +64,23 @@ class TensorScores:
         self.device = tensor.device
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        flat = self.tensor.reshape(-1)
-        size = chunk_size(flat.device)
-        buffer = torch.empty(min(size, self.numel), dtype=torch.float32, device=flat.device)
-        for start in range(0, self.numel, size):
-            part = flat[start : start + size]
-            scores = buffer[: len(part)]
-            if flat.device.type == "cpu" and flat.dtype == torch.float32:
-                # numpy computes in the calling thread, where torch would start threads of its own
+        flat, size = self.tensor.reshape(-1), chunk_size(self.device)
+        buffer = torch.empty(min(size, self.numel), dtype=torch.float32, device=self.device)
+        if self.device.type == "cpu" and flat.dtype == torch.float32:
+            # numpy computes in the calling thread, where torch would start threads of its own
+            source, target = flat.numpy(), buffer.numpy()
+            for start in range(0, self.numel, size):
+                part = source[start : start + size]
                 if self.magnitude:
-                    np.abs(part.numpy(), out=scores.numpy())
+                    np.abs(part, out=target[: len(part)])
                 else:
-                    np.copyto(scores.numpy(), part.numpy())
-            else:
-                scores.copy_(part)
-                if self.magnitude:
-                    scores.abs_()
-            yield scores
+                    np.copyto(target[: len(part)], part)
+                yield torch.from_numpy(target[: len(part)])
+        else:
+            for start in range(0, self.numel, size):
+                part = flat[start : start + size]
+                scores = buffer[: len(part)].copy_(part)
+                yield scores.abs_() if self.magnitude else scores
 
     def sample(self, count: int) -> torch.Tensor:
         scores = sample_runs(self.tensor.reshape(-1), count).to(torch.float32, copy=True).view(-1)

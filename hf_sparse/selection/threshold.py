@@ -29,7 +29,7 @@ import torch
 from ..distributed import SINGLE_PROCESS, Communicator
 from ..numerics import as_fastest_array
 from .bracket import ALL_SCORES, Bracket, bracket_from_histograms, bracket_from_sample, sample_sizes
-from .packed_scores import PackedScores, gather_scores
+from .packed_scores import Array, PackedScores, gather_scores
 from .problem import SelectionProblem
 from .scores import Scores
 
@@ -230,9 +230,8 @@ def _thread_map(layers: Sequence[Scores], communicator: Communicator) -> Iterato
             yield pool.map
 
 
-def _sample_layer(layer: Scores, size: int) -> list[torch.Tensor]:
-    with torch.no_grad():  # threads do not inherit the gradient mode
-        return [layer.sample(math.ceil(size * layer.local_numel / layer.numel))] if size else []
+def _sample_layer(layer: Scores, size: int) -> list[Array]:
+    return [as_fastest_array(layer.sample(math.ceil(size * layer.local_numel / layer.numel)))] if size else []
 
 
 @dataclass
@@ -249,31 +248,30 @@ class _LayerCounts(NamedTuple):
     below: int
     at_low: int
     at_high: int
-    inside: list[torch.Tensor]
+    inside: list[Array]
 
 
 def _count_layer(layer: Scores, bracket: Bracket, capacity: _Capacity) -> _LayerCounts:
     """Counts the scores of a layer in one pass, which ends early once the capacity is used up."""
     num_below = num_at_low = num_at_high = 0
     inside = []
-    with torch.no_grad():
-        for chunk in layer.chunks():
-            scores: Any = as_fastest_array(chunk)
-            count: Any = np.count_nonzero if isinstance(scores, np.ndarray) else torch.count_nonzero
-            is_below = scores < bracket.low
-            is_inside = is_below == (scores > bracket.high)  # where neither holds, as for NaN
-            num_below += int(count(is_below))
-            if bracket.counts_ends:
-                is_low, is_high = scores == bracket.low, scores == bracket.high
-                num_at_low += int(count(is_low))
-                num_at_high += int(count(is_high)) if bracket.high > bracket.low else 0
-                is_inside &= ~(is_low | is_high)
-            collected = scores[is_inside]
-            if len(collected):
-                inside.append(torch.as_tensor(collected))
-                capacity.left -= len(collected)
-            if capacity.left < 0:
-                break
+    for chunk in layer.chunks():
+        scores: Any = as_fastest_array(chunk)
+        count: Any = np.count_nonzero if isinstance(scores, np.ndarray) else torch.count_nonzero
+        is_below = scores < bracket.low
+        is_inside = is_below == (scores > bracket.high)  # where neither holds, as for NaN
+        num_below += int(count(is_below))
+        if bracket.counts_ends:
+            is_low, is_high = scores == bracket.low, scores == bracket.high
+            num_at_low += int(count(is_low))
+            num_at_high += int(count(is_high)) if bracket.high > bracket.low else 0
+            is_inside &= ~(is_low | is_high)
+        collected = scores[is_inside]
+        if len(collected):
+            inside.append(collected)
+            capacity.left -= len(collected)
+        if capacity.left < 0:
+            break
     return _LayerCounts(num_below, num_at_low, num_at_high, inside)
 
 
