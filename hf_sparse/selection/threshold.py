@@ -15,12 +15,12 @@ number does not change the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, repeat, starmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -226,8 +226,16 @@ def _thread_map(layers: Sequence[Scores], communicator: Communicator) -> Iterato
     if is_small or communicator.world_size > 1 or layers[0].device.type != "cpu" or torch.get_num_threads() == 1:
         yield map
     else:
-        with ThreadPoolExecutor(min(len(layers), torch.get_num_threads())) as pool:
-            yield pool.map
+        threads = min(len(layers), torch.get_num_threads())
+        with ThreadPoolExecutor(threads) as pool:
+
+            def thread_map(function: Callable[..., Any], *iterables: Iterable[Any]) -> Iterator[Any]:
+                arguments = list(zip(*iterables))
+                size = len(arguments) // (32 * threads) + 1  # a few layers at a time, where there are many
+                batches = [arguments[start : start + size] for start in range(0, len(arguments), size)]
+                return chain.from_iterable(pool.map(lambda batch: list(starmap(function, batch)), batches))
+
+            yield thread_map
 
 
 def _sample_layer(layer: Scores, size: int) -> list[Array]:
