@@ -75,7 +75,7 @@ def write_trainer_card(
     remote = None
     if trainer.hub_model_id:
         remote = download_card(trainer.hub_model_id, token, getattr(trainer.args, "hub_revision", None))
-    edited = [version for version in (remote, local) if version is not None and version.is_ours]
+    edited = [version for version in (remote, local) if version is not None and version.is_generated]
     given_tags = _as_list(arguments.bound.arguments.get("tags"))
     try:
         with _unnamed_model_has_no_base(trainer.model):

@@ -66,7 +66,7 @@ class CardVersion:
         return cls(Path(readme).read_text(encoding="utf-8-sig"), base)
 
     @property
-    def is_ours(self) -> bool:
+    def is_generated(self) -> bool:
         """Whether hf_sparse generated the card or a section of it."""
         return bool(self.base) or SECTION in split_chunks(self.text)
 
@@ -180,7 +180,7 @@ def rewrite_card(directory: str | Path, repo_id: str | None = None, token: str |
     card = replace(card, report=recount_zeros(directory, card.report), repo_id=repo_id or card.repo_id)
     local = CardVersion.read(Path(directory) / README_FILE, Path(directory) / CARD_FILE)
     remote = download_card(repo_id, token) if repo_id else None
-    existing = [remote] if remote is not None and remote.is_ours else []
+    existing = [remote] if remote is not None and remote.is_generated else []
     return write_card(directory, card, existing=[*existing, *([local] if local is not None else [])], secrets=[token])
 
 
