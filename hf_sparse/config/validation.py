@@ -144,9 +144,10 @@ def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[
             "scope=layer, or leave one of them out."
         )
     if regrow and (not pattern.has_rows or options.scope == "row"):
+        scope = f' with scope "{options.scope}"' if options.scope else ""
         errors.append(
-            f'regrow is {regrow}, but it does not support pattern "{options.pattern}" with scope "{options.scope}": '
-            "use single weights or blocks with scope layer or global, or regrow=0."
+            f'regrow is {regrow}, but it does not support pattern "{options.pattern}"{scope}: use single weights or '
+            "blocks with scope layer or global, or regrow=0."
         )
     if regrow and options.keep_zeros:
         errors.append("regrow restores pruned weights and keep_zeros forbids it: choose one.")

@@ -1,21 +1,23 @@
-"""Allocations: shares worked out by hand."""
+"""Allocations: sparsities worked out by hand."""
 
 import numpy as np
 import pytest
 
-from hf_sparse.allocations import ALLOCATIONS, LayerSize
+from hf_sparse.allocations import LayerSize
+from hf_sparse.allocations.erdos_renyi import ErdosRenyi
+from hf_sparse.allocations.uniform import Uniform
 from hf_sparse.selection.budgets import largest_remainder
 
 
-def test_uniform_gives_every_layer_the_same_and_moves_what_a_bound_holds_back():
+def test_uniform_is_equal_in_all_layers_within_their_bounds():
     layers = [LayerSize("a", 100, 10, 10), LayerSize("b", 300, 30, 10)]
-    assert ALLOCATIONS["uniform"](0.3, layers) == {"a": 0.3, "b": 0.3}
-    # a stops at 0.2, so b owes (0.5·400 - 0.2·100) / 300 = 0.6
+    assert Uniform().allocate(0.3, layers) == {"a": 0.3, "b": 0.3}
+    # a is at most 0.2, which leaves (0.5·400 - 0.2·100) / 300 = 0.6 for b
     capped = [LayerSize("a", 100, 10, 10, most=0.2), layers[1]]
-    assert ALLOCATIONS["uniform"](0.5, capped) == pytest.approx({"a": 0.2, "b": 0.6})
-    # a owes 0.9 at least, so b owes (0.5·400 - 0.9·100) / 300
-    owing = [LayerSize("a", 100, 10, 10, least=0.9), layers[1]]
-    assert ALLOCATIONS["uniform"](0.5, owing) == pytest.approx({"a": 0.9, "b": 110 / 300})
+    assert Uniform().allocate(0.5, capped) == pytest.approx({"a": 0.2, "b": 0.6})
+    # a is at least 0.9, which leaves (0.5·400 - 0.9·100) / 300 for b
+    raised = [LayerSize("a", 100, 10, 10, least=0.9), layers[1]]
+    assert Uniform().allocate(0.5, raised) == pytest.approx({"a": 0.9, "b": 110 / 300})
 
 
 def test_erdos_renyi_by_hand():
@@ -23,15 +25,15 @@ def test_erdos_renyi_by_hand():
     ε = 250/70. A kernel counts with its positions: (4 + 8 + 9)/(4·8·9)."""
     layers = [LayerSize("square", 100, 10, 10), LayerSize("wide", 400, 10, 40)]
     expected = {"square": 1 - 0.2 * 250 / 70, "wide": 1 - 0.125 * 250 / 70}
-    assert ALLOCATIONS["erdos_renyi"](0.5, layers) == pytest.approx(expected)
+    assert ErdosRenyi().allocate(0.5, layers) == pytest.approx(expected)
     kernel = [LayerSize("kernel", 288, 4, 8, positions=9), LayerSize("square", 100, 10, 10)]
-    shares = ALLOCATIONS["erdos_renyi"](0.5, kernel)
+    shares = ErdosRenyi().allocate(0.5, kernel)
     assert (1 - shares["kernel"]) / (1 - shares["square"]) == pytest.approx((21 / 288) / 0.2)
 
 
-def test_bounds_without_room_are_told():
-    with pytest.raises(ValueError, match="sparsity 0.5 cannot be shared out: the layers' bounds allow 0 to 0.2"):
-        ALLOCATIONS["uniform"](0.5, [LayerSize("a", 100, 10, 10, most=0.2)])
+def test_bounds_without_room_are_refused():
+    with pytest.raises(ValueError, match="sparsity 0.5 cannot be distributed: the layers' bounds allow 0 to 0.2"):
+        Uniform().allocate(0.5, [LayerSize("a", 100, 10, 10, most=0.2)])
     with pytest.raises(ValueError, match="5 units cannot be distributed: the bounds allow 6 to 7"):
         largest_remainder(5, [1.0, 1.0], [3, 3], [3, 4])
 

@@ -1,9 +1,10 @@
-"""OWL: shares worked out by hand."""
+"""OWL: sparsities worked out by hand."""
 
 import pytest
 import torch
 
-from hf_sparse.allocations import ALLOCATIONS, LayerSize, outlier_ratio
+from hf_sparse.allocations import LayerSize, outlier_ratio
+from hf_sparse.allocations.owl import OWL
 
 
 def layers(*outliers, units=(100, 100, 100), **bounds):
@@ -13,22 +14,22 @@ def layers(*outliers, units=(100, 100, 100), **bounds):
     ]
 
 
-def test_outliers_by_hand():
+def test_outlier_ratio_by_hand():
     """Mean 2.9: of ten scores one is above 5 times it, three (4, 4, 17.5) above it, none 6.1 times it."""
     scores = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 4.0, 4.0, 17.5])
     assert outlier_ratio([scores]) == 0.1 and outlier_ratio([scores], multiple=1) == 0.3
     assert outlier_ratio([scores], multiple=6.1) == 0
-    assert outlier_ratio([torch.ones(5)], multiple=1) == 0  # above, not as high as
+    assert outlier_ratio([torch.ones(5)], multiple=1) == 0  # above the mean, not equal to it
 
 
-def test_the_weights_of_a_block_are_taken_together():
-    """Alone neither has an outlier; together, with a mean of 1.9, the ten of ten stand out."""
+def test_the_outlier_ratio_is_over_all_weights_of_a_block():
+    """Alone neither has an outlier; together, with a mean of 1.9, the ten tens are outliers."""
     low, high = torch.full((90,), 1.0), torch.full((10,), 10.0)
     assert outlier_ratio([low]) == outlier_ratio([high]) == 0
     assert outlier_ratio([low.view(9, 10), high]) == 0.1
 
 
-def test_scores_that_are_not_finite_or_missing_are_refused():
+def test_scores_that_are_missing_or_not_finite_are_refused():
     for scores in ([], [torch.empty(0)], [torch.tensor([1.0, float("nan")])], [torch.tensor([float("inf")])]):
         with pytest.raises(ValueError, match="needs finite scores"):
             outlier_ratio(scores)
@@ -36,25 +37,32 @@ def test_scores_that_are_not_finite_or_missing_are_refused():
 
 def test_by_hand():
     """Outliers 5, 1 and 3 %: mean 3, so 2 away at most: 0.5 ∓ 0.08 and 0.5."""
-    shares = ALLOCATIONS["owl"](0.5, layers(0.05, 0.01, 0.03))
+    shares = OWL().allocate(0.5, layers(0.05, 0.01, 0.03))
     assert shares == pytest.approx({"a": 0.42, "b": 0.58, "c": 0.5})
     # weighted mean (4·200 + 1·100 + 1·100)/400 = 2.5: 1.5 away at most, on both sides
-    shares = ALLOCATIONS["owl"](0.7, layers(0.04, 0.01, 0.01, units=(200, 100, 100)))
+    shares = OWL().allocate(0.7, layers(0.04, 0.01, 0.01, units=(200, 100, 100)))
     assert shares == pytest.approx({"a": 0.62, "b": 0.78, "c": 0.78})
 
 
-def test_equal_outliers_are_uniform_and_zero_is_a_share():
+def test_equal_outlier_ratios_give_equal_sparsities():
     for share in (0.0, 0.03):
-        assert ALLOCATIONS["owl"](0.6, layers(share, share, share)) == pytest.approx(dict.fromkeys("abc", 0.6))
+        assert OWL().allocate(0.6, layers(share, share, share)) == pytest.approx(dict.fromkeys("abc", 0.6))
 
 
-def test_bounds_come_first_and_the_others_make_up_for_them():
-    """Offsets -0.08, 0.08 and 0, the second held at 0.52: the others give 0.98 between them, 0.08 apart."""
+def test_options_by_hand():
+    """λ is the largest distance; a score of more than m times the mean, 2.9, is an outlier."""
+    assert OWL(lambda_=0.2).allocate(0.5, layers(0.05, 0.01, 0.03)) == pytest.approx({"a": 0.3, "b": 0.7, "c": 0.5})
+    scores = [torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 4.0, 4.0, 17.5])]
+    assert [OWL(m=m).outlier_ratio(scores) for m in (1.0, 5.0, 6.1)] == [0.3, 0.1, 0]
+
+
+def test_the_target_is_met_within_bounds():
+    """Offsets -0.08, 0.08 and 0, the second at most 0.52: the others have 0.98 together, 0.08 apart."""
     sizes = layers(0.05, 0.01, 0.03)
     sizes[1] = LayerSize("b", 100, 10, 10, most=0.52, outliers=0.01)
-    assert ALLOCATIONS["owl"](0.5, sizes) == pytest.approx({"a": 0.45, "b": 0.52, "c": 0.53})
+    assert OWL().allocate(0.5, sizes) == pytest.approx({"a": 0.45, "b": 0.52, "c": 0.53})
 
 
-def test_no_outliers_counted_is_an_error_that_names_the_layer():
-    with pytest.raises(ValueError, match=r'needs each layer\'s share of outliers, but 2 have none \("b" first\)'):
-        ALLOCATIONS["owl"](0.5, layers(0.05, None, None))
+def test_a_missing_outlier_ratio_names_the_layer():
+    with pytest.raises(ValueError, match='needs the outlier ratio of each layer, but "b" has none, one of 2:'):
+        OWL().allocate(0.5, layers(0.05, None, None))

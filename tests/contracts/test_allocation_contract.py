@@ -1,4 +1,4 @@
-"""The laws of every registered allocation."""
+"""The contract of every registered allocation."""
 
 import pytest
 
@@ -27,8 +27,8 @@ def mean(shares, layers):
 
 @pytest.mark.parametrize("layers", [FREE, BOUNDED, FREE[:1]], ids=["free", "bounded", "single"])
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
-def test_shares_keep_the_mean_the_bounds_and_the_order(name, layers):
-    allocate = ALLOCATIONS[name]
+def test_the_mean_is_the_target_within_bounds_and_no_sparsity_decreases(name, layers):
+    allocate = ALLOCATIONS.create(name).allocate
     low = mean({layer.name: layer.least for layer in layers}, layers)
     high = mean({layer.name: layer.most for layer in layers}, layers)
     before = None
@@ -43,7 +43,7 @@ def test_shares_keep_the_mean_the_bounds_and_the_order(name, layers):
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
-def test_a_ratio_outside_the_bounds_is_refused(name):
+def test_a_target_outside_the_bounds_is_refused(name):
     for ratio in (0.05, 0.95):
-        with pytest.raises(ValueError, match=f"sparsity {ratio} cannot be shared out: the layers' bounds allow"):
-            ALLOCATIONS[name](ratio, BOUNDED)
+        with pytest.raises(ValueError, match=f"sparsity {ratio} cannot be distributed: the layers' bounds allow"):
+            ALLOCATIONS.create(name).allocate(ratio, BOUNDED)

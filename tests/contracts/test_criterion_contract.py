@@ -1,4 +1,4 @@
-"""The laws of every registered criterion."""
+"""The contract of every registered criterion."""
 
 import pytest
 import torch
@@ -27,25 +27,25 @@ def inputs(criterion, dtype, shape=(6, 1, 8)):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CRITERIA.names())
 def test_scores_are_finite_float32_of_the_same_shape_and_inputs_stay(name, dtype):
-    criterion = CRITERIA[name]()
-    weight, stat = inputs(criterion, dtype)
+    criterion = CRITERIA.create(name)
+    weight, statistic = inputs(criterion, dtype)
     weight = nn.Parameter(weight)
-    before = weight.detach().clone(), None if stat is None else stat.clone()
-    scores = criterion.score(weight, stat)
+    before = weight.detach().clone(), None if statistic is None else statistic.clone()
+    scores = criterion.score(weight, statistic)
     assert scores.dtype == torch.float32 and scores.shape == weight.shape and not scores.requires_grad
     assert torch.isfinite(scores).all() and scores.unique().numel() > 1
     scores.fill_(7)  # the reader may write to them
-    assert torch.equal(weight.detach(), before[0]) and (stat is None or torch.equal(stat, before[1]))
+    assert torch.equal(weight.detach(), before[0]) and (statistic is None or torch.equal(statistic, before[1]))
 
 
 @pytest.mark.parametrize("name", CRITERIA.names())
 def test_the_scores_of_parts_are_the_parts_of_the_scores(name):
-    criterion = CRITERIA[name]()
-    weight, stat = inputs(criterion, torch.float32)
-    whole = criterion.score(weight, stat)
+    criterion = CRITERIA.create(name)
+    weight, statistic = inputs(criterion, torch.float32)
+    whole = criterion.score(weight, statistic)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     for rows in (order[:1], order[1:4], order[4:]):
-        part = criterion.score(weight[rows], None if stat is None else stat[rows])
+        part = criterion.score(weight[rows], None if statistic is None else statistic[rows])
         assert torch.equal(part, whole[rows])
 
 
@@ -70,13 +70,15 @@ INPUTS = [name for name in CRITERIA.names() if CRITERIA[name].requires & Require
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_norms_of_inputs_are_one_for_each_column(name):
-    criterion = CRITERIA[name]()
-    weight, stat = inputs(criterion, torch.float32, (6, 8))
-    scores = criterion.score(weight, stat[0])
-    assert torch.equal(scores, criterion.score(weight, stat)) and scores.shape == weight.shape
+    criterion = CRITERIA.create(name)
+    weight, statistic = inputs(criterion, torch.float32, (6, 8))
+    scores = criterion.score(weight, statistic[0])
+    assert torch.equal(scores, criterion.score(weight, statistic)) and scores.shape == weight.shape
 
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_training_refuses_criteria_that_need_inputs(name):
-    with pytest.raises(PruningConfigError, match=f'criterion "{name}" needs inputs of the weights: use prune_oneshot'):
+    with pytest.raises(
+        PruningConfigError, match=f'criterion "{name}" needs inputs of the weights, which training does not observe'
+    ):
         Pruner(nn.Sequential(nn.Linear(4, 3)), PruningConfig(target_sparsity=0.5, criterion=name))

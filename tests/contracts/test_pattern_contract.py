@@ -1,4 +1,4 @@
-"""The laws of every registered pattern, on matrices (R, P, C)."""
+"""The contract of every registered pattern, on matrices (R, P, C)."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_expand_is_the_inverse_of_pool(text):
 
 @pytest.mark.parametrize("text", EXAMPLES)
 def test_a_unit_scores_the_same_bit_for_bit_in_a_part_of_the_weight_and_in_any_layout(text):
-    """A process that holds a part of a weight, down to one row of units, must decide as one that holds it whole."""
+    """A rank with a part of a weight, down to one row of units, must decide as a rank with all of it."""
     pattern = get_pattern(text)
     scores = torch.randn(24, 3, 48, generator=torch.Generator().manual_seed(0)).exp()
     whole = pattern.pool(scores.clone())
@@ -60,7 +60,7 @@ def test_the_score_of_a_unit_is_the_mean_of_its_weights(text):
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
-def test_whole_bands_of_rows_pool_as_the_matrix_does(text):
+def test_row_blocks_pool_as_the_whole_matrix(text):
     pattern = get_pattern(text)
     scores = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     high = pattern.unit_rows(SHAPE[0])
@@ -77,7 +77,7 @@ def model_with(values):
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "constant"])
 @pytest.mark.parametrize("text", EXAMPLES)
-def test_exactly_the_asked_number_of_units_fall(text, kind):
+def test_exactly_the_scheduled_number_of_units_is_pruned(text, kind):
     pattern = get_pattern(text)
     generator = torch.Generator().manual_seed(0)
     values = {
@@ -98,14 +98,14 @@ def test_exactly_the_asked_number_of_units_fall(text, kind):
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
-def test_nothing_falls_at_zero(text):
+def test_target_0_prunes_nothing(text):
     model = model_with(torch.ones(8, 16))
     assert Pruner(model, PruningConfig(target_sparsity=0.0, pattern=text)).update(1, 1).zeros == 0
 
 
 @pytest.mark.parametrize("text", [text for text in EXAMPLES if get_pattern(text).implied_sparsity is not None])
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
-def test_n_of_m_holds_in_every_group_ties_or_not(text, scope):
+def test_n_of_m_holds_in_every_group_with_and_without_ties(text, scope):
     keep, of = map(int, text.split(":"))
     for values in (torch.ones(8, 16), torch.randn(8, 16), torch.randint(1, 3, (8, 16)).float()):
         pruner = Pruner(model_with(values), PruningConfig(pattern=text, scope=scope, criterion="magnitude"))
@@ -116,8 +116,8 @@ def test_n_of_m_holds_in_every_group_ties_or_not(text, scope):
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
-def test_check_refuses_what_the_pattern_does_not_divide(text):
-    """A weight of 7 by 13 leaves a rest under every pattern with a side above 1."""
+def test_check_refuses_shapes_that_the_pattern_does_not_divide(text):
+    """A weight of 7 by 13 is not divisible by any pattern with a side above 1."""
     pattern = get_pattern(text)
     problem = pattern.check(7, 13)
     divides = text in ("unstructured", "1x1") or text.startswith("channel")

@@ -1,4 +1,4 @@
-"""The laws of every registered scheduler and curve."""
+"""The contract of every registered scheduler and curve."""
 
 import copy
 

@@ -25,7 +25,7 @@ def observed(criterion, pairs):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_sum_is_decayed_and_added_step_by_step(name):
-    criterion, pairs = CRITERIA[name](), steps(0, 5)
+    criterion, pairs = CRITERIA.create(name), steps(0, 5)
     expected = torch.zeros(4, 6)
     for weight, gradient in pairs:
         expected = criterion.decay * expected + criterion.saliency(weight, gradient, torch.empty(4, 6))
@@ -35,7 +35,7 @@ def test_the_sum_is_decayed_and_added_step_by_step(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if CRITERIA[name].decay == 1])
 def test_sums_of_two_halves_add_up_to_the_whole(name):
-    criterion, pairs = CRITERIA[name](), steps(1, 6)
+    criterion, pairs = CRITERIA.create(name), steps(1, 6)
     first, second = observed(criterion, pairs[:3]), observed(criterion, pairs[3:])
     whole = observed(criterion, pairs)
     assert first.count + second.count == whole.count == 6

@@ -1,4 +1,4 @@
-"""Criteria: values by hand where the docstrings do not give them, and what the pruner does with a user's own."""
+"""Criteria: values by hand where the docstrings do not give them, and criteria that users register."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from hf_sparse.criteria import CRITERIA
 
 
 @pytest.fixture
-def own_criteria(monkeypatch):
-    """What a test registers is forgotten after it."""
+def registry(monkeypatch):
+    """Removes the criteria that a test registers."""
     monkeypatch.setattr(CRITERIA, "_members", dict(CRITERIA._members))
 
 
-def test_random_is_uniform_and_differs_from_layer_to_layer():
+def test_random_is_uniform_and_independent_between_layers():
     positions = torch.arange(200_000)
-    first, second = (CRITERIA["random"]().score(positions, positions + (salt << 31)) for salt in (0, 2**32 - 1))
+    first, second = (CRITERIA.create("random").score(positions, positions + (salt << 31)) for salt in (0, 2**32 - 1))
     for scores in (first, second):
         assert 0 <= scores.min() and scores.max() < 1
         # 20 bins of 10,000: a count is 5 standard deviations away at 490
@@ -32,12 +32,12 @@ def linear(values):
     return model
 
 
-def test_a_users_criterion_may_return_its_input(own_criteria):
+def test_a_users_criterion_may_return_its_input(registry):
     """The scores are written to on the way; the weight must not be."""
 
     @register_criterion("signed")
     class Signed(Criterion):
-        def score(self, weight, stat):
+        def score(self, weight, statistic):
             return weight
 
     model = linear([3.0, -4.0, 1.0, 2.0])
@@ -47,27 +47,27 @@ def test_a_users_criterion_may_return_its_input(own_criteria):
     assert model[0].weight.tolist() == [[3.0, 0.0, 0.0, 2.0]]
 
 
-def test_a_users_criterion_may_score_in_any_dtype_but_not_in_any_shape(own_criteria):
+def test_a_users_criterion_may_score_in_any_dtype_but_not_in_any_shape(registry):
     @register_criterion("double")
     class Double(Criterion):
-        def score(self, weight, stat):
+        def score(self, weight, statistic):
             return weight.detach().double().abs()
 
     @register_criterion("row_norm")
     class RowNorm(Criterion):
-        def score(self, weight, stat):
+        def score(self, weight, statistic):
             return weight.detach().norm(dim=-1)
 
     model = linear([3.0, -4.0, 1.0, 2.0])
     Pruner(model, PruningConfig(target_sparsity=0.5, criterion="double")).update(1, 1)
     assert model[0].weight.tolist() == [[3.0, -4.0, 0.0, 0.0]]
     pruner = Pruner(model, PruningConfig(target_sparsity=0.75, criterion="row_norm"))
-    with pytest.raises(ValueError, match='criterion "RowNorm" must give one score per weight'):
+    with pytest.raises(ValueError, match='criterion "RowNorm" must return one score per weight'):
         pruner.update(1, 1)
 
 
-def test_needs_and_persistence_say_what_they_are():
-    """Sums that start over after a prune step, and sums that go on (movement, snip_momentum)."""
+def test_sums_that_restart_and_sums_that_continue():
+    """After a prune step."""
     persistent = {
         name for name in CRITERIA.names() if CRITERIA[name].requires & Requires.GRADIENTS and CRITERIA[name].persistent
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sparse import Pruner, PruningConfig, PruningConfigError
-from hf_sparse.criteria import CRITERIA
+from hf_sparse.criteria.wanda import Wanda
 from hf_sparse.patterns import get_pattern
 from hf_sparse.selection.rows import keep_mask_by_row
 from hf_sparse.statistics import GramMatrix, InputNorms
@@ -24,43 +24,44 @@ def norms(kind=InputNorms):
 
 @pytest.mark.parametrize("kind", [InputNorms, GramMatrix])
 def test_scores_by_hand(kind):
-    assert torch.allclose(CRITERIA["wanda"]().score(WEIGHT, norms(kind)), SCORES)
+    assert torch.allclose(Wanda().score(WEIGHT, norms(kind)), SCORES)
 
 
 def test_the_mask_of_half_of_each_row_by_hand():
     """Magnitude would keep the second and third weight of the first row."""
-    mask = keep_mask_by_row(CRITERIA["wanda"]().score(WEIGHT, norms()), 2)
+    mask = keep_mask_by_row(Wanda().score(WEIGHT, norms()), 2)
     assert ["".join(".#"[kept] for kept in row) for row in mask.tolist()] == ["#.#.", ".#.#", "#..#"]
 
 
 def test_the_mask_of_1_of_4_by_hand():
-    scores = CRITERIA["wanda"]().score(WEIGHT, norms())[:, None, :]
+    scores = Wanda().score(WEIGHT, norms())[:, None, :]
     mask = get_pattern("1:4").pool(scores)[:, 0] == torch.inf
     assert ["".join(".#"[kept] for kept in row) for row in mask.tolist()] == ["..#.", "...#", "...#"]
 
 
-def test_the_stat_may_be_spread_over_the_rows_and_cut_like_the_weight():
-    criterion = CRITERIA["wanda"]()
-    spread = norms().expand(3, 4)
-    assert torch.equal(criterion.score(WEIGHT[1:], spread[1:]), criterion.score(WEIGHT, norms())[1:])
+def test_the_norms_may_be_expanded_over_rows_and_split_like_the_weight():
+    criterion = Wanda()
+    expanded = norms().expand(3, 4)
+    assert torch.equal(criterion.score(WEIGHT[1:], expanded[1:]), criterion.score(WEIGHT, norms())[1:])
     columns = slice(1, 3)
-    part = criterion.score(WEIGHT[:, columns], spread[:, columns])
+    part = criterion.score(WEIGHT[:, columns], expanded[:, columns])
     assert torch.equal(part, criterion.score(WEIGHT, norms())[:, columns])
 
 
-def test_training_refuses_it_before_it_starts():
+def test_training_refuses_it_at_the_start():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     with pytest.raises(PruningConfigError) as error:
         Pruner(model, PruningConfig(target_sparsity=0.5, criterion="wanda"))
     assert error.value.errors == [
-        'criterion "wanda" needs inputs of the weights: use prune_oneshot, or magnitude / snip_momentum in training.'
+        'criterion "wanda" needs inputs of the weights, which training does not observe: use prune_oneshot, or one of '
+        "fisher, gradient, magnitude, movement, random, snip, snip_momentum, taylor."
     ]
     groups = {"some": {"targets": ["0"], "criterion": "wanda", "scope": "layer", "allocation": "owl"}}
     with pytest.raises(PruningConfigError) as error:
         Pruner(model, PruningConfig(target_sparsity=0.5, groups=groups))
     assert error.value.errors == [
-        'group "some": criterion "wanda" needs inputs of the weights: use prune_oneshot, or magnitude / snip_momentum '
-        "in training.",
-        'group "some": allocation "owl" needs inputs of the weights: use prune_oneshot, or uniform / erdos_renyi in '
-        "training.",
+        'group "some": criterion "wanda" needs inputs of the weights, which training does not observe: use '
+        "prune_oneshot, or one of fisher, gradient, magnitude, movement, random, snip, snip_momentum, taylor.",
+        'group "some": allocation "owl" needs inputs of the weights, which training does not observe: use '
+        "prune_oneshot, or one of erdos_renyi, uniform.",
     ]

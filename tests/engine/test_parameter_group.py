@@ -1,4 +1,4 @@
-"""Prune steps of a group: locked zeros, regrowing, and what is refused. Masks are counted, or drawn by hand."""
+"""Prune steps of a group: kept zeros, regrowth, and refused input. Masks are counted, or drawn by hand."""
 
 import logging
 
@@ -74,11 +74,11 @@ def test_locked_zeros_under_n_of_m(scope):
 
 
 def test_locked_zeros_within_blocks():
-    """A block with some zeros keeps them and competes with the rest; only a block of zeros has fallen."""
+    """A block with some zeros keeps them and competes with the rest; only a block of zeros is pruned."""
     model = linear([[0.0, 9, 8, 0], [0, 1, 8, 3], [7, 0, 1, 1], [7, 6, 1, 1]])
     pruner = Pruner(model, magnitude(target_sparsity=0.5, pattern="2x1", keep_zeros=True))
     assert drawn(pruner) == [".##.", ".###", "#.##", "####"]
-    pruner.update(1, 1)  # means 0 5 8 1.5 over 7 3 1 1: four of eight fall
+    pruner.update(1, 1)  # means 0 5 8 1.5 over 7 3 1 1: four of eight are pruned
     assert drawn(pruner) == [".##.", ".##.", "#...", "##.."]
 
 
@@ -99,8 +99,8 @@ def test_regrowing_keeps_the_count_and_takes_the_largest_gradients(pattern, scop
         before = {name: pruner.masks[name] for name in NAMES}
         pruner.update(step, 5)
         after = {name: pruner.masks[name] for name in NAMES}
-        fallen = sum(int((~mask).sum()) for mask in after.values())
-        assert fallen == unit * round(target * step / 5 * 448 / unit)
+        pruned = sum(int((~mask).sum()) for mask in after.values())
+        assert pruned == unit * round(target * step / 5 * 448 / unit)
         grown = {name: after[name] & ~before[name] for name in NAMES}
         grown_at.append(sum(int(mask.sum()) for mask in grown.values()))
         if pattern == "unstructured":
@@ -115,7 +115,7 @@ def test_regrowing_keeps_the_count_and_takes_the_largest_gradients(pattern, scop
 
 
 def test_regrowing_by_hand():
-    """Step 1 of 2 asks for 2 of 8 and exchanges half (0.5·6 = 3): the five lowest fall, and of those the three with
+    """Step 1 of 2 asks for 2 of 8 and exchanges half (0.5·6 = 3): the five lowest are pruned, and of those the three with
     the largest gradients grow back."""
     model = linear([[1.0, 2, 3, 4, 5, 6, 7, 8]])
     config = magnitude(target_sparsity=0.5, regrow=1.0, sparsity_decay_type="linear")
@@ -187,7 +187,7 @@ def test_the_last_sums_still_rank_when_all_later_gradients_overflow():
 
 
 def test_a_layer_without_gradients_scores_nothing():
-    """Under global scope what never had a gradient falls first."""
+    """With scope global, weights that never had a gradient are pruned first."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion="snip", scope="global"))
     model[0].weight.grad = torch.ones(4, 4)
@@ -255,6 +255,6 @@ def test_weights_that_the_loss_does_not_reach_are_named(caplog):
         pruner.update(1, 2)
         pruner.update(2, 2)
     assert [record.message for record in caplog.records] == [
-        'the loss does not reach idle.weight, so criterion "snip" prunes these first: exclude what should stay.'
+        'the loss does not depend on idle.weight, so criterion "snip" prunes them first: exclude what should be kept.'
     ]
     assert pruner.masks.pruned("idle.weight") == 16

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers.mixed import NAMES, Mixed, fallen, scores, units
+from helpers.mixed import NAMES, Mixed, lowest, scores, units
 
 from hf_sparse import Pruner, PruningConfig, Requires
 from hf_sparse.allocations import ALLOCATIONS
@@ -23,7 +23,7 @@ COMBINATIONS = [
     for pattern in PATTERNS
     for scope in ("row", "layer", "global")
     for criterion in CRITERIA_OF_TRAINING
-    # sharing out knows nothing of criteria: all of it with one of them
+    # allocations do not depend on the criterion: all of them with one
     for allocation in (ALLOCATIONS_OF_TRAINING if scope != "global" and criterion == "magnitude" else ["uniform"])
     if scope == "layer" or pattern not in CHANNELS
 ]
@@ -77,7 +77,7 @@ def test_every_prune_step_is_exact(pattern, scope, allocation, criterion):
         assert pruned == round(target * (1 - (1 - step / STEPS) ** 3) * count)  # cubic
         assert all(np.isin(matrix, (0, 1)).all() for layer in after.values() for matrix in layer), "half a unit"
         for name, weight in pruner.parameters.items():
-            assert not (pruner.masks[name] & ~masks[name]).any(), "a mask grew"
+            assert not (pruner.masks[name] & ~masks[name]).any(), "a weight was restored"
             zeros = weight.detach()[~pruner.masks[name]]
             assert not zeros.view(torch.int32).any(), "not +0.0"
             assert torch.count_nonzero(weight) == torch.count_nonzero(pruner.masks[name])
@@ -87,7 +87,7 @@ def test_every_prune_step_is_exact(pattern, scope, allocation, criterion):
                 assert rows.max() - rows.min() <= 1
         if criterion == "random":
             continue
-        if scattered:  # ties fall in the order of memory
+        if scattered:  # ties are pruned in the order of memory
             dead = {name: np.asarray(masks[name]).reshape(-1) == 0 for name in NAMES}
             flat = {name: np.asarray(ranked[name]).reshape(-1) for name in NAMES}
             arrays = [[np.where(dead[name], -np.inf, flat[name])[None]] for name in NAMES]
@@ -96,7 +96,7 @@ def test_every_prune_step_is_exact(pattern, scope, allocation, criterion):
             arrays = [scores(pattern, name, ranked[name], masks[name]) for name in NAMES]
             found = [after[name] for name in NAMES]
         for group, kept in zip(competitors(scope, pattern, arrays), competitors(scope, pattern, found)):
-            np.testing.assert_array_equal(kept == 0, fallen(group, int((kept == 0).sum())))
+            np.testing.assert_array_equal(kept == 0, lowest(group, int((kept == 0).sum())))
 
 
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])

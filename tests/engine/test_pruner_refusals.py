@@ -9,7 +9,7 @@ from hf_sparse import Pruner, PruningConfig, PruningConfigError
 from hf_sparse.distributed import build_shards
 
 
-def faults_of(model, **options):
+def errors_of(model, **options):
     with pytest.raises(PruningConfigError) as error:
         Pruner(model, PruningConfig(**options))
     return error.value.errors
@@ -20,7 +20,7 @@ def odd_model():
 
 
 def test_indivisible_weights_are_refused_all_by_name():
-    errors = faults_of(odd_model(), target_sparsity=0.5, pattern="4x1")
+    errors = errors_of(odd_model(), target_sparsity=0.5, pattern="4x1")
     assert len(errors) == 2
     assert errors[0].startswith('pattern "4x1" needs the output size divisible by 4, but "0.weight" has 6 outputs')
     assert '8 inputs. Exclude it with exclude=["0"], set on_indivisible="skip"' in errors[0]
@@ -30,33 +30,33 @@ def test_indivisible_weights_are_refused_all_by_name():
 def test_indivisible_weights_are_skipped_by_name():
     pruner = Pruner(odd_model(), PruningConfig(pattern="2:4", on_indivisible="skip", criterion="magnitude"))
     assert pruner.skipped == ["1.weight"] and list(pruner.parameters) == ["0.weight", "2.weight"]
-    (error_text,) = faults_of(odd_model(), target_sparsity=0.5, pattern="9x9", on_indivisible="skip")
-    assert error_text == 'pattern "9x9" divides none of the 3 selected weights.'
+    (error,) = errors_of(odd_model(), target_sparsity=0.5, pattern="9x9", on_indivisible="skip")
+    assert error == 'pattern "9x9" divides none of the 3 selected weights.'
 
 
-def test_empty_matches_double_claims_and_shapes_are_told_together():
+def test_empty_matches_double_claims_and_shapes_are_reported_together():
     groups = {
         "a": {"targets": ["0", "1"]},
         "b": {"targets": ["1", "2"], "pattern": "4x1"},
         "c": {"targets": ["encoder"]},
     }
-    errors = faults_of(odd_model(), target_sparsity=0.5, groups=groups)
-    assert errors[0] == '"1.weight" is claimed by the groups "a" and "b": narrow one.'
+    errors = errors_of(odd_model(), target_sparsity=0.5, groups=groups)
+    assert errors[0] == '"1.weight" is in the groups "a" and "b": narrow one.'
     assert errors[1].startswith('group "b": pattern "4x1" needs the output size divisible by 4, but "2.weight"')
     assert errors[2].startswith('group "c": targets: "encoder" matches none of the 3 prunable parameters')
     assert len(errors) == 3
-    assert "nothing is left to prune" in faults_of(nn.Embedding(3, 4), target_sparsity=0.5)[0]
+    assert "nothing is left to prune" in errors_of(nn.Embedding(3, 4), target_sparsity=0.5)[0]
 
 
 def test_frozen_weights_need_a_criterion_without_gradients():
     model = odd_model()
     model[1].weight.requires_grad_(False)
-    (error_text,) = faults_of(model, target_sparsity=0.5, criterion="snip")
+    (error,) = errors_of(model, target_sparsity=0.5, criterion="snip")
     assert (
-        error_text.startswith('criterion "snip" needs gradients, but "1.weight" is frozen')
-        and 'exclude=["1"]' in error_text
+        error.startswith('criterion "snip" needs gradients, but "1.weight" is frozen')
+        and 'exclude=["1"]' in error
     )
-    assert len(faults_of(model, target_sparsity=0.5, criterion="magnitude", regrow=0.1)) == 1
+    assert len(errors_of(model, target_sparsity=0.5, criterion="magnitude", regrow=0.1)) == 1
     config = PruningConfig(target_sparsity=0.5, criterion="magnitude", scope="layer")
     assert [layer.zeros for layer in Pruner(model, config).update(1, 1).layers] == [24, 12, 14]
 

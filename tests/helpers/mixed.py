@@ -80,7 +80,7 @@ def units(pattern, name, tensor):
 
 
 def scores(pattern, name, score, mask):
-    """The scores of units that compete: pruned ones fall first, and what N:M protects last."""
+    """The scores of units that compete: -inf for pruned ones, inf for those that N:M protects."""
     found = []
     for matrix, kept in zip(matrices(name, score), matrices(name, mask)):
         if ":" in pattern and pattern[0].isdigit():
@@ -94,8 +94,8 @@ def scores(pattern, name, score, mask):
     return found
 
 
-def fallen(scores_U, count):
-    """The `count` lowest of a flat array: True falls; of equal ones the first."""
-    falls = np.zeros(len(scores_U), dtype=bool)
-    falls[np.argsort(scores_U, kind="stable")[:count]] = True
-    return falls
+def lowest(scores_U, count):
+    """Which are the `count` lowest of a flat array, bool; of equal ones the first."""
+    is_lowest = np.zeros(len(scores_U), dtype=bool)
+    is_lowest[np.argsort(scores_U, kind="stable")[:count]] = True
+    return is_lowest

@@ -18,7 +18,7 @@ WEIGHT = [
     [1.0, 9.0, 2.0, 9.0],
 ]
 
-# Half of the units fall; # stays.
+# Half of the units are pruned; # is kept.
 DRAWINGS = {
     # all five 1s and all three 2s
     ("unstructured", "layer"): "#.#. #.## .#.. .#.#",
@@ -86,6 +86,6 @@ def test_implied_and_largest_sparsity():
     assert [get_pattern(text).max_sparsity for text in ("2:4", "1:4", "unstructured")] == [0.5, 0.75, 1.0]
 
 
-def test_n_of_m_lets_a_nan_through_for_the_ranking_to_refuse():
+def test_n_of_m_leaves_nan_scores_for_the_ranking_to_refuse():
     scores = torch.tensor([[[float("nan"), 1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0, float("nan")]]])
     assert torch.isnan(NOfM(2, 4).pool(scores)).any(dim=2).all()

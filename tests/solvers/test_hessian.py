@@ -1,4 +1,4 @@
-"""The factor of a Gram matrix: what it is, what dampening does, and what is refused."""
+"""The factor of a Gram matrix: its definition, dampening, and refused inputs."""
 
 import logging
 
@@ -51,7 +51,7 @@ def test_a_gram_and_its_matrix_have_the_same_factor():
     assert HessianFactor(stat).upper_CC.dtype == torch.float32 and torch.equal(stat.total, before)
 
 
-def test_a_dead_input_stands_alone():
+def test_the_row_and_column_of_a_dead_input_are_those_of_the_identity():
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x[:, [1, 4]] = 0
     gram = x.t() @ x
@@ -67,7 +67,7 @@ def test_a_dead_input_stands_alone():
     assert torch.allclose(factor.upper_CC[alive][:, alive], rest, rtol=1e-12)
 
 
-def test_nothing_but_dead_inputs():
+def test_only_dead_inputs():
     factor = HessianFactor(torch.zeros(3, 3))
     assert factor.dead_C.all() and torch.equal(factor.upper_CC, torch.eye(3))
 
@@ -75,11 +75,11 @@ def test_nothing_but_dead_inputs():
 def test_fewer_tokens_than_inputs_need_dampening():
     gram = gram_of(5, 20)
     assert torch.isfinite(HessianFactor(gram).upper_CC).all()
-    with pytest.raises(ValueError, match="not positive definite with dampening 0: it is of less than full rank"):
+    with pytest.raises(ValueError, match="not positive definite with dampening 0: it is rank deficient"):
         HessianFactor(gram.float() - 1e-4 * torch.eye(20), 0)
 
 
-def test_dampening_that_rounding_defeats_is_raised_and_told(caplog):
+def test_too_little_dampening_is_raised_and_logged(caplog):
     """An eigenvalue of -0.05 times the mean of the diagonal, as no exact sum has."""
     gram = torch.diag(torch.tensor([1.0, 1.0, 1.0]))
     gram[1, 0] = gram[0, 1] = 1.05
@@ -92,7 +92,7 @@ def test_dampening_that_rounding_defeats_is_raised_and_told(caplog):
         HessianFactor(gram)
 
 
-def test_what_is_refused():
+def test_invalid_matrices_are_refused():
     gram = gram_of(30, 4).float()
     for bad in (float("nan"), float("inf")):
         broken = gram.clone()
@@ -107,5 +107,5 @@ def test_what_is_refused():
         HessianFactor(torch.eye(2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="dampening is -0.1: it must be from 0 to 1"):
         HessianFactor(gram, -0.1)
-    with pytest.raises(ValueError, match="no negative number on its diagonal"):
+    with pytest.raises(ValueError, match="the diagonal of a Gram matrix must not be negative"):
         HessianFactor(torch.diag(torch.tensor([1.0, -1.0])))
