@@ -146,7 +146,8 @@ class PruningOptions:
                 continue
             own, problems = self._check_types(options) if self.groups else (values, [])
             criterion = self.resolve_criterion(own)
-            problems = [error for error in problems + option_errors(own, criterion) if error not in type_errors + shared]
+            problems += option_errors(own, criterion)
+            problems = [error for error in problems if error not in type_errors + shared]
             if isinstance(self.groups, Mapping) and self.groups:
                 problems = unknown_options(self.groups[name], "", self.group_options()) + problems
             if not (type_errors or shared or problems):  # each option is valid by itself

@@ -115,8 +115,8 @@ def test_regrowing_keeps_the_count_and_takes_the_largest_gradients(pattern, scop
 
 
 def test_regrowing_by_hand():
-    """Step 1 of 2 asks for 2 of 8 and exchanges half (0.5·6 = 3): the five lowest are pruned, and of those the three with
-    the largest gradients grow back."""
+    """Step 1 of 2 asks for 2 of 8 and exchanges half (0.5·6 = 3): the five lowest are pruned, and of those the three
+    with the largest gradients are restored."""
     model = linear([[1.0, 2, 3, 4, 5, 6, 7, 8]])
     config = magnitude(target_sparsity=0.5, regrow=1.0, sparsity_decay_type="linear")
     pruner = Pruner(model, config)
