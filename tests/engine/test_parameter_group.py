@@ -169,8 +169,8 @@ def test_a_group_that_never_sees_a_finite_gradient(caplog):
     pruner = Pruner(Mixed(), PruningConfig(target_sparsity=0.5, criterion="snip"))
     with caplog.at_level(logging.WARNING):
         assert pruner.update(1, 2).zeros == 0
-    assert 'prune step 1 of 2 left out for group "weights": no finite gradient was seen yet' in caplog.text
-    with pytest.raises(RuntimeError, match='group "weights" cannot reach its target: criterion "snip" has seen no'):
+    assert 'prune step 1 of 2 is skipped for group "weights": no finite gradient has been observed yet' in caplog.text
+    with pytest.raises(RuntimeError, match='group "weights" cannot reach its target: criterion "snip" has observed no'):
         pruner.update(2, 2)
 
 
