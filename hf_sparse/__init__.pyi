@@ -4,6 +4,7 @@ from .config import OneshotConfig, PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
 from .engine.pruner import Pruner
 from .hub.upload import UploadError
+from .inspection import compare_checkpoints, inspect_checkpoint
 from .integrations.merge_report import MergeReport
 from .integrations.peft import merge_and_unload, merged_adapter
 from .oneshot import ResumeError, calibration_batches, evaluate_model, plan_oneshot, prune_oneshot
@@ -55,8 +56,10 @@ __all__ = [
     "SparsityReport",
     "UploadError",
     "calibration_batches",
+    "compare_checkpoints",
     "evaluate_model",
     "get_scheduler",
+    "inspect_checkpoint",
     "load_plugin",
     "merge_and_unload",
     "merged_adapter",

@@ -230,8 +230,9 @@ class LayerScores:
                 f"{tuple(scores.shape)} for {tuple(part.weight.shape)}."
             )
         inputs = [tensor.untyped_storage().data_ptr() for tensor in (part.weight, statistic) if tensor is not None]
-        is_input = scores.untyped_storage().data_ptr() in inputs
-        scores = scores.detach().to(torch.float32, copy=is_input)
+        # The scores are written to below: not to an input, nor to an expanded tensor whose entries share memory.
+        shared = scores.untyped_storage().data_ptr() in inputs or 0 in scores.stride()
+        scores = scores.detach().to(torch.float32, copy=shared)
         if self._prune_only and self.unit_size == 1:
             # Sets pruned weights to -inf; on CPUs several times faster than masked_fill_.
             minus_infinity = (~part.mask_bits).to(torch.int32).bitwise_and_(-0x800000)
