@@ -34,5 +34,5 @@ def test_warning_when_deepspeed_is_not_used(monkeypatch, caplog, runs, asked):
         is_local_process_zero=lambda: True,
     )
     with caplog.at_level(logging.WARNING):
-        SparseTrainer._check_split(trainer)
+        SparseTrainer._warn_if_not_sharded(trainer)
     assert ("DEEPSPEED was requested" in caplog.text) == (runs == "MULTI_GPU" and asked is not None)

@@ -105,7 +105,7 @@ def launch(name, tiny_bert, folder) -> Path:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    assert "was asked for, but" not in done.stderr + done.stdout
+    assert "was requested, but" not in done.stderr + done.stdout
     return out
 
 
