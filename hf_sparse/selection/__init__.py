@@ -1,1 +1,1 @@
-"""Which units are pruned: thresholds, rankings and budgets, exact over chunks and ranks."""
+"""Selection of the units to prune: thresholds, masks by row and integer budgets, exact over chunks and ranks."""

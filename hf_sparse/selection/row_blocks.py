@@ -1,11 +1,10 @@
-"""Bands: the rows of units of a layer, and which process decides which of them when the weight is split.
+"""Row blocks: the rows of a layer that are selected together, and their partition over ranks.
 
-Where the split runs through no unit, and through no row whose units compete with each other, every process decides
-what it holds, and nothing moves. Elsewhere (a block across two shards, the inputs of a row on many processes) the
-bands are dealt out in equal numbers, and what the decision needs of the weight moves there and back.
+A row block is as many rows as one unit spans. If every shard holds whole row blocks, each rank selects what it holds.
+If shards split units (a block across two shards) or rows whose units compete (inputs of a row on several ranks), row
+blocks are partitioned evenly over the ranks instead, and are redistributed for the selection.
 
-Shapes: E matrices of a layer, R rows of each, P positions, C columns; H rows make a band, and of those W neighbouring
-columns must stay together.
+Shapes: a layer has E matrices of R rows, P positions and C columns; a row block has `height` rows.
 """
 
 from __future__ import annotations
@@ -15,14 +14,21 @@ from ..model.layers import PrunableLayer
 
 
 def keeps_units_whole(layer: PrunableLayer, shard: Shard, height: int, width: int) -> bool:
-    """Whether every process holds whole bands only, or such parts of them as can be decided by themselves."""
-    return all(_is_whole(layer, box, height, width) for boxes in shard.regions_by_rank for box in boxes)
+    """Returns whether every rank can select from its own shard.
+
+    Args:
+        layer: the layer.
+        shard: its shard, which knows the regions of all ranks.
+        height: number of rows of a row block.
+        width: number of adjacent columns that must be on one rank.
+    """
+    return all(_is_whole(layer, region, height, width) for regions in shard.regions_by_rank for region in regions)
 
 
-def _is_whole(layer: PrunableLayer, box: ShardRegion, height: int, width: int) -> bool:
-    column_dim = _column_dim(layer)
-    for dim, (start, stop, size) in enumerate(zip(box.start, box.stop, layer.shape, strict=True)):
-        if dim in (layer.row_dim, column_dim):
+def _is_whole(layer: PrunableLayer, region: ShardRegion, height: int, width: int) -> bool:
+    """Returns whether a region has whole row blocks, whole sets of `width` columns and all positions."""
+    for dim, (start, stop, size) in enumerate(zip(region.start, region.stop, layer.shape, strict=True)):
+        if dim in (layer.row_dim, _contiguous_column_dim(layer)):
             step = height if dim == layer.row_dim else width
             if start % step or (stop % step and stop != size):
                 return False
@@ -31,36 +37,48 @@ def _is_whole(layer: PrunableLayer, box: ShardRegion, height: int, width: int) -
     return True
 
 
-def _column_dim(layer: PrunableLayer) -> int | None:
-    """The dimension that counts columns; None where positions lie between those of a row and the next."""
-    if layer.kind == "conv2d":
-        return None
-    return next(dim for dim in range(len(layer.shape)) if dim not in (layer.row_dim, layer.expert_dim))
+def _contiguous_column_dim(layer: PrunableLayer) -> int | None:
+    """Returns the dimension of columns, or None for a convolution, whose positions lie between its columns."""
+    return None if layer.kind == "conv2d" else layer.column_dim
 
 
-def partition_rows(layer: PrunableLayer, height: int, processes: int) -> tuple[tuple[ShardRegion, ...], ...]:
-    """The bands of each process, as boxes of the weight: as many for each, as far as that goes."""
-    matrices = layer.shape[0] if layer.expert_dim == 0 else 1
-    per_matrix = layer.matrix_shape[0] // height
-    ends = [matrices * per_matrix * count // processes for count in range(processes + 1)]
+def partition_rows(layer: PrunableLayer, height: int, num_ranks: int) -> tuple[tuple[ShardRegion, ...], ...]:
+    """Partitions the row blocks of a layer evenly over ranks.
+
+    Args:
+        layer: the layer.
+        height: number of rows of a row block.
+        num_ranks: number of ranks.
+
+    Returns:
+        The regions of the weight that each rank selects from.
+    """
+    blocks_per_matrix = layer.matrix_shape[0] // height
+    num_blocks = layer.num_matrices * blocks_per_matrix
+    ends = [num_blocks * rank // num_ranks for rank in range(num_ranks + 1)]
     return tuple(
-        tuple(_box(layer, part, height) for part in regions_of_range((matrices, per_matrix), first, last))
+        tuple(
+            _region_of_blocks(layer, blocks, height)
+            for blocks in regions_of_range((layer.num_matrices, blocks_per_matrix), first, last)
+        )
         for first, last in zip(ends, ends[1:])
     )
 
 
-def _box(layer: PrunableLayer, part: ShardRegion, height: int) -> ShardRegion:
-    """The box of the weight that holds bands part.start[1]..part.stop[1] of matrices part.start[0]..part.stop[0]."""
+def _region_of_blocks(layer: PrunableLayer, blocks: ShardRegion, height: int) -> ShardRegion:
+    """Returns the region of the weight for a region of (matrix, row block) indices."""
     start, stop = [0] * len(layer.shape), list(layer.shape)
-    if layer.expert_dim == 0:
-        start[0], stop[0] = part.start[0], part.stop[0]
-    start[layer.row_dim], stop[layer.row_dim] = part.start[1] * height, part.stop[1] * height
+    if layer.expert_dim is not None:
+        start[layer.expert_dim], stop[layer.expert_dim] = blocks.start[0], blocks.stop[0]
+    start[layer.row_dim], stop[layer.row_dim] = blocks.start[1] * height, blocks.stop[1] * height
     return ShardRegion(tuple(start), tuple(stop))
 
 
-def first_offset(layer: PrunableLayer, box: ShardRegion) -> int:
-    """The place of a box's first weight when the matrices (R, P, C) are flattened one after the other."""
+def first_offset(layer: PrunableLayer, region: ShardRegion) -> int:
+    """Returns the position of a region's first weight in the layer's matrices (R, P, C), flattened one after the
+    other."""
     rows, positions, columns = layer.matrix_shape
-    matrix, column_dim = box.start[0] if layer.expert_dim == 0 else 0, _column_dim(layer)
-    column = 0 if column_dim is None else box.start[column_dim]
-    return (matrix * rows + box.start[layer.row_dim]) * positions * columns + column
+    matrix = 0 if layer.expert_dim is None else region.start[layer.expert_dim]
+    column_dim = _contiguous_column_dim(layer)
+    column = 0 if column_dim is None else region.start[column_dim]
+    return (matrix * rows + region.start[layer.row_dim]) * positions * columns + column

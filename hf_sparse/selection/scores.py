@@ -78,8 +78,7 @@ class TensorScores:
                 yield torch.from_numpy(target[: len(part)])
         else:
             for start in range(0, self.numel, size):
-                part = flat[start : start + size]
-                scores = buffer[: len(part)].copy_(part)
+                scores = buffer[: min(size, self.numel - start)].copy_(flat[start : start + size])
                 yield scores.abs_() if self.magnitude else scores
 
     def sample(self, count: int) -> torch.Tensor:
