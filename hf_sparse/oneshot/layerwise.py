@@ -20,6 +20,7 @@ from ..requires import Requires
 from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
 from ..solvers import PruneRequest, Solver
+from ..statistics import GramMatrix
 from .observers import InputObserver, fill_unreached, input_norms
 
 
@@ -147,6 +148,8 @@ class LayerPruner:
                 weight_RC.copy_(new_RC)
 
     def _prepare(self, solver: Solver, observer: InputObserver) -> Any:
+        if not isinstance(observer.statistic, GramMatrix):
+            raise TypeError(f'a solver requires the Gram matrix of the inputs of "{observer.name}"')
         try:
             return solver.prepare(observer.statistic)
         except ValueError as error:

@@ -132,7 +132,7 @@ class InputObservers:
             self._handles.callback(handle.remove)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._handles.close()
 
     def _hook(self, name: str) -> Callable:

@@ -93,7 +93,7 @@ class BlockPipeline:
         self._context.callback(self._restore_forwards)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._context.close()
 
     def _restore_forwards(self) -> None:

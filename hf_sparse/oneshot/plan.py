@@ -73,7 +73,9 @@ class OneshotPlan:
         return f"{format_table(rows, text_columns=4)}\n\n{summary}\n{self.costs}"
 
 
-def plan_oneshot(model: nn.Module, calibration_data: Iterable[Any] | None, config: PruningConfig) -> OneshotPlan:
+def plan_oneshot(
+    model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig | PruningConfig
+) -> OneshotPlan:
     """Returns what `prune_oneshot` would do with the same arguments, without changing the model.
 
     Runs a few forwards of one batch. The memory is that of a block while it is pruned, in addition to the model and

@@ -103,7 +103,7 @@ class _CallRecorder:
             self._handles.callback(handle.remove)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._handles.close()
         self._inputs.clear()
 
