@@ -33,11 +33,11 @@ class OneshotArguments:
     streaming: bool = option(False, "Download only the first 10,000 rows of the split.")
     text_column: str | None = option(
         None,
-        'Column with the texts, or "first,second" for text pairs. Default: text, sentence, or the only text column.',
+        'Column with the texts, or "first,second" for text pairs. Left out: text, sentence, or the only text column.',
     )
     label_column: str | None = option(
         None,
-        "Column with the labels of a classifier or the target texts of an encoder-decoder model. Default: label or "
+        "Column with the labels of a classifier or the target texts of an encoder-decoder model. Left out: label or "
         "labels, for classifiers.",
     )
     samples: int = option(128, "Number of calibration samples (blocks or rows), drawn from the whole data.")
@@ -61,7 +61,7 @@ class OneshotArguments:
     max_eval_samples: int | None = option(None, "Maximum number of evaluation samples (the first ones).")
 
     dtype: str = option("auto", "Data type of the weights: auto (as in the checkpoint), bfloat16, float16 or float32.")
-    device: str | None = option(None, "Device to compute on: cpu, cuda, cuda:1. Default: a GPU if there is one.")
+    device: str | None = option(None, "Device to compute on: cpu, cuda, cuda:1. Left out: a GPU if there is one.")
     device_map: str | None = option(
         None,
         "Split a model that is larger than the GPU across devices, CPU and disk, as in accelerate: auto, balanced, "

@@ -1,4 +1,4 @@
-"""Prunes a tiny model and is killed on the way. Arguments: the state's folder, how many stages to finish first."""
+"""Prunes a tiny model and kills itself. Arguments: the folder for finished subgraphs, and how many to finish first."""
 
 import os
 import signal

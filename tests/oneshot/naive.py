@@ -1,5 +1,5 @@
-"""Wanda and SparseGPT in the plainest way: before each part is pruned, the whole model runs over all batches, with
-hooks on its layers, and what reached them is kept whole, in float64."""
+"""Naive Wanda and SparseGPT: before each part is pruned, the whole model runs over all batches, with hooks on its
+layers that store their inputs in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_sparse.solvers import SOLVERS
 
 @torch.no_grad()
 def inputs_of(model, architecture: Architecture, names: Sequence[str], batches) -> dict[str, list[torch.Tensor]]:
-    """Name of a weight -> for each of its matrices, (T, I) all tokens that reach it, float64."""
+    """Maps the name of a weight to the inputs (T, I) of each of its matrices, float64."""
     found: dict[str, list] = {name: [] for name in names}
     now, handles = {}, []
 
@@ -50,21 +50,21 @@ def inputs_of(model, architecture: Architecture, names: Sequence[str], batches) 
 
 
 def matrices(name: str, weight: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Views (R, C) of a weight, told apart by the number of inputs; a square one of GPT-2 is (C, R) too."""
+    """Views (R, C) of a weight, transposed if the number of inputs says so; those of GPT-2 always are."""
     parts = list(weight) if weight.ndim == 3 else [weight]
     transposed = weight.shape[-1] != inputs[0].shape[1] or ".c_" in name
     return [part.t() if transposed else part for part in parts]
 
 
 def wanda(weight_RC: torch.Tensor, x_TC: torch.Tensor, share: float = 0.5) -> torch.Tensor:
-    """What is left: of each row, the smallest |w_j|·‖x_j‖ fall."""
+    """The weight without those of each row with the smallest |w_j|·‖x_j‖."""
     scores = weight_RC.double().abs() * x_TC.square().sum(0).sqrt()
-    falling = scores.argsort(dim=1, stable=True)[:, : round(share * weight_RC.shape[1])]
-    return weight_RC.masked_fill(torch.zeros_like(weight_RC, dtype=torch.bool).scatter(1, falling, True), 0.0)
+    pruned = scores.argsort(dim=1, stable=True)[:, : round(share * weight_RC.shape[1])]
+    return weight_RC.masked_fill(torch.zeros_like(weight_RC, dtype=torch.bool).scatter(1, pruned, True), 0.0)
 
 
 def sparsegpt(weight_RC: torch.Tensor, x_TC: torch.Tensor, share: float = 0.5, text: str = "unstructured"):
-    """What the solver makes of the same inputs."""
+    """The result of the solver for these inputs."""
     gram = (x_TC.t() @ x_TC).float()
     return SOLVERS["sparsegpt"]().solve(weight_RC, gram, get_pattern(text), share)[0]
 
@@ -90,7 +90,7 @@ def by_blocks(architecture: Architecture, names: Sequence[str]) -> list[list[str
 
 @torch.no_grad()
 def in_order(model, names: Sequence[str], batch) -> list[list[str]]:
-    """The weights one by one, as a forward comes to them."""
+    """The weights one by one, in the order in which a forward calls them."""
     order, handles = [], []
     for name in names:
         handles.append(

@@ -1,4 +1,4 @@
-"""What cannot be done is said: what is wrong, where, and the remedy."""
+"""Errors of one-shot pruning: the cause, the layer or batch, and the remedy."""
 
 import logging
 from functools import partial
@@ -14,7 +14,7 @@ from hf_sparse.config import PruningConfigError
 
 
 class Skip(nn.Module):
-    """Blocks of which one, or the head, reads more than the block before it gives."""
+    """Blocks of which one, or the head, reads more than the output of the block before it."""
 
     def __init__(self, kind):
         super().__init__()
@@ -58,7 +58,7 @@ def data(rows=9):
 
 
 def refused(model, batches, words, kind=ValueError, **options):
-    """It raises, and nothing is pruned."""
+    """Assert that a run raises an error and prunes nothing."""
     before = weights(model)
     if "pattern" not in options:
         options = {"target_sparsity": 0.5} | options
@@ -78,7 +78,7 @@ AT_ONCE = "Prune all layers at once, .* with sequential=False"
         ("twice", f'block "blocks.1" runs 2 times in one forward. {AT_ONCE}'),
     ],
 )
-def test_models_that_are_no_chain_of_blocks(kind, words):
+def test_models_whose_blocks_are_not_a_chain(kind, words):
     torch.manual_seed(0)
     model = Skip(kind)
     refused(model, data(), words)
@@ -124,7 +124,7 @@ def test_a_layer_that_is_never_reached():
 
 
 def test_a_weight_that_is_called_twice():
-    """Both calls count, but not where weights are pruned as inputs come."""
+    """The inputs of both calls count; with forwards=1 it is an error."""
     torch.manual_seed(0)
     model = nn.Sequential(Repeats())
     words = '"0.layer" is called several times in one forward: use forwards=2'
@@ -157,7 +157,7 @@ def test_an_expert_that_no_token_reaches(options, caplog):
         record.getMessage().split('"')[1] for record in caplog.records if "no token reaches" in record.getMessage()
     }
     assert len(idle) == 8 and report.zeros == round(0.5 * report.selected)
-    if options.keys() == {"target_sparsity", "on_unreached"}:  # within each row the smallest fall
+    if options.keys() == {"target_sparsity", "on_unreached"}:  # the smallest weights of each row are pruned
         for name, expert in (text.removesuffix("]").split("[") for text in idle):
             old, new = before[name][int(expert)], model.get_parameter(name)[int(expert)]
             kept = old.abs() > old.abs().kthvalue(old.shape[1] // 2, dim=1, keepdim=True)[0]
@@ -165,7 +165,7 @@ def test_an_expert_that_no_token_reaches(options, caplog):
 
 
 def test_an_expert_without_tokens_competes_with_the_others():
-    """With scope global it does not fall whole for the want of inputs: they are taken to be as large as others'."""
+    """With scope global its inputs count as large as those of other experts, so that it is not pruned entirely."""
     model = ARCHITECTURES["qwen3_moe"].model()
     options = {"target_sparsity": 0.5, "on_unreached": "magnitude", "scope": "global"}
     prune_oneshot(model, few_tokens(), OneshotConfig(**options), progress=False)
@@ -173,7 +173,7 @@ def test_an_expert_without_tokens_competes_with_the_others():
     assert shares.max() < 0.75
 
 
-def test_what_does_not_go_with_experts():
+def test_options_that_experts_do_not_support():
     model = ARCHITECTURES["qwen3_moe"].model()
     refused(model, ARCHITECTURES["gpt2"].batches(), "forwards=1 does not go with fused experts", forwards=1)
     words = 'padding cannot be told from tokens .* "model.layers.0.mlp.experts", but calibration batch 0 has some'
@@ -269,7 +269,7 @@ def test_weights_on_the_meta_device():
         prune_oneshot(model, data(), OneshotConfig(target_sparsity=0.5), progress=False)
 
 
-def test_weights_that_are_split(tmp_path):
+def test_sharded_weights(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -285,7 +285,7 @@ def test_weights_that_are_split(tmp_path):
         dist.destroy_process_group()
 
 
-def test_all_faults_are_told_together():
+def test_all_errors_are_raised_together():
     model = nn.Sequential(nn.Conv2d(3, 4, 2))
     with pytest.raises(PruningConfigError) as raised:
         prune_oneshot(model, None, OneshotConfig(target_sparsity=0.5), progress=False)

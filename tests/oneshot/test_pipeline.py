@@ -129,12 +129,12 @@ def test_a_block_that_a_batch_does_not_reach(model):
         pipeline.block_output("first.2", 1)
 
 
-def test_no_code_of_a_model_catches_the_end_of_a_forward():
+def test_stop_forward_is_not_an_exception():
     assert not issubclass(StopForward, Exception)
 
 
 def experts_of(model):
-    """How they are computed."""
+    """How the experts of a model are computed."""
     return model.config._experts_implementation
 
 

@@ -82,8 +82,8 @@ def test_locked_zeros_are_counted():
 
 def test_memory_by_hand():
     """A block of 16 wide, 32 within: q, k, v and o are 16x16, gate and up 32x16, down 16x32, two norms of 16. Inputs:
-    that of q, k and v; of o; of gate and up, 16 wide each; of down, 32 wide. 128 tokens of each are set aside."""
-    aside = 128 * (3 * 16 + 32)
+    that of q, k and v; of o; of gate and up, 16 wide each; of down, 32 wide. 128 tokens of each are sampled."""
+    sample = 128 * (3 * 16 + 32)
     block = 4 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16)
     outputs = 4 * (6 * 4 * 8 * 16)
 
@@ -92,11 +92,11 @@ def test_memory_by_hand():
         return found.block_bytes, found.statistics_bytes, found.solver_bytes, found.activation_bytes
 
     # Norms are a vector each; masks of gate and up take a byte as they are chosen, and another as bool.
-    assert memory() == (block, 4 * (3 * 16 + 32 + aside), 2 * 16 * 64, outputs)
+    assert memory() == (block, 4 * (3 * 16 + 32 + sample), 2 * 16 * 64, outputs)
     # Gram matrices; down has the largest factor: it and its source, and weights before and after.
     assert memory(solver="sparsegpt") == (
         block,
-        4 * (3 * 16 * 16 + 32 * 32 + aside),
+        4 * (3 * 16 * 16 + 32 * 32 + sample),
         max(8 * (32 * 32 + 32 * 16), 8 * (16 * 16 + 16 * 64)),
         outputs,
     )
@@ -110,7 +110,7 @@ def test_memory_by_hand():
 
 
 def test_time_grows_with_the_data_and_the_forwards():
-    """By arithmetic alone: seconds of a body, and of what is before the blocks."""
+    """Computed from the seconds of the blocks and of what is before them."""
     run = prepare_run(llama(), BATCHES, OneshotConfig(target_sparsity=0.5))
     trace = run.trace()
     # Three blocks: two of them twice, the last once; five times up to the first block.

@@ -1,4 +1,4 @@
-"""One-shot pruning on cases small enough to follow by hand."""
+"""One-shot pruning of cases that are computed by hand."""
 
 import logging
 
@@ -23,7 +23,7 @@ def run(model, batches, **options):
 
 
 def test_wanda_by_hand():
-    """Norms over both batches are 1, 8, 2, 1: scores 4 8 6 2 and 1 16 6 4. Two of each row fall."""
+    """Norms over both batches are 1, 8, 2, 1: scores 4 8 6 2 and 1 16 6 4. Two of each row are pruned."""
     model = nn.Sequential(linear([[4.0, 1.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]]))
     batches = [torch.tensor([[1.0, 8.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, -2.0, 1.0]])]
     report = run(model, batches, target_sparsity=0.5)
@@ -61,8 +61,8 @@ def test_patterns_and_scopes_by_hand(options, kept):
 
 
 def test_owl_by_hand():
-    """Scores are the weights, for inputs are ones. Of the first layer's, mean 2.5, one of 16 is above 5 times that; of
-    the second's none. So the first is to get 0.5 - 0.08 and the second 0.5 + 0.08 of 16 weights: 6.72 and 9.28."""
+    """Scores are the weights, since inputs are ones. Of the first layer's, mean 2.5, one of 16 is above 5 times that;
+    of the second's none. So the first is to get 0.5 - 0.08 and the second 0.5 + 0.08 of 16 weights: 6.72 and 9.28."""
     first = [[1.0, 1.1, 1.2, 1.3]] * 3 + [[1.0, 1.1, 1.2, 26.2]]
     second = [[2.1, 2.2, 2.3, 2.4]] * 4
     model = nn.Sequential(linear(first), nn.Sequential(linear(second)))
@@ -113,13 +113,13 @@ def test_criteria_of_gradients_are_those_of_the_dense_model(name, formula, scope
 
 
 def test_global_wanda_ranks_scores_of_the_dense_model():
-    """Second inputs are 10 times the first output: the first layer falls whole."""
+    """Second inputs are 10 times the first output: the first layer is pruned entirely."""
     model = nn.Sequential(linear([[1.0, 2.0], [3.0, 4.0]]), linear([[5.0, 6.0], [7.0, 8.0]]))
     report = run(model, [10 * torch.eye(2)], target_sparsity=0.5, scope="global")
     assert [layer.zeros for layer in report.layers] == [4, 0]
 
 
-def test_layers_with_sparsities_of_their_own():
+def test_layer_sparsity():
     model = ARCHITECTURES["llama"].model()
     shares = {"*.q_proj": 0.25, "*.layers.1.mlp.*": 0.75}
     report = run(model, ARCHITECTURES["llama"].batches(), layer_sparsity=shares)
@@ -171,8 +171,8 @@ def test_weights_of_inputs_that_are_always_zero_are_counted_too():
     assert report.zeros == 16 and (model[0].weight[:, 3] == 5).all()
 
 
-def test_any_config_and_data_of_any_kind():
-    """A PruningConfig, a generator, tuples; nothing is shown unless asked for."""
+def test_other_kinds_of_config_and_data():
+    """A PruningConfig, and a generator of tuples."""
     model = nn.Sequential(linear([[4.0, 1.0]]))
     report = prune_oneshot(
         model,
@@ -184,7 +184,7 @@ def test_any_config_and_data_of_any_kind():
     assert report.zeros == 1 and model[0].weight.tolist() == [[4, 0]]
 
 
-def test_what_is_told_on_the_way(caplog, capsys):
+def test_progress_is_logged_and_shown(caplog, capsys):
     architecture = ARCHITECTURES["bert"]
     with caplog.at_level(logging.INFO, logger="hf_sparse"):
         prune_oneshot(architecture.model(), architecture.batches(), OneshotConfig(target_sparsity=0.5))

@@ -1,5 +1,5 @@
-"""What holds of every way to prune in one shot: exact counts, zeros that are +0.0, nothing else touched, and a model
-that is left as it was found."""
+"""Invariants of one-shot pruning: exact counts, zeros that are +0.0, no other change of the model, and independence of
+how the data are split into batches."""
 
 import itertools
 
@@ -21,22 +21,22 @@ IMPLIED = {"2:4": 0.5, "1:4": 0.75}
 
 
 def pruned(model, batches, **options):
-    """A report, or None where the config is refused."""
+    """A report; None if the options are refused."""
     try:
         config = OneshotConfig(**options)
         return prune_oneshot(model, batches, config, progress=False)
     except PruningConfigError as error:
-        assert any(word in str(error) for word in ("scope", "cannot choose", "allocation")), error
+        assert any(word in str(error) for word in ("scope", "cannot select", "allocation")), error
         return None
 
 
 def lock(model, names):
-    """Zeros that were there before: about a third of each weight, and some of them -0.0."""
+    """Make about a third of each weight zero, one of them -0.0."""
     generator = torch.Generator().manual_seed(5)
     for name in names:
         weight = model.get_parameter(name).data
-        falls = torch.rand(weight.shape, generator=generator) < 0.3
-        weight[falls] = 0.0
+        zeros = torch.rand(weight.shape, generator=generator) < 0.3
+        weight[zeros] = 0.0
         weight.view(-1)[0] = -0.0
 
 
@@ -45,7 +45,7 @@ def groups_of(matrix_RC, of):
 
 
 def units_gone(weight, pattern, kind):
-    """How many units are zero, of how many: counted here by the pattern's definition."""
+    """The number of zero units and of all units, counted by the definition of the pattern."""
     total = gone = 0
     for matrix in weight if weight.ndim == 3 else [weight]:
         kept = (matrix.t() if kind in ("conv1d", "experts_transposed") else matrix) != 0
@@ -86,7 +86,7 @@ def check(model, before, report, options):
 @pytest.mark.parametrize("forwards", [2, 1])
 @pytest.mark.parametrize("criterion, solver", METHODS)
 def test_every_method_with_every_pattern_scope_and_allocation(criterion, solver, forwards):
-    """Options go through in turn with the patterns, so that all pairs with the method are met, not all products."""
+    """Scopes and allocations change with the pattern, so that each is combined with each method, but not with all."""
     turn = METHODS.index((criterion, solver)) + forwards
     scopes = itertools.islice(itertools.cycle(["row", "layer", "global", None]), turn, None)
     allocations = itertools.cycle(["uniform", "owl"])
@@ -129,11 +129,8 @@ def test_groups_prune_what_they_name_and_nothing_else():
     assert all(bits_equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name not in names)
 
 
-# A model is left as it was found
-
-
 def state_of(model):
-    """Everything of a model's modules that a run could leave changed, but for weights."""
+    """All state of the modules that a run may change, except weights."""
     modules = {}
     for name, module in model.named_modules():
         hooks = [len(module._forward_hooks), len(module._forward_pre_hooks), module.__dict__.get("forward")]
@@ -147,8 +144,8 @@ def state_of(model):
     "options", [{}, {"solver": "sparsegpt"}, {"criterion": "snip"}, {"allocation": "owl"}], ids=str
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_the_model_is_left_in_its_mode(name, options, monkeypatch):
-    """Some modules train, some do not; also when something breaks in the middle."""
+def test_the_state_of_modules_is_restored(name, options, monkeypatch):
+    """Some modules are in training mode, others not; also after an exception during the run."""
     architecture = ARCHITECTURES[name]
     options = {"on_unreached": "magnitude", "target_sparsity": 0.5} | options
     for broken in (None, "prune_layers", "prune_without_inputs"):
@@ -179,8 +176,8 @@ def _after(calls, real):
     return spy
 
 
-def test_what_transformers_does_to_give_hidden_states_changes_nothing():
-    """It puts hooks on blocks, which forwards that stop half-way must not upset."""
+def test_hidden_states_and_attentions_of_transformers_change_nothing():
+    """transformers puts hooks on blocks to collect them, which stopped forwards must not break."""
     architecture = ARCHITECTURES["bert"]
     plain, wrapped = architecture.model(), architecture.model()
     wrapped.config.output_hidden_states = True
@@ -194,9 +191,6 @@ def test_what_transformers_does_to_give_hidden_states_changes_nothing():
     assert all(torch.equal(wrapped.state_dict()[name] == 0, plain.state_dict()[name] == 0) for name in weights(plain))
     again = wrapped(**architecture.batches()[0]).hidden_states
     assert len(again) == len(hidden) == 3 and not torch.equal(again[2], hidden[2])
-
-
-# How data are cut up does not matter
 
 
 def masks(name, batches, **options):
@@ -232,8 +226,8 @@ def test_the_same_data_in_other_batches_or_another_order_give_the_same_masks(nam
 
 @pytest.mark.parametrize("options", [{}, {"solver": "sparsegpt"}, {"forwards": 1}, {"allocation": "owl"}], ids=str)
 @pytest.mark.parametrize("name, side", [("bert", "right"), ("llama", "left"), ("t5", "right")])
-def test_padding_counts_for_nothing(name, side, options):
-    """Neither what stands under it, nor how much of it there is."""
+def test_padding_has_no_effect(name, side, options):
+    """Neither its tokens nor their number."""
     batches = ARCHITECTURES[name].batches(4)
     expected = masks(name, batches, **options)
     other, more = [], []
@@ -248,7 +242,7 @@ def test_padding_counts_for_nothing(name, side, options):
 
 
 @pytest.mark.parametrize("kind", ["in place", "activation in place"])
-def test_blocks_that_write_to_their_input_see_it_unchanged_the_second_time(kind):
+def test_blocks_may_write_to_their_inputs(kind):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""What is in memory at a time: the statistics of one block and the outputs of one block, whatever the depth."""
+"""Memory holds the statistics and the outputs of one block at a time, whatever the depth of the model."""
 
 import weakref
 from pathlib import Path
@@ -26,8 +26,7 @@ class Block(nn.Module):
 
 
 class Ledger:
-    """Counts, whenever a layer is settled, what is alive of all that was made, without waiting for the collector of
-    garbage."""
+    """Counts the statistics and outputs that are alive whenever layers are pruned, without garbage collection."""
 
     def __init__(self, monkeypatch):
         self.stats, self.outputs = weakref.WeakSet(), weakref.WeakSet()
@@ -75,8 +74,8 @@ def most(depth, monkeypatch, **options):
 @pytest.mark.parametrize("forwards", [2, 1])
 @pytest.mark.parametrize("solver, one_block", [("none", WIDTH + 2 * WIDTH), ("sparsegpt", WIDTH**2 + 4 * WIDTH**2)])
 def test_one_block_at_a_time(solver, one_block, forwards, monkeypatch):
-    """Of a block there are a sum for each of its two inputs, and of outputs one for each batch; while the probe looks
-    and while a block follows another there is one more."""
+    """A block has a statistic for each of its two inputs, and an output for each batch; one more while the model is
+    traced and while a block replaces the outputs of the one before it."""
     found = {depth: most(depth, monkeypatch, solver=solver, forwards=forwards) for depth in (3, 8)}
     for ledger in found.values():
         assert 0 < ledger.most_stats <= one_block
@@ -85,8 +84,8 @@ def test_one_block_at_a_time(solver, one_block, forwards, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"allocation": "owl"}, {"scope": "global"}], ids=str)
-def test_a_survey_keeps_norms_of_inputs_at_most(options, monkeypatch):
-    """Masks that are ranked over all layers need a number for each input of each; no sums of products, no outputs."""
+def test_the_dense_pass_keeps_only_norms(options, monkeypatch):
+    """Masks ranked over all layers need the norms of the inputs of all layers, but no Gram matrices and no outputs."""
     ledger = most(6, monkeypatch, **options)
     assert ledger.most_stats <= 2 * 3 * WIDTH and ledger.most_outputs <= BATCHES + 1
 

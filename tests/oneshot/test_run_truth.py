@@ -1,4 +1,4 @@
-"""Pruning block by block against the plainest reference: the whole model, run anew before each block, float64 sums."""
+"""Block by block pruning against a naive reference that runs the whole model before each block, in float64."""
 
 import copy
 from functools import partial
@@ -28,7 +28,7 @@ def both(name, method, by=None, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_wanda_is_the_papers_formula_on_what_reaches_each_weight(name):
+def test_wanda_equals_the_reference(name):
     found, expected, names = both(name, naive.wanda, target_sparsity=0.5)
     assert len(names) >= 6
     for weight in found:
@@ -36,7 +36,7 @@ def test_wanda_is_the_papers_formula_on_what_reaches_each_weight(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sparsegpt_solves_with_the_sums_of_what_reaches_each_weight(name):
+def test_sparsegpt_equals_the_reference(name):
     options = {"pattern": "2:4", "solver": "sparsegpt", "on_unreached": "magnitude"}
     method = partial(naive.sparsegpt, text="2:4")
     found, expected, names = both(name, method, **options)
@@ -47,14 +47,14 @@ def test_sparsegpt_solves_with_the_sums_of_what_reaches_each_weight(name):
 
 @pytest.mark.parametrize("method, options", [(naive.wanda, {}), (naive.sparsegpt, {"solver": "sparsegpt"})])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "bart"])
-def test_with_one_forward_each_weight_is_pruned_from_what_the_pruned_ones_before_it_give(name, method, options):
+def test_with_one_forward_each_weight_sees_the_pruned_ones_before_it(name, method, options):
     found, expected, names = both(name, method, naive.in_order, target_sparsity=0.5, forwards=1, **options)
     for weight in found:
         assert torch.allclose(found[weight], expected[weight], rtol=1e-3, atol=1e-4), weight
     assert all(torch.equal(found[name] == 0, expected[name] == 0) for name in names)
 
 
-def test_not_sequential_all_see_the_dense_model():
+def test_not_sequential_all_weights_see_the_dense_model():
     def at_once(model, names, batch):
         return [names]
 
@@ -63,6 +63,6 @@ def test_not_sequential_all_see_the_dense_model():
 
 
 @pytest.mark.parametrize("place", ["disk", "device"])
-def test_where_activations_are_kept_changes_nothing(place):
+def test_the_storage_of_activations_has_no_effect(place):
     found, expected, _ = both("t5", naive.wanda, target_sparsity=0.5, activations=place)
     assert all(torch.equal(found[weight], expected[weight]) for weight in found)

@@ -1,4 +1,4 @@
-"""Jobs from checkpoint to checkpoint: what comes out, that nothing is half-written, and going on after a kill."""
+"""One-shot pruning from checkpoint to checkpoint: its output, atomic writes, and continuing after a kill."""
 
 import json
 import signal
@@ -33,18 +33,18 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def run(inputs, tmp_path):
-    """Runs a job of the tiny Llama and returns what was said, which is in `run.said` as well."""
+    """Prunes the tiny Llama and returns the printed lines, which are in `run.lines` as well."""
 
     def run_it(options=None, **given):
         defaults = {"calibration_file": inputs["texts"], "samples": 8, "length": 16, "batch_size": 4, "device": "cpu"}
-        run_it.said = said = []
+        run_it.lines = lines = []
         names = {"model_name_or_path": inputs["llama"], "output_dir": str(tmp_path / "out")}
         run_oneshot(
             OneshotArguments(**names | defaults | given),
             OneshotConfig(**options or {"target_sparsity": 0.5}),
-            said.append,
+            lines.append,
         )
-        return "\n".join(said)
+        return "\n".join(lines)
 
     return run_it
 
@@ -57,8 +57,8 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_result_is_a_plain_checkpoint_with_all_that_is_known_of_it(run, inputs, tmp_path):
-    said = run(eval=True, validation_file=inputs["held_out"])
+def test_the_output_is_a_plain_checkpoint_with_report_results_and_card(run, inputs, tmp_path):
+    printed = run(eval=True, validation_file=inputs["held_out"])
     out = tmp_path / "out"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     # The same in Python.
@@ -82,7 +82,9 @@ def test_the_result_is_a_plain_checkpoint_with_all_that_is_known_of_it(run, inpu
         "tokens": 8 * 16,
     }
     assert 1 < results["dense_perplexity"] != results["eval_perplexity"] > 1
-    assert "calibration data: 8 blocks of 16 tokens" in said and f"after:  loss {results['eval_loss']:,.4g}" in said
+    assert (
+        "calibration data: 8 blocks of 16 tokens" in printed and f"after:  loss {results['eval_loss']:,.4g}" in printed
+    )
     card = SparsityCard.load(out)
     assert card.oneshot and card.dense_metrics == {
         "eval_loss": results["dense_loss"],
@@ -94,8 +96,8 @@ def test_the_result_is_a_plain_checkpoint_with_all_that_is_known_of_it(run, inpu
 def test_a_classifier(run, inputs, tmp_path):
     options = {"criterion": "taylor", "target_sparsity": 0.5, "scope": "layer"}
     files = {"calibration_file": inputs["sentences"], "validation_file": inputs["sentences"]}
-    said = run(options, model_name_or_path=inputs["bert"], eval=True, **files)
-    assert "8 rows of at most 16 tokens" in said and "after:  accuracy" in said
+    printed = run(options, model_name_or_path=inputs["bert"], eval=True, **files)
+    assert "8 rows of at most 16 tokens" in printed and "after:  accuracy" in printed
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
     zeros = sum(int((model.state_dict()[layer["name"]] == 0).sum()) for layer in report["layers"])
@@ -113,12 +115,12 @@ def test_magnitude_needs_no_texts(run, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_the_type_of_the_weights(run, tmp_path):
+def test_dtype(run, tmp_path):
     run(dtype="bfloat16")
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
-def test_offloaded_to_disk_it_is_the_same(run, inputs, tmp_path):
+def test_offloading_to_disk_has_no_effect(run, inputs, tmp_path):
     run(output_dir=str(tmp_path / "whole"))
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
@@ -127,8 +129,8 @@ def test_offloaded_to_disk_it_is_the_same(run, inputs, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path):
-    said = run(dry_run=True, output_dir=None)
-    assert "layers: 21 with 7,680 weights; blocks: 3; calibration tokens: 128" in said and "time: about" in said
+    printed = run(dry_run=True, output_dir=None)
+    assert "layers: 21 with 7,680 weights; blocks: 3; calibration tokens: 128" in printed and "time: about" in printed
     assert run(dry_run=True).startswith("loading") and not any(tmp_path.iterdir())
 
 
@@ -156,7 +158,7 @@ run_oneshot(arguments, OneshotConfig(target_sparsity=0.5, solver="sparsegpt"))
 """
 
 
-def test_a_killed_run_goes_on(run, inputs, tmp_path, monkeypatch):
+def test_a_killed_run_continues(run, inputs, tmp_path, monkeypatch):
     options = {"target_sparsity": 0.5, "solver": "sparsegpt"}
     run(options, output_dir=str(tmp_path / "whole"))
     words = [inputs["llama"], inputs["texts"], inputs["held_out"], str(tmp_path / "out")]
@@ -170,15 +172,15 @@ def test_a_killed_run_goes_on(run, inputs, tmp_path, monkeypatch):
     measure, write = workflow.evaluate_model, FinishedSubgraphs.write
     monkeypatch.setattr(workflow, "evaluate_model", lambda *args: measured.append(1) or measure(*args))
     monkeypatch.setattr(FinishedSubgraphs, "write", lambda self, n, *rest: written.append(n) or write(self, n, *rest))
-    said = run(options, eval=True, validation_file=inputs["held_out"])
-    assert f"continuing: finished blocks in {state}: 2." in said
-    assert written == [2] and len(measured) == 1  # what the dense model is worth was known
-    assert "before: loss" in said
+    printed = run(options, eval=True, validation_file=inputs["held_out"])
+    assert f"continuing: finished blocks in {state}: 2." in printed
+    assert written == [2] and len(measured) == 1  # the metrics of the dense model were stored
+    assert "before: loss" in printed
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_ctrl_c_says_how_to_go_on(run, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_prints_how_to_continue(run, tmp_path, monkeypatch, capsys):
     write = FinishedSubgraphs.write
 
     def interrupted(self, subgraph, *rest):
@@ -188,12 +190,12 @@ def test_ctrl_c_says_how_to_go_on(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(FinishedSubgraphs, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert run.said[-1].startswith(
+    assert run.lines[-1].startswith(
         f"interrupted: finished blocks in {tmp_path / 'out'}.unfinished: 1. Run the same command again"
     )
 
 
-def test_what_another_run_has_finished_is_refused(run, tmp_path, monkeypatch):
+def test_blocks_of_another_run_are_refused(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(workflow, "write_folder_atomically", fails)
         with pytest.raises(OSError, match="the disk is full"):
@@ -208,7 +210,7 @@ def fails(*args):
     raise OSError("the disk is full")
 
 
-def test_nothing_is_half_written(run, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_output(run, tmp_path, monkeypatch):
     run()
     before = weights(tmp_path / "out")
     with monkeypatch.context() as patch:
@@ -225,7 +227,7 @@ def test_nothing_is_half_written(run, tmp_path, monkeypatch):
 # Refusals
 
 
-def test_a_folder_with_something_in_it_is_left_alone(run, inputs, tmp_path):
+def test_a_folder_that_is_not_empty_is_not_replaced(run, inputs, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     run()  # an empty one will do
@@ -241,7 +243,7 @@ def test_a_folder_with_something_in_it_is_left_alone(run, inputs, tmp_path):
         run(model_name_or_path=str(out), overwrite=True)
 
 
-def test_faults_are_told_before_a_model_is_loaded(run, inputs, monkeypatch):
+def test_errors_are_raised_before_a_model_is_loaded(run, inputs, monkeypatch):
     monkeypatch.setattr(workflow, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
     for given, error, text in (
         ({"calibration_file": "no.txt"}, FileNotFoundError, 'calibration file "no.txt" does not exist'),
@@ -258,7 +260,7 @@ def test_faults_are_told_before_a_model_is_loaded(run, inputs, monkeypatch):
             run(**given)
 
 
-def test_models_and_maps_that_cannot_be_are_named(run, inputs, tmp_path):
+def test_errors_of_models_tokenizers_and_device_maps(run, inputs, tmp_path):
     with pytest.raises(OSError, match='there is no folder "/no/model" with a model, and no such model on the Hub'):
         run(model_name_or_path="/no/model")
     llama().save_pretrained(tmp_path / "mute")
