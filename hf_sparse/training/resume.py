@@ -53,7 +53,9 @@ class StateFile:
 
 
 def _damaged(path: Path, problem: Exception | str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged or foreign: {problem}. Resume from an earlier checkpoint.")
+    return CheckpointError(
+        f"{path} is damaged or was not written by hf_sparse: {problem}. Resume from an earlier checkpoint."
+    )
 
 
 class ResumeState:
@@ -154,7 +156,7 @@ class ResumeState:
         if differing:
             name = differing[0]
             raise CheckpointError(
-                f"the masks in {self.checkpoint} are of other weights than this run selects: {len(differing)} differ, "
+                f"the masks in {self.checkpoint} belong to other weights than this run selects: {len(differing)} differ, "
                 f'such as "{name}" (saved {saved.get(name)}, selected {selected.get(name)}). Use the same model, '
                 "targets and exclude."
             )

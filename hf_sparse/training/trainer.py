@@ -143,9 +143,9 @@ class SparseTrainerMixin(HubUploadMixin):
                     raise CheckpointError(f"{state.checkpoint} is incomplete: {error_text} Resume from another one.")
             if self.is_deepspeed_enabled and state.world_size not in (None, self.args.world_size):
                 raise CheckpointError(
-                    f"{state.checkpoint} was written by {state.world_size} processes, and DeepSpeed resumes with as "
-                    f"many only, not with {self.args.world_size}: start so many, or start a new run from its weights "
-                    "with keep_zeros=True."
+                    f"{state.checkpoint} was written by {state.world_size} processes, and DeepSpeed can only resume "
+                    f"with the same number, not with {self.args.world_size}: start {state.world_size} processes, or "
+                    "start a new run from its weights with keep_zeros=True."
                 )
             if weights_only:
                 logger.warning(

@@ -125,7 +125,7 @@ def test_copies():
     assert dataclasses.replace(args, target_sparsity=0.5).target_sparsity == 0.5
 
 
-def test_all_faults_are_told_together():
+def test_all_errors_are_reported_together():
     with pytest.raises(PruningConfigError) as caught:
         parse("--scheduler", "iterativ", "--target_sparsity", "1.2", "--sparsity_decay_type", "cubi")
     text = str(caught.value)

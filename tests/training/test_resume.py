@@ -423,12 +423,12 @@ def test_one_flipped_bit_is_refused(tmp_path, copied, kind):
     name = next(name for name in tensors if name.startswith(f"{kind}/"))
     tensors[name].view(-1).view(torch.uint8)[0] ^= 1
     save_file(tensors, copied / STATE_FILE, metadata=metadata)
-    refuse(tmp_path, copied, "damaged or foreign: its checksum")
+    refuse(tmp_path, copied, "not written by hf_sparse: its checksum")
 
 
 def test_another_programs_file_is_refused(tmp_path, copied):
     save_file({"mask": torch.ones(3)}, copied / STATE_FILE)
-    refuse(tmp_path, copied, "damaged or foreign")
+    refuse(tmp_path, copied, "damaged or was not written by hf_sparse")
 
 
 def test_masks_of_another_model_are_refused(tmp_path, copied):

@@ -333,7 +333,7 @@ def test_a_checkpoint_of_gpt2_has_the_keys_of_the_model(tmp_path):
 
 @pytest.mark.parametrize("added", ["with the others", "afterwards"])
 def test_early_stopping_waits_for_the_final_sparsity(tmp_path, added):
-    """A metric that gets worse while pruning goes on does not count."""
+    """A metric that gets worse during pruning does not count."""
     calls = iter(range(100))
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "score", "max_steps": 16}
