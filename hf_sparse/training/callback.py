@@ -91,11 +91,13 @@ class SparsityCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         self.check(args, model)
         hide_token(args)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Builds the pruner on the current parameters: wrapping and `model_init` may have replaced them. Trainer calls
         this again for a second `train`, or to retry with a smaller batch size."""
         config = self.check(args, None)
@@ -149,7 +151,7 @@ class SparsityCallback(TrainerCallback):
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
+    ) -> None:
         """Observes the gradients, which are reduced, unscaled and clipped by now."""
         if self._gradient_hook is None:
             self._observe(state)
@@ -160,7 +162,9 @@ class SparsityCallback(TrainerCallback):
         if not self.pruner.observe():
             logger.info("step %d: gradients are not finite and are not counted.", state.global_step + 1)
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Prunes if a prune step is due, and enforces the masks. The optimizer has just changed the weights, but
         `state.global_step` does not count its step yet."""
         if self.pruner is None:
@@ -171,10 +175,14 @@ class SparsityCallback(TrainerCallback):
         else:
             self.pruner.enforce()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         unblock_best_metric(state)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.owns_saving:
             self.block_best_metric_until_final(args, state)
 
@@ -190,7 +198,7 @@ class SparsityCallback(TrainerCallback):
         control: TrainerControl,
         logs: dict[str, float] | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         """Adds the sparsity to the logs of a stock Trainer; `SparseTrainer` has added it already."""
         metrics = self.sparsity_metrics(logs, state)
         if logs is not None and metrics:
@@ -209,7 +217,7 @@ class SparsityCallback(TrainerCallback):
 
     # Saving
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.pruner is None or not self.owns_saving:
             return
         directory = _checkpoint_folder(args, state)
@@ -224,7 +232,9 @@ class SparsityCallback(TrainerCallback):
             self._report = self.pruner.report()
             write_pruning_files(directory, self.pruner, self.schedule, self._report, is_main, step)
 
-    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Writes config, report and plots of the latest checkpoint into the output folder, which Trainer uploads with
         the weights of that checkpoint during training. Trainer calls this on the main rank alone, so that zeros cannot
         be counted anew unless there is only one."""
@@ -236,7 +246,9 @@ class SparsityCallback(TrainerCallback):
 
     # After training
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.pruner is None:
             return
         self._is_training = False

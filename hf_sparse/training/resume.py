@@ -156,8 +156,8 @@ class ResumeState:
         if differing:
             name = differing[0]
             raise CheckpointError(
-                f"the masks in {self.checkpoint} belong to other weights than this run selects: {len(differing)} differ, "
-                f'such as "{name}" (saved {saved.get(name)}, selected {selected.get(name)}). Use the same model, '
+                f"the masks in {self.checkpoint} belong to other weights than this run selects: {len(differing)} "
+                f'differ, such as "{name}" (saved {saved.get(name)}, selected {selected.get(name)}). Use the same model, '
                 "targets and exclude."
             )
 
