@@ -157,8 +157,8 @@ class ResumeState:
             name = differing[0]
             raise CheckpointError(
                 f"the masks in {self.checkpoint} belong to other weights than this run selects: {len(differing)} "
-                f'differ, such as "{name}" (saved {saved.get(name)}, selected {selected.get(name)}). Use the same model, '
-                "targets and exclude."
+                f'differ, such as "{name}" (saved {saved.get(name)}, selected {selected.get(name)}). Use the same '
+                "model, targets and exclude."
             )
 
     def apply(self, pruner: Pruner) -> None:
