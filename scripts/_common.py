@@ -1,9 +1,10 @@
-"""What the example scripts share: arguments, logging, loading of models and the train / finish steps."""
+"""Shared by the example scripts: arguments, logging, loading of models, and the train and finish steps."""
 
 import json
 import logging
 import re
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,47 +20,63 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_sparse import UploadError
+from hf_sparse import UploadError, load_plugin
 
 
 logger = logging.getLogger("scripts.common")
 
-# YAML 1.1 reads 5e-5 as text (it wants 5.0e-5), and a learning rate that is text fails only deep inside training.
+# YAML 1.1 reads 5e-5 as text (it requires 5.0e-5), and a learning rate that is text fails only during training.
 _FLOAT_WITHOUT_POINT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 @dataclass
+class PluginArguments:
+    """Plug-ins with methods of your own. They are loaded before the options of pruning are checked."""
+
+    plugin: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Files (my_methods.py) or modules (my_package.methods) that register methods of your own.",
+            "action": "extend",
+        },
+    )
+
+    def __post_init__(self):
+        for plugin in [self.plugin] if isinstance(self.plugin, str) else self.plugin:
+            load_plugin(plugin)
+
+
+@dataclass
 class ModelArguments:
-    """Which checkpoint, configuration and tokenizer to start from."""
+    """Checkpoint, configuration and tokenizer to start from."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub name of the pretrained model."})
     config_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of the configuration, if it is not the model's own."}
+        default=None, metadata={"help": "Folder or Hub name of the configuration. Left out: that of the model."}
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of the tokenizer, if it is not the model's own."}
+        default=None, metadata={"help": "Folder or Hub name of the tokenizer. Left out: that of the model."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
-    use_fast_tokenizer: bool = field(
-        default=True, metadata={"help": "Prefer the tokenizer backed by the tokenizers library."}
-    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads and prepared data."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use the fast tokenizer where there is one."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     token: str | None = field(
-        default=None, metadata={"help": "Hub access token; the one stored by `hf auth login` if left out."}
+        default=None, metadata={"help": "Hub access token. Left out: the one stored by `hf auth login`."}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the checkpoint. Read that code first."}
+        default=False, metadata={"help": "Run code from the model repository. Read that code first."}
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "The model's name on the Hub for the card, if it is loaded from a folder."}
+        default=None,
+        metadata={"help": "Hub name of the base model, for the model card, if the model is loaded from a folder."},
     )
     dense_results: str | None = field(
         default=None,
-        metadata={"help": "all_results.json of a run without pruning, for the model card to compare with."},
+        metadata={"help": "all_results.json of a run without pruning, for the comparison in the model card."},
     )
 
     def hub_kwargs(self) -> dict:
-        """The arguments that every `from_pretrained` call of a script shares."""
+        """Returns the arguments shared by all `from_pretrained` calls."""
         return {
             "cache_dir": self.cache_dir,
             "revision": self.model_revision,
@@ -69,24 +86,43 @@ class ModelArguments:
 
 
 def parse_args(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
-    """Parses a command line, or the one .json / .yaml file that it names, into the given dataclasses.
+    """Parses a command line, or the one .json or .yaml file that it names, into the given dataclasses.
+
+    Adds the option `--plugin`, and `--no_X` for each boolean option X.
 
     Args:
         dataclass_types: the dataclasses, in the order in which their instances are returned.
-        argv: arguments without the program's name; `sys.argv[1:]` if None.
+        argv: arguments without the name of the program; `sys.argv[1:]` if None.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(dataclass_types)
+    parser = HfArgumentParser((PluginArguments, *dataclass_types))
     if len(argv) != 1 or not argv[0].endswith((".json", ".yaml", ".yml")):
-        return parser.parse_args_into_dataclasses(args=argv)
+        _, *parsed = parser.parse_args_into_dataclasses(args=_expand_negations(argv, dataclass_types))
+        return tuple(parsed)
     path = Path(argv[0])
     if not path.is_file():
         raise FileNotFoundError(f'argument file "{path}" does not exist.')
-    # JSON is a subset of YAML, so one reader does for both.
+    # JSON is a subset of YAML.
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f'argument file "{path}" must hold one mapping of argument names to values.')
-    return parser.parse_dict({name: _as_number(value) for name, value in values.items()})
+    _, *parsed = parser.parse_dict({name: _as_number(value) for name, value in values.items()})
+    return tuple(parsed)
+
+
+def _expand_negations(argv: list[str], dataclass_types: tuple) -> list[str]:
+    """Replaces `--no_X` and `--no-X` of boolean options by `--X false`.
+
+    HfArgumentParser adds `--no_X` only where the default is True, and that of an option of pruning is None.
+    """
+    hints = [typing.get_type_hints(dataclass_type) for dataclass_type in dataclass_types]
+    flags = {name for types in hints for name, kind in types.items() if kind in (bool, bool | None)}
+    expanded = []
+    for argument in argv:
+        match = re.fullmatch(r"--no[-_]([\w-]+)", argument)
+        name = match[1].replace("-", "_") if match else None
+        expanded += [f"--{name}", "false"] if name in flags else [argument]
+    return expanded
 
 
 def _as_number(value):
@@ -116,7 +152,7 @@ def setup_logging(training_args: TrainingArguments) -> None:
 
 
 def require_work(training_args: TrainingArguments, model_args: ModelArguments) -> None:
-    """Refuses a run that was asked to do nothing, or to read at its end what is not there."""
+    """Raises an error for a run with nothing to do, or without the file that it would read at its end."""
     if model_args.dense_results is not None and not Path(model_args.dense_results).is_file():
         raise FileNotFoundError(f'dense_results "{model_args.dense_results}" does not exist.')
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
@@ -124,9 +160,9 @@ def require_work(training_args: TrainingArguments, model_args: ModelArguments) -
 
 
 def resume_point(training_args: TrainingArguments) -> str | bool | None:
-    """Turns `--resume_from_checkpoint` into what `Trainer.train` takes: True, None or an existing folder.
+    """Converts `--resume_from_checkpoint` to the argument of `Trainer.train`: True, None or an existing folder.
 
-    `--resume_from_checkpoint True` reaches us as the text "True", which the Trainer would look for as a folder.
+    On the command line True is the text "True", which the Trainer would take for the name of a folder.
     """
     value = training_args.resume_from_checkpoint
     if value is None or isinstance(value, bool):
@@ -142,7 +178,7 @@ def resume_point(training_args: TrainingArguments) -> str | bool | None:
 
 
 def load_tokenizer(model_args: ModelArguments):
-    """Loads the tokenizer; one without a padding token gets its end-of-text token for that."""
+    """Loads the tokenizer. Without a padding token, the end-of-text token is used for padding."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **model_args.hub_kwargs())
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -157,27 +193,29 @@ def load_config(model_args: ModelArguments, **kwargs):
 
 
 def use_mean_loss(model) -> None:
-    """Tells the Trainer that this model's loss is the mean over one micro-batch.
+    """Declares to the Trainer that the loss of this model is the mean over one micro-batch.
 
-    The Trainer takes every `forward(..., **kwargs)` as one that divides its loss by `num_items_in_batch`. BERT's heads
-    for classification and question answering take **kwargs and ignore that number, so their loss and gradients come
-    out n times too large under n accumulation steps, and once more per process under DDP. Heads that do use the number
-    return the same mean without it. Here each example counts as one item, so the mean is right for both kinds.
+    The Trainer assumes that every model with `forward(..., **kwargs)` divides its loss by `num_items_in_batch`. BERT's
+    heads for classification and question answering accept **kwargs and ignore that number, so that their loss and
+    gradients would be n times too large with n accumulation steps, and again times the number of processes under DDP.
+    Heads that use the number return the same mean without it. Here each example is one item, so the mean is right for
+    both.
     """
     model.accepts_loss_kwargs = False
 
 
-def sequence_length(asked: int, tokenizer) -> int:
-    """The length to truncate to: what was asked, or the tokenizer's limit where that is shorter."""
-    if asked > tokenizer.model_max_length:
+def sequence_length(requested: int, tokenizer) -> int:
+    """Returns the length to truncate to: the requested one, or the tokenizer's limit if that is shorter."""
+    if requested > tokenizer.model_max_length:
         logger.warning(
-            f"max_seq_length {asked} is more than the tokenizer's limit; using {tokenizer.model_max_length}."
+            f"max_seq_length {requested} is more than the tokenizer's limit; using {tokenizer.model_max_length}."
         )
-    return min(asked, tokenizer.model_max_length)
+    return min(requested, tokenizer.model_max_length)
 
 
 def build_collator(tokenizer, pad_to_max_length: bool, training_args):
-    """Rows of one length need no padding; others are padded per batch, to multiples of 8 for 16-bit hardware."""
+    """Returns the collator: rows of one length need no padding, others are padded per batch, in 16-bit training to a
+    multiple of 8 tokens."""
     if pad_to_max_length:
         return default_data_collator
     in_16_bit = training_args.fp16 or training_args.bf16
@@ -185,7 +223,7 @@ def build_collator(tokenizer, pad_to_max_length: bool, training_args):
 
 
 def card_kwargs(model_args: ModelArguments, data_args, task: str) -> dict:
-    """What the model card can say about where the model and its data come from."""
+    """Returns the arguments of `create_model_card` that describe the origin of the model and its data."""
     kwargs = {"finetuned_from": model_args.base_model or model_args.model_name_or_path, "tasks": task}
     if data_args.dataset_name is not None:
         name, config = data_args.dataset_name, data_args.dataset_config_name
@@ -213,7 +251,7 @@ def report(trainer, split: str, metrics: dict) -> None:
 
 
 def finish(trainer, card_kwargs: dict, model_args: ModelArguments) -> None:
-    """Pushes the model to the Hub where asked, else writes its card. An upload that fails ends the program with 1."""
+    """Pushes the model to the Hub with `--push_to_hub`, else writes its card. Exits with code 1 if an upload fails."""
     if model_args.dense_results is not None:
         trainer.dense_metrics = json.loads(Path(model_args.dense_results).read_text(encoding="utf-8"))
     if not trainer.args.push_to_hub:

@@ -1,4 +1,4 @@
-"""The scripts' data sets: what the package reads, and how the scripts choose their splits."""
+"""Data sets of the example scripts: the readers of the package, and the choice of splits, rows and columns."""
 
 from datasets import Dataset
 
@@ -17,13 +17,16 @@ __all__ = [
 
 
 def need_split(splits, names: tuple[str, ...], flag: str, remedy: str) -> list[str]:
-    """Returns those of the named splits that exist; refuses if there is none.
+    """Returns those of the named splits that exist.
 
     Args:
         splits: split name -> data set.
         names: acceptable split names.
         flag: the option that needs the split, for the error text.
-        remedy: the option that would bring it.
+        remedy: the option that provides it, for the error text.
+
+    Raises:
+        ValueError: none of the splits exists.
     """
     found = [name for name in names if name in splits]
     if not found:
@@ -35,12 +38,12 @@ def need_split(splits, names: tuple[str, ...], flag: str, remedy: str) -> list[s
 
 
 def first_rows(dataset: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` rows, or all of them if there are fewer or `limit` is None."""
+    """Returns the first `limit` rows, or all of them if there are fewer or `limit` is None."""
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
 def check_columns(columns: list[str], needed: tuple[str, ...], split: str) -> None:
-    """Refuses a split that lacks one of the needed columns."""
+    """Raises an error if the split lacks one of the needed columns."""
     absent = [column for column in needed if column not in columns]
     if absent:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Train a small vision transformer on scikit-learn's handwritten digits, then fine-tune it while 80% of it goes.
+"""Trains a small vision transformer on the digits of scikit-learn, then fine-tunes it while 80% of it is pruned.
 
     python scripts/demo.py [--target_sparsity 0.8] [--pattern unstructured] [--output_dir runs/demo] ...
 
-Takes every option of SparseTrainingArguments. Nothing is downloaded: the digits come with scikit-learn.
+Every option of SparseTrainingArguments is accepted. Nothing is downloaded: scikit-learn includes the digits.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ DEFAULTS = {
     "--save_strategy": "no",
     "--report_to": "none",
     "--dataloader_pin_memory": "False",
-    "--disable_tqdm": str(not sys.stderr.isatty()),  # bars are for a terminal: a file would have a line for each step
+    "--disable_tqdm": str(not sys.stderr.isatty()),  # in a file each update would be a line
 }
 
 
 def digits() -> tuple[list[dict], list[dict]]:
-    """1,797 grey images of 8x8 pixels, as (training, test) examples for a vision transformer."""
+    """Returns training and test examples from 1,797 grey images of 8x8 pixels."""
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     examples = [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels, strict=True)]
@@ -51,7 +51,7 @@ def digits() -> tuple[list[dict], list[dict]]:
 
 
 def small_vit() -> ViTForImageClassification:
-    """About 140,000 parameters, of which 131,072 are in the matrices of its four blocks."""
+    """Returns a model of about 140,000 parameters, of which 131,072 are in the matrices of its four blocks."""
     shape = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     dense.train()
     dense_metrics = dense.evaluate()
 
-    print("2. Fine-tune it and prune it on the way")
+    print("2. Fine-tune and prune it")
     trainer = SparseTrainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.dense_metrics = dense_metrics
     trainer.train()

@@ -1,4 +1,4 @@
-"""Turns the labels of a classification or regression data set into what a model trains on."""
+"""Labels of classification and regression data sets, and their conversion to output indices of a model."""
 
 from dataclasses import dataclass
 
@@ -18,13 +18,13 @@ GLUE_LABELS: dict[str, tuple[str, ...] | None] = {
     "stsb": None,
     "wnli": ("not_entailment", "entailment"),
 }
-# What the GLUE test sets carry in place of a label.
+# The label of rows of the GLUE test sets.
 HIDDEN = -1
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The label names in the order of the model's outputs; `names` is None for regression.
+    """Label names in the order of the model's outputs; `names` is None for regression.
 
     Labels in the data are either names or, where `by_position` is given, positions in that tuple. The two orders
     differ for a checkpoint that was trained with another order of the same names.
@@ -42,7 +42,7 @@ class Labels:
         return 1 if self.names is None else len(self.names)
 
     def encode(self, label) -> int | float:
-        """The model's output index of a label, or the number itself for regression."""
+        """Returns the output index of a label, or the number itself for regression."""
         if self.names is None:
             return float(label)
         if self.by_position is not None and type(label) is int and 0 <= label < len(self.by_position):
@@ -50,7 +50,7 @@ class Labels:
         return self.names.index(str(label))
 
     def knows(self, label) -> bool:
-        """Whether `encode` has an answer for this label."""
+        """Returns whether `encode` accepts this label."""
         try:
             self.encode(label)
         except (TypeError, ValueError):
@@ -58,12 +58,12 @@ class Labels:
         return True
 
     def decode(self, output) -> str:
-        """The text written to a prediction file: the label's name, or the number with three digits."""
+        """Returns the text for a prediction file: the name of the label, or the number with three digits."""
         return f"{float(output):.3f}" if self.names is None else self.names[int(output)]
 
 
 def has_labels(dataset: Dataset, labels: Labels) -> bool:
-    """Whether a split carries labels: not so without the column, or when GLUE hides them as -1."""
+    """Returns whether a split has labels: not without the column, nor where GLUE replaces them by -1."""
     if "label" not in dataset.column_names:
         return False
     values = dataset.unique("label")
@@ -74,10 +74,10 @@ def has_labels(dataset: Dataset, labels: Labels) -> bool:
 
 
 def find_labels(splits: dict[str, Dataset], task: str | None, config: PretrainedConfig) -> Labels:
-    """Finds the labels: from the task, else from the column's type, else from the values of the training split.
+    """Returns the labels: of the task, else of the column's type, else the values in the training split.
 
-    Without a training split they are those of the checkpoint. A checkpoint whose label names are the same in another
-    order keeps its order.
+    Without a training split they are those of the checkpoint. A checkpoint with the same label names in another order
+    keeps its order.
 
     Args:
         splits: split name -> data set with a "label" column.
@@ -103,7 +103,7 @@ def find_labels(splits: dict[str, Dataset], task: str | None, config: Pretrained
 
 
 def check_labels(splits: dict[str, Dataset], labels: Labels) -> None:
-    """Refuses empty and unknown labels, naming the split and what is allowed."""
+    """Raises an error for missing and unknown labels."""
     for split, dataset in splits.items():
         if not has_labels(dataset, labels):
             if split == "train" or split.startswith("validation"):
@@ -121,7 +121,7 @@ def check_labels(splits: dict[str, Dataset], labels: Labels) -> None:
 
 
 def _in_order_of(config: PretrainedConfig, names: tuple[str, ...], by_position: bool) -> Labels:
-    """Takes the checkpoint's order if it knows exactly these names (in any case), else the given order."""
+    """Returns the labels in the checkpoint's order if it has exactly these names (in any case), else as given."""
     lower = {name.lower(): name for name in names}
     order = [str(config.id2label[index]).lower() for index in sorted(config.id2label)]
     in_order = tuple(lower[name] for name in order) if sorted(order) == sorted(lower) else names
@@ -132,6 +132,6 @@ def _of_checkpoint(config: PretrainedConfig) -> Labels:
     if config.num_labels == 1:
         return Labels(None)
     names = tuple(str(config.id2label[index]) for index in sorted(config.id2label))
-    # LABEL_0, LABEL_1 ... is what a configuration says when nobody named the labels.
+    # LABEL_0, LABEL_1 ... are the default names of a configuration.
     unnamed = names == tuple(f"LABEL_{index}" for index in range(len(names)))
     return Labels(tuple(str(index) for index in range(len(names))) if unnamed else names)

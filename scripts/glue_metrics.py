@@ -1,7 +1,7 @@
-"""The GLUE metrics: from the evaluate library, or computed here when its modules cannot be reached.
+"""The GLUE metrics: from the evaluate library, or from the functions below if it cannot load them.
 
-Both ways give the same keys. `evaluate.load` downloads a small module from the Hub the first time, which fails without
-a network; the functions below need scikit-learn and scipy only.
+Both have the same keys. `evaluate.load` downloads a small module from the Hub the first time, which fails without a
+network; the functions below need scikit-learn and scipy only.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> dic
 
 
 def pearson_and_spearman(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """Correlation of the values and of their ranks."""
+    """Pearson correlation of the values and Spearman correlation of their ranks."""
     return {
         "pearson": float(pearsonr(predictions, references)[0]),
         "spearmanr": float(spearmanr(predictions, references)[0]),
@@ -48,19 +48,19 @@ GLUE_METRICS: dict[str, Metric] = {
 
 
 def local_metric(task: str | None, is_regression: bool) -> Metric:
-    """The function for a GLUE task, or, without a task, mean squared error or accuracy."""
+    """Returns the function for a GLUE task, or, without a task, mean squared error or accuracy."""
     if task is not None:
         return GLUE_METRICS[task]
     return mse if is_regression else accuracy
 
 
 def load_metric(task: str | None, is_regression: bool, cache_dir: str | None = None) -> Metric:
-    """Returns `metric(predictions=..., references=...) -> dict`, from evaluate where that can be had.
+    """Returns `metric(predictions=..., references=...) -> dict`, from evaluate if it can be loaded.
 
     Args:
-        task: one of `GLUE_METRICS`, or None for own data.
-        is_regression: without a task, whether labels are numbers on a line rather than classes.
-        cache_dir: where evaluate keeps its files.
+        task: one of `GLUE_METRICS`, or None for other data.
+        is_regression: without a task, whether labels are numbers rather than classes.
+        cache_dir: cache folder of evaluate.
     """
     name = ("glue", task) if task is not None else ("mse" if is_regression else "accuracy",)
     return load_metric_or_fallback(name, local_metric(task, is_regression), cache_dir)

@@ -1,4 +1,4 @@
-"""Reads questions in the SQuAD formats and cuts their contexts into overlapping windows for the model."""
+"""Reads questions in the SQuAD formats and splits their contexts into overlapping windows."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def load_qa_files(files: dict[str, str | None], cache_dir: str | None = None) ->
 
 
 def _wrapped_rows(path: Path) -> list[dict] | None:
-    """The rows under "data" of a JSON file, or None if the file is a plain list or JSON lines."""
+    """Returns the rows under "data" of a JSON file, or None if the file is a plain list or JSON lines."""
     with open(path, encoding="utf-8") as file:
         if '"data"' not in file.read(4096):
             return None
@@ -44,7 +44,7 @@ def _wrapped_rows(path: Path) -> list[dict] | None:
 
 
 def flatten_squad(articles: list[dict]) -> list[dict]:
-    """SQuAD's articles, paragraphs and questions as one row per question."""
+    """Returns one row per question from the nested articles and paragraphs of SQuAD."""
     rows = []
     for article in articles:
         for paragraph in article["paragraphs"]:
@@ -114,12 +114,12 @@ class Windows:
         return self.tokenizer(*(pair if self.context_index == 1 else pair[::-1]), **self.options)
 
     def null_index(self, input_ids: list[int]) -> int:
-        """The token that stands for "no answer": the class token where there is one, else the first."""
+        """Returns the position of the token for "no answer": the class token if there is one, else the first token."""
         token = self.tokenizer.cls_token_id
         return input_ids.index(token) if token in input_ids else 0
 
     def for_training(self, rows) -> dict:
-        """Windows with the first and last token of the answer, or the no-answer token where it lies outside."""
+        """Returns windows with the first and last token of the answer, or the no-answer token if it lies outside."""
         encoded = self.encode(rows)
         del encoded["offset_mapping"]
         starts, ends = [], []
@@ -131,7 +131,7 @@ class Windows:
         return dict(encoded) | {"start_positions": starts, "end_positions": ends}
 
     def answer_tokens(self, encoded, window: int, answers: dict, context: str) -> tuple[int, int] | None:
-        """The tokens of the first answer's first and last character, or None if they are not in this window."""
+        """Returns the tokens of the first and last character of the first answer, or None if outside this window."""
         if not answers["text"]:
             return None
         first = answers["answer_start"][0]
@@ -143,11 +143,11 @@ class Windows:
             end -= 1
         if not 0 <= first < end <= len(context):
             return None
-        tokens = [encoded.char_to_token(window, place, self.context_index) for place in (first, end - 1)]
+        tokens = [encoded.char_to_token(window, character, self.context_index) for character in (first, end - 1)]
         return None if None in tokens else tuple(tokens)
 
     def for_evaluation(self, rows) -> dict:
-        """Windows with what `postprocess` needs: the question's id, and offsets that are None outside the context."""
+        """Returns windows with the columns of `postprocess`; offsets outside the context are None."""
         encoded = self.encode(rows)
         samples = encoded.pop("overflow_to_sample_mapping")
         encoded["example_id"] = [rows["id"][row] for row in samples]

@@ -1,7 +1,7 @@
 """Exact match and F1 of extractive question answering, without a download.
 
-The figures of the SQuAD evaluation: two answers are compared after lower-casing and without punctuation, English
-articles and surplus spaces; each question counts with its best-matching reference. All figures are percentages.
+The metrics of the SQuAD evaluation: two answers are compared in lower case, without punctuation, English articles and
+surplus spaces; each question counts with its best-matching reference. All metrics are percentages.
 """
 
 import re
@@ -34,8 +34,8 @@ def squad(predictions: list[dict], references: list[dict]) -> dict[str, float]:
     """Mean exact match and F1 over the questions of SQuAD 1.1.
 
     Args:
-        predictions: {"id", "prediction_text"} each.
-        references: {"id", "answers": {"text": [...]}} each; every question has an answer.
+        predictions: a list of {"id", "prediction_text"}.
+        references: a list of {"id", "answers": {"text": [...]}}; every question has an answer.
     """
     texts = {prediction["id"]: prediction["prediction_text"] for prediction in predictions}
     exact, overlap = [], []
@@ -49,8 +49,8 @@ def squad(predictions: list[dict], references: list[dict]) -> dict[str, float]:
 def squad_v2(predictions: list[dict], references: list[dict]) -> dict[str, float]:
     """Exact match and F1 where some questions have no answer; the right prediction for those is "".
 
-    Gives the same keys as `evaluate.load("squad_v2")` but for the best_* ones, which tune the no-answer threshold on
-    the references.
+    Returns the keys of `evaluate.load("squad_v2")` except the best_* ones, which tune the no-answer threshold on the
+    references.
     """
     texts = {prediction["id"]: prediction["prediction_text"] for prediction in predictions}
     scores = {True: [], False: []}

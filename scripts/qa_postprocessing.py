@@ -1,4 +1,4 @@
-"""Turns the start and end logits of context windows into one answer text per question.
+"""Converts the start and end logits of context windows to one answer text per question.
 
 Shapes: F windows (features), T tokens of a window. One question has one window or more.
 """
@@ -13,14 +13,14 @@ import numpy as np
 def best_spans(
     start_T: np.ndarray, end_T: np.ndarray, offsets: list, n_best_size: int, max_answer_length: int
 ) -> list[tuple[float, int, int]]:
-    """The best spans of one window as (score, first character, end character), best first.
+    """Returns the best spans of one window as (score, first character, end character), best first.
 
     score(i, j) = start_i + end_j over the n_best_size best i and j each, with i <= j < i + max_answer_length and both
     tokens in the context.
 
     Args:
-        offsets: per token its (first, end) characters in the context, or None outside of it. The logits may be longer
-            than this, where the batch was padded further.
+        offsets: (first, end) characters of each token in the context, or None outside of it. The logits are longer
+            if the batch was padded further.
 
     Example: start [0, 5, 1], end [0, 1, 4], offsets [None, (0, 3), (4, 8)] give [(9, 0, 8), (6, 0, 3), (5, 4, 8)].
     """
@@ -38,19 +38,19 @@ def best_spans(
 
 
 def _largest(values_T: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the largest values, ties by position."""
+    """Returns the indices of the largest values, ties by position."""
     return np.argsort(-values_T, kind="stable")[:count]
 
 
 def answer(context: str, windows: list[tuple], n_best_size: int, max_answer_length: int) -> tuple[list[dict], float]:
-    """The n-best answers of one question over its windows, and the score of "no answer".
+    """Returns the n best answers of one question over its windows, and the score of "no answer".
 
     Args:
-        windows: (start_T, end_T, offsets, null_index) each.
+        windows: a list of (start_T, end_T, offsets, null_index).
 
     Returns:
-        The answers, best first, as {"text", "score"}; and the lowest no-answer score of any window: a question counts
-        as unanswerable only if every window says so.
+        The answers, best first, as {"text", "score"}; and the lowest no-answer score of all windows: a question is
+        unanswerable only if every window has no answer.
     """
     spans, null_score = [], float("inf")
     for start_T, end_T, offsets, null_index in windows:
@@ -100,20 +100,20 @@ def postprocess(
     texts, n_best, null_odds = {}, {}, {}
     for example_id, context in zip(examples["id"], examples["context"], strict=True):
         answers, null_score = answer(context, windows[example_id], n_best_size, max_answer_length)
-        # Without any possible span the answer is empty, and surely so.
+        # Without any possible span the answer is empty, with probability 1.
         null = {"text": "", "score": null_score if version_2_with_negative or not answers else -float("inf")}
         best_score = answers[0]["score"] if answers else -float("inf")
         if version_2_with_negative:
             null_odds[example_id] = null_score - best_score
-        say_nothing = not answers or (version_2_with_negative and null_odds[example_id] > null_score_diff_threshold)
-        texts[example_id] = "" if say_nothing else answers[0]["text"]
-        listed = answers + ([null] if version_2_with_negative or not answers else [])
-        n_best[example_id] = with_probabilities(sorted(listed, key=lambda item: -item["score"]))
+        is_unanswered = not answers or (version_2_with_negative and null_odds[example_id] > null_score_diff_threshold)
+        texts[example_id] = "" if is_unanswered else answers[0]["text"]
+        candidates = answers + ([null] if version_2_with_negative or not answers else [])
+        n_best[example_id] = with_probabilities(sorted(candidates, key=lambda item: -item["score"]))
     return texts, n_best, null_odds
 
 
 def write_answers(folder: str, prefix: str, texts: dict, n_best: dict, null_odds: dict) -> None:
-    """Writes {prefix}_predictions.json, {prefix}_nbest_predictions.json and, if any, {prefix}_null_odds.json."""
+    """Writes {prefix}_predictions.json, {prefix}_nbest_predictions.json and, if not empty, {prefix}_null_odds.json."""
     os.makedirs(folder, exist_ok=True)
     for name, content in (("predictions", texts), ("nbest_predictions", n_best), ("null_odds", null_odds)):
         if content or name != "null_odds":

@@ -1,4 +1,4 @@
-"""A Trainer that scores answer texts instead of logits, and the same Trainer with pruning mixed in."""
+"""A Trainer that scores answer texts instead of logits, and the same with pruning during training."""
 
 from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput
@@ -7,16 +7,16 @@ from hf_sparse import SparseTrainerMixin
 
 
 class QuestionAnsweringTrainer(Trainer):
-    """Adds two things to the Trainer: examples beside their context windows, and answers made from logits.
+    """A Trainer that keeps the examples beside their context windows and converts logits to answers.
 
     Args:
-        eval_examples: the questions that `eval_dataset` holds the windows of.
+        eval_examples: the questions whose windows are in `eval_dataset`.
         post_process: `f(examples, features, predictions, prefix) -> answers`.
         compute_metrics: `f(answers, examples) -> dict`, called where the examples have the column "answers".
     """
 
     def __init__(self, *args, eval_examples=None, post_process=None, compute_metrics=None, **kwargs):
-        # Not handed on: the Trainer would call it with logits.
+        # compute_metrics is not passed on: the Trainer would call it with logits.
         super().__init__(*args, **kwargs)
         self.eval_examples = eval_examples
         self.post_process = post_process
@@ -24,7 +24,7 @@ class QuestionAnsweringTrainer(Trainer):
         self._scored = None
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", eval_examples=None):
-        """Answers and scores `eval_examples` (default: those given at the start) from the windows `eval_dataset`."""
+        """Answers and scores `eval_examples` (default: those of the constructor) from the windows `eval_dataset`."""
         features = self.eval_dataset if eval_dataset is None else eval_dataset
         self._scored = (self.eval_examples if eval_examples is None else eval_examples, features)
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
@@ -38,7 +38,7 @@ class QuestionAnsweringTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        # The Trainer asks for losses alone when it has no compute_metrics of its own; answers need the logits.
+        # Without compute_metrics the Trainer requests losses only; answers need the logits.
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         examples, features = self._scored
         answers = self.post_process(examples, features, output.predictions, metric_key_prefix)
@@ -50,4 +50,4 @@ class QuestionAnsweringTrainer(Trainer):
 
 
 class SparseQuestionAnsweringTrainer(SparseTrainerMixin, QuestionAnsweringTrainer):
-    """The same with pruning during training."""
+    """A QuestionAnsweringTrainer that prunes during training."""

@@ -1,4 +1,4 @@
-"""Trains or fine-tunes a causal language model on text, and prunes it on the way; reports loss and perplexity.
+"""Trains or fine-tunes a causal language model on text and prunes it during training; reports loss and perplexity.
 
 A pretrained model:
 
@@ -9,9 +9,9 @@ A pretrained model:
 A model from scratch: --model_type llama --tokenizer_name ... --config_overrides hidden_size=256,num_hidden_layers=4
 in place of --model_name_or_path.
 
-Own files (--train_file, --validation_file) are .txt, or .csv, .tsv, .json, .jsonl or .parquet with a column "text".
-One .json or .yaml file with the arguments in it also does. Without --target_sparsity the model is only trained. Runs
-under `accelerate launch` and `torchrun` as well.
+Local files (--train_file, --validation_file) are .txt, or .csv, .tsv, .json, .jsonl or .parquet with a column "text".
+The arguments can be in one .json or .yaml file. Without --target_sparsity the model is only trained.
+--plugin my_methods.py loads methods of your own. The script runs under `accelerate launch` and `torchrun` as well.
 """
 
 import logging
@@ -42,27 +42,27 @@ from hf_sparse import SparseTrainer, SparseTrainingArguments
 
 logger = logging.getLogger("scripts.clm")
 
-# Models state limits of up to millions of tokens; few machines train on blocks of such a length by default.
+# Some models declare limits of millions of tokens, which few machines can train on.
 LONGEST_DEFAULT_BLOCK = 1024
 
 
 @dataclass
 class ClmModelArguments(ModelArguments):
-    """Which checkpoint to start from, or what to build from scratch."""
+    """Checkpoint to start from, or the model to build from scratch."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub name of the pretrained model; leave out to start from scratch."}
     )
     model_type: str | None = field(
-        default=None, metadata={"help": "Kind of model to build from scratch, such as gpt2 or llama."}
+        default=None, metadata={"help": "Type of model to build from scratch, such as gpt2 or llama."}
     )
     config_overrides: str | None = field(
-        default=None, metadata={"help": "Fields to change in a configuration from scratch: n_embd=256,n_layer=4"}
+        default=None, metadata={"help": "Fields of the configuration of a model from scratch: n_embd=256,n_layer=4"}
     )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Type to load the weights in; auto takes the checkpoint's.",
+            "help": "Data type of the weights; auto: that of the checkpoint.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -80,27 +80,36 @@ class ClmModelArguments(ModelArguments):
 
 @dataclass
 class DataTrainingArguments:
-    """Which text to train and evaluate on, and how it is cut into blocks."""
+    """Text to train and evaluate on, and its division into blocks."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub name of a data set with texts."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     train_file: str | None = field(default=None, metadata={"help": "File with the training text."})
     validation_file: str | None = field(default=None, metadata={"help": "File with the evaluation text."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many first blocks only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many first blocks only."})
-    streaming: bool = field(default=False, metadata={"help": "Read while training; needs max_steps."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first blocks only, this many."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first blocks only, this many."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Stream the data during training; needs max_steps."})
     block_size: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of one block. Default: the least of the tokenizer's limit, the model's positions and "
+            "help": "Tokens per block. Left out: the least of the tokenizer's limit, the model's positions and "
             f"{LONGEST_DEFAULT_BLOCK}."
         },
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of reading the cache."})
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "First per cent of the training rows to evaluate on if there is no other split."}
+        default=5,
+        metadata={
+            "help": "Percentage of the training rows, from the first, to evaluate on if there is no other split."
+        },
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes for tokenization."}
+    )
     keep_linebreaks: bool = field(default=True, metadata={"help": "Keep the line breaks of .txt files."})
 
     def __post_init__(self):
@@ -116,7 +125,7 @@ class DataTrainingArguments:
 
 
 def load_texts(data_args: DataTrainingArguments, model_args: ClmModelArguments, training_args) -> dict:
-    """The splits "train" and "validation" as far as this run reads them."""
+    """Returns those of the splits "train" and "validation" that this run reads."""
     options = {"streaming": True} if data_args.streaming else {}
     if data_args.dataset_name is not None:
         splits = load_from_hub(
@@ -135,16 +144,16 @@ def load_texts(data_args: DataTrainingArguments, model_args: ClmModelArguments, 
     splits = dict(splits)
     if training_args.do_eval and "validation" not in splits and "train" in splits:
         splits |= split_off_validation(splits["train"], data_args)
-    wanted = []
+    needed = []
     if training_args.do_train:
-        wanted += need_split(splits, ("train",), "do_train", "--train_file")
+        needed += need_split(splits, ("train",), "do_train", "--train_file")
     if training_args.do_eval:
-        wanted += need_split(splits, ("validation",), "do_eval", "--validation_file")
-    return {split: splits[split] for split in wanted}
+        needed += need_split(splits, ("validation",), "do_eval", "--validation_file")
+    return {split: splits[split] for split in needed}
 
 
 def split_off_validation(dataset: Dataset | IterableDataset, data_args: DataTrainingArguments) -> dict[str, Dataset]:
-    """The first rows go to evaluation, the others to training."""
+    """Splits off the first rows for evaluation."""
     if isinstance(dataset, IterableDataset):
         raise ValueError("a stream has no length to split off a percentage of: pass --validation_file.")
     count = math.ceil(len(dataset) * data_args.validation_split_percentage / 100)
@@ -157,7 +166,7 @@ def split_off_validation(dataset: Dataset | IterableDataset, data_args: DataTrai
 
 
 def text_column(dataset: Dataset | IterableDataset, split: str) -> str:
-    """The column "text", or the only column there is."""
+    """Returns the column "text", or the only column."""
     columns = dataset.column_names or list(next(iter(dataset)))
     if "text" not in columns and len(columns) == 1:
         return columns[0]
@@ -165,23 +174,21 @@ def text_column(dataset: Dataset | IterableDataset, split: str) -> str:
     return "text"
 
 
-def choose_block_size(asked: int | None, tokenizer, config) -> int:
-    """The tokens of one block: as asked if the model can take that, else the least of the three limits."""
+def choose_block_size(requested: int | None, tokenizer, config) -> int:
+    """Returns the number of tokens per block: the requested one, or else the least of three limits."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_BLOCK
-    if asked is None:
+    if requested is None:
         size = min(tokenizer.model_max_length, positions, LONGEST_DEFAULT_BLOCK)
         logger.info(f"block_size {size}: the least of the tokenizer's limit, the model's and {LONGEST_DEFAULT_BLOCK}")
         return size
-    limit = min(tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", asked))
-    if not 1 < asked <= limit:
-        raise ValueError(
-            f"block_size {asked} must be at least 2 and at most {limit}, which is what the model can take."
-        )
-    return asked
+    limit = min(tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", requested))
+    if not 1 < requested <= limit:
+        raise ValueError(f"block_size {requested} must be at least 2 and at most {limit}, the limit of the model.")
+    return requested
 
 
 def group(ids: list[list[int]], block_size: int) -> dict[str, list[list[int]]]:
-    """Joins the rows and cuts them into full blocks; the rest of each batch of rows is dropped."""
+    """Joins the rows and splits them into full blocks; the rest of each batch of rows is dropped."""
     joined = list(chain.from_iterable(ids))
     end = len(joined) // block_size * block_size
     blocks = [joined[start : start + block_size] for start in range(0, end, block_size)]
@@ -190,7 +197,7 @@ def group(ids: list[list[int]], block_size: int) -> dict[str, list[list[int]]]:
 
 
 def cut_texts(splits: dict, tokenizer, block_size: int, data_args: DataTrainingArguments, training_args) -> dict:
-    """Texts to blocks of token ids; the main process first, so that the others read its cache."""
+    """Converts texts to blocks of token ids; the main process first, so that the others can read its cache."""
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
     blocks = {}
     with training_args.main_process_first(desc="tokenization"):
@@ -205,7 +212,7 @@ def cut_texts(splits: dict, tokenizer, block_size: int, data_args: DataTrainingA
                 }
 
             def to_blocks(rows, column=column):
-                # verbose: texts longer than the model's limit are no fault here, they are cut below.
+                # No warning about texts longer than the model's limit: they are split into blocks.
                 return group(tokenizer(rows[column], verbose=False)["input_ids"], block_size)
 
             blocks[split] = limited(dataset.map(to_blocks, batched=True, **options), limits[split])
@@ -218,14 +225,14 @@ def cut_texts(splits: dict, tokenizer, block_size: int, data_args: DataTrainingA
 
 
 def limited(blocks: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
-    """The first `limit` blocks."""
+    """Returns the first `limit` blocks."""
     if limit is None:
         return blocks
     return blocks.take(limit) if isinstance(blocks, IterableDataset) else blocks.select(range(min(limit, len(blocks))))
 
 
 def build_config(model_args: ClmModelArguments):
-    """The checkpoint's configuration, or a new one."""
+    """Returns the configuration of the checkpoint, or a new one."""
     if model_args.config_name or model_args.model_name_or_path:
         return load_config(model_args)
     config = CONFIG_MAPPING[model_args.model_type]()
@@ -235,7 +242,7 @@ def build_config(model_args: ClmModelArguments):
 
 
 def build_model(model_args: ClmModelArguments, config, tokenizer):
-    """The pretrained model, or one with random weights whose vocabulary is the tokenizer's."""
+    """Returns the pretrained model, or one with random weights and the vocabulary of the tokenizer."""
     dtype = {"dtype": model_args.dtype} if model_args.dtype else {}
     if model_args.model_name_or_path:
         model = AutoModelForCausalLM.from_pretrained(
@@ -251,19 +258,19 @@ def build_model(model_args: ClmModelArguments, config, tokenizer):
         logger.info(f"new {model_args.model_type or config.model_type} with {model.num_parameters():,} parameters")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    # All blocks are of one length, so the mean over them is exact. Dividing by the Trainer's count of tokens is not:
-    # it counts one too many per block in older versions of transformers, and for GPT2LMHeadModel in newer ones too.
+    # All blocks have one length, so the mean over them is exact. The Trainer's count of tokens is one too high per
+    # block in older versions of transformers, and for GPT2LMHeadModel in newer ones too.
     use_mean_loss(model)
     return model
 
 
 def most_likely_tokens(logits, labels):
-    """Keeps one number per token; all logits of an evaluation set would not fit into memory."""
+    """Returns one number per token: all logits of an evaluation set would not fit into memory."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
 
 def token_accuracy(result: EvalPrediction) -> dict[str, float]:
-    """Share of the tokens that were predicted right; the output at token i is the prediction for token i + 1."""
+    """Returns the fraction of correct predictions; the output at token i is the prediction of token i + 1."""
     predictions, labels = result.predictions[:, :-1], result.label_ids[:, 1:]
     counted = labels != -100
     return {"accuracy": float(np.mean(predictions[counted] == labels[counted]))}

@@ -1,18 +1,19 @@
-"""Fine-tunes a sequence classifier on a GLUE task or on own files, and prunes it on the way.
+"""Fine-tunes a sequence classifier on a GLUE task or on local files and prunes it during training.
 
-A GLUE task from the Hub, pruned to 80 % zeros:
+A GLUE task from the Hub, pruned to 80% zeros:
 
     python run_glue.py --model_name_or_path google-bert/bert-base-uncased --task_name sst2 --do_train --do_eval \
         --target_sparsity 0.8 --per_device_train_batch_size 32 --learning_rate 5e-5 --num_train_epochs 3 \
         --output_dir out/sst2
 
-Own files (.csv, .tsv, .json, .jsonl or .parquet) with a column "label" and one of the columns "sentence" or
-"sentence1" and "sentence2". With --task_name the files give the rows, the task gives the columns and the metric:
+Local files (.csv, .tsv, .json, .jsonl or .parquet) with a column "label" and one of the columns "sentence" or
+"sentence1" and "sentence2". With --task_name the rows come from the files, the columns and the metric from the task:
 
     python run_glue.py --model_name_or_path ... --task_name sst2 --train_file train.tsv --validation_file dev.tsv ...
 
-One .json or .yaml file with the arguments in it also does: `python run_glue.py arguments.yaml`. Without
---target_sparsity the model is only fine-tuned. Runs under `accelerate launch` and `torchrun` as well.
+The arguments can be in one .json or .yaml file: `python run_glue.py arguments.yaml`. Without --target_sparsity the
+model is only fine-tuned. --plugin my_methods.py loads methods of your own. The script runs under `accelerate launch`
+and `torchrun` as well.
 """
 
 import logging
@@ -64,30 +65,34 @@ TASK_COLUMNS = {
 
 @dataclass
 class GlueModelArguments(ModelArguments):
-    """Which checkpoint to start from."""
+    """Checkpoint to start from."""
 
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start with a new head where the checkpoint's head has another size."}
+        default=False, metadata={"help": "Initialize a new head if the head of the checkpoint has another size."}
     )
 
 
 @dataclass
 class DataTrainingArguments:
-    """Which data to train and evaluate on, and how texts are cut."""
+    """Data to train and evaluate on, and the truncation of texts."""
 
     task_name: str | None = field(
         default=None, metadata={"help": "GLUE task, one of: " + ", ".join(sorted(TASK_COLUMNS))}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name of a data set that is not in GLUE."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub name of a data set, in place of a GLUE task."}
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    max_seq_length: int = field(default=128, metadata={"help": "Truncate longer texts to this many tokens."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of reading the cache."})
     pad_to_max_length: bool = field(
-        default=True, metadata={"help": "Pad every text to max_seq_length; if not, to the longest of its batch."}
+        default=True, metadata={"help": "Pad every text to max_seq_length, not to the longest of its batch."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many first rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many first rows only."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict this many first rows only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only, this many."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first rows only, this many."}
+    )
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first rows only, this many."})
     train_file: str | None = field(default=None, metadata={"help": "File with the training rows."})
     validation_file: str | None = field(default=None, metadata={"help": "File with the evaluation rows."})
     test_file: str | None = field(default=None, metadata={"help": "File with the rows to predict."})
@@ -109,7 +114,7 @@ class DataTrainingArguments:
 
 
 def load_splits(data_args: DataTrainingArguments, model_args: ModelArguments):
-    """Files go before the Hub, so that a task name can lend its columns and metric to local rows."""
+    """Loads the splits from files, else from the Hub. With files, a task name selects only columns and metric."""
     if any(data_args.files.values()):
         return load_files(data_args.files, cache_dir=model_args.cache_dir)
     if data_args.dataset_name is not None:
@@ -126,15 +131,15 @@ def text_columns(columns: list[str], task: str | None) -> tuple[str, ...]:
     for candidate in (("sentence1", "sentence2"), ("sentence1",), ("sentence",), ("text",)):
         if set(candidate) <= set(columns) and (task is None or len(candidate) == len(TASK_COLUMNS[task])):
             return candidate
-    wanted = " and ".join(f'"{name}"' for name in TASK_COLUMNS.get(task, ("sentence1", "sentence2")))
+    expected = " and ".join(f'"{name}"' for name in TASK_COLUMNS.get(task, ("sentence1", "sentence2")))
     hint = ' (or "sentence")' if task is None else ""
     raise ValueError(
-        f"no text columns found: the data has {', '.join(columns)}. Name the text columns {wanted}{hint} in the file."
+        f"no text column found: the data has {', '.join(columns)}. Name the text columns {expected}{hint} in the file."
     )
 
 
-def wanted_splits(splits, training_args) -> dict[str, list[str]]:
-    """Which splits each part of the run reads; MNLI has two for evaluation and two for prediction."""
+def needed_splits(splits, training_args) -> dict[str, list[str]]:
+    """Returns the splits that training, evaluation and prediction read; MNLI has two for each of the latter."""
     train, evaluate, predict = [], [], []
     if training_args.do_train:
         train = need_split(splits, ("train",), "do_train", "--train_file")
@@ -148,7 +153,7 @@ def wanted_splits(splits, training_args) -> dict[str, list[str]]:
 
 
 def cut_splits(splits: dict, data_args: DataTrainingArguments) -> dict:
-    """Each split with no more rows than its part of the run asks for."""
+    """Returns the splits, each limited to its number of samples."""
     limits = {
         "train": data_args.max_train_samples,
         "validation": data_args.max_eval_samples,
@@ -158,7 +163,7 @@ def cut_splits(splits: dict, data_args: DataTrainingArguments) -> dict:
 
 
 def tokenize_splits(splits: dict, tokenizer, labels: Labels, columns: tuple[str, ...], data_args, training_args):
-    """Texts to token ids and labels to output indices; the main process first, so that the others read its cache."""
+    """Converts texts to token ids and labels to output indices; the main process first, for the cache."""
     length = sequence_length(data_args.max_seq_length, tokenizer)
     padding = "max_length" if data_args.pad_to_max_length else False
 
@@ -174,7 +179,7 @@ def tokenize_splits(splits: dict, tokenizer, labels: Labels, columns: tuple[str,
         for name, dataset in splits.items():
             if "label" in dataset.column_names and not has_labels(dataset, labels):
                 dataset = dataset.remove_columns("label")
-            # A label that turns from text to a number needs its column typed anew, so the old columns go.
+            # The old columns are removed: a label that changes from text to a number changes the type of its column.
             tokenized[name] = dataset.map(
                 tokenize,
                 batched=True,
@@ -186,7 +191,7 @@ def tokenize_splits(splits: dict, tokenizer, labels: Labels, columns: tuple[str,
 
 
 def build_model(model_args: GlueModelArguments, config, tokenizer, labels: Labels):
-    """The pretrained model under a head for these labels."""
+    """Returns the pretrained model with a head for these labels."""
     config.num_labels = labels.count
     if labels.names is not None:
         config.id2label = dict(enumerate(labels.names))
@@ -205,13 +210,13 @@ def build_model(model_args: GlueModelArguments, config, tokenizer, labels: Label
 
 
 def outputs_of(predictions, labels: Labels) -> np.ndarray:
-    """Logits to predicted indices, or to the numbers themselves for regression."""
+    """Returns the predicted indices, or the predicted numbers for regression."""
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
     return np.squeeze(logits, axis=-1) if labels.is_regression else np.argmax(logits, axis=1)
 
 
 def build_metrics(labels: Labels, data_args: DataTrainingArguments, model_args: ModelArguments):
-    """The function that the trainer calls with logits and labels."""
+    """Returns the `compute_metrics` function of the trainer."""
     metric = load_metric(data_args.task_name, labels.is_regression, model_args.cache_dir)
 
     def compute_metrics(result: EvalPrediction) -> dict[str, float]:
@@ -222,12 +227,12 @@ def build_metrics(labels: Labels, data_args: DataTrainingArguments, model_args: 
 
 
 def suffixed(metrics: dict, split: str) -> dict:
-    """MNLI's mismatched figures stand beside the matched ones under names that end in "_mm"."""
+    """Returns the metrics, renamed to end in "_mm" for the mismatched splits of MNLI."""
     return {f"{name}_mm": value for name, value in metrics.items()} if split.endswith("_mismatched") else metrics
 
 
 def evaluate(trainer, data: dict, names: list[str]) -> None:
-    """Evaluates on every given split and writes all figures to one file."""
+    """Evaluates on every given split and writes all metrics to one file."""
     combined = {}
     for name in names:
         metrics = trainer.evaluate(eval_dataset=data[name]) | {"eval_samples": len(data[name])}
@@ -236,7 +241,7 @@ def evaluate(trainer, data: dict, names: list[str]) -> None:
 
 
 def predict(trainer, data: dict, names: list[str], labels: Labels, task: str | None) -> None:
-    """Writes predict_results_{task}.txt per split, and the test figures where the split has labels."""
+    """Writes predict_results_{task}.txt per split, and the metrics of splits that have labels."""
     combined = {}
     for name in names:
         result = trainer.predict(data[name], metric_key_prefix="test")
@@ -252,7 +257,7 @@ def predict(trainer, data: dict, names: list[str], labels: Labels, task: str | N
 
 
 def write_predictions(path: str, outputs: np.ndarray, labels: Labels) -> None:
-    """One line per row: its number and the predicted label."""
+    """Writes one line per row: its number and the predicted label."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.write("index\tprediction\n")
@@ -261,7 +266,7 @@ def write_predictions(path: str, outputs: np.ndarray, labels: Labels) -> None:
 
 
 def glue_card_kwargs(model_args: ModelArguments, data_args: DataTrainingArguments) -> dict:
-    """A GLUE task is named as such, whichever files its rows came from."""
+    """Returns the arguments of `create_model_card`. With a GLUE task the data set is GLUE, also for local files."""
     kwargs = card_kwargs(model_args, data_args, "text-classification")
     if data_args.task_name is not None:
         task = data_args.task_name
@@ -277,8 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(training_args.seed)
 
     splits = load_splits(data_args, model_args)
-    wanted = wanted_splits(splits, training_args)
-    splits = {name: splits[name] for names in wanted.values() for name in names}
+    needed = needed_splits(splits, training_args)
+    splits = {name: splits[name] for names in needed.values() for name in names}
     columns = text_columns(next(iter(splits.values())).column_names, data_args.task_name)
     for name, dataset in splits.items():
         check_columns(dataset.column_names, columns, name)
@@ -288,15 +293,15 @@ def main(argv: list[str] | None = None) -> None:
     check_labels(splits, labels)
     tokenizer = load_tokenizer(model_args)
     model = build_model(model_args, config, tokenizer, labels)
-    # Only now: the first rows may lack a label that later rows have.
+    # After the labels are known: the first rows may lack one that later rows have.
     splits = cut_splits(splits, data_args)
     data = tokenize_splits(splits, tokenizer, labels, columns, data_args, training_args)
 
     trainer = SparseTrainer(
         model=model,
         args=training_args,
-        train_dataset=data[wanted["train"][0]] if wanted["train"] else None,
-        eval_dataset=data[wanted["eval"][0]] if wanted["eval"] else None,
+        train_dataset=data[needed["train"][0]] if needed["train"] else None,
+        eval_dataset=data[needed["eval"][0]] if needed["eval"] else None,
         compute_metrics=build_metrics(labels, data_args, model_args),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer, data_args.pad_to_max_length, training_args),
@@ -304,9 +309,9 @@ def main(argv: list[str] | None = None) -> None:
     if training_args.do_train:
         train(trainer, len(data["train"]))
     if training_args.do_eval:
-        evaluate(trainer, data, wanted["eval"])
+        evaluate(trainer, data, needed["eval"])
     if training_args.do_predict:
-        predict(trainer, data, wanted["predict"], labels, data_args.task_name)
+        predict(trainer, data, needed["predict"], labels, data_args.task_name)
     finish(trainer, glue_card_kwargs(model_args, data_args), model_args)
 
 

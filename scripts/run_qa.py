@@ -1,13 +1,14 @@
-"""Fine-tunes a model for extractive question answering on SQuAD or own files, and prunes it on the way.
+"""Fine-tunes a model for extractive question answering on SQuAD or local files and prunes it during training.
 
     python run_qa.py --model_name_or_path google-bert/bert-base-uncased --dataset_name rajpurkar/squad --do_train \
         --do_eval --target_sparsity 0.8 --per_device_train_batch_size 12 --learning_rate 3e-5 --num_train_epochs 2 \
         --max_seq_length 384 --doc_stride 128 --output_dir out/squad
 
-Own files (--train_file, --validation_file, --test_file) are SQuAD's own .json, or .json, .jsonl, .parquet, .csv or
+Local files (--train_file, --validation_file, --test_file) are SQuAD's own .json, or .json, .jsonl, .parquet, .csv or
 .tsv with the columns "id", "question", "context" and "answers". Pass --version_2_with_negative where a question may
-have no answer. One .json or .yaml file with the arguments in it also does. Without --target_sparsity the model is only
-fine-tuned. Runs under `accelerate launch` and `torchrun` as well.
+have no answer. The arguments can be in one .json or .yaml file. Without --target_sparsity the model is only
+fine-tuned. --plugin my_methods.py loads methods of your own. The script runs under `accelerate launch` and `torchrun`
+as well.
 """
 
 import logging
@@ -44,27 +45,37 @@ logger = logging.getLogger("scripts.qa")
 
 @dataclass
 class DataTrainingArguments:
-    """Which questions to train and evaluate on, and how contexts are cut and answers chosen."""
+    """Questions to train and evaluate on, and how contexts are split and answers selected."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name of a data set in SQuAD's columns."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub name of a data set with the columns of SQuAD."}
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     train_file: str | None = field(default=None, metadata={"help": "File with the training questions."})
     validation_file: str | None = field(default=None, metadata={"help": "File with the evaluation questions."})
     test_file: str | None = field(default=None, metadata={"help": "File with the questions to predict."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of reading the cache."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes for tokenization."}
+    )
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of one window: question and context."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that two neighbouring windows share."})
     pad_to_max_length: bool = field(
-        default=True, metadata={"help": "Pad every window to max_seq_length; if not, to the longest of its batch."}
+        default=True, metadata={"help": "Pad every window to max_seq_length, not to the longest of its batch."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many first questions only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate this many first questions only."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict this many first questions only."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first questions only, this many."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first questions only, this many."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Predict the first questions only, this many."}
+    )
     version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer."})
     null_score_diff_threshold: float = field(
         default=0.0,
-        metadata={"help": "Answer nothing where the no-answer score exceeds the best answer's by more than this."},
+        metadata={"help": "Give no answer if the no-answer score exceeds that of the best answer by more than this."},
     )
     n_best_size: int = field(default=20, metadata={"help": "Start and end positions to combine into answers."})
     max_answer_length: int = field(default=30, metadata={"help": "Longest answer, in tokens."})
@@ -81,7 +92,7 @@ class DataTrainingArguments:
 
 
 def load_questions(data_args: DataTrainingArguments, model_args: ModelArguments, training_args) -> dict:
-    """The splits that this run reads, checked, each with no more questions than asked for."""
+    """Returns the splits that this run reads, checked, each limited to its number of samples."""
     if data_args.dataset_name is not None:
         splits = load_from_hub(
             data_args.dataset_name, data_args.dataset_config_name, model_args.cache_dir, model_args.token
@@ -94,8 +105,8 @@ def load_questions(data_args: DataTrainingArguments, model_args: ModelArguments,
         ("test", training_args.do_predict, "do_predict", "--test_file", data_args.max_predict_samples),
     )
     questions = {}
-    for split, is_wanted, flag, remedy, limit in parts:
-        if is_wanted:
+    for split, is_needed, flag, remedy, limit in parts:
+        if is_needed:
             need_split(splits, (split,), flag, remedy)
             rows = first_rows(splits[split], limit)
             questions[split] = check_questions(rows, split, data_args.version_2_with_negative)
@@ -103,7 +114,7 @@ def load_questions(data_args: DataTrainingArguments, model_args: ModelArguments,
 
 
 def build_windows(tokenizer, data_args: DataTrainingArguments) -> Windows:
-    """Checks that offsets can be had and that neighbouring windows advance."""
+    """Returns the windows, after checks that the tokenizer has offsets and that neighbouring windows advance."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} cannot map tokens to characters. Choose a model whose tokenizer is backed by "
@@ -119,7 +130,7 @@ def build_windows(tokenizer, data_args: DataTrainingArguments) -> Windows:
 
 
 def cut_contexts(questions: dict, windows: Windows, data_args: DataTrainingArguments, training_args) -> dict:
-    """Questions to windows; the main process first, so that the others read its cache."""
+    """Converts questions to windows; the main process first, so that the others can read its cache."""
     features = {}
     with training_args.main_process_first(desc="tokenization"):
         for split, dataset in questions.items():
@@ -135,7 +146,7 @@ def cut_contexts(questions: dict, windows: Windows, data_args: DataTrainingArgum
 
 
 def build_post_process(data_args: DataTrainingArguments, training_args):
-    """The function that turns logits into answers and, on the main process, writes them down."""
+    """Returns the function that converts logits to answers and, on the main process, writes them to files."""
 
     def post_process(examples, features, predictions, prefix: str) -> dict[str, str]:
         texts, n_best, null_odds = postprocess(
@@ -155,7 +166,7 @@ def build_post_process(data_args: DataTrainingArguments, training_args):
 
 
 def build_metrics(data_args: DataTrainingArguments, model_args: ModelArguments):
-    """The function that scores answers against the references."""
+    """Returns the function that scores answers against the references."""
     with_negative = data_args.version_2_with_negative
     fallback = qa_metrics.squad_v2 if with_negative else qa_metrics.squad
     metric = load_metric_or_fallback((fallback.__name__,), fallback, model_args.cache_dir)

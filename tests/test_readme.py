@@ -1,4 +1,4 @@
-"""Everything that the README shows is run here, on tiny models and files under the names that it uses."""
+"""Runs the code and commands of the README on tiny models and files under the names that it uses."""
 
 import dataclasses
 import importlib.util
@@ -40,7 +40,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with a model, data files and the recipe, where the README's commands are run."""
+    """A folder with a model, data files, the recipe and the plug-in, in which the commands of the README run."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "very"]
     config = BertConfig(
         vocab_size=len(words), hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
@@ -53,6 +53,8 @@ def workplace(tmp_path, monkeypatch):
     for name in ("train.json", "dev.json"):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    (plugin,) = [block for block in blocks("python") if block.startswith("# my_methods.py")]
+    (tmp_path / "my_methods.py").write_text(plugin, encoding="utf-8")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -68,7 +70,7 @@ def test_python_blocks_run_in_order(workplace, plots, capsys, hub):
             continue
         block = block.replace("resume_from_checkpoint=True", 'resume_from_checkpoint="out/checkpoint-6"')
         if "resume_from_checkpoint" in block:
-            # The same arguments, with a checkpoint written on the way.
+            # The same arguments, with a checkpoint during training.
             names["args"] = SparseTrainingArguments("out", num_train_epochs=3, target_sparsity=0.8, save_steps=6)
             names["trainer"] = names["SparseTrainer"](names["model"], names["args"], train_dataset=dataset)
             names["trainer"].train()
@@ -81,7 +83,7 @@ def test_python_blocks_run_in_order(workplace, plots, capsys, hub):
         assert (workplace / "out" / name).stat().st_size > 0
 
 
-def test_a_card_is_written_anew(workplace):
+def test_the_card_command_writes_the_card_again(workplace):
     model = AutoModelForSequenceClassification.from_pretrained("path/to/model")
     config = PruningConfig(pattern="2:4", criterion="magnitude")
     report = Pruner(model, config).update(1, 1)
@@ -98,10 +100,11 @@ def test_a_card_is_written_anew(workplace):
 
 def commands() -> list[str]:
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [line for line in joined.splitlines() if "scripts/" in line and "pruned" not in shlex.split(line)]
+    lines = [line for line in joined.splitlines() if "scripts/run_" in line]
+    return [line for line in lines if "path/to/llm" not in line and "pruned" not in shlex.split(line)]
 
 
-# What each program of the README is, on a port that is free.
+# Arguments of the Python interpreter for each program of the README, on a free port.
 LAUNCHERS = {
     "python": [],
     "accelerate launch": ["-m", "accelerate.commands.launch", "--main_process_port", "0"],
@@ -140,7 +143,7 @@ def test_shell_commands_run(workplace, command, hub):
 
 
 def test_checkpoints_are_inspected(workplace, capsys):
-    """A model in 2:4, a copy, and a folder that stands for the name on the Hub."""
+    """On a 2:4 model, a copy of it, and a folder in place of the name on the Hub."""
     model = AutoModelForSequenceClassification.from_pretrained("path/to/model")
     model.save_pretrained("google-bert/bert-base-uncased")
     report = Pruner(model, PruningConfig(pattern="2:4", criterion="magnitude")).update(1, 1)
@@ -168,7 +171,7 @@ def test_the_push_command_runs(workplace, hub):
 
 
 def test_models_are_pruned_without_training_and_then_trained(workplace, capsys):
-    """The commands in their order, each with what makes it small."""
+    """The commands in their order, each with options that make it small."""
     save(Path("path/to/llm"), llama(), word_tokenizer())
     for name, count in (("train.jsonl", 60), ("dev.jsonl", 20)):
         write_rows(Path(name), [{"text": text} for text in texts(count)])
@@ -179,18 +182,19 @@ def test_models_are_pruned_without_training_and_then_trained(workplace, capsys):
         ["python", "scripts/run_clm.py"],
         ["hf-sparse", "prune"],
         ["hf-sparse", "prune"],
+        ["python", "scripts/run_oneshot.py"],
     ]
     small = ["--length", "16", "--samples", "8", "--device", "cpu"]
     train = ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--block_size", "16", "--save_strategy", "no"]
-    for (_, script, *words), extra in zip(lines[:2], (small, train), strict=True):
+    for (_, script, *words), extra in zip((*lines[:2], lines[4]), (small, train, small), strict=True):
         done = subprocess.run([sys.executable, script, *words, *extra], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    for _, *words in lines[2:]:
+    for _, *words in lines[2:4]:
         with pytest.raises(SystemExit) as done:
             hf_sparse.cli.app.app([*words, *small])
         assert done.value.code == 0
     assert "time: about" in capsys.readouterr().out
-    for name in ("pruned", "pruned-tuned", "pruned-2of4"):
+    for name in ("pruned", "pruned-tuned", "pruned-2of4", "pruned-soft"):
         weight = AutoModelForCausalLM.from_pretrained(name).model.layers[0].mlp.up_proj.weight
         assert (weight == 0).sum() == weight.numel() // 2
 
@@ -206,14 +210,14 @@ def test_make_targets_of_the_readme_exist():
 @pytest.mark.parametrize("config", [PruningConfig, OneshotConfig])
 def test_the_table_of_options_is_the_dataclass(config):
     rows = [
-        f"| `{option.name}` | `{option.default}` | {option.metadata['help']} |"
+        f"| `{option.name}` | `{config.defaults.get(option.name)}` | {option.metadata['help']} |"
         for option in dataclasses.fields(config)
     ]
     missing = [row for row in rows if row not in README]
     assert not missing, "the README's table of options should have these rows:\n" + "\n".join(missing)
 
 
-# The rows of the README's table of modes, and what the tests of that name are.
+# The rows of the table of modes, and the modes that test each of them.
 ROWS = {
     "one process": ("single", "single_llama"),
     "DDP": ("ddp",),
@@ -237,7 +241,7 @@ def test_the_table_of_modes_is_what_is_tested():
         for mode in (MODES[name] for name in names):
             resume = "resumes on any number" if mode.elastic else "resumes on as many"
             assert rows[row]["checkpoint and resume"].startswith(resume if mode.checkpoints else "none"), row
-            assert mode.load is None or f"DistributedConfig({mode.load}=2)" in rows[row]["how to ask for it"], row
+            assert mode.load is None or f"DistributedConfig({mode.load}=2)" in rows[row]["how to enable it"], row
             assert rows[row]["tested"] == ("CPU" if mode.kind == "NO" else "CPU, 2 to 4 processes")
 
 

@@ -43,7 +43,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def fresh_script_loggers():
-    """A run sets these levels; they would outlive it."""
+    """Resets the log levels, which a run sets."""
     yield
     logging.getLogger("scripts").setLevel(logging.NOTSET)
 
@@ -112,7 +112,7 @@ def tiny_llama(tmp_path_factory) -> str:
 
 
 def sentiment_rows(count: int) -> list[dict]:
-    """Sentences whose one telling word decides the label: 0 bad, 1 good, in turn."""
+    """Returns sentences in which one word determines the label, 0 (bad) and 1 (good) alternating."""
     rows = []
     for index in range(count):
         word = (BAD, GOOD)[index % 2][index // 2 % 3]
@@ -121,7 +121,7 @@ def sentiment_rows(count: int) -> list[dict]:
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
-    """Writes rows in the format that the file's ending names."""
+    """Writes rows in the format of the file's suffix."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".json":
@@ -134,7 +134,7 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 
 
 def train_args(output_dir: Path, **kwargs) -> list[str]:
-    """Arguments of a short quiet run on the CPU."""
+    """Returns the arguments of a short run on the CPU."""
     options = {
         "output_dir": output_dir,
         "max_steps": 4,
@@ -153,18 +153,18 @@ def read_json(path: Path) -> dict:
 
 
 def zero_fraction(state_dict: dict, is_pruned) -> tuple[int, int]:
-    """Zeros and weights of the matrices whose name `is_pruned` accepts."""
+    """Returns the numbers of zeros and of weights of the matrices whose name `is_pruned` accepts."""
     chosen = [tensor for name, tensor in state_dict.items() if tensor.dim() == 2 and is_pruned(name)]
     return sum(int((tensor == 0).sum()) for tensor in chosen), sum(tensor.numel() for tensor in chosen)
 
 
 def is_encoder_matrix(name: str) -> bool:
-    """The matrices of BERT's layers and pooler: everything but embeddings and task head."""
+    """Returns whether the weight is a matrix of BERT's layers or pooler, not of embeddings or task head."""
     return name.startswith(("bert.encoder.", "bert.pooler.")) and name.endswith(".weight")
 
 
 def run_script(script: str, argument: str, folder: Path) -> subprocess.CompletedProcess:
-    """Runs a script as a program of its own."""
+    """Runs a script in a new process."""
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(SCRIPTS.parent)]))
     command = [sys.executable, str(SCRIPTS / script), argument]
     return subprocess.run(

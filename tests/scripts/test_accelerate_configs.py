@@ -1,6 +1,6 @@
-"""Every file of scripts/accelerate_configs says what its name does, is in the README, and launches.
+"""Each file of scripts/accelerate_configs configures what its name says, is in the README, and launches.
 
-There are no GPUs here: gloo carries the processes on CPU. FSDP needs to be told that there are (see `as_on_gpus.py`).
+Processes communicate by gloo on CPU. FSDP needs a GPU to be reported, see `as_on_gpus.py`.
 """
 
 import os
@@ -25,7 +25,7 @@ FSDP = [name for name in CONFIGS if name.startswith("fsdp2")]
 
 
 def launcher(name, *more):
-    """The arguments that `accelerate launch` comes to."""
+    """Returns the arguments that `accelerate launch` parses."""
     args = launch_command_parser().parse_args(["--config_file", str(CONFIGS[name]), *more, "run_glue.py"])
     return _validate_launch_command(args)[0]
 

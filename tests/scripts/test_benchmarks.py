@@ -1,4 +1,4 @@
-"""Every benchmark runs, at a size that says nothing of speed, and prints its rows."""
+"""Each benchmark runs, at a size too small to measure speed, and prints its rows."""
 
 import importlib.util
 import re
@@ -81,7 +81,7 @@ def bench(monkeypatch):
 
 
 def last_lines(printed: str, patterns: list[str]) -> None:
-    """What was printed ends with lines of these patterns, in which N is a number."""
+    """Asserts that the output ends with lines of these patterns, in which N is a number."""
     lines = [line for line in printed.splitlines() if line.strip()]
     assert len(lines) >= len(patterns), printed
     for line, pattern in zip(lines[-len(patterns) :], patterns, strict=True):

@@ -1,4 +1,4 @@
-"""The demo of the README, shortened, does what it says."""
+"""The demo of the README, with fewer steps."""
 
 from demo import main
 from transformers import ViTForImageClassification

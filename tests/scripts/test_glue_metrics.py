@@ -1,4 +1,4 @@
-"""Expected figures are worked out by hand; the confusion counts stand beside them."""
+"""GLUE metrics. Expected values are computed by hand, from the confusion counts beside them."""
 
 import math
 import sys
@@ -96,10 +96,10 @@ def test_without_evaluate_installed_the_local_function_is_taken(monkeypatch, cap
 
 def test_other_errors_are_not_hidden(monkeypatch):
     def load(*name, cache_dir):
-        raise RuntimeError("a fault of ours")
+        raise RuntimeError("an unrelated error")
 
     online(monkeypatch, load)
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(RuntimeError, match="an unrelated error"):
         load_metric_or_fallback(("accuracy",), glue_metrics.accuracy)
 
 

@@ -1,4 +1,4 @@
-"""The scripts' --push_to_hub: what goes up, and how a script ends when it does not."""
+"""--push_to_hub of the scripts: the uploaded files, and the exit code if the upload fails."""
 
 import pytest
 import run_glue
@@ -13,7 +13,7 @@ REPO = f"{USER}/pruned"
 
 @pytest.fixture
 def run(hub, tiny_bert, tmp_path):
-    """run_glue.py on a few rows, which are evaluated after the model is saved."""
+    """Runs run_glue.py on a few rows, which are evaluated after the model is saved."""
 
     def run():
         rows = [write_rows(tmp_path / name, sentiment_rows(12)) for name in ("train.csv", "dev.csv")]
@@ -42,7 +42,7 @@ def test_a_script_uploads_model_card_and_results(run, hub, tmp_path, monkeypatch
 
 
 def test_a_script_that_cannot_upload_finishes_its_work_and_fails(run, hub, tmp_path):
-    """Only then does a CI, or whoever reads the exit code, know."""
+    """The exit code reports a failed upload."""
     hub.fail("/commit/", 403)
     with pytest.raises(SystemExit) as ended:
         run()

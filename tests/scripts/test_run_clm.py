@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, EvalPrediction, GPT2Config, Llama
 
 @pytest.fixture
 def text(tmp_path) -> str:
-    """200 lines of 8 words that follow each other in a fixed order."""
+    """200 lines of 8 words in a fixed order."""
     lines = [" ".join(WORDS[(start + step) % len(WORDS)] for step in range(8)) for start in range(0, 1600, 8)]
     (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
     return str(tmp_path / "text.txt")
@@ -37,7 +37,7 @@ def test_training_reports_loss_perplexity_and_accuracy(tiny_llama, tmp_path, tex
 
 
 def test_evaluation_alone_equals_the_model_called_directly(tiny_gpt2, tmp_path, text):
-    """Blocks of 20 tokens hold 19 predictions; the Trainer's own count would divide by 20."""
+    """Blocks of 20 tokens have 19 predictions; the Trainer would divide by 20."""
     parts = ["--validation_file", text, "--do_eval", "--block_size", "20", "--max_eval_samples", "6"]
     run_clm.main(arguments(tiny_gpt2, tmp_path / "out", *parts, per_device_eval_batch_size=3))
     metrics = read_json(tmp_path / "out" / "eval_results.json")
@@ -76,7 +76,7 @@ def test_weights_are_loaded_in_the_given_type(tiny_gpt2, tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "tokenizer_limit, positions, asked, expected",
+    "tokenizer_limit, positions, requested, expected",
     [
         (512, 2048, None, 512),
         (10**30, 256, None, 256),
@@ -85,18 +85,18 @@ def test_weights_are_loaded_in_the_given_type(tiny_gpt2, tmp_path, text):
         (512, 2048, 64, 64),
     ],
 )
-def test_block_size(tokenizer_limit, positions, asked, expected):
+def test_block_size(tokenizer_limit, positions, requested, expected):
     tokenizer = word_tokenizer()
     tokenizer.model_max_length = tokenizer_limit
     config = LlamaConfig(max_position_embeddings=positions)
-    assert run_clm.choose_block_size(asked, tokenizer, config) == expected
+    assert run_clm.choose_block_size(requested, tokenizer, config) == expected
 
 
 def test_block_size_beyond_the_model_is_refused():
     tokenizer = word_tokenizer()
-    for asked in (1, 33):
-        with pytest.raises(ValueError, match=f"block_size {asked} must be at least 2 and at most 32"):
-            run_clm.choose_block_size(asked, tokenizer, GPT2Config(n_positions=32))
+    for requested in (1, 33):
+        with pytest.raises(ValueError, match=f"block_size {requested} must be at least 2 and at most 32"):
+            run_clm.choose_block_size(requested, tokenizer, GPT2Config(n_positions=32))
 
 
 def test_group_joins_rows_and_drops_the_rest():
@@ -138,7 +138,7 @@ def test_the_first_rows_are_split_off():
         ),
     ],
 )
-def test_faults_are_told_before_training(tiny_gpt2, tmp_path, text, parts, error):
+def test_errors_are_raised_before_training(tiny_gpt2, tmp_path, text, parts, error):
     (tmp_path / "rows.txt").write_text("the film is fine\n" * 50)
     (tmp_path / "short.txt").write_text("the film\n")
     table = write_rows(tmp_path / "table.csv", [{"words": "a", "number": 1}])
@@ -150,7 +150,7 @@ def test_faults_are_told_before_training(tiny_gpt2, tmp_path, text, parts, error
 
 
 def is_block_matrix(name: str) -> bool:
-    """The weights of attention and MLP in both models, embeddings and norms left aside."""
+    """Returns the weights of attention and MLP of both models, without embeddings and norms."""
     return name.startswith(("transformer.h.", "model.layers.")) and name.endswith(".weight")
 
 
@@ -163,7 +163,7 @@ def test_a_pruned_gpt2_has_its_zeros(tiny_gpt2, tmp_path, text):
 
 
 def test_the_script_prunes_a_llama(tiny_llama, tmp_path, text):
-    """One true run of the script, from a .json file of arguments."""
+    """Runs the script in a process, with a .json file of arguments."""
     content = {
         "model_name_or_path": tiny_llama,
         "train_file": text,

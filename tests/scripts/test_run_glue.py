@@ -109,7 +109,7 @@ def test_stsb_reports_both_correlations_and_their_mean(tiny_bert, tmp_path):
 
 
 def mnli(*name, **kwargs) -> DatasetDict:
-    """What `load_dataset("nyu-mll/glue", "mnli")` gives, in small; the test labels are hidden as -1."""
+    """A small form of `load_dataset("nyu-mll/glue", "mnli")`; the test labels are -1."""
     features = Features(
         premise=Value("string"), hypothesis=Value("string"), label=ClassLabel(names=list(GLUE_LABELS["mnli"]))
     )
@@ -204,7 +204,7 @@ def one_sgd_step(model, output_dir, *parts, **options) -> tuple[dict, float]:
 
 
 def test_accumulated_gradients_equal_those_of_one_large_batch(tiny_bert, tmp_path, files):
-    """Without `use_mean_loss` two accumulation steps give twice the gradient and twice the loss."""
+    """Without `use_mean_loss` two accumulation steps would double gradient and loss."""
     large, large_loss = one_sgd_step(tiny_bert, tmp_path / "large", *files, per_device_train_batch_size=8)
     small, small_loss = one_sgd_step(
         tiny_bert, tmp_path / "small", *files, per_device_train_batch_size=4, gradient_accumulation_steps=2
@@ -231,7 +231,7 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tiny_bert, tmp_pat
             'dense_results "no.json" does not exist',
         ),
         (["--train_file", "{odd}", "--do_train"], ValueError, "must end with one of: .csv, .tsv, .json"),
-        (["--train_file", "{nameless}", "--do_train"], ValueError, "no text columns found: the data has words, label"),
+        (["--train_file", "{nameless}", "--do_train"], ValueError, "no text column found: the data has words, label"),
         (["--task_name", "mrpc", "--train_file", "{rows}", "--do_train"], ValueError, '"sentence1" and "sentence2"'),
         (["--train_file", "{unlabelled}", "--do_train"], ValueError, 'no column "label"'),
         (
@@ -247,7 +247,7 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tiny_bert, tmp_pat
         ),
     ],
 )
-def test_faults_are_told_before_training(tiny_bert, tmp_path, parts, error, text):
+def test_errors_are_raised_before_training(tiny_bert, tmp_path, parts, error, text):
     rows = sentiment_rows(4)
     written = {
         "rows": write_rows(tmp_path / "rows.csv", rows),

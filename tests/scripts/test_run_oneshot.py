@@ -1,4 +1,4 @@
-"""Runs run_oneshot.py on a tiny Llama: as a program, by two processes, and on into run_clm.py with zeros kept."""
+"""Runs run_oneshot.py on a tiny Llama: as a program, on two ranks, and before run_clm.py with zeros kept."""
 
 import json
 import os
@@ -9,13 +9,30 @@ import pytest
 import run_clm
 import run_oneshot
 import torch
+from _common import parse_args
 from conftest import SCRIPTS, WORDS, read_json, run_script, train_args
 from transformers import AutoModelForCausalLM
+
+from hf_sparse.oneshot import OneshotArguments, OneshotConfig
+
+
+SIGNED = """
+from dataclasses import dataclass
+from hf_sparse import Criterion, register_criterion
+
+@register_criterion("signed_magnitude")
+@dataclass(frozen=True)
+class SignedMagnitude(Criterion):
+    sign: float = 1.0
+
+    def score(self, weight, statistic):
+        return self.sign * weight.detach().float().abs()
+"""
 
 
 @pytest.fixture
 def text(tmp_path) -> str:
-    """200 lines of 8 words that follow each other in a fixed order."""
+    """200 lines of 8 words in a fixed order."""
     lines = [" ".join(WORDS[(start + step) % len(WORDS)] for step in range(8)) for start in range(0, 1600, 8)]
     (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
     return str(tmp_path / "text.txt")
@@ -27,7 +44,7 @@ def arguments(model, output_dir, text, *more) -> list[str]:
 
 
 def matrices(folder) -> dict[str, torch.Tensor]:
-    """The weights of attention and MLP."""
+    """Returns the weights of attention and MLP."""
     weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return {name: weight for name, weight in weights.items() if ".layers." in name and weight.ndim == 2}
 
@@ -57,6 +74,26 @@ def test_a_program_with_a_file_of_options(tiny_llama, tmp_path, text):
     # A second time there is something in the way, which is one line and exit code 2.
     done = run_script("run_oneshot.py", str(tmp_path / "options.json"), tmp_path)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("run_oneshot.py: output_dir")
+
+
+def test_a_plugin_is_loaded_before_the_options_are_checked(tiny_llama, tmp_path, text):
+    (tmp_path / "signed.py").write_text(SIGNED)
+    more = ["--plugin", str(tmp_path / "signed.py"), "--criterion", "signed_magnitude", "--scope", "row"]
+    more += ["--target_sparsity", "0.5", "--criterion_kwargs", '{"sign": -1.0}', "--no_sequential"]
+    run_oneshot.main(arguments(tiny_llama, tmp_path / "out", text, *more))
+    dense, pruned = matrices(tiny_llama), matrices(tmp_path / "out")
+    for name, weight in dense.items():  # the larger half of each row is pruned
+        median = weight.abs().median(dim=1, keepdim=True).values
+        assert torch.equal(pruned[name] == 0, weight.abs() > median)
+    written = read_json(tmp_path / "out" / "pruning_config.json")
+    assert written["criterion_kwargs"] == {"sign": -1.0} and written["sequential"] is False
+
+
+@pytest.mark.parametrize("words", [["--no_sequential"], ["--no-sequential"], ["--sequential", "false"]])
+def test_boolean_options_can_be_negated(words):
+    options = ["--model_name_or_path", "m", "--dry_run", "--target_sparsity", "0.5", *words]
+    job, config = parse_args((OneshotArguments, OneshotConfig), options)
+    assert job.dry_run is True and config.sequential is False
 
 
 def test_two_processes_prune_as_one(tiny_llama, tmp_path, text):

@@ -1,4 +1,4 @@
-"""Runs run_qa.py on a tiny BERT and small files; answers and figures expected are worked out by hand."""
+"""Runs run_qa.py on a tiny BERT and small files; expected answers and metrics are computed by hand."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 
 def question_rows(count: int) -> list[dict]:
-    """ "where does anna live ?" and the like; the answer is the one place in the context."""
+    """Questions "where does anna live ?" and the like; the answer is the only place in the context."""
     rows = []
     for index in range(count):
         name, place = NAMES[index % 4], ACTIVATIONS[(index + index // 4) % 4]
@@ -38,7 +38,7 @@ def question_rows(count: int) -> list[dict]:
 
 
 def nested(rows: list[dict]) -> dict:
-    """The rows in SQuAD's own form: one article, one question per paragraph."""
+    """The rows in the nested form of SQuAD: one article, one question per paragraph."""
     paragraphs = []
     for row in rows:
         pairs = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
@@ -118,7 +118,7 @@ def test_all_formats_give_the_same_rows(tmp_path):
         (["--train_file", "{rows}", "--do_train", "--doc_stride", "24"], ValueError, "less than the window of 24"),
     ],
 )
-def test_faults_are_told_before_training(tiny_bert_qa, tmp_path, parts, error, text):
+def test_errors_are_raised_before_training(tiny_bert_qa, tmp_path, parts, error, text):
     rows = question_rows(2)
     bare = [{name: row[name] for name in ("id", "question", "context")} for row in rows]
     written = {
@@ -247,7 +247,7 @@ def test_squad_v2_splits_the_figures():
 
 
 def test_the_script_prunes_with_the_mixed_in_trainer(tiny_bert_qa, tmp_path):
-    """One true run of the script, from a .json file of arguments."""
+    """Runs the script in a process, with a .json file of arguments."""
     file = write_rows(tmp_path / "rows.jsonl", question_rows(16))
     content = {
         "model_name_or_path": tiny_bert_qa,
