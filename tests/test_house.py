@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def path(request):
 
 def test_every_room_has_a_floor():
     assert {room(path) for path in FILES} - {None} <= FLOOR.keys(), "add the new room to FLOORS"
+
+
+def test_the_table_of_rooms_in_contributing_is_floors():
+    table = (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("## Rooms\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", table, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, len(FLOORS) + 1))
+    assert [{part.split("`")[1] for part in rooms.split(" · ")} for _, rooms in rows] == FLOORS
 
 
 def test_imports_lead_to_lower_floors(path):

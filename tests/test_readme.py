@@ -26,7 +26,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import hf_sparse.cli.app
-from hf_sparse import OneshotConfig, Pruner, PruningConfig, SparseTrainingArguments
+from hf_sparse import OneshotConfig, Pruner, PruningConfig, SparseTrainingArguments, load_plugin
 
 
 PRUNING_FILES = ("pruning_report.json", "pruning_config.json", "pruning_schedule.png", "pruning_layers.png")
@@ -249,3 +249,12 @@ def test_no_default_of_training_arguments_is_changed():
     inherited = {option.name: option.default for option in dataclasses.fields(TrainingArguments)}
     sparse = {option.name: option.default for option in dataclasses.fields(SparseTrainingArguments)}
     assert {name: sparse[name] for name in inherited} == inherited
+
+
+def test_the_example_of_contributing_is_a_criterion(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "power.py").write_text(example, encoding="utf-8")
+    load_plugin(str(tmp_path / "power.py"))
+    config = PruningConfig(target_sparsity=0.5, criterion="power", criterion_kwargs={"exponent": 3.0})
+    assert config.resolve_groups()["weights"].criterion.score(torch.tensor([-2.0]), None) == 8.0
