@@ -188,5 +188,5 @@ def test_a_scheduler_that_leaves_its_range_is_refused(own_schedulers, ratio):
 
     config = PruningConfig(target_sparsity=0.5, scheduler="wild", criterion="magnitude")
     pruner = Pruner(nn.Linear(8, 4), config)
-    with pytest.raises(ValueError, match=f"Wild asks for sparsity {ratio} at prune step 1 of 2.*the target, 0.5"):
+    with pytest.raises(ValueError, match=f"Wild returns sparsity {ratio} at prune step 1 of 2.*the target, 0.5"):
         pruner.update(1, 2)
