@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .regions import ShardRegion
@@ -50,6 +52,6 @@ class DTensorShard(Shard):
 
 
 @torch.no_grad()
-def _to_local(tensor) -> torch.Tensor:
+def _to_local(tensor: Any) -> torch.Tensor:
     """Returns the local tensor itself: with autograd on, `to_local` returns a view instead, through the dispatcher."""
     return tensor.to_local()
