@@ -181,7 +181,8 @@ def test_matrices_are_views_of_outputs_positions_and_inputs(kind, shape, matrix_
     weight, layer = torch.zeros(shape), PrunableLayer("w", kind, shape)
     matrices = layer.matrices(weight)
     assert layer.matrix_shape == matrix_shape and {tuple(matrix.shape) for matrix in matrices} == {matrix_shape}
-    assert len(matrices) == (2 if kind.startswith("experts") else 1)
+    assert len(matrices) == layer.num_matrices == (2 if kind.startswith("experts") else 1)
+    assert (shape[layer.row_dim], shape[layer.column_dim]) == (5, 3)
     position = 5 if kind == "conv2d" else 0
     matrices[-1][4, position, 2] = 1.0
     place = {

@@ -1,13 +1,9 @@
-"""Blocks are found by structure, and a pipeline computes each once per batch."""
+"""A pipeline computes each block once per batch."""
 
 import pytest
 import torch
-from helpers.architectures import ARCHITECTURES
 from torch import nn
 
-from hf_sparse.model.blocks import find_block_lists, group_by_block
-from hf_sparse.model.evaluation_mode import evaluation_mode
-from hf_sparse.model.layers import find_layers
 from hf_sparse.oneshot.pipeline import BlockPipeline, StopForward, Subgraph
 
 
@@ -46,29 +42,6 @@ def model():
 
 
 BATCHES = [torch.arange(6.0).view(2, 3), torch.ones(4, 3)]
-
-
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_block_lists_of_every_architecture(name):
-    architecture = ARCHITECTURES[name]
-    model = architecture.model()
-    layers = [layer for layer in find_layers(model) if layer.in_body]
-    blocks = [f"{block}." for stack in find_block_lists(model, layers).values() for block in stack]
-    assert blocks == list(architecture.blocks)
-    parts = group_by_block(model, layers)
-    assert sorted(layer.name for part in parts for layer in part) == sorted(layer.name for layer in layers)
-    for part in parts:
-        prefixes = {next((block for block in blocks if layer.name.startswith(block)), None) for layer in part}
-        assert len(prefixes) == 1
-
-
-def test_lists_without_layers_are_not_block_lists(model):
-    layers = find_layers(model)
-    assert find_block_lists(model, layers) == {
-        "first": ["first.0", "first.1", "first.2"],
-        "second": ["second.0", "second.1"],
-    }
-    assert list(find_block_lists(model, [layer for layer in layers if "second" in layer.name])) == ["second"]
 
 
 def test_each_block_computes_once_for_each_batch(model):
@@ -131,26 +104,3 @@ def test_a_block_that_a_batch_does_not_reach(model):
 
 def test_stop_forward_is_not_an_exception():
     assert not issubclass(StopForward, Exception)
-
-
-def experts_of(model):
-    """How the experts of a model are computed."""
-    return model.config._experts_implementation
-
-
-def test_evaluation_mode():
-    model = ARCHITECTURES["qwen3_moe"].model().train()
-    model.config.use_cache = True
-    model.model.layers[1].mlp.eval()
-    model.set_experts_implementation("grouped_mm")
-    for raising in (False, True):
-        try:
-            with evaluation_mode(model):
-                assert not any(module.training for module in model.modules())
-                assert model.config.use_cache is False and experts_of(model) == "eager"
-                if raising:
-                    raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            pass
-        assert model.config.use_cache is True and experts_of(model) == "grouped_mm"
-        assert model.training and not model.model.layers[1].mlp.training and model.model.layers[0].mlp.training
