@@ -15,7 +15,7 @@ from ..engine.parameter_group import ParameterGroup
 from ..engine.resolve import resolve_layers
 from ..model.layers import PrunableLayer
 from ..requires import Requires
-from .run import OneshotRun, is_calibrated, requires_dense_pass
+from .run import OneshotRun, requires_calibration, requires_dense_pass
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,10 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
         errors.append("there is nothing to prune: give target_sparsity, or a pattern that implies it.")
     errors += _data_errors(groups, batches, communicator.world_size)
     observed = [
-        layer for group in groups if is_calibrated(group) or requires_dense_pass(group) for layer in group.layers
+        layer
+        for group in groups
+        if requires_calibration(group) or requires_dense_pass(group)
+        for layer in group.layers
     ]
     errors += _layer_errors(observed, config, batches)
     errors += _offload_errors(groups, config) if offloaded else []

@@ -45,7 +45,7 @@ def prune_oneshot(
         calibration_data: batches on the CPU, in a form that the model takes: mappings of keyword arguments, tuples of
             positional arguments, or tensors. Padding tokens, where `attention_mask` is 0, do not count. May be None
             if no method needs data. Under `accelerate launch` every process gives all batches and uses its share.
-        config: what to prune, and how; a `PruningConfig` may have no schedule.
+        config: what to prune, and how. A `PruningConfig` must not set a schedule.
         state_dir: a folder for finished blocks, from which the same call continues after an interruption.
         progress: whether to show a progress bar.
 

@@ -51,7 +51,7 @@ class OneshotRun:
     @property
     def calibrated_layers(self) -> list[PrunableLayer]:
         """The layers that are pruned block by block, after their inputs have been observed."""
-        return [layer for group in self.groups if is_calibrated(group.options) for layer in group.layers]
+        return [layer for group in self.groups if requires_calibration(group.options) for layer in group.layers]
 
     @property
     def dense_pass_layers(self) -> list[PrunableLayer]:
@@ -109,7 +109,7 @@ class OneshotRun:
         return counts
 
 
-def is_calibrated(group: ResolvedGroup) -> bool:
+def requires_calibration(group: ResolvedGroup) -> bool:
     """Whether the group's layers are pruned block by block, after their inputs have been observed."""
     if not group.target:
         return False

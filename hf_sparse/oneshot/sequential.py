@@ -152,7 +152,7 @@ class SequentialPruner:
         errors: dict[str, float] = {}
         others_wait, error = True, None
 
-        def prune(observer: InputObserver, observer_error: Exception | None) -> None:
+        def prune_readers(observer: InputObserver, observer_error: Exception | None) -> None:
             nonlocal others_wait
             others_wait = False  # if this raises, the other ranks know of the error
             self._communicator.raise_together(observer_error)
@@ -162,7 +162,7 @@ class SequentialPruner:
 
         last_module = None if propagate else self._trace.last_module.get(subgraph.name)
         with InputObservers(
-            self._model, layers, self._trace.shared_inputs, self._gram_layers, last_module, prune
+            self._model, layers, self._trace.shared_inputs, self._gram_layers, last_module, prune_readers
         ) as observers:
             observers.token_masks = token_masks(self._run.local_batches[0], self._is_encoder_decoder)
             try:
