@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
@@ -22,6 +22,9 @@ from .options import METHODS, merge_group_options, replace_instances, unknown_op
 from .recipe import read_recipe
 from .resolved import ResolvedGroup
 from .validation import consistency_errors, option_errors, target_of, type_error
+
+
+Config = TypeVar("Config", bound="PruningOptions")
 
 
 class PruningConfigError(ValueError):
@@ -202,7 +205,7 @@ class PruningOptions:
         return tuple(name for name in cls.options() if name not in cls.run_options)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]):
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """Returns a config from option names and values, also those that an earlier version has written.
 
         Raises:
@@ -222,7 +225,7 @@ class PruningOptions:
         return config
 
     @classmethod
-    def from_file(cls, path: str | Path):
+    def from_file(cls: type[Config], path: str | Path) -> Config:
         """Returns a config from a recipe file, YAML or JSON.
 
         Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from ..schedulers import Scheduler, get_scheduler
+from ..schedulers import PruningSchedule, Scheduler, get_scheduler
 from .base import PruningOptions
 from .schedule import ScheduleOptions
 
@@ -57,3 +57,12 @@ taylor, wanda. Did you mean "magnitude"?
 
     def resolve_scheduler(self, options: SimpleNamespace) -> Scheduler:
         return get_scheduler(options)
+
+    def schedule(self, max_steps: int) -> PruningSchedule:
+        """Returns the prune steps of a training run of `max_steps` optimizer steps.
+
+        Raises:
+            ValueError: the target would be reached after the last step, or pruning would end before it starts.
+        """
+        start, end, every = (float(value or 0.0) for value in (self.prune_start, self.prune_end, self.prune_every))
+        return PruningSchedule.from_fractions(start, end, every, max_steps)

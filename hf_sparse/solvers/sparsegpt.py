@@ -167,7 +167,15 @@ def _mask_of(request: PruneRequest) -> torch.Tensor:
     return request.mask_RC
 
 
-def _eliminate(weight_CR, kept_CR, upper_CC, block, strip, select_block, select_strip) -> None:
+def _eliminate(
+    weight_CR: torch.Tensor,
+    kept_CR: torch.Tensor,
+    upper_CC: torch.Tensor,
+    block: int,
+    strip: int,
+    select_block: Callable | None,
+    select_strip: Callable | None,
+) -> None:
     """Overwrites `weight_CR` with the solution and `kept_CR` with the selected mask.
 
     The changes of earlier blocks, D = W - Ŵ, update the weights of block b to W_b + (D_<b·R_<b,b)·U_bb, with

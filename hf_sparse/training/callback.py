@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -106,10 +106,7 @@ class SparsityCallback(TrainerCallback):
             return
         if self.owns_saving and args.push_to_hub and "checkpoint" in HubStrategy(args.hub_strategy).value:
             logger.warning("a stock Trainer uploads checkpoints before their masks are written: use SparseTrainer.")
-        start, end, every = (
-            cast(float, value) for value in (config.prune_start, config.prune_end, config.prune_every)
-        )
-        self.schedule = PruningSchedule.from_fractions(start, end, every, state.max_steps)
+        self.schedule = config.schedule(state.max_steps)
         pruner = Pruner(kwargs["model"], config)
         if state.global_step > 0:
             resume_state = self.resume_state or ResumeState(_checkpoint_folder(args, state))
