@@ -18,7 +18,15 @@ from ..patterns import Pattern, get_pattern
 from ..plugins import load_installed_plugins
 from ..schedulers import OneshotScheduler, Scheduler
 from ..solvers import SOLVERS
-from .options import METHODS, merge_group_options, replace_instances, unknown_options, upgrade_options
+from .options import (
+    DEFAULT_ALLOCATION,
+    DEFAULT_SOLVER,
+    METHODS,
+    merge_group_options,
+    replace_instances,
+    unknown_options,
+    upgrade_options,
+)
 from .recipe import read_recipe
 from .resolved import ResolvedGroup
 from .validation import consistency_errors, option_errors, target_of, type_error
@@ -114,7 +122,7 @@ class PruningOptions:
 
     defaults: ClassVar[dict[str, Any]] = {
         "pattern": "unstructured",
-        "allocation": "uniform",
+        "allocation": DEFAULT_ALLOCATION,
         "on_indivisible": "error",
         "keep_zeros": False,
     }
@@ -125,14 +133,14 @@ class PruningOptions:
     def __post_init__(self):
         load_installed_plugins()
         errors: list[str] = []
+        self._parse_json(errors)
+        errors += self._replace_instances()
         if self.pruning_config is not None:
             self._take_recipe(errors)
-        for name in ("groups", *(name for name in self.options() if name.endswith("_kwargs"))):
-            self._parse_json(name, errors)
-        for name, default in self.defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
-        errors += self._replace_instances()
+            self._parse_json(errors)
+        for name in self.options():
+            if getattr(self, name) is None or (name.endswith("_kwargs") and getattr(self, name) == {}):
+                setattr(self, name, self.defaults.get(name))
         errors += self._errors()
         if errors:
             raise PruningConfigError(errors)
@@ -181,15 +189,16 @@ class PruningOptions:
     def _check_types(cls, values: Mapping[str, Any]) -> tuple[SimpleNamespace, list[str]]:
         """Returns the options with the default for each value of a wrong type, so that the errors of the others can be
         reported too, and the errors of those values."""
-        # Not the types of the fields, which HfArgumentParser overwrites.
-        annotations = {
-            name: kind
-            for base in reversed(cls.__mro__)
-            for name, kind in base.__dict__.get("__annotations__", {}).items()
-        }
+        annotations = cls._annotations()
         errors = {name: type_error(name, value, annotations[name]) for name, value in values.items()}
         checked = {name: cls.defaults.get(name) if errors[name] else value for name, value in values.items()}
         return SimpleNamespace(**checked), [error for error in errors.values() if error]
+
+    @classmethod
+    def _annotations(cls) -> dict[str, str]:
+        """Returns the declared types of the options; those of the fields are overwritten by HfArgumentParser."""
+        own = (base.__dict__.get("__annotations__", {}) for base in reversed(cls.__mro__))
+        return {name: kind for annotations in own for name, kind in annotations.items()}
 
     # Reading and writing
 
@@ -212,7 +221,7 @@ class PruningOptions:
             PruningConfigError: an unknown option (the nearest known one is named), or any other error.
         """
         try:
-            values = cls.accepted_options(upgrade_options(values))
+            values = cls.read_options(values)
         except ValueError as error:
             raise PruningConfigError([str(error)]) from None
         unknown = unknown_options(values, "", cls.options())
@@ -248,7 +257,7 @@ class PruningOptions:
         """Takes options from the recipe file. The config does not refer to the file afterwards."""
         path, self.pruning_config = str(self.pruning_config), None
         try:
-            values = self.accepted_options(upgrade_options(read_recipe(path)), f"{path}: ")
+            values = self.read_options(read_recipe(path), f"{path}: ")
         except ValueError as error:
             errors.append(str(error))
             return
@@ -256,28 +265,44 @@ class PruningOptions:
         errors += unknown_options(values, f"{path}: ", allowed)
         for name in (name for name in allowed if name in values):
             given, value = getattr(self, name), values[name]
-            if given is not None and given != value:
+            if given is not None and given != value and (given != {} or value):
                 errors.append(f"{name} is {given!r} in the arguments but {value!r} in {path}: set it in one of them.")
             setattr(self, name, value)
 
     @classmethod
-    def accepted_options(cls, values: dict[str, Any], where: str = "") -> dict[str, Any]:
-        """Returns the options of a file without those that mean nothing for this kind of config.
+    def read_options(cls, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """Returns the options of a file under their present names, without those that only another kind of config has.
 
         Raises:
-            ValueError: such an option asks for something that this kind of config cannot do.
+            ValueError: such an option has another value than its default. The message begins with `where`.
         """
+        values = cls._drop_foreign(upgrade_options(values), where)
+        if isinstance(groups := values.get("groups"), Mapping):
+            values["groups"] = {
+                name: cls._drop_foreign(dict(group), f'{where}group "{name}": ')
+                if isinstance(group, Mapping)
+                else group
+                for name, group in groups.items()
+            }
         return values
 
-    def _parse_json(self, name: str, errors: list[str]) -> None:
-        text = getattr(self, name)
-        if not isinstance(text, str):
-            return
-        try:
-            setattr(self, name, json.loads(text))
-        except json.JSONDecodeError as error:
-            errors.append(f"{name} is {text!r}: it must be a JSON object ({error}). It can be set in a recipe file.")
-            setattr(self, name, None)
+    @classmethod
+    def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        """Drops options of another kind of config from those of a file or of a group in it."""
+        return values
+
+    def _parse_json(self, errors: list[str]) -> None:
+        """Parses the options that take mappings, where they were given as text."""
+        annotations = self._annotations()
+        for name in (name for name in self.options() if "dict" in annotations[name]):
+            text = getattr(self, name)
+            if isinstance(text, str):
+                try:
+                    setattr(self, name, json.loads(text))
+                except json.JSONDecodeError as error:
+                    reason = f"it must be a JSON object ({error}). It can be set in a recipe file."
+                    errors.append(f"{name} is {text!r}: {reason}")
+                    setattr(self, name, None)
 
     # Groups
 
@@ -322,7 +347,7 @@ class PruningOptions:
             name=name,
             pattern=pattern,
             criterion=criterion,
-            solver=SOLVERS.create(getattr(options, "solver", "none"), getattr(options, "solver_kwargs", None)),
+            solver=SOLVERS.create(getattr(options, "solver", DEFAULT_SOLVER), getattr(options, "solver_kwargs", None)),
             scope=options.scope or _default_scope(options.allocation, pattern, criterion),
             allocation=ALLOCATIONS.create(options.allocation, options.allocation_kwargs),
             scheduler=self.resolve_scheduler(options),
@@ -354,4 +379,4 @@ def _default_scope(allocation: str, pattern: Pattern, criterion: Criterion | Non
     if criterion is None or not pattern.has_rows:
         return "layer"
     scope = criterion.default_scope
-    return "layer" if scope == "global" and allocation != "uniform" else scope
+    return "layer" if scope == "global" and allocation != DEFAULT_ALLOCATION else scope

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..solvers import SOLVERS, Solver
 from .base import PruningOptions, option
+from .options import DEFAULT_SOLVER
 from .pruning import PruningConfig
 from .schedule import ScheduleOptions
 from .validation import choice_error, oneshot_errors
@@ -70,7 +71,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     )
 
     defaults: ClassVar[dict[str, Any]] = PruningOptions.defaults | {
-        "solver": "none",
+        "solver": DEFAULT_SOLVER,
         "sequential": True,
         "forwards": 2,
         "activations": "cpu",
@@ -98,11 +99,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
 
     def _take_layer_sparsity(self) -> list[str]:
         """Replaces each entry by a group."""
-        errors: list[str] = []
-        self._parse_json("layer_sparsity", errors)
         given, self.layer_sparsity = self.layer_sparsity, None
-        if errors:
-            return errors
         if not isinstance(given, Mapping):
             return [f"layer_sparsity is {given!r}: it must be a mapping of names to sparsities."]
         clashes = [name for name in ("groups", "targets", "target_sparsity") if getattr(self, name) is not None]
@@ -115,7 +112,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         return oneshot_errors(options, criterion)
 
     @classmethod
-    def accepted_options(cls, values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
         schedule = set(ScheduleOptions.__annotations__) - {"schedule_defaults"}
         given = {
             name: values[name]

@@ -13,6 +13,7 @@ from ..registry import nearest
 from ..solvers import SOLVERS
 
 
+DEFAULT_ALLOCATION, DEFAULT_SOLVER = "uniform", "none"
 METHODS: dict[str, MethodRegistry] = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "solver": SOLVERS}
 """Options that name a method with options of its own, `<name>_kwargs`."""
 
@@ -47,23 +48,32 @@ def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> upgrade_options({"solver": "sparsegpt", "dampening": 0.1, "solver_block": None})
         {'solver': 'sparsegpt', 'solver_kwargs': {'dampening': 0.1}}
-        >>> upgrade_options({"solver": "zero"})
+        >>> upgrade_options({"solver": "zero", "dampening": 0.01})
         {'solver': 'none'}
     """
     values = dict(values)
-    if values.get("solver") == "zero":
-        values["solver"] = "none"
+    # These were options of the run, written whatever the solver was.
     old = {"dampening": values.pop("dampening", None), "block_size": values.pop("solver_block", None)}
-    kwargs = {name: value for name, value in old.items() if value is not None}
-    # Before, dampening was written whatever the solver was.
-    groups = values.get("groups") or {}
-    solvers = {values.get("solver")} | {group.get("solver") for group in groups.values() if isinstance(group, Mapping)}
-    if kwargs and solvers - {None, "none", "zero"}:
-        values["solver_kwargs"] = kwargs
-    if isinstance(values.get("groups"), Mapping):
+    kwargs = {name: value for name, value in old.items() if value not in (None, _OLD_DEFAULTS.get(name))}
+    values = _upgrade_solver(values, kwargs)
+    if isinstance(groups := values.get("groups"), Mapping):
         values["groups"] = {
-            name: upgrade_options(group) if isinstance(group, Mapping) else group for name, group in groups.items()
+            name: _upgrade_solver(group, kwargs) if isinstance(group, Mapping) else group
+            for name, group in groups.items()
         }
+    return values
+
+
+_OLD_DEFAULTS = {"dampening": 0.01}
+
+
+def _upgrade_solver(values: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options with the present name of the solver, and with its options where they name one."""
+    values = dict(values)
+    if values.get("solver") == "zero":
+        values["solver"] = DEFAULT_SOLVER
+    if kwargs and values.get("solver") not in (None, DEFAULT_SOLVER):
+        values["solver_kwargs"] = dict(kwargs)
     return values
 
 
@@ -87,7 +97,7 @@ def replace_instances(values: dict[str, Any]) -> list[str]:
             values[method], kwargs = None, {}
         if values.get(f"{method}_kwargs"):
             errors.append(f"{method} is an instance with its own options: leave {method}_kwargs out.")
-        values[f"{method}_kwargs"] = kwargs or None
+        values[f"{method}_kwargs"] = kwargs
     if isinstance(pattern := values.get("pattern"), Pattern):
         values["pattern"] = str(pattern)
         try:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from ..schedulers import PruningSchedule, Scheduler, get_scheduler
 from .base import PruningOptions
+from .options import DEFAULT_SOLVER
 from .schedule import ScheduleOptions
 
 
@@ -42,13 +43,13 @@ taylor, wanda. Did you mean "magnitude"?
     run_options: ClassVar[tuple[str, ...]] = (*PruningOptions.run_options, "prune_start", "prune_end", "prune_every")
 
     @classmethod
-    def accepted_options(cls, values: dict[str, Any], where: str = "") -> dict[str, Any]:
-        if values.get("solver") == "none":  # written by earlier versions
-            values = {name: value for name, value in values.items() if name != "solver"}
-        if "solver" in values:
+    def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        # Earlier versions had the option in both kinds of config.
+        solver = values.pop("solver", None)
+        if solver not in (None, DEFAULT_SOLVER):
             raise ValueError(
-                f'{where}solver is "{values["solver"]}": weights are updated by one-shot pruning only. Remove it, or '
-                "use prune_oneshot with OneshotConfig."
+                f'{where}solver is "{solver}": weights are updated by one-shot pruning only. Remove it, or use '
+                "prune_oneshot with OneshotConfig."
             )
         return values
 

@@ -16,6 +16,7 @@ from ..registry import nearest
 from ..requires import Requires
 from ..schedulers import CURVES, SCHEDULERS
 from ..solvers import SOLVERS
+from .options import DEFAULT_ALLOCATION
 from .resolved import ResolvedGroup
 
 
@@ -138,7 +139,7 @@ def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[
         errors.append(
             f'scope "row" needs several units in a row, but pattern "{options.pattern}" has one: use scope=layer.'
         )
-    if options.scope == "global" and options.allocation != "uniform":
+    if options.scope == "global" and options.allocation != DEFAULT_ALLOCATION:
         errors.append(
             f'allocation is "{options.allocation}", but scope "global" distributes nothing over layers: use '
             "scope=layer, or leave one of them out."

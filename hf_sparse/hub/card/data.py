@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ...config import OneshotConfig, PruningConfig, upgrade_options
+from ...config import OneshotConfig, PruningConfig
 from ...config.base import PruningOptions
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_json, write_json
 from ...plugins import loaded_plugins
@@ -102,7 +102,7 @@ class SparsityCard:
             self.metadata = {name: value for name, value in self.metadata.items() if name != "base_model"}
         config_class = OneshotConfig if self.oneshot else PruningConfig
         # Options that an earlier version did not have get their defaults.
-        self.config = config_class().to_dict() | config_class.accepted_options(upgrade_options(self.config))
+        self.config = config_class().to_dict() | config_class.read_options(self.config)
         if not self.settings or any("scheduler" not in group for group in self.settings):  # of an earlier version
             groups = config_class.from_dict(self.config).resolve_groups().values()
             self.settings = [group.to_dict() for group in groups]
