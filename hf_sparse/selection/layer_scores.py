@@ -6,9 +6,10 @@ Shapes: R rows, P positions and C columns of a matrix; U units, whose first dime
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -43,10 +44,14 @@ class _RowSlice:
     row_stride: int
     positions: torch.Tensor | None = None
 
-    def rows(self, first: int, last: int) -> _RowSlice:
-        statistic = None if self.statistic is None else self.statistic[first:last]
-        offset = self.offset + first * self.row_stride
-        return _RowSlice(self.weight[first:last], self.mask_bits[first:last], statistic, offset, self.row_stride)
+    def select(
+        self, function: Callable[[torch.Tensor], torch.Tensor], offset: int, positions: torch.Tensor | None = None
+    ) -> _RowSlice:
+        """Returns the slice of what `function` selects of each tensor."""
+        statistic = None if self.statistic is None else function(self.statistic)
+        return _RowSlice(
+            function(self.weight), function(self.mask_bits), statistic, offset, self.row_stride, positions
+        )
 
     def weight_positions(self) -> torch.Tensor:
         """Returns the positions of all weights (R, P, C), int64."""
@@ -344,7 +349,8 @@ class LayerScores:
             step = chunk_size(part.weight.device) // part.weight[0].numel() // unit_rows * unit_rows
             step = max(unit_rows, step)
             for first in range(0, rows, step):
-                yield part.rows(first, min(rows, first + step))
+                chunk = slice(first, min(rows, first + step))
+                yield part.select(itemgetter(chunk), part.offset + first * part.row_stride)
 
     def _sample_rows(self, part: _RowSlice, fraction: float) -> _RowSlice:
         """Returns an evenly spaced fraction of the rows of units of a slice."""
@@ -354,14 +360,8 @@ class LayerScores:
         index = chosen.round().long()[:, None] * unit_rows + torch.arange(unit_rows)
         index = index.reshape(-1).to(part.weight.device)
         within_row = torch.arange(part.weight[0].numel(), device=index.device).view(1, *part.weight.shape[1:])
-        return _RowSlice(
-            part.weight[index],
-            part.mask_bits[index],
-            None if part.statistic is None else part.statistic[index],
-            part.offset,
-            part.row_stride,
-            part.offset + index[:, None, None] * part.row_stride + within_row,
-        )
+        positions = part.offset + index[:, None, None] * part.row_stride + within_row
+        return part.select(itemgetter(index), part.offset, positions)
 
 
 def _sample_weights(part: _RowSlice, count: int) -> _RowSlice:
@@ -373,11 +373,4 @@ def _sample_weights(part: _RowSlice, count: int) -> _RowSlice:
     num_runs, stride, run_length = sample_layout(part.weight.numel(), count)
     device = part.weight.device
     positions = torch.arange(num_runs, device=device)[:, None] * stride + torch.arange(run_length, device=device)
-    return _RowSlice(
-        sample(part.weight),
-        sample(part.mask_bits),
-        None if part.statistic is None else sample(part.statistic),
-        part.offset,
-        1,
-        (part.offset + positions).view(-1, 1, 1),
-    )
+    return part.select(sample, part.offset, (part.offset + positions).view(-1, 1, 1))
