@@ -17,16 +17,33 @@ from ..calibration.text_rows import load_texts
 from ..config import OneshotConfig
 from ..distributed import get_communicator, init_distributed
 from ..evaluation import evaluate_model, metric_for
-from ..files import DENSE_RESULTS_FILE, write_folder_atomically, write_json
+from ..files import (
+    DENSE_RESULTS_FILE,
+    LAYERS_PLOT_FILE,
+    ONESHOT_RESULTS_FILE,
+    write_folder_atomically,
+    write_json,
+)
+from ..hub.card import SparsityCard, auto_class, write_card
+from ..hub.card.command import command_line
+from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
 from .arguments import OneshotArguments
 from .loading import load_model, load_tokenizer
 from .plan import OneshotPlan, plan_oneshot
 from .prepare import method_requiring_data
 from .prune import prune_oneshot
-from .result import OneshotResult, format_calibration
 from .resume import count_finished_subgraphs, remove_finished_subgraphs
 
+
+# The Hub's name of the task of each Auto class.
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForTokenClassification": "token-classification",
+}
 
 # The arguments that the metrics of the dense model depend on. A continued run reuses metrics if these are the same.
 _EVALUATION_ARGUMENTS = (
@@ -192,7 +209,7 @@ class _WorkflowRun:
             "seed": args.seed,
             "tokens": sum(map(count_tokens, batches)),
         }
-        self._echo(f"calibration data: {format_calibration(self._calibration_info)} (--samples, --length, --seed)")
+        self._echo(f"calibration data: {_format_calibration(self._calibration_info)} (--samples, --length, --seed)")
         return batches
 
     def _evaluate_dense(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -216,26 +233,71 @@ class _WorkflowRun:
         """Write the output folder and remove what is only needed to continue. Returns an error instead of raising it,
         for the other ranks."""
         args = self._args
-        result = OneshotResult(
-            name=args.output_path.resolve().name,
-            base_model=args.model_name_or_path,
-            report=report,
-            config=self._config,
-            calibration=self._calibration_info,
-            dataset=args.dataset_name,
-            eval_dataset=None if args.validation_file else args.dataset_name,
-            dense_metrics=dense_metrics,
-            sparse_metrics=sparse_metrics,
-            world_size=self._communicator.world_size,
-        )
+        results: dict[str, Any] = {"model": args.model_name_or_path, "calibration": self._calibration_info or None}
+        results |= {f"dense_{name}": value for name, value in dense_metrics.items()}
+        results |= {f"eval_{name}": value for name, value in sparse_metrics.items()}
+
+        def write(folder: Path) -> None:
+            self._model.save_pretrained(folder)
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(folder)
+            write_json(folder / ONESHOT_RESULTS_FILE, results)
+            plot_layers(folder / LAYERS_PLOT_FILE, report)
+            write_card(folder, self._card(report, dense_metrics, sparse_metrics))
+
         try:
-            write_folder_atomically(args.output_path, lambda folder: result.save(folder, self._model, self._tokenizer))
+            write_folder_atomically(args.output_path, write)
         except Exception as error:
             return error
         for path in args.unfinished_dir.glob(f"*{Path(DENSE_RESULTS_FILE).stem}*"):
             path.unlink()
         remove_finished_subgraphs(args.unfinished_dir)
         return None
+
+    def _card(
+        self, report: SparsityReport, dense_metrics: dict[str, float], sparse_metrics: dict[str, float]
+    ) -> SparsityCard:
+        args = self._args
+        model_class = auto_class(type(self._model).__name__)
+        task = _TASKS.get(model_class or "")
+        metadata: dict[str, Any] = {"base_model": args.model_name_or_path}
+        metadata |= {"datasets": [args.dataset_name]} if args.dataset_name else {}
+        metadata |= {"pipeline_tag": task} if task else {}
+        eval_dataset = None if args.validation_file or not sparse_metrics else args.dataset_name
+        return SparsityCard(
+            model_name=args.output_path.resolve().name,
+            report=report,
+            config=self._config.to_dict(),
+            metadata=metadata,
+            task=task,
+            dataset={"type": eval_dataset, "name": eval_dataset} if eval_dataset else None,
+            dense_metrics=_card_metrics(dense_metrics),
+            metrics=_card_metrics(sparse_metrics),
+            calibration=_format_calibration(self._calibration_info) if self._calibration_info else None,
+            processes=self._communicator.world_size,
+            command=command_line(),
+            auto_class=model_class,
+            oneshot=True,
+        )
+
+
+def _card_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics as Trainer names them, without the size of the data."""
+    return {f"eval_{name}": value for name, value in metrics.items() if name not in ("tokens", "samples")}
+
+
+def _format_calibration(info: dict[str, Any]) -> str:
+    """A description of calibration data.
+
+    Example:
+        >>> _format_calibration(
+        ...     {"samples": 2, "unit": "blocks", "length": 8, "data": "a.txt", "seed": 0, "tokens": 16}
+        ... )
+        '2 blocks of 8 tokens from a.txt, 16 tokens in total, seed 0'
+    """
+    at_most = "at most " if info["unit"] == "rows" else ""
+    text = "{samples} {unit} of {at_most}{length} tokens from {data}, {tokens:,} tokens in total, seed {seed}"
+    return text.format(at_most=at_most, **info)
 
 
 def _format_metrics(metrics: dict[str, float]) -> str:

@@ -214,7 +214,7 @@ def test_a_failed_write_leaves_the_old_output(run, tmp_path, monkeypatch):
     run()
     before = weights(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("hf_sparse.oneshot.result.write_card", fails)  # when the weights are written
+        patch.setattr("hf_sparse.oneshot.workflow.write_card", fails)  # when the weights are written
         with pytest.raises(OSError, match="the disk is full"):
             run({"target_sparsity": 0.75}, overwrite=True)
     assert same(weights(tmp_path / "out"), before)
