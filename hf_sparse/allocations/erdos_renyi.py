@@ -1,8 +1,9 @@
 """Erdős-Rényi: larger layers are pruned more."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import Allocation, register_allocation, scale_densities
+from .base import Allocation, LayerSize, register_allocation, scale_densities
 
 
 @register_allocation("erdos_renyi")
@@ -21,7 +22,7 @@ class ErdosRenyi(Allocation):
     2018; for convolutions (ERK) Evci et al., "Rigging the Lottery", 2020.
     """
 
-    def allocate(self, target, layers):
+    def allocate(self, target: float, layers: Sequence[LayerSize]) -> dict[str, float]:
         raw = []
         for layer in layers:
             kernel = layer.positions if layer.positions > 1 else 0

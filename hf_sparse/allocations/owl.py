@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..requires import Requires
-from .base import Allocation, outlier_ratio, register_allocation, shift_sparsities
+from .base import Allocation, LayerSize, outlier_ratio, register_allocation, shift_sparsities
 
 
 @register_allocation("owl")
@@ -41,16 +43,16 @@ class OWL(Allocation):
 
     requires = Requires.OUTLIERS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.m <= 0:
             raise ValueError(f"m is {self.m}: it must be above 0, as in 5")
         if not 0 <= self.lambda_ <= 1:
             raise ValueError(f"lambda_ is {self.lambda_}: it must be from 0 to 1, as in 0.08")
 
-    def outlier_ratio(self, scores):
+    def outlier_ratio(self, scores: Sequence[torch.Tensor]) -> float:
         return outlier_ratio(scores, self.m)
 
-    def allocate(self, target, layers):
+    def allocate(self, target: float, layers: Sequence[LayerSize]) -> dict[str, float]:
         missing = [layer.name for layer in layers if layer.outliers is None]
         if missing:
             raise ValueError(

@@ -1,8 +1,9 @@
 """Uniform: the same sparsity in every layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import Allocation, register_allocation, scale_densities
+from .base import Allocation, LayerSize, register_allocation, scale_densities
 
 
 @register_allocation("uniform")
@@ -16,7 +17,7 @@ class Uniform(Allocation):
         {'a': 0.5, 'b': 0.5}
     """
 
-    def allocate(self, target, layers):
+    def allocate(self, target: float, layers: Sequence[LayerSize]) -> dict[str, float]:
         if all(layer.least <= target <= layer.most for layer in layers):
             return dict.fromkeys((layer.name for layer in layers), target)
         return scale_densities([1.0] * len(layers), target, layers)

@@ -130,7 +130,7 @@ class PruningOptions:
     run_options: ClassVar[tuple[str, ...]] = ("keep_zeros", "pruning_config", "groups")
     """Options of the whole run, which a group cannot have."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         load_installed_plugins()
         errors: list[str] = []
         self._parse_json(errors)

@@ -25,7 +25,7 @@ class Criterion(ABC):
         ... class Power(Criterion):
         ...     exponent: float = 2.0
         ...
-        ...     def score(self, weight, statistic):
+        ...     def score(self, weight: torch.Tensor, statistic: torch.Tensor | None) -> torch.Tensor:
         ...         return weight.detach().float().abs() ** self.exponent
         >>> CRITERIA.create("power", {"exponent": 3.0}).score(torch.tensor([-2.0]), None)
         tensor([8.])
@@ -61,7 +61,7 @@ class GradientCriterion(Criterion):
 
     Example:
         >>> class Sensitivity(GradientCriterion):
-        ...     def saliency(self, weight, gradient, out):
+        ...     def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         ...         return torch.mul(weight, gradient, out=out).abs_()
         >>> Sensitivity().saliency(torch.tensor([2.0]), torch.tensor([-3.0]), torch.empty(1))
         tensor([6.])

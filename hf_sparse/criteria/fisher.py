@@ -1,6 +1,7 @@
 """The diagonal of the empirical Fisher information."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,8 +27,8 @@ class Fisher(GradientCriterion):
     networks and Fisher pruning", 2018, eq. 10.
     """
 
-    def saliency(self, weight, gradient, out):
+    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.square(gradient, out=out)
 
-    def score(self, weight, statistic):
+    def score(self, weight: torch.Tensor, statistic: Any) -> torch.Tensor:
         return weight.detach().float().square().mul_(statistic)

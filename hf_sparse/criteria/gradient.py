@@ -20,5 +20,5 @@ class Gradient(GradientCriterion):
     Reference: the dense-gradient growth rule of Evci et al., "Rigging the Lottery", 2020, used as a criterion.
     """
 
-    def saliency(self, weight, gradient, out):
+    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.abs(gradient, out=out)

@@ -23,5 +23,5 @@ class Movement(GradientCriterion):
 
     persistent = True
 
-    def saliency(self, weight, gradient, out):
+    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.mul(weight, gradient, out=out).neg_()

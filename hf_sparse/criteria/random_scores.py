@@ -1,6 +1,7 @@
 """Random scores: the baseline that any other criterion must beat."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Random(Criterion):
 
     requires = Requires.POSITION
 
-    def score(self, weight, statistic):
+    def score(self, weight: torch.Tensor, statistic: Any) -> torch.Tensor:
         bits = statistic.clone()
         for shift, factor in zip((30, 27), _MIX, strict=True):
             bits = (bits ^ _logical_right_shift(bits, shift)) * factor

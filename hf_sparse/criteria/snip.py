@@ -20,5 +20,5 @@ class Snip(GradientCriterion):
     Reference: Lee et al., "SNIP: Single-shot Network Pruning based on Connection Sensitivity", 2019, eq. 5.
     """
 
-    def saliency(self, weight, gradient, out):
+    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.mul(weight, gradient, out=out).abs_()

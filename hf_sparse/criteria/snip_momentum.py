@@ -27,9 +27,9 @@ class SnipMomentum(GradientCriterion):
 
     persistent = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is {self.decay}: it must be from 0 to 1, as in 0.9")
 
-    def saliency(self, weight, gradient, out):
+    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.mul(weight, gradient, out=out).abs_()

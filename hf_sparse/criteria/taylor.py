@@ -22,5 +22,5 @@ class Taylor(GradientCriterion):
     Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019, eq. 8.
     """
 
-    def saliency(self, weight, gradient, out):
+    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.mul(weight, gradient, out=out).square_()

@@ -1,6 +1,9 @@
 """Wanda: pruning by weights and activations."""
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from ..requires import Requires
 from .base import Criterion, register_criterion
@@ -14,7 +17,6 @@ class Wanda(Criterion):
     The paper ranks within each output (scope "row"). One-shot pruning only: training does not observe inputs.
 
     Example:
-        >>> import torch
         >>> weight, norms = torch.tensor([[4.0, -1.0], [2.0, 0.5]]), torch.tensor([0.5, 8.0])
         >>> Wanda().score(weight, norms)
         tensor([[2., 8.],
@@ -26,5 +28,5 @@ class Wanda(Criterion):
     requires = Requires.INPUT_NORMS
     default_scope = "row"
 
-    def score(self, weight, statistic):
+    def score(self, weight: torch.Tensor, statistic: Any) -> torch.Tensor:
         return weight.detach().float().abs() * statistic

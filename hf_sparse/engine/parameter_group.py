@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class _GivenScores(Criterion):
 
     requires = Requires.GRADIENTS
 
-    def score(self, weight, statistic):
+    def score(self, weight: torch.Tensor, statistic: Any) -> torch.Tensor:
         return statistic.clone()
 
 

@@ -76,7 +76,7 @@ class OneshotArguments:
     dry_run: bool = option(False, "Print what would be pruned, and the memory and time that it would take. No output.")
     overwrite: bool = option(False, "Replace the contents of output_dir.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         errors = []
         if not self.model_name_or_path:
             errors.append("missing model: pass model_name_or_path (the first argument of hf-sparse prune).")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -136,7 +137,7 @@ class InputObservers:
         self._handles.close()
 
     def _hook(self, name: str) -> Callable:
-        def observe(module, args, kwargs):
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._observe((name, None), self._readers[name], next(iter((*args, *kwargs.values()))))
 
         return observe
@@ -199,7 +200,9 @@ class _MatmulMode(TorchFunctionMode):
         super().__init__()
         self._observers = observers
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if func in _MATMULS and len(args) > 1 and torch.is_tensor(args[1]):
             self._observers.observe_matmul(args[0], args[1])
         return func(*args, **(kwargs or {}))

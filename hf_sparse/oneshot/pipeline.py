@@ -151,7 +151,7 @@ class BlockPipeline:
         """
         outputs = []
 
-        def capture(module, args, output):
+        def capture(module: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
             outputs.append(output)
             raise StopForward
 

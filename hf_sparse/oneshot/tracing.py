@@ -110,7 +110,7 @@ class _CallRecorder:
     def _hook(self, name: str) -> Callable:
         holds_layers = name in self._layer_modules
 
-        def record(module, args, kwargs):
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.num_calls[name] += 1
             self.order.append(name)
             if name in self._blocks or self.block_of(name) is None:
@@ -228,7 +228,7 @@ def _with_other_inputs(
     with ExitStack() as handles:
         for name in names:
 
-            def record(module, args, kwargs, name=name):
+            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
                 fingerprints[name] = fingerprint((args, kwargs))
 
             handle = pipeline.model.get_submodule(name).register_forward_pre_hook(record, with_kwargs=True)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from .base import Pattern, pairwise_sum, register_pattern
 
 
@@ -17,7 +19,6 @@ class Channel(Pattern):
     """A unit is one output: a row of a matrix, a filter of a convolution. Its score is the mean over its weights.
 
     Example:
-        >>> import torch
         >>> Channel().pool(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]))
         tensor([2., 6.])
     """
@@ -30,13 +31,13 @@ class Channel(Pattern):
     def deployment_note(self) -> str:
         return _NOTE.format("output rows")
 
-    def unit_shape(self, shape_RPC):
+    def unit_shape(self, shape_RPC: tuple[int, int, int]) -> tuple[int, ...]:
         return shape_RPC[:1]
 
-    def pool(self, scores_RPC):
+    def pool(self, scores_RPC: torch.Tensor) -> torch.Tensor:
         return pairwise_sum(scores_RPC.flatten(1), 1) / scores_RPC[0].numel()
 
-    def expand(self, keep_U, shape_RPC):
+    def expand(self, keep_U: torch.Tensor, shape_RPC: tuple[int, int, int]) -> torch.Tensor:
         return keep_U[:, None, None].expand(shape_RPC)
 
 
@@ -46,7 +47,6 @@ class ChannelIn(Pattern):
     """A unit is one input: a column of a matrix, an input channel of a convolution, of each expert.
 
     Example:
-        >>> import torch
         >>> ChannelIn().pool(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]))
         tensor([[3., 5.]])
     """
@@ -59,15 +59,15 @@ class ChannelIn(Pattern):
     def deployment_note(self) -> str:
         return _NOTE.format("input columns")
 
-    def unit_rows(self, rows):
+    def unit_rows(self, rows: int) -> int:
         return rows
 
-    def unit_shape(self, shape_RPC):
+    def unit_shape(self, shape_RPC: tuple[int, int, int]) -> tuple[int, ...]:
         return (1, shape_RPC[2])
 
-    def pool(self, scores_RPC):
+    def pool(self, scores_RPC: torch.Tensor) -> torch.Tensor:
         rows, positions, _ = scores_RPC.shape
         return pairwise_sum(scores_RPC.flatten(0, 1), 0)[None] / (rows * positions)
 
-    def expand(self, keep_U, shape_RPC):
+    def expand(self, keep_U: torch.Tensor, shape_RPC: tuple[int, int, int]) -> torch.Tensor:
         return keep_U[:, None, :].expand(shape_RPC)

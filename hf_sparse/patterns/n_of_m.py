@@ -30,7 +30,7 @@ class NOfM(Pattern):
     syntax = r"(\d+):(\d+)"
     example = "2:4"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.keep < self.of:
             raise ValueError(
                 f'pattern "{self.keep}:{self.of}" keeps {self.keep} of every {self.of}: it needs 1 <= N < M, as in '
@@ -38,11 +38,11 @@ class NOfM(Pattern):
             )
 
     @property
-    def max_sparsity(self):
+    def max_sparsity(self) -> float:
         return 1.0 - self.keep / self.of
 
     @property
-    def implied_sparsity(self):
+    def implied_sparsity(self) -> float | None:
         return self.max_sparsity
 
     @property
@@ -59,22 +59,22 @@ class NOfM(Pattern):
             "measured."
         )
 
-    def check(self, rows, columns):
+    def check(self, rows: int, columns: int) -> str | None:
         if columns % self.of:
             return f'pattern "{self.keep}:{self.of}" needs the input size divisible by {self.of}'
         return None
 
-    def unit_columns(self, columns):
+    def unit_columns(self, columns: int) -> int:
         return self.of
 
-    def unit_shape(self, shape_RPC):
+    def unit_shape(self, shape_RPC: tuple[int, int, int]) -> tuple[int, ...]:
         return shape_RPC
 
-    def pool(self, scores_RPC):
+    def pool(self, scores_RPC: torch.Tensor) -> torch.Tensor:
         scores = scores_RPC.contiguous()
         protected = keep_n_of_m(scores.view(-1, self.of), self.keep).view(scores.shape)
         # Unlike a fill, clamping leaves a nan as it is, for the ranking to refuse it.
         return torch.where(protected, scores.clamp(min=torch.inf), scores)
 
-    def expand(self, keep_U, shape_RPC):
+    def expand(self, keep_U: torch.Tensor, shape_RPC: tuple[int, int, int]) -> torch.Tensor:
         return keep_U

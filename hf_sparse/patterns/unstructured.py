@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from .base import Pattern, register_pattern
 
 
@@ -27,11 +29,11 @@ class Unstructured(Pattern):
             "kernels for unstructured sparsity."
         )
 
-    def unit_shape(self, shape_RPC):
+    def unit_shape(self, shape_RPC: tuple[int, int, int]) -> tuple[int, ...]:
         return shape_RPC
 
-    def pool(self, scores_RPC):
+    def pool(self, scores_RPC: torch.Tensor) -> torch.Tensor:
         return scores_RPC
 
-    def expand(self, keep_U, shape_RPC):
+    def expand(self, keep_U: torch.Tensor, shape_RPC: tuple[int, int, int]) -> torch.Tensor:
         return keep_U

@@ -31,7 +31,7 @@ class PruningSchedule:
     end: int
     every: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.start <= self.end:
             raise ValueError(
                 f"prune_start is step {self.start} and prune_end is step {self.end}: "

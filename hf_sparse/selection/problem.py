@@ -48,7 +48,7 @@ class SelectionProblem:
         indices = range(len(sizes)) if layer_indices is None else layer_indices
         return cls(layers, int(k), np.array(floors, dtype=np.int64), np.array(caps, dtype=np.int64), indices)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes, floors, caps = self.sizes, self.floors, self.caps
         if len(floors) != len(sizes) or len(caps) != len(sizes):
             raise ValueError(

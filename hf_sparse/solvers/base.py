@@ -38,7 +38,7 @@ class PruneRequest:
     pattern: Pattern | None = None
     sparsity: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         weight, mask = self.weight_RC, self.mask_RC
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(f"a weight must be a matrix of floats, but is {weight.dtype} {tuple(weight.shape)}")

@@ -1,10 +1,12 @@
 """No weight update: the remaining weights keep their values."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .base import Solver, register_solver
+from .base import PruneRequest, Solver, register_solver
 
 
 @register_solver("none")
@@ -17,10 +19,12 @@ class NoUpdate(Solver):
         (tensor([[1., 0.]]), tensor([[ True, False]]))
     """
 
-    def solve_batched(self, requests, statistic=None):
-        if any(request.sparsity is not None for request in requests):
-            raise ValueError('solver "none" selects no units itself: give it a mask, made by a criterion')
-        return [
-            (torch.where(request.mask_RC, request.weight_RC.detach(), 0.0), request.mask_RC.clone())
-            for request in requests
-        ]
+    def solve_batched(
+        self, requests: Sequence[PruneRequest], statistic: Any = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        solved = []
+        for request in requests:
+            if request.mask_RC is None or request.sparsity is not None:
+                raise ValueError('solver "none" selects no units itself: give it a mask, made by a criterion')
+            solved.append((torch.where(request.mask_RC, request.weight_RC.detach(), 0.0), request.mask_RC.clone()))
+        return solved

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from ..requires import Requires
 from ..selection.budgets import largest_remainder
 from ..selection.scores import TensorScores
 from ..selection.threshold import find_threshold
+from ..statistics import GramMatrix
 from .base import PruneRequest, Solver, register_solver
 from .hessian import DAMPENING, HessianFactor
 
@@ -65,20 +67,22 @@ class SparseGPT(Solver):
     requires = Requires.GRAM
     selects = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.dampening <= 1:
             raise ValueError(f"dampening is {self.dampening}: it must be from 0 to 1, as in {DAMPENING}")
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size is {self.block_size}: it must be 1 or more, as in {BLOCK_SIZE}")
 
     @property
-    def needs_full_rank(self):
+    def needs_full_rank(self) -> bool:
         return self.dampening == 0
 
-    def prepare(self, gram):
+    def prepare(self, gram: GramMatrix) -> Any:
         return HessianFactor(gram, self.dampening)
 
-    def solve_batched(self, requests, statistic=None):
+    def solve_batched(
+        self, requests: Sequence[PruneRequest], statistic: Any = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         factor = statistic if isinstance(statistic, HessianFactor) else self.prepare(statistic)
         for request in requests:
             _check(request, factor)

@@ -96,7 +96,7 @@ class SparsityCard:
 
     written: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not all(map(_is_hub_id, _as_list(self.metadata.get("base_model")))):
             # The Hub refuses a card with a folder as base_model, and a local path may be private.
             self.metadata = {name: value for name, value in self.metadata.items() if name != "base_model"}
