@@ -120,8 +120,8 @@ def content(checkpoint: Path) -> dict:
         for name in ("model.safetensors", STATE_FILE)
         for key, tensor in load_file(checkpoint / name).items()
     }
-    _flatten(torch.load(checkpoint / "optimizer.pt", weights_only=True), "optimizer", tensors)
-    _flatten(torch.load(checkpoint / "scheduler.pt", weights_only=True), "scheduler", tensors)
+    _flatten(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"), "optimizer", tensors)
+    _flatten(torch.load(checkpoint / "scheduler.pt", weights_only=True, map_location="cpu"), "scheduler", tensors)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     found = {
         name: value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if torch.is_tensor(value) else value

@@ -1,0 +1,36 @@
+"""What only a CUDA device can show. Where the CPU runs the same code it does, with the code for accelerators, so that
+these tests cannot rot where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; products are then reproducible
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request, monkeypatch):
+    """The CPU, with the code for accelerators, and a GPU."""
+    if request.param == "cpu":
+        monkeypatch.setattr("hf_sparse.numerics.NUMPY_DEVICES", ())
+    else:
+        torch.cuda.manual_seed_all(0)
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=needs_cuda)])
+def cuda(request):
+    """A GPU, for what does not exist on the CPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def reproducible():
+    """Two runs of the same program give the same bits."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
