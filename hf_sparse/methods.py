@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .registry import Registry, nearest
+from .requires import Requires
 
 
 class MethodRegistry(Registry):
@@ -16,6 +17,7 @@ class MethodRegistry(Registry):
     Args:
         family: the word for a member in error messages, such as "criterion".
         base: the class that all members inherit from.
+        requires: what members of the family can require, and the class that those with this requirement inherit from.
 
     Example:
         >>> class Method: ...
@@ -34,14 +36,21 @@ class MethodRegistry(Registry):
         ValueError: method "decaying" has no option "decya": known are decay. Did you mean "decay"?
     """
 
-    def __init__(self, family: str, base: type):
-        super().__init__(family)
-        self.base = base
+    def __init__(self, family: str, base: type, requires: Mapping[Requires, type] | None = None):
+        super().__init__(family, base)
+        self._requires = requires
 
     def check(self, name: str, member: Any) -> None:
-        """Raises TypeError when `member` is not a subclass of the family's base class."""
-        if not (isinstance(member, type) and issubclass(member, self.base)):
-            raise TypeError(f'{self.family} "{name}" must be a subclass of {self.base.__name__}, but is {member!r}.')
+        """Raises an error when the family does not provide what `member` requires."""
+        if self._requires is None:
+            return
+        requires = member.requires
+        if requires not in self._requires:
+            allowed = " or ".join(str(flag) for flag in self._requires)
+            raise ValueError(f'{self.family} "{name}" requires {requires}, but it can require {allowed}.')
+        if not issubclass(member, self._requires[requires]):
+            needed = self._requires[requires].__name__
+            raise TypeError(f'{self.family} "{name}" requires {requires}: it must be a subclass of {needed}.')
 
     def create(self, name: str, options: Mapping[str, Any] | None = None) -> Any:
         """Returns the member `name` with its options; those left out have their defaults.
@@ -55,14 +64,20 @@ class MethodRegistry(Registry):
             if option not in fields:
                 known = f"known are {', '.join(fields)}" if fields else "it has none"
                 raise ValueError(f'{self.family} "{name}" has no option "{option}": {known}.{nearest(option, fields)}')
+        missing = [option for option, field in fields.items() if _is_required(field) and option not in options]
+        if missing:
+            raise ValueError(
+                f'{self.family} "{name}" has no default for {", ".join(missing)}: give {self.family}_kwargs.'
+            )
         hints = typing.get_type_hints(member) if fields else {}
-        for option, value in options.items():
+        values = {option: _from_json(value, hints[option]) for option, value in options.items()}
+        for option, value in values.items():
             if not _is_instance(value, hints[option]):
                 raise ValueError(
                     f'option "{option}" of {self.family} "{name}" is {value!r}: it must be {type_name(hints[option])}.'
                 )
         try:
-            return member(**options)
+            return member(**values)
         except ValueError as error:
             raise ValueError(f'{self.family} "{name}": {error}') from error
 
@@ -79,7 +94,9 @@ class MethodRegistry(Registry):
                 f"{self.family} {method!r} is not registered: decorate its class with register_{self.family}."
             )
         values = {field.name: (getattr(method, field.name), field.default) for field in _option_fields(type(method))}
-        return name, {option: value for option, (value, default) in values.items() if value != default}
+        changed = {option: value for option, (value, default) in values.items() if value != default}
+        # As they are read from JSON.
+        return name, {option: list(value) if isinstance(value, tuple) else value for option, value in changed.items()}
 
 
 def type_name(hint: Any) -> str:
@@ -95,6 +112,16 @@ def type_name(hint: Any) -> str:
 
 def _option_fields(member: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(member) if field.init] if dataclasses.is_dataclass(member) else []
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _from_json(value: Any, hint: Any) -> Any:
+    """Returns a list as the tuple that the option holds."""
+    kinds = [typing.get_origin(kind) or kind for kind in _members(hint)]
+    return tuple(value) if isinstance(value, list) and tuple in kinds and list not in kinds else value
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

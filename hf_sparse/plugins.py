@@ -49,7 +49,7 @@ def load_plugin(plugin: str) -> None:
             raise ValueError(
                 f'plug-in "{plugin}" cannot be imported: {error}. Give a .py file, or the name of an installed module.'
             ) from error
-        except (TypeError, ValueError) as error:
+        except (SyntaxError, TypeError, ValueError) as error:
             raise ValueError(f'plug-in "{plugin}": {error}') from error
     _loaded[name] = None
 

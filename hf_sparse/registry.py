@@ -23,6 +23,7 @@ class Registry:
 
     Args:
         family: the word for a member in error messages, such as "scheduler".
+        base: the class that all members inherit from; None if members are functions.
 
     Example:
         >>> colours = Registry("colour")
@@ -36,29 +37,41 @@ class Registry:
         ValueError: unknown colour "rad": known are red. Did you mean "red"?
     """
 
-    def __init__(self, family: str):
-        self.family = family
+    def __init__(self, family: str, base: type | None = None):
+        self.family, self.base = family, base
         self._members: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[Any], Any]:
         """Returns a decorator that registers a class or function under `name`.
 
         Raises:
+            TypeError: the member is not a complete subclass of the family's base class.
             ValueError: `name` is taken by another member, or `check` refuses the member.
         """
 
         def add(member: Any) -> Any:
             taken = self._members.get(name)
-            if taken is not None and taken is not member:
+            if taken is member:
+                return member
+            if taken is not None:
                 raise ValueError(
                     f'{self.family} "{name}" is already registered, by {taken.__module__}.{taken.__qualname__}: '
                     "choose another name."
                 )
+            self._check_base(name, member)
             self.check(name, member)
             self._members[name] = member
             return member
 
         return add
+
+    def _check_base(self, name: str, member: Any) -> None:
+        if self.base is None:
+            return
+        if not (isinstance(member, type) and issubclass(member, self.base)):
+            raise TypeError(f'{self.family} "{name}" must be a subclass of {self.base.__name__}, but is {member!r}.')
+        if abstract := sorted(getattr(member, "__abstractmethods__", ())):
+            raise TypeError(f'{self.family} "{name}" must define {", ".join(abstract)}.')
 
     def check(self, name: str, member: Any) -> None:
         """Called before a member is registered. Subclasses raise an error when it does not belong here."""

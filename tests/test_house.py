@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 import hf_sparse
+from hf_sparse.allocations import ALLOCATIONS
+from hf_sparse.criteria import CRITERIA
+from hf_sparse.patterns import PATTERNS
+from hf_sparse.schedulers import CURVES, SCHEDULERS
+from hf_sparse.solvers import SOLVERS
 
 
 PACKAGE = Path(hf_sparse.__file__).parent
@@ -127,6 +132,26 @@ def test_what_is_never_written(path):
             caught = ast.unparse(node.type) if node.type else ""
             silent = all(isinstance(statement, ast.Pass) for statement in node.body)
             assert not (silent and caught in ("", "Exception", "BaseException")), f"line {node.lineno}: silent"
+
+
+def test_no_method_is_named_outside_its_own_file(path):
+    """Comparisons, subscripts and match cases. What runs methods asks for `requires`, never for a name. Default names
+    are constants of config."""
+    registries = (ALLOCATIONS, CRITERIA, CURVES, PATTERNS, SCHEDULERS, SOLVERS)
+    files = {name: inspect.getfile(registry[name]) for registry in registries for name in registry.names()}
+    for node in ast.walk(ast.parse(path.read_text())):
+        compared: list = []
+        if isinstance(node, ast.Compare):
+            compared = [node.left, *node.comparators]
+        elif isinstance(node, ast.Subscript):
+            compared = [node.slice]
+        elif isinstance(node, ast.MatchValue):
+            compared = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "create":
+            compared = node.args
+        constants = [part.value for root in compared for part in ast.walk(root) if isinstance(part, ast.Constant)]
+        named = [name for name in constants if name in files and Path(files[name]) != path]
+        assert not named, f"line {node.lineno}: {ast.unparse(node)} asks for the method {named[0]!r}"
 
 
 def test_names_of_files():

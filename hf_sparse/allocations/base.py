@@ -87,7 +87,7 @@ def outlier_ratio(scores: Sequence[torch.Tensor], multiple: float = 5.0) -> floa
     return sum(int(torch.count_nonzero(tensor > multiple * total / count)) for tensor in scores) / count
 
 
-ALLOCATIONS = MethodRegistry("allocation", Allocation)
+ALLOCATIONS = MethodRegistry("allocation", Allocation, {Requires.NOTHING: Allocation, Requires.OUTLIERS: Allocation})
 register_allocation = ALLOCATIONS.register
 
 

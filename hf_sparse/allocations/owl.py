@@ -44,7 +44,7 @@ class OWL(Allocation):
     requires = Requires.OUTLIERS
 
     def __post_init__(self) -> None:
-        if self.m <= 0:
+        if not self.m > 0:
             raise ValueError(f"m is {self.m}: it must be above 0, as in 5")
         if not 0 <= self.lambda_ <= 1:
             raise ValueError(f"lambda_ is {self.lambda_}: it must be from 0 to 1, as in 0.08")

@@ -84,5 +84,14 @@ class GradientCriterion(Criterion):
         return statistic.detach().clone()
 
 
-CRITERIA = MethodRegistry("criterion", Criterion)
+CRITERIA = MethodRegistry(
+    "criterion",
+    Criterion,
+    {
+        Requires.NOTHING: Criterion,
+        Requires.POSITION: Criterion,
+        Requires.GRADIENTS: GradientCriterion,
+        Requires.INPUT_NORMS: Criterion,
+    },
+)
 register_criterion = CRITERIA.register

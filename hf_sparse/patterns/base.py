@@ -90,9 +90,9 @@ class PatternRegistry(Registry):
     """Pattern classes by family name. No text form may belong to two of them."""
 
     def check(self, name: str, member: Any) -> None:
-        """Raises TypeError when `member` is no pattern, ValueError when its text forms overlap another's."""
-        if not (isinstance(member, type) and issubclass(member, Pattern)):
-            raise TypeError(f'pattern "{name}" must be a subclass of Pattern, but is {member!r}.')
+        """Raises an error when `member` has no text forms, or when they overlap another's."""
+        if missing := [attribute for attribute in ("syntax", "example") if not hasattr(member, attribute)]:
+            raise TypeError(f'pattern "{name}" must define {", ".join(missing)}.')
         if not re.fullmatch(member.syntax, member.example):
             raise ValueError(
                 f'pattern "{name}": its example "{member.example}" must match its syntax "{member.syntax}".'
@@ -107,7 +107,7 @@ class PatternRegistry(Registry):
                     )
 
 
-PATTERNS = PatternRegistry("pattern")
+PATTERNS = PatternRegistry("pattern", Pattern)
 register_pattern = PATTERNS.register
 
 

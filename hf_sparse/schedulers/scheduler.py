@@ -16,14 +16,11 @@ from ..registry import Registry
 from .curves import CURVES, Curve
 
 
-SCHEDULERS = Registry("scheduler")
-"""Scheduler classes by name."""
-
-
 def register_scheduler(name: str) -> Callable[[Any], Any]:
     """Class decorator: registers a `Scheduler` as `scheduler=name`, in arguments and on the command line.
 
     Raises:
+        TypeError: the class is not a complete subclass of `Scheduler`.
         ValueError: another scheduler has this name.
 
     Example:
@@ -100,6 +97,10 @@ class Scheduler(ABC):
             total_prune_steps: number of prune steps, at least 1.
             masks: parameter name -> current mask (bool, True is kept); may be ignored.
         """
+
+
+SCHEDULERS = Registry("scheduler", Scheduler)
+"""Scheduler classes by name."""
 
 
 def _check_steps(current_prune_step: int, total_prune_steps: int) -> None:

@@ -129,5 +129,5 @@ def output_energy(weight_RC: torch.Tensor, gram: GramMatrix) -> float:
     return float(2 * below + diagonal)
 
 
-SOLVERS = MethodRegistry("solver", Solver)
+SOLVERS = MethodRegistry("solver", Solver, {Requires.NOTHING: Solver, Requires.GRAM: Solver})
 register_solver = SOLVERS.register

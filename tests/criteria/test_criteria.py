@@ -8,12 +8,6 @@ from hf_sparse import Criterion, Pruner, PruningConfig, Requires, register_crite
 from hf_sparse.criteria import CRITERIA
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """Removes the criteria that a test registers."""
-    monkeypatch.setattr(CRITERIA, "_members", dict(CRITERIA._members))
-
-
 def test_random_is_uniform_and_independent_between_layers():
     positions = torch.arange(200_000)
     first, second = (CRITERIA.create("random").score(positions, positions + (salt << 31)) for salt in (0, 2**32 - 1))
@@ -32,7 +26,7 @@ def linear(values):
     return model
 
 
-def test_a_users_criterion_may_return_its_input(registry):
+def test_a_users_criterion_may_return_its_input(registries):
     """The scores are written to on the way; the weight must not be."""
 
     @register_criterion("signed")
@@ -47,7 +41,7 @@ def test_a_users_criterion_may_return_its_input(registry):
     assert model[0].weight.tolist() == [[3.0, 0.0, 0.0, 2.0]]
 
 
-def test_a_users_criterion_may_score_in_any_dtype_but_not_in_any_shape(registry):
+def test_a_users_criterion_may_score_in_any_dtype_but_not_in_any_shape(registries):
     @register_criterion("double")
     class Double(Criterion):
         def score(self, weight, statistic):
