@@ -135,8 +135,8 @@ def test_what_is_never_written(path):
 
 
 def test_no_method_is_named_outside_its_own_file(path):
-    """Comparisons, subscripts and match cases. What runs methods asks for `requires`, never for a name. Default names
-    are constants of config."""
+    """In comparisons, subscripts and match cases. What runs methods asks for `requires`, never for a name; names of
+    defaults are constants of config."""
     registries = (ALLOCATIONS, CRITERIA, CURVES, PATTERNS, SCHEDULERS, SOLVERS)
     files = {name: inspect.getfile(registry[name]) for registry in registries for name in registry.names()}
     for node in ast.walk(ast.parse(path.read_text())):
@@ -149,7 +149,8 @@ def test_no_method_is_named_outside_its_own_file(path):
             compared = [node.value]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "create":
             compared = node.args
-        constants = [part.value for root in compared for part in ast.walk(root) if isinstance(part, ast.Constant)]
+        parts = [part for root in compared for part in getattr(root, "elts", [root])]
+        constants = [part.value for part in parts if isinstance(part, ast.Constant)]
         named = [name for name in constants if name in files and Path(files[name]) != path]
         assert not named, f"line {node.lineno}: {ast.unparse(node)} asks for the method {named[0]!r}"
 
