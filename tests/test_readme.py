@@ -27,6 +27,9 @@ from typer.testing import CliRunner
 
 import hf_sparse.cli.app
 from hf_sparse import OneshotConfig, Pruner, PruningConfig, SparseTrainingArguments, load_plugin
+from hf_sparse.allocations import ALLOCATIONS
+from hf_sparse.criteria import CRITERIA
+from hf_sparse.solvers import SOLVERS
 
 
 PRUNING_FILES = ("pruning_report.json", "pruning_config.json", "pruning_schedule.png", "pruning_layers.png")
@@ -197,6 +200,13 @@ def test_models_are_pruned_without_training_and_then_trained(workplace, capsys):
     for name in ("pruned", "pruned-tuned", "pruned-2of4", "pruned-soft"):
         weight = AutoModelForCausalLM.from_pretrained(name).model.layers[0].mlp.up_proj.weight
         assert (weight == 0).sum() == weight.numel() // 2
+
+
+def test_the_readme_names_the_options_of_all_methods():
+    for registry in (ALLOCATIONS, CRITERIA, SOLVERS):
+        for name in registry.names():
+            options = [f"`{option.name}`" for option in dataclasses.fields(registry[name])]
+            assert not options or f"`{name}` ({', '.join(options)})" in README
 
 
 def test_make_targets_of_the_readme_exist():

@@ -1,13 +1,13 @@
-"""Speed and memory, against the simplest thing that could be done instead.
+"""Benchmarks of speed and memory, as ratios to the simplest alternative.
 
     python scripts/benchmarks/bench.py rank                 # exact selection over 110M weights
     python scripts/benchmarks/bench.py rank --millions 350
     python scripts/benchmarks/bench.py nm                   # 2:4 masks
-    python scripts/benchmarks/bench.py step                 # what a training step costs more than without pruning
-    python scripts/benchmarks/bench.py dist                 # a prune step of weights that are split over processes
-    python scripts/benchmarks/bench.py oneshot              # pruning from calibration data, without training
+    python scripts/benchmarks/bench.py step                 # overhead of a training step
+    python scripts/benchmarks/bench.py dist                 # a prune step of sharded weights
+    python scripts/benchmarks/bench.py oneshot              # one-shot pruning
 
-Each says how it measures in the file of its name; rank and nm in kernels.py.
+Each file describes its measurements; rank and nm are in kernels.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import oneshot
 import step
 
 
-# Name: what it does in a few words, its options, and what runs it.
+# Name: summary, options, and function.
 BENCHES = {
     "rank": ("Exact selection, in reads of the weights.", kernels.add_arguments, kernels.rank),
     "nm": ("2:4 masks, in reads of the weights.", kernels.add_layer, kernels.nm),

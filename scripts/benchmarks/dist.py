@@ -1,14 +1,14 @@
-"""What a prune step costs when the weights are split: `python scripts/benchmarks/bench.py dist`.
+"""Cost of a prune step of sharded weights: `python scripts/benchmarks/bench.py dist`.
 
-Starts itself under torchrun, once for each mode, and prints for the worst rank
+Starts torchrun once for each mode, and prints for the worst rank
 
-    received    bytes that others sent it in one prune step, counted at torch.distributed; their share of the bytes of
-                all selected weights; and the most that one collective brought
+    received    bytes received in one prune step, counted at torch.distributed; as a fraction of the bytes of all
+                selected weights; and the maximum of one collective
     calls       collectives of one prune step
-    peak        memory beyond what was there before the step: on CUDA by its allocator, else the peak of the resident
-                set since the step began (Linux resets it on demand), so buffers of gloo and of Python count too; and
-                its share of the bytes of the selected weights that the rank holds
-    seconds     of one prune step and of one observation, by the clock on the wall
+    peak        memory beyond that before the step: of the CUDA allocator, or else the peak of the resident set since
+                the step began (Linux resets it on demand), which includes buffers of gloo and of Python; and as a
+                fraction of the bytes of the selected weights of the rank
+    seconds     of one prune step and of one observation, wall-clock time
 
 All are medians over the prune steps after the first. Weights and gradients are random.
 """
@@ -53,7 +53,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 def build(name: str) -> torch.nn.Module:
-    """10.6 million selected weights, or 85 million; or few, to see that it runs."""
+    """Returns a model with 10.6 million selected weights, with 85 million, or with few for tests."""
     torch.manual_seed(0)
     if name == "tiny":
         return LlamaModel(
@@ -87,7 +87,7 @@ def build(name: str) -> torch.nn.Module:
 
 
 def split(model: torch.nn.Module, mode: str, device: str) -> torch.nn.Module:
-    """The model as a mode holds it, or something that must live on with it."""
+    """Returns the model as the mode splits it, or an object that must live as long as the model."""
     model = model.to(device)
     if mode == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
@@ -134,11 +134,11 @@ def _zero(model, stage: int):
 
 
 def fill(pruner: Pruner) -> None:
-    """Random weights, and gradients laid out as they are. ZeRO shows its own only in the midst of a step, so here they
-    are put where a shard keeps them then."""
+    """Sets random weights, and gradients of the same layout. ZeRO has gradients only during a step, so they are set where
+    its shards keep them."""
     from torch.distributed.tensor import DTensor
 
-    # What ranks have in common must be the same, and the parts of one weight must differ.
+    # Replicas on several ranks must be equal, and the parts of one weight must differ.
     torch.manual_seed(pruner.communicator.rank)
     for shard in pruner.shards.values():
         gradient, parameter = torch.randn_like(shard.tensor), shard.parameter
@@ -156,14 +156,14 @@ def fill(pruner: Pruner) -> None:
 
 
 class Counter:
-    """The collectives that this process takes part in, and the bytes that they bring it."""
+    """Counts the collectives of this process and the bytes that it receives."""
 
     def __init__(self):
         self.calls = self.received = self.largest = 0
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Count while it lasts. What a ring or a tree would save of an all_reduce is left out of account."""
+        """Counts while the context is open. Savings of ring or tree algorithms for an all_reduce are ignored."""
         names = ("all_reduce", "all_gather", "all_to_all_single")
         originals = {name: getattr(dist, name) for name in names}
         for name in names:
@@ -195,7 +195,7 @@ class Counter:
 
 
 def peak(work: Callable[[], object], device: str) -> int:
-    """What `work` needs at its peak beyond what is held before it."""
+    """Returns the peak memory of `work` beyond the memory before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -205,7 +205,7 @@ def peak(work: Callable[[], object], device: str) -> int:
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """From when all ranks are ready until this one is."""
+    """Returns the time from when all ranks are ready until this rank has finished."""
     if dist.is_initialized():
         dist.barrier()
     start = time.perf_counter()
@@ -216,7 +216,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def measure(model: torch.nn.Module, setting: str, device: str) -> dict[str, float]:
-    """One pruner's steps on this rank."""
+    """Measures the prune steps of one pruner on this rank."""
     target = {} if ":" in setting else {"target_sparsity": 0.8}
     pruner = Pruner(model, PruningConfig(**target, **SETTINGS[setting]))
     fill(pruner)
@@ -238,7 +238,7 @@ def measure(model: torch.nn.Module, setting: str, device: str) -> dict[str, floa
 
 
 def work_on(options: argparse.Namespace) -> None:
-    """What every rank does: one mode, all settings."""
+    """Runs one mode with all settings, on every rank."""
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.worker != "one":
@@ -320,6 +320,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=["minilm", "bert", "llama", "tiny"], default="minilm")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--every-rank", action="store_true", help="a line for each rank, not for the worst")
+    parser.add_argument("--every-rank", action="store_true", help="print a line for each rank, not for the worst only")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

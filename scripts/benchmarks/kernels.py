@@ -1,7 +1,7 @@
-"""Exact selection and 2:4 masks, against a read of the weights: `python scripts/benchmarks/bench.py rank | nm`.
+"""Exact selection and 2:4 masks, relative to reading the weights: `python scripts/benchmarks/bench.py rank | nm`.
 
 Times are medians, divided by the time of one `sum()` of each of the same tensors in the same process: a read. With one
-thread CPU time counts, which other processes disturb less, with more the time that passed.
+thread, CPU time is measured, which other processes disturb less; with several, wall-clock time.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def seconds_once(work: Callable[[], object]) -> float:
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The median time of `repeats` calls after one that does not count."""
+    """Returns the median time of `repeats` calls, after one that is not counted."""
     work()
     return statistics.median(seconds_once(work) for _ in range(repeats))
 
 
 def reads(work: Callable[[], object], weights: list[torch.Tensor], repeats: int) -> float:
-    """The time of `work` in reads of the weights: the median ratio of neighbouring calls, which noise hits alike."""
+    """Returns the time of `work` in reads of the weights: the median ratio of adjacent calls, with similar noise."""
     work()
     return statistics.median(seconds_once(work) / seconds(lambda: read(weights), 3) for _ in range(repeats))
 
@@ -50,7 +50,7 @@ def read(weights: list[torch.Tensor]) -> None:
 
 
 def bert_like(millions: int) -> list[torch.Tensor]:
-    """The matrices of an encoder: blocks of four HIDDEN x HIDDEN and two with 4 HIDDEN, rows of different spread."""
+    """Returns the matrices of an encoder: per block four of HIDDEN x HIDDEN and two with 4 HIDDEN."""
     shapes = [(HIDDEN, HIDDEN)] * 4 + [(4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN)]
     generator = torch.Generator().manual_seed(0)
     weights, left = [], millions * 1_000_000
@@ -127,7 +127,7 @@ def masks_2_of_4(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def all_masks_2_of_4(weights: list[torch.Tensor], masks: list[torch.Tensor]) -> None:
-    """Layer by layer, on as many threads as a selection would take."""
+    """Runs layer by layer, on as many threads as a selection uses."""
     if torch.get_num_threads() == 1:
         list(map(masks_2_of_4, weights, masks))
         return
@@ -162,12 +162,12 @@ def nm(options: argparse.Namespace) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--millions", type=int, default=110, help="weights of the model")
+    parser.add_argument("--millions", type=int, default=110, help="number of weights in millions")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--side-by-side", action="store_true", help="also the simplest way, which takes long")
+    parser.add_argument("--side-by-side", action="store_true", help="also measure the simplest way, which is slow")
 
 
 def add_layer(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
-    parser.add_argument("--layer", type=int, nargs=2, default=(4096, 11008), help="rows and columns of the one layer")
+    parser.add_argument("--layer", type=int, nargs=2, default=(4096, 11008), help="rows and columns of one layer")

@@ -1,4 +1,4 @@
-"""What the process holds and held at most, as Linux counts it."""
+"""Current and peak resident memory of the process, from Linux."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes: held now, or with "VmHWM" the most since `restart_peak`."""
+    """Returns the resident memory in bytes, with "VmHWM" its peak since `restart_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -18,12 +18,12 @@ def restart_peak() -> None:
 
 
 def give_back() -> None:
-    """Memory that is free but still held would hide what is needed."""
+    """Returns free memory to the system: it would hide part of the memory that is needed."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def extra_bytes(work: Callable[[], object]) -> int:
-    """What `work` needs at its peak beyond what the process holds already."""
+    """Returns the peak memory of `work` beyond the current memory of the process."""
     give_back()
     restart_peak()
     before = resident()

@@ -1,17 +1,17 @@
 """One-shot pruning of a Llama with random weights: `python scripts/benchmarks/bench.py oneshot`.
 
-For each method, in both forms (two forwards per block, or one), and for the method written down plainly
-(`oneshot_plain.py`), in one process and on the same data, by turns:
+Compares each method, with two forwards per block and with one, to a plain implementation (`oneshot_plain.py`), in one
+process, on the same data, alternating:
 
-    forwards    time in units of one forward of all calibration data through the dense model's blocks, which is taken
-                (of a part of the data) just before and just after: in all, and what of it went into statistics and
-                into choosing and solving; the rest are forwards
-    peak        memory beyond what was held before, in units of the model, and the most of it while solving
-    plain       the plain way's time over this one's
+    forwards    time in units of one forward of all calibration data through the blocks of the dense model, which is
+                measured (for a part of the data) just before and after: total, and the parts for statistics and for
+                selecting and solving; the rest are forwards
+    peak        memory beyond that before the run, in units of the model, and its maximum while solving
+    plain       time of the plain implementation divided by this time
 
-Times are medians over `--repeats`, by CPU time with one thread, else by the clock on the wall. First, on a small
-model, both ways must give the same masks, up to rounding, and errors that are close. `prototype` is what quick
-prototypes of the methods took for 16 x 512 tokens: time and peak.
+Times are medians over `--repeats`: CPU time with one thread, else wall-clock time. First both implementations must
+give the same masks on a small model, up to rounding, and similar errors. `prototype` is the time and peak of early
+prototypes of the methods for 16 x 512 tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Method:
-    """Options of the package, and of the plain way; prototypes' time and peak for two forwards and for one."""
+    """Options of the package and of the plain implementation; time and peak of the prototypes for both forms."""
 
     options: dict[str, Any]
     plain: dict[str, bool] | None = None
@@ -75,7 +75,7 @@ METHODS = {
 
 
 class Meter:
-    """Seconds and memory of phases, of which one is always on: "forward" unless another is said to be."""
+    """Measures time and memory of phases, of which one is always active: "forward" by default."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -144,7 +144,7 @@ def calibration(samples: int, length: int, batch: int, vocabulary: int) -> list[
 
 
 class Bench:
-    """A model that is dense again before each run."""
+    """A model that is made dense again before each run."""
 
     def __init__(self, model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]]):
         self.model, self.batches = model, batches
@@ -165,7 +165,7 @@ class Bench:
             yield self.model.model(**batch, use_cache=False)[0]
 
     def forward(self) -> float:
-        """Seconds of one forward of everything through all blocks, from every fourth batch."""
+        """Returns the seconds of one forward of all data through all blocks, estimated from every fourth batch."""
         self.restore()
         part = self.batches[::4]
         start = clock()
@@ -174,7 +174,7 @@ class Bench:
         return (clock() - start) * len(self.batches) / len(part)
 
     def prune(self, method: Method, form: int | str) -> Meter:
-        """The dense model pruned with one or two forwards per block, or in the plain way."""
+        """Prunes the dense model with one or two forwards per block, or with the plain implementation."""
         self.restore()
         meter = Meter()
         if form == PLAIN:
@@ -203,7 +203,7 @@ def forms(method: Method, options: argparse.Namespace) -> list[int | str]:
 
 
 def check() -> None:
-    """Both ways give the same masks and errors."""
+    """Checks that both implementations give the same masks and errors."""
     bench = Bench(build(2, 192, 320, 1000), calibration(4, 96, 2, 1000))
     dense = torch.cat(list(bench.outputs(bench.batches)))
     print("on a small model       masks that differ   error ‖Y - Ŷ‖²/‖Y‖²: two forwards, one, plain")
@@ -218,7 +218,7 @@ def check() -> None:
             errors[form] = float(difference.square().sum() / dense.square().sum())
         differ = float((zeros[2] != zeros[PLAIN]).float().mean())
         print(f"{name:22s} {differ:17.4%}   {errors[2]:.4f}, {errors[1]:.4f}, {errors[PLAIN]:.4f}")
-        # Rounding decides where scores are almost equal, and what follows in a row or a block depends on it.
+        # Where scores are almost equal rounding decides, and later columns of the row or block depend on it.
         assert differ < 1e-3
         assert abs(errors[2] / errors[PLAIN] - 1) < 0.01
         assert abs(errors[1] / errors[PLAIN] - 1) < 0.2
@@ -239,11 +239,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intermediate", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
-    parser.add_argument("--batch", type=int, default=1, help="samples of a forward")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sample")
+    parser.add_argument("--batch", type=int, default=1, help="samples per forward")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--alone", action="store_true", help="without the plain way, which takes long")
+    parser.add_argument("--alone", action="store_true", help="without the plain implementation, which is slow")
 
 
 def run(options: argparse.Namespace) -> None:

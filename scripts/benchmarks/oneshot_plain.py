@@ -1,6 +1,6 @@
-"""Wanda and SparseGPT written down as their papers describe them: each layer by itself, no sharing, no shortcuts.
+"""Wanda and SparseGPT as their papers describe them: each layer by itself, without shared statistics or shortcuts.
 
-`oneshot.py` compares with these. They are for decoders of transformers that keep their blocks in `model.layers`.
+The reference of `oneshot.py`, for decoders of transformers that have their blocks in `model.layers`.
 
 Shapes: R rows, C inputs of a weight; T tokens.
 
@@ -27,7 +27,7 @@ class Phases(Protocol):
 
 
 class _Stop(Exception):
-    """The first block has been reached."""
+    """Raised when the first block is reached."""
 
 
 class Norms:
@@ -67,7 +67,7 @@ class Hessian:
 
 
 def wanda_mask(weight_RC: torch.Tensor, norms_C: torch.Tensor, sparsity: float, of_four: bool) -> torch.Tensor:
-    """(R, C) bool, True is kept: the lowest of each row fall, or two of every four."""
+    """Returns the mask (R, C), True is kept: prunes the lowest scores of each row, or two of every four."""
     scores_RC = weight_RC.abs() * norms_C
     kept_RC = torch.ones_like(weight_RC, dtype=torch.bool)
     if of_four:
@@ -81,7 +81,7 @@ def wanda_mask(weight_RC: torch.Tensor, norms_C: torch.Tensor, sparsity: float, 
 def sparsegpt(
     weight_RC: torch.Tensor, hessian: Hessian, sparsity: float, of_four: bool, mask_RC: torch.Tensor | None
 ) -> torch.Tensor:
-    """(R, C) the new weights. Each column that falls is made up for by those to its right, one after the other."""
+    """Returns the new weights (R, C). The columns to the right of a pruned one compensate for it, column by column."""
     weight_RC, hessian_CC = weight_RC.clone(), hessian.mean_CC.clone()
     columns = weight_RC.shape[1]
     dead_C = hessian_CC.diagonal() == 0
@@ -125,14 +125,14 @@ def prune(
     of_four: bool,
     sparsity: float = 0.5,
 ) -> None:
-    """Prune `model` in place, block by block: every batch through the block with hooks on all of its layers, then
+    """Prunes `model` in place, block by block: every batch through the block with hooks on all of its layers, then
     prune, then every batch through it again.
 
     Args:
-        phases: told of "statistics" and "solve" when they begin and end.
-        solves: whether SparseGPT makes up for what falls.
-        by_wanda: whether Wanda chooses what falls.
-        of_four: two of every four fall, instead of a share of each row or block.
+        phases: records the begin and end of "statistics" and "solve".
+        solves: whether SparseGPT updates the remaining weights.
+        by_wanda: whether Wanda selects the pruned weights.
+        of_four: prune two of every four weights, instead of a fraction of each row or block.
     """
     hidden, rest = _first_inputs(model, batches)
     for block in model.model.layers:
@@ -165,7 +165,7 @@ def prune(
 
 
 def _first_inputs(model: nn.Module, batches) -> tuple[list[torch.Tensor], list[dict]]:
-    """What the first block is called with for each batch."""
+    """Returns the arguments of the first block for each batch."""
     hidden, rest = [], []
 
     def take(module, args, kwargs):

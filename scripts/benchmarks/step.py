@@ -1,12 +1,12 @@
-"""What pruning adds to a training step between prune steps: `python scripts/benchmarks/bench.py step`.
+"""Overhead of pruning on a training step between prune steps: `python scripts/benchmarks/bench.py step`.
 
-One run of SparseTrainer on a BERT of MiniLM-L6's shape. Pruning's two hooks are timed where they run, and the step
-that holds them by its own clock, so
+One run of SparseTrainer on a BERT with the shape of MiniLM-L6. Both hooks of pruning and the whole step are timed in
+the same run, so
 
     ratio = step / (step - hooks)
 
-is free of the noise between two runs, which here is larger than the effect. Every second step leaves the hooks out, so
-that a whole-step comparison, interleaved in the same run, stands beside it as a check.
+has no noise between runs, which would be larger than the effect. Every second step is without hooks, for a comparison
+of whole steps within the same run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WARMUP = 10
 
 
 class TimedCallback(SparsityCallback):
-    """Times its own hooks, and the steps with and without them."""
+    """Measures its hooks, and the steps with and without them."""
 
     def __init__(self, config: PruningConfig):
         super().__init__(config)
@@ -62,7 +62,7 @@ class TimedCallback(SparsityCallback):
 
 
 def measure(criterion: str, options: argparse.Namespace) -> TimedCallback:
-    """Train for `options.steps` steps with one prune step at the start and one at the end."""
+    """Trains for `options.steps` steps, with a prune step at the start and one at the end."""
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=options.hidden,
@@ -86,7 +86,7 @@ def measure(criterion: str, options: argparse.Namespace) -> TimedCallback:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
-        # One epoch: at the end of one the data loader starts anew, which would fall on steps of one parity.
+        # One epoch: a restart of the data loader would be in steps of one parity.
         data = [example] * options.batch * options.steps
         SparseTrainer(BertForSequenceClassification(config), args, train_dataset=data, callbacks=[callback]).train()
     start = time.perf_counter()
@@ -100,7 +100,7 @@ def measure(criterion: str, options: argparse.Namespace) -> TimedCallback:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--criteria", nargs="+", default=["magnitude", "snip_momentum"])
-    parser.add_argument("--steps", type=int, default=80, help=f"of which {WARMUP} do not count")
+    parser.add_argument("--steps", type=int, default=80, help=f"of which {WARMUP} are not counted")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=384, help="a multiple of 32")
     parser.add_argument("--batch", type=int, default=16)
