@@ -134,8 +134,8 @@ def _zero(model, stage: int):
 
 
 def fill(pruner: Pruner) -> None:
-    """Sets random weights, and gradients of the same layout. ZeRO has gradients only during a step, so they are set where
-    its shards keep them."""
+    """Sets random weights, and gradients of the same layout. ZeRO has gradients during a step only, so they are set
+    where its shards keep them."""
     from torch.distributed.tensor import DTensor
 
     # Replicas on several ranks must be equal, and the parts of one weight must differ.
