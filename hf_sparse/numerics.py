@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -34,6 +36,29 @@ def as_fastest_array(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
     return tensor.numpy() if prefers_numpy(tensor.device) else tensor
 
 
+def divide(tensor: torch.Tensor, number: float) -> torch.Tensor:
+    """Returns `tensor / number`, rounded alike on all devices: CUDA multiplies by the rounded reciprocal of a Python
+    number.
+
+    Example:
+        >>> divide(torch.tensor([1.0, 2.0]), 4)
+        tensor([0.2500, 0.5000])
+    """
+    return tensor / torch.full((), number, dtype=tensor.dtype, device=tensor.device)
+
+
+def gather_counts(counts: Sequence[int | torch.Tensor]) -> np.ndarray:
+    """Returns counts as int64. Those in tensors of an accelerator are read together, which waits for it once.
+
+    Example:
+        >>> gather_counts([2, torch.tensor(3)])
+        array([2, 3])
+    """
+    tensors = [count for count in counts if isinstance(count, torch.Tensor)]
+    values = iter(torch.stack([count.to(tensors[0].device) for count in tensors]).tolist() if tensors else ())
+    return np.array([next(values) if isinstance(count, torch.Tensor) else count for count in counts], dtype=np.int64)
+
+
 def count_zeros(tensor: torch.Tensor) -> int:
     """Returns the number of entries that are exactly zero (+0.0 or -0.0).
 
@@ -41,6 +66,13 @@ def count_zeros(tensor: torch.Tensor) -> int:
         >>> count_zeros(torch.tensor([0.0, -0.0, 1e-30]))
         2
     """
-    # Counting in floating point branches at each entry: several times slower at 50% zeros than counting a mask.
-    is_zero = as_fastest_array(tensor.detach() == 0)
-    return int(np.count_nonzero(is_zero) if isinstance(is_zero, np.ndarray) else torch.count_nonzero(is_zero))
+    return int(count_true(tensor.detach() == 0))
+
+
+def count_true(mask: torch.Tensor) -> int | torch.Tensor:
+    """Returns the number of True entries, for `gather_counts`.
+
+    Counting zeros of a floating-point array branches at each entry: several times slower than counting a mask.
+    """
+    array = as_fastest_array(mask)
+    return int(np.count_nonzero(array)) if isinstance(array, np.ndarray) else torch.count_nonzero(array)

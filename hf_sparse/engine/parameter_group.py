@@ -15,6 +15,7 @@ from ..config import ResolvedGroup
 from ..criteria import Criterion, GradientCriterion
 from ..distributed import SINGLE_PROCESS, Communicator, Shard
 from ..model.layers import PrunableLayer
+from ..numerics import gather_counts
 from ..requires import Requires
 from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
@@ -182,7 +183,7 @@ class ParameterGroup:
 
     def _current_bounds(self, scores: list[LayerScores], ratio: float) -> tuple[list[int], list[int]]:
         """Returns the fewest and the most pruned units of each layer at this sparsity, given those pruned before."""
-        pruned = self.communicator.sum_counts(np.array([layer.num_pruned() for layer in scores])).tolist()
+        pruned = self.communicator.sum_counts(gather_counts([layer.num_pruned() for layer in scores])).tolist()
         floors, caps = self._bounds(pruned, ratio)
         if self.pattern.max_sparsity < 1:
             caps = [int(room.sum()) for room in self._prunable_by_row(scores)]

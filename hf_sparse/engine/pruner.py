@@ -22,7 +22,7 @@ from ..distributed import (
     load_local_part,
     redistribute,
 )
-from ..numerics import count_zeros
+from ..numerics import count_true, gather_counts
 from ..reporting.report import SparsityReport
 from ..statistics import all_finite
 from .masks import MaskStore, unpack_mask
@@ -200,8 +200,8 @@ class Pruner:
         return float(self._num_zeros(self.shards).sum() / sum(shard.shape.numel() for shard in self.shards.values()))
 
     def _num_zeros(self, shards: Mapping[str, Shard]) -> np.ndarray:
-        counts = [count_zeros(shard.tensor) if shard.is_primary else 0 for shard in shards.values()]
-        return self.communicator.sum_counts(np.array(counts, dtype=np.int64))
+        counts = [count_true(shard.tensor == 0) if shard.is_primary else 0 for shard in shards.values()]
+        return self.communicator.sum_counts(gather_counts(counts))
 
     def report(self) -> SparsityReport:
         """Returns the sparsity of the model, counted in the weights, on all ranks at once."""

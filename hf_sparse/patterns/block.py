@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..numerics import divide
 from .base import Pattern, pairwise_sum, register_pattern
 
 
@@ -55,7 +56,7 @@ class Block(Pattern):
         rows, positions, columns = scores_RPC.shape
         count, columns = rows // self.height, columns // self.width
         by_row = pairwise_sum(scores_RPC.reshape(count, self.height, positions, -1), 1)
-        return pairwise_sum(by_row.view(count, positions, columns, self.width), 3) / (self.height * self.width)
+        return divide(pairwise_sum(by_row.view(count, positions, columns, self.width), 3), self.height * self.width)
 
     def expand(self, keep_U: torch.Tensor, shape_RPC: tuple[int, int, int]) -> torch.Tensor:
         return keep_U.repeat_interleave(self.height, dim=0).repeat_interleave(self.width, dim=2)

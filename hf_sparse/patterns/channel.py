@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..numerics import divide
 from .base import Pattern, pairwise_sum, register_pattern
 
 
@@ -35,7 +36,7 @@ class Channel(Pattern):
         return shape_RPC[:1]
 
     def pool(self, scores_RPC: torch.Tensor) -> torch.Tensor:
-        return pairwise_sum(scores_RPC.flatten(1), 1) / scores_RPC[0].numel()
+        return divide(pairwise_sum(scores_RPC.flatten(1), 1), scores_RPC[0].numel())
 
     def expand(self, keep_U: torch.Tensor, shape_RPC: tuple[int, int, int]) -> torch.Tensor:
         return keep_U[:, None, None].expand(shape_RPC)
@@ -67,7 +68,7 @@ class ChannelIn(Pattern):
 
     def pool(self, scores_RPC: torch.Tensor) -> torch.Tensor:
         rows, positions, _ = scores_RPC.shape
-        return pairwise_sum(scores_RPC.flatten(0, 1), 0)[None] / (rows * positions)
+        return divide(pairwise_sum(scores_RPC.flatten(0, 1), 0)[None], rows * positions)
 
     def expand(self, keep_U: torch.Tensor, shape_RPC: tuple[int, int, int]) -> torch.Tensor:
         return keep_U[:, None, :].expand(shape_RPC)

@@ -17,7 +17,7 @@ import torch
 from ..criteria import Criterion
 from ..distributed import SINGLE_PROCESS, Communicator, Shard, ShardRegion, Transfer, redistribute
 from ..model.layers import PrunableLayer
-from ..numerics import chunk_size
+from ..numerics import chunk_size, count_true, prefers_numpy
 from ..patterns import Pattern
 from ..requires import Requires
 from .row_blocks import first_offset, keeps_units_whole, partition_rows
@@ -214,10 +214,10 @@ class LayerScores:
                 self._add_by_row(counts, part, self._pruned_units(part.mask_bits))
         return counts
 
-    def num_pruned(self) -> int:
-        """Returns the number of local units that are pruned."""
+    def num_pruned(self) -> int | torch.Tensor:
+        """Returns the number of local units that are pruned, for `gather_counts`."""
         with torch.no_grad(), self._local_slices(scoring=False) as slices:
-            return sum(int(self._pruned_units(part.mask_bits).sum()) for part in self._chunk_rows(slices))
+            return sum(count_true(self._pruned_units(part.mask_bits)) for part in self._chunk_rows(slices))
 
     def has_nan(self) -> bool:
         """Returns whether a local score is NaN."""
@@ -239,9 +239,12 @@ class LayerScores:
         shared = scores.untyped_storage().data_ptr() in inputs or 0 in scores.stride()
         scores = scores.detach().to(torch.float32, copy=shared)
         if self._prune_only and self.unit_size == 1:
-            # Sets pruned weights to -inf; on CPUs several times faster than masked_fill_.
-            minus_infinity = (~part.mask_bits).to(torch.int32).bitwise_and_(-0x800000)
-            scores.view(torch.int32).bitwise_and_(part.mask_bits).bitwise_or_(minus_infinity)
+            if prefers_numpy(self.device):
+                # Sets pruned weights to -inf; on CPUs several times faster than masked_fill_.
+                minus_infinity = (~part.mask_bits).to(torch.int32).bitwise_and_(-0x800000)
+                scores.view(torch.int32).bitwise_and_(part.mask_bits).bitwise_or_(minus_infinity)
+            else:
+                scores.masked_fill_(part.mask_bits == 0, -torch.inf)
         scores = self.pattern.pool(scores)
         if self._prune_only and not self.pattern.flat:
             # Also pruned units that the pattern would protect, so that every pruned unit counts as selected.

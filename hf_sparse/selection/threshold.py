@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ..distributed import SINGLE_PROCESS, Communicator
-from ..numerics import as_fastest_array
+from ..numerics import as_fastest_array, gather_counts
 from .bracket import ALL_SCORES, Bracket, bracket_from_histograms, bracket_from_sample, sample_sizes
 from .packed_scores import Array, PackedScores, gather_scores
 from .problem import SelectionProblem
@@ -70,6 +70,8 @@ class Threshold:
             (tensor([False, False,  True,  True]), 0)
         """
         values: Any = as_fastest_array(scores)
+        if self.num_ties and self.includes_all_ties:
+            return torch.as_tensor(values > self.value), ties_left
         kept = values >= self.value
         if ties_left:
             ties = (values == self.value).nonzero()
@@ -251,28 +253,32 @@ class _Capacity:
 
 
 class _LayerCounts(NamedTuple):
-    """Numbers of local scores below the bracket and, if it counts them, at its ends, and the scores inside it."""
+    """Numbers of local scores below the bracket and, if it counts them, at its ends, for `gather_counts`; and the
+    scores inside it."""
 
-    below: int
-    at_low: int
-    at_high: int
+    below: int | torch.Tensor
+    at_low: int | torch.Tensor
+    at_high: int | torch.Tensor
     inside: list[Array]
 
 
 def _count_layer(layer: Scores, bracket: Bracket, capacity: _Capacity) -> _LayerCounts:
     """Counts the scores of a layer in one pass, which ends early once the capacity is used up."""
-    num_below = num_at_low = num_at_high = 0
+    num_below: Any = 0
+    num_at_low: Any = 0
+    num_at_high: Any = 0
     inside = []
     for chunk in layer.chunks():
         scores: Any = as_fastest_array(chunk)
+        # On an accelerator counts are tensors, which are read once for all layers.
         count: Any = np.count_nonzero if isinstance(scores, np.ndarray) else torch.count_nonzero
         is_below = scores < bracket.low
         is_inside = is_below == (scores > bracket.high)  # where neither holds, as for NaN
-        num_below += int(count(is_below))
+        num_below += count(is_below)
         if bracket.counts_ends:
             is_low, is_high = scores == bracket.low, scores == bracket.high
-            num_at_low += int(count(is_low))
-            num_at_high += int(count(is_high)) if bracket.high > bracket.low else 0
+            num_at_low += count(is_low)
+            num_at_high += count(is_high) if bracket.high > bracket.low else 0
             is_inside &= ~(is_low | is_high)
         collected = scores[is_inside]
         if len(collected):
@@ -295,7 +301,8 @@ def _solve(
     indices = [index for problem in problems for index in problem.layer_indices]
     is_full = np.repeat([capacity.left < 0 for capacity in capacities], num_layers)
     *local_counts, local_inside = zip(*counts, strict=True)
-    *sums, num_full = communicator.sum_counts(np.array([*local_counts, is_full]))
+    flat_counts = gather_counts([*chain.from_iterable(local_counts), *is_full])
+    *sums, num_full = communicator.sum_counts(flat_counts.reshape(4, -1))
     collected = [[] if full else parts for parts, full in zip(local_inside, num_full, strict=True)]
     inside = gather_scores(collected, indices, communicator).split(num_layers)
     ends = np.cumsum(num_layers)[:-1]

@@ -15,8 +15,10 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from ..numerics import ACCELERATOR_CHUNK
 
-# Elements whose temporaries stay in a core's cache. The order of summation, and so the rounding, depends on it.
+
+# Elements whose temporaries stay in a CPU core's cache. The order of summation, and so the rounding, depends on it.
 _CHUNK = 256 * 1024
 # Columns of a diagonal block of the Gram matrix that is computed whole, both triangles: smaller products are slower.
 _DIAGONAL_BLOCK = 128
@@ -152,7 +154,8 @@ def _kept_tokens(x: torch.Tensor, keep: torch.Tensor | None, columns: int) -> to
 def _sum_of_squares(x_TI: torch.Tensor) -> torch.Tensor:
     """Returns (I) float32."""
     total = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x_TI.device)
-    for part in x_TI.split(max(1, _CHUNK // max(1, x_TI.shape[1]))):
+    chunk = _CHUNK if x_TI.device.type == "cpu" else ACCELERATOR_CHUNK
+    for part in x_TI.split(max(1, chunk // max(1, x_TI.shape[1]))):
         total += part.float().square().sum(0)
     return total
 
