@@ -36,6 +36,8 @@ class MethodRegistry(Registry):
         ValueError: method "decaying" has no option "decya": known are decay. Did you mean "decay"?
     """
 
+    base: type
+
     def __init__(self, family: str, base: type, requires: Mapping[Requires, type] | None = None):
         super().__init__(family, base)
         self._requires = requires
