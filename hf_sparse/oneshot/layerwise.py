@@ -79,8 +79,12 @@ class LayerPruner:
 
     def prune_without_inputs(self, layer: PrunableLayer, weight: torch.Tensor) -> None:
         """Prunes a layer that needs no statistic of its inputs, in place."""
-        mask = self._select(layer, (), weight)
+        mask, group = self._select(layer, (), weight), self.groups[layer.name].options
         if mask is not None:
+            if group.target and group.solver.updates:
+                for matrix_RPC, mask_RPC in zip(layer.matrices(weight), layer.matrices(mask), strict=True):
+                    new_RC, _ = group.solver.solve(matrix_RPC.flatten(1), mask_RC=mask_RPC.flatten(1))
+                    matrix_RPC.copy_(new_RC.view(matrix_RPC.shape))
             masks = MaskStore({layer.name: (mask.shape, mask.device)})
             masks.replace(layer.name, mask)
             masks.enforce({layer.name: weight})

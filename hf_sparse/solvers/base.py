@@ -73,6 +73,9 @@ class Solver(ABC):
     """Whether the solver can select the pruned units itself, from a pattern and a sparsity. Otherwise every request
     needs a mask."""
 
+    updates: ClassVar[bool] = True
+    """Whether the solver changes the weights that remain."""
+
     @property
     def needs_full_rank(self) -> bool:
         """Whether the Gram matrix must have full rank, which takes at least as many tokens as inputs."""

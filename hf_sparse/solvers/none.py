@@ -19,6 +19,8 @@ class NoUpdate(Solver):
         (tensor([[1., 0.]]), tensor([[ True, False]]))
     """
 
+    updates = False
+
     def solve_batched(
         self, requests: Sequence[PruneRequest], statistic: Any = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
