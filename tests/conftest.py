@@ -54,7 +54,7 @@ def plots():
 def no_plots(request, monkeypatch):
     if "plots" not in request.fixturenames:
         for name in ("plot_schedule", "plot_layers"):
-            monkeypatch.setattr(f"hf_sparse.training.run_files.{name}", lambda *args, **kwargs: None)
+            monkeypatch.setattr(f"hf_sparse.training.callback.{name}", lambda *args, **kwargs: None)
 
 
 @pytest.fixture

@@ -69,6 +69,20 @@ class ResolvedGroup:
         return self.scope == "global" and self.criterion is not None
 
     @property
+    def requires_calibration(self) -> bool:
+        """Whether one-shot pruning needs the layers' inputs as they are when all earlier blocks are pruned."""
+        if not self.target:
+            return False
+        scored_by_norms = bool(self.requires & Requires.INPUT_NORMS) and not self.ranks_all_layers
+        return self.criterion is None or scored_by_norms or bool(self.requires & Requires.GRAM)
+
+    @property
+    def requires_dense_pass(self) -> bool:
+        """Whether one-shot pruning needs the layers' inputs in the dense model, before anything is pruned."""
+        ranked_by_norms = bool(self.requires & Requires.INPUT_NORMS) and self.ranks_all_layers
+        return ranked_by_norms or bool(self.requires & Requires.OUTLIERS)
+
+    @property
     def criterion_name(self) -> str | None:
         """The registered name of the criterion."""
         return None if self.criterion is None else CRITERIA.name_and_options(self.criterion)[0]

@@ -4,7 +4,7 @@ The only package that imports torch.distributed, DeepSpeed or accelerate.
 """
 
 from .build import build_shards
-from .communicator import SINGLE_PROCESS, Communicator, get_communicator, init_distributed
+from .communicator import SINGLE_PROCESS, Communicator, get_communicator, init_distributed, raise_on_all_ranks
 from .offload import input_device, is_offloaded, iter_parameters, onload
 from .redistribute import Transfer, redistribute
 from .regions import ShardRegion, full_region, regions_of_range
@@ -31,6 +31,7 @@ __all__ = [
     "load_local_part",
     "observe_zero_gradients",
     "onload",
+    "raise_on_all_ranks",
     "redistribute",
     "regions_of_range",
 ]

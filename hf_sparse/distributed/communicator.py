@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -145,6 +146,26 @@ def get_communicator() -> Communicator:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return SINGLE_PROCESS
     return DistributedCommunicator()
+
+
+@contextmanager
+def raise_on_all_ranks(*types: type[Exception]) -> Iterator[None]:
+    """Runs the block on every rank and, if one rank raises an error of `types` in it, raises on all ranks, so that no
+    rank waits for one that has stopped. Ranks without an error of their own raise a ValueError.
+
+    Example:
+        >>> with raise_on_all_ranks(OSError):
+        ...     raise FileNotFoundError("a.txt")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: a.txt
+    """
+    error = None
+    try:
+        yield
+    except types as caught:
+        error = caught
+    get_communicator().raise_together(error)
 
 
 def init_distributed(device: str | None = None) -> torch.device:

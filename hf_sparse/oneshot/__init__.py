@@ -7,7 +7,7 @@ from .arguments import OneshotArguments
 from .plan import OneshotPlan, plan_oneshot
 from .prune import prune_oneshot
 from .resume import ResumeError
-from .workflow import run_oneshot
+from .run import run_oneshot
 
 
 __all__ = [

@@ -21,7 +21,7 @@ from ..model.layers import PrunableLayer
 from ..requires import Requires
 from .observers import SAMPLE
 from .pipeline import BlockPipeline, Subgraph
-from .run import OneshotRun
+from .prepare import PreparedRun
 from .tracing import ModelTrace
 
 
@@ -129,7 +129,7 @@ class _SharedInput:
         return self.experts * statistic, self.experts * (solving + ranking)
 
 
-def estimate_costs(run: OneshotRun, trace: ModelTrace | None) -> Costs:
+def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
     """Returns the costs of a run.
 
     Args:
@@ -161,7 +161,7 @@ def estimate_costs(run: OneshotRun, trace: ModelTrace | None) -> Costs:
     observed = {layer for subgraph in (trace.subgraphs if trace else ()) for layer in subgraph.layers}
     unobserved = sum(layer.numel for group in run.groups for layer in group.layers if layer not in observed)
     return Costs(
-        activation_storage=run.activation_storage,
+        activation_storage=str(run.config.activations),
         block_bytes=_largest_block_bytes(run.model, trace.subgraphs if trace else ()),
         statistics_bytes=_largest_statistics_bytes(inputs, run.single_forward),
         solver_bytes=max((each.solver_bytes for each in inputs), default=0),
@@ -211,7 +211,7 @@ def _before_blocks(trace: ModelTrace) -> Subgraph:
     return trace.subgraphs[0] if first is None else Subgraph("before the blocks", (), stop_before=first)
 
 
-def _shared_inputs(run: OneshotRun, trace: ModelTrace) -> list[_SharedInput]:
+def _shared_inputs(run: PreparedRun, trace: ModelTrace) -> list[_SharedInput]:
     gram_layers = run.layers_requiring(Requires.GRAM)
     config = getattr(run.model, "config", None)
     experts_per_token = getattr(config, "num_experts_per_tok", None) or 1
@@ -233,7 +233,7 @@ def _shared_inputs(run: OneshotRun, trace: ModelTrace) -> list[_SharedInput]:
     return inputs
 
 
-def _forward_seconds(run: OneshotRun, trace: ModelTrace, blocks: float, before_blocks: float) -> float:
+def _forward_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_blocks: float) -> float:
     """Seconds of all forwards over the sample: every subgraph runs what is before the blocks again.
 
     Args:
@@ -245,7 +245,7 @@ def _forward_seconds(run: OneshotRun, trace: ModelTrace, blocks: float, before_b
     count = len(trace.subgraphs)
     one_pass = blocks + count * before_blocks
     total = one_pass if run.dense_pass_layers else 0.0
-    if run.calibrated_layers and run.sequential and not run.single_forward:
+    if run.calibrated_layers and run.config.sequential and not run.single_forward:
         total += (2 - 1 / count) * blocks + (2 * count - 1) * before_blocks
     elif run.calibrated_layers:
         total += one_pass
@@ -270,7 +270,7 @@ def _largest_block_bytes(model: nn.Module, subgraphs: Sequence[Subgraph]) -> int
     return max(sizes, default=0)
 
 
-def _model_wide_bytes(run: OneshotRun) -> int:
+def _model_wide_bytes(run: PreparedRun) -> int:
     """Gradients, a float32 statistic for each weight scored by them, and masks as int8 and as bool."""
     groups = [group for group in run.groups if group.requires_gradients]
     total = sum(weight.nbytes for weight in run.model.parameters()) if groups else 0

@@ -14,8 +14,7 @@ from ..engine.parameter_group import ParameterGroup
 from ..reporting.tables import format_table
 from ..requires import Requires
 from .costs import Costs, estimate_costs
-from .prepare import prepare_run
-from .run import OneshotRun
+from .prepare import PreparedRun, prepare_run
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def plan_oneshot(
     return OneshotPlan(tuple(layers), len(subgraphs), sum(map(count_tokens, run.batches)), costs)
 
 
-def _num_pruned(run: OneshotRun, group: ParameterGroup) -> dict[str, int]:
+def _num_pruned(run: PreparedRun, group: ParameterGroup) -> dict[str, int]:
     """The number of units of each layer that will be zero, as far as it is known in advance."""
     if not group.target:
         return run.num_pruned(group) or dict.fromkeys((layer.name for layer in group.layers), 0)

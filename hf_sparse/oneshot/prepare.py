@@ -1,27 +1,123 @@
-"""Prepares a one-shot run: selects the layers, distributes the calibration data over ranks, and checks both."""
+"""Prepares a one-shot run: selects the layers, distributes the calibration data over ranks, and checks both.
+
+`prune_oneshot` carries the prepared run out, `plan_oneshot` only describes it.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from ..calibration.batches import concatenate_batches, count_tokens, is_padded
 from ..config import OneshotConfig, PruningConfigError, ResolvedGroup
-from ..distributed import build_shards, get_communicator, is_offloaded
+from ..distributed import Communicator, build_shards, get_communicator, is_offloaded, onload
 from ..engine.parameter_group import ParameterGroup
 from ..engine.resolve import resolve_layers
 from ..model.layers import PrunableLayer
 from ..requires import Requires
-from .run import OneshotRun, requires_calibration, requires_dense_pass
+from .tracing import ModelTrace, trace_model
 
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig) -> OneshotRun:
+@dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """A one-shot run that is ready to start or to plan, see `prepare_run`.
+
+    Args:
+        model: the model to prune.
+        config: the options.
+        groups: the parameter groups, with their layers.
+        batches: all calibration batches.
+        local_batches: those of this rank; of a single forward, concatenated to one batch.
+        communicator: the ranks that share the calibration data.
+    """
+
+    model: nn.Module
+    config: OneshotConfig
+    groups: Sequence[ParameterGroup]
+    batches: Sequence[Any]
+    local_batches: Sequence[Any]
+    communicator: Communicator
+
+    @property
+    def single_forward(self) -> bool:
+        """Whether layers are pruned during the forward that observes their inputs."""
+        return self.config.forwards == 1
+
+    @cached_property
+    def group_of(self) -> dict[str, ParameterGroup]:
+        """Maps the name of each layer to its parameter group."""
+        return {layer.name: group for group in self.groups for layer in group.layers}
+
+    @property
+    def calibrated_layers(self) -> list[PrunableLayer]:
+        """The layers that are pruned block by block, after their inputs have been observed."""
+        return [layer for group in self.groups if group.options.requires_calibration for layer in group.layers]
+
+    @property
+    def dense_pass_layers(self) -> list[PrunableLayer]:
+        """The layers whose inputs are observed in the dense model, before anything is pruned."""
+        return [layer for group in self.groups if group.options.requires_dense_pass for layer in group.layers]
+
+    @property
+    def dense_ranked_groups(self) -> list[ParameterGroup]:
+        """The groups whose masks are selected in the dense model, for all their layers together."""
+        return [group for group in self.groups if group.target and group.options.ranks_all_layers]
+
+    def layers_requiring(self, requirement: Requires) -> set[PrunableLayer]:
+        """Returns the layers of the groups with this requirement."""
+        groups = (group for group in self.groups if group.options.requires & requirement)
+        return {layer for group in groups for layer in group.layers}
+
+    def trace(self) -> ModelTrace | None:
+        """Traces the model for the layers whose inputs are observed. Returns None if there are none.
+
+        Raises:
+            ValueError: see `trace_model`; or `forwards=1` would prune a layer before all its inputs are observed.
+        """
+        layers = list(dict.fromkeys([*self.dense_pass_layers, *self.calibrated_layers]))
+        if not layers:
+            return None
+        trace = trace_model(self.model, layers, self.batches[0], bool(self.config.sequential))
+        repeated = [layer.module for layer in self.calibrated_layers if layer.module in trace.repeated]
+        if repeated and self.single_forward:
+            raise ValueError(
+                f'forwards=1 prunes a layer when it is called, but "{repeated[0]}" is called several times in one '
+                "forward: use forwards=2."
+            )
+        return trace
+
+    def num_pruned(self, group: ParameterGroup) -> dict[str, int]:
+        """Returns the number of units of each layer that are zero and stay so, with `keep_zeros`; else nothing."""
+        if not group.options.keep_zeros:
+            return {}
+        counts = {}
+        for layer in group.layers:
+            with onload(self.model.get_submodule(layer.module)):
+                counts[layer.name] = group.pruned_units(layer, self.model.get_parameter(layer.name))
+        return counts
+
+    def prune_counts(self, outliers: Mapping[str, float]) -> dict[str, int]:
+        """Returns the number of units to prune of each layer that is pruned on its own.
+
+        Args:
+            outliers: maps the name of a layer to its outlier ratio, where the allocation requires it.
+        """
+        counts: dict[str, int] = {}
+        for group in self.groups:
+            if group.target and not group.options.ranks_all_layers:
+                counts |= group.prune_counts(self.num_pruned(group), outliers)
+        return counts
+
+
+def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig) -> PreparedRun:
     """Returns the run of a config. Warns if there is too little calibration data.
 
     Args:
@@ -42,34 +138,19 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
     if not any(group.target for group in groups):
         errors.append("there is nothing to prune: give target_sparsity, or a pattern that implies it.")
     errors += _data_errors(groups, batches, communicator.world_size)
-    observed = [
-        layer
-        for group in groups
-        if requires_calibration(group) or requires_dense_pass(group)
-        for layer in group.layers
-    ]
-    errors += _layer_errors(observed, config, batches)
+    observed = [group for group in groups if group.requires_calibration or group.requires_dense_pass]
+    errors += _layer_errors([layer for group in observed for layer in group.layers], config, batches)
     errors += _offload_errors(groups, config) if offloaded else []
     errors += _rank_errors(groups, batches)
     if errors:
         raise PruningConfigError(errors)
     if skipped:
         logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(skipped))
-    single_forward = config.forwards == 1
     local_batches = batches[communicator.rank :: communicator.world_size]
-    if single_forward and local_batches:
+    if config.forwards == 1 and local_batches:
         local_batches = [concatenate_batches(local_batches)]
-    return OneshotRun(
-        model=model,
-        groups=[ParameterGroup(group) for group in groups],
-        batches=batches,
-        local_batches=local_batches,
-        communicator=communicator,
-        sequential=bool(config.sequential),
-        single_forward=single_forward,
-        activation_storage=str(config.activations),
-        on_unreached=str(config.on_unreached),
-    )
+    parameter_groups = [ParameterGroup(group) for group in groups]
+    return PreparedRun(model, config, parameter_groups, batches, local_batches, communicator)
 
 
 def method_requiring_data(group: ResolvedGroup) -> str | None:

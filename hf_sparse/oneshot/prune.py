@@ -16,14 +16,13 @@ import torch
 from torch import nn
 
 from ..config import OneshotConfig, PruningConfig
-from ..distributed import iter_parameters, onload
+from ..distributed import iter_parameters, onload, raise_on_all_ranks
 from ..numerics import count_zeros
 from ..reporting.report import SparsityReport
 from .dense_model import accumulate_gradients, masks_from_dense_model
 from .layerwise import LayerPruner
-from .prepare import prepare_run
+from .prepare import PreparedRun, prepare_run
 from .resume import FinishedSubgraphs, ResumeError, run_digest
-from .run import OneshotRun
 from .sequential import SequentialPruner
 
 
@@ -67,9 +66,8 @@ def prune_oneshot(
         tensor([[4., 1., 0., 0.],
                 [0., 2., 0., 4.]])
     """
-    oneshot_config = OneshotConfig.of(config)
-    run = prepare_run(model, calibration_data, oneshot_config)
-    finished = None if state_dir is None else _open_finished(run, oneshot_config, state_dir)
+    run = prepare_run(model, calibration_data, OneshotConfig.of(config))
+    finished = None if state_dir is None else _open_finished(run, state_dir)
     trace = run.trace()
     sequential = None if trace is None else SequentialPruner(run, trace)
     norms, outliers = ({}, {}) if sequential is None else sequential.dense_calibration_pass()
@@ -79,7 +77,7 @@ def prune_oneshot(
         groups=run.group_of,
         prune_counts=run.prune_counts(outliers),
         masks=masks_from_dense_model(model, run.dense_ranked_groups, norms) if run.dense_ranked_groups else {},
-        on_unreached=run.on_unreached,
+        on_unreached=str(run.config.on_unreached),
     )
     calibrated = set(run.calibrated_layers)
     for layer in (layer for group in run.groups for layer in group.layers if layer not in calibrated):
@@ -91,22 +89,18 @@ def prune_oneshot(
     return _report(run, errors)
 
 
-def _open_finished(run: OneshotRun, config: OneshotConfig, folder: str | Path) -> FinishedSubgraphs:
+def _open_finished(run: PreparedRun, folder: str | Path) -> FinishedSubgraphs:
     """Read the finished subgraphs, on all ranks."""
-    digest = run_digest(config.to_dict(), iter_parameters(run.model), run.batches)
-    try:
+    digest = run_digest(run.config.to_dict(), iter_parameters(run.model), run.batches)
+    with raise_on_all_ranks(ResumeError):
         finished = FinishedSubgraphs(folder, digest, run.communicator.rank == 0)
-    except ResumeError as error:
-        run.communicator.raise_together(error)
-    else:
-        run.communicator.raise_together(None)
     counts = torch.cat(run.communicator.all_gather(torch.tensor([finished.count]))).tolist()
     if len(set(counts)) > 1:
         raise ResumeError(f"ranks find {counts} finished blocks in {folder}: use a folder that all of them share.")
     return finished
 
 
-def _report(run: OneshotRun, errors: Mapping[str, float]) -> SparsityReport:
+def _report(run: PreparedRun, errors: Mapping[str, float]) -> SparsityReport:
     zeros, sizes = {}, {}
     for name, tensor in iter_parameters(run.model):
         zeros[name], sizes[name] = count_zeros(tensor), tensor.numel()

@@ -1,123 +1,319 @@
-"""OneshotRun: what a one-shot run is going to do, shared by the run itself and by its plan."""
+"""One-shot pruning from checkpoint to checkpoint: load, evaluate, prune, evaluate, save. `hf-sparse prune` and
+`scripts/run_oneshot.py` call it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
-from ..config import ResolvedGroup
-from ..distributed import Communicator, onload
-from ..engine.parameter_group import ParameterGroup
-from ..model.layers import PrunableLayer
-from ..requires import Requires
-from .tracing import ModelTrace, trace_model
+from ..calibration.batches import count_tokens
+from ..calibration.text_batches import TextReader
+from ..calibration.text_rows import load_texts
+from ..config import OneshotConfig
+from ..distributed import get_communicator, init_distributed, raise_on_all_ranks
+from ..evaluation import evaluate_model, metric_for
+from ..files import (
+    DENSE_RESULTS_FILE,
+    LAYERS_PLOT_FILE,
+    ONESHOT_RESULTS_FILE,
+    write_folder_atomically,
+    write_json,
+)
+from ..hub.card import SparsityCard, auto_class, write_card
+from ..hub.card.command import command_line
+from ..reporting.plots import plot_layers
+from ..reporting.report import SparsityReport
+from .arguments import OneshotArguments
+from .loading import load_model, load_tokenizer
+from .plan import OneshotPlan, plan_oneshot
+from .prepare import method_requiring_data
+from .prune import prune_oneshot
+from .resume import count_finished_subgraphs, remove_finished_subgraphs
 
 
-@dataclass(frozen=True, eq=False)
-class OneshotRun:
-    """A one-shot run: the parameter groups with their layers, and the calibration data. See `prepare_run`.
+# The Hub's name of the task of each Auto class.
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForTokenClassification": "token-classification",
+}
+
+# The arguments that the metrics of the dense model depend on. A continued run reuses metrics if these are the same.
+_EVALUATION_ARGUMENTS = (
+    "model_name_or_path",
+    "model_revision",
+    "tokenizer_name",
+    "dtype",
+    "validation_file",
+    "dataset_name",
+    "dataset_config_name",
+    "validation_split",
+    "max_eval_samples",
+    "text_column",
+    "label_column",
+    "per_row",
+    "length",
+)
+
+
+def run_oneshot(
+    arguments: OneshotArguments, config: OneshotConfig, echo: Callable[[str], None] = print
+) -> SparsityReport | OneshotPlan:
+    """Prunes a checkpoint and writes the result to `output_dir`, completely or not at all.
+
+    An interrupted run that is started again with the same options continues after the last finished block.
 
     Args:
-        model: the model to prune.
-        groups: the parameter groups.
-        batches: all calibration batches.
-        local_batches: those of this rank; of a single forward, concatenated to one batch.
-        communicator: the ranks that share the calibration data.
-        sequential: whether layers are pruned block by block, or all at once.
-        single_forward: whether layers are pruned during the forward that observes their inputs.
-        activation_storage: where outputs of blocks are cached, see `ActivationCache`.
-        on_unreached: what to do with experts that no token reaches, see `fill_unreached`.
-    """
+        arguments: model, data and output.
+        config: what to prune, and how.
+        echo: prints a line of progress, on rank 0.
 
-    model: nn.Module
-    groups: Sequence[ParameterGroup]
-    batches: Sequence[Any]
-    local_batches: Sequence[Any]
-    communicator: Communicator
-    sequential: bool = True
-    single_forward: bool = False
-    activation_storage: str = "cpu"
-    on_unreached: str = "error"
+    Returns:
+        The report of the pruned model; with `dry_run` the plan.
+
+    Raises:
+        OSError: a model, a data file or the output folder cannot be used.
+        ValueError: an option is not valid.
+    """
+    run = _WorkflowRun(arguments, config, init_distributed(arguments.device), echo)
+    if arguments.dry_run:
+        return run.plan()
+    try:
+        return run.prune()
+    except KeyboardInterrupt:
+        run.echo_finished("interrupted", "Run the same command again to continue.")
+        raise
+
+
+class _WorkflowRun:
+    def __init__(
+        self, arguments: OneshotArguments, config: OneshotConfig, device: torch.device, echo: Callable[[str], None]
+    ):
+        self._args, self._config, self._device = arguments, config, device
+        self._communicator = get_communicator()
+        self._is_main = self._communicator.rank == 0
+        self._print = echo
+        self._calibration_info: dict[str, Any] = {}
+
+    def plan(self) -> OneshotPlan:
+        self._load_texts()
+        self._load_model()
+        plan = plan_oneshot(self._model, self._calibration_batches(), self._config)
+        self._echo(str(plan))
+        return plan
+
+    def prune(self) -> SparsityReport:
+        args = self._args
+        with raise_on_all_ranks(OSError):
+            if self._is_main:
+                _check_output(args)
+        self._load_texts()
+        self._load_model()
+        eval_batches = self._reader.first(self._eval_texts, args.max_eval_samples) if args.eval else []
+        batches = self._calibration_batches()
+        self.echo_finished("continuing")
+        dense_metrics = self._evaluate_dense(eval_batches) if eval_batches else {}
+        report = prune_oneshot(self._model, batches, self._config, state_dir=args.unfinished_dir)
+        self._echo(str(report))
+        sparse_metrics = evaluate_model(self._model, eval_batches) if eval_batches else {}
+        if eval_batches:
+            self._echo(f"before: {_format_metrics(dense_metrics)}\nafter:  {_format_metrics(sparse_metrics)}")
+        with raise_on_all_ranks(Exception):
+            if self._is_main:
+                self._save(report, dense_metrics, sparse_metrics)
+        self._echo(f"saved to {args.output_dir}")
+        return report
+
+    def _echo(self, text: str) -> None:
+        if self._is_main:
+            self._print(text)
+
+    def echo_finished(self, event: str, remedy: str = "") -> None:
+        """Print the number of finished blocks, if there are any."""
+        folder = self._args.unfinished_dir
+        if count := count_finished_subgraphs(folder):
+            self._echo(f"{event}: finished blocks in {folder}: {count}. {remedy}".rstrip())
+
+    def _load_texts(self) -> None:
+        """Load calibration and evaluation texts: before the model, which takes longer."""
+        args = self._args
+        self._texts = self._eval_texts = None
+        options: dict[str, Any] = {"streaming": args.streaming, "cache_dir": args.cache_dir}
+        if args.calibration_file or args.dataset_name:
+            self._texts = load_texts(
+                args.calibration_file, args.dataset_name, args.dataset_config_name, args.dataset_split, **options
+            )
+        else:
+            for method in map(method_requiring_data, self._config.resolve_groups().values()):
+                if method is not None:
+                    raise ValueError(f"{method} needs calibration data: pass calibration_file or dataset_name.")
+        if args.eval:
+            dataset = (None, None) if args.validation_file else (args.dataset_name, args.dataset_config_name)
+            self._eval_texts = load_texts(
+                args.validation_file, *dataset, args.validation_split, purpose="validation", **options
+            )
+
+    def _load_model(self) -> None:
+        """Load the model, and its tokenizer if there is one."""
+        args = self._args
+        self._echo(f"loading {args.model_name_or_path}")
+        self._model = load_model(
+            args.model_name_or_path,
+            args.dtype,
+            self._device,
+            args.device_map,
+            args.offload_folder,
+            **args.hub_options(),
+        )
+        if args.eval:
+            metric_for(self._model)  # raises if the model cannot be evaluated
+        options = args.hub_options()
+        if args.tokenizer_name is not None:
+            options["revision"] = "main"
+        try:
+            self._tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path, **options)
+        except OSError:
+            if args.reads_texts:
+                raise
+            self._tokenizer = None
 
     @cached_property
-    def group_of(self) -> dict[str, ParameterGroup]:
-        """Maps the name of each layer to its parameter group."""
-        return {layer.name: group for group in self.groups for layer in group.layers}
+    def _reader(self) -> TextReader:
+        args = self._args
+        return TextReader(
+            self._tokenizer,
+            self._model,
+            args.length,
+            args.batch_size,
+            per_row=args.per_row,
+            same_length=self._config.forwards == 1,
+            text_column=args.text_column,
+            label_column=args.label_column,
+        )
 
-    @property
-    def calibrated_layers(self) -> list[PrunableLayer]:
-        """The layers that are pruned block by block, after their inputs have been observed."""
-        return [layer for group in self.groups if requires_calibration(group.options) for layer in group.layers]
-
-    @property
-    def dense_pass_layers(self) -> list[PrunableLayer]:
-        """The layers whose inputs are observed in the dense model, before anything is pruned."""
-        return [layer for group in self.groups if requires_dense_pass(group.options) for layer in group.layers]
-
-    @property
-    def dense_ranked_groups(self) -> list[ParameterGroup]:
-        """The groups whose masks are selected in the dense model, for all their layers together."""
-        return [group for group in self.groups if group.target and group.options.ranks_all_layers]
-
-    def layers_requiring(self, requirement: Requires) -> set[PrunableLayer]:
-        """Returns the layers of the groups with this requirement."""
-        groups = (group for group in self.groups if group.options.requires & requirement)
-        return {layer for group in groups for layer in group.layers}
-
-    def trace(self) -> ModelTrace | None:
-        """Traces the model for the layers whose inputs are observed. Returns None if there are none.
-
-        Raises:
-            ValueError: see `trace_model`; or `forwards=1` would prune a layer before all its inputs are observed.
-        """
-        layers = list(dict.fromkeys([*self.dense_pass_layers, *self.calibrated_layers]))
-        if not layers:
+    def _calibration_batches(self) -> list[dict[str, torch.Tensor]] | None:
+        args = self._args
+        if self._texts is None:
             return None
-        trace = trace_model(self.model, layers, self.batches[0], self.sequential)
-        repeated = [layer.module for layer in self.calibrated_layers if layer.module in trace.repeated]
-        if repeated and self.single_forward:
-            raise ValueError(
-                f'forwards=1 prunes a layer when it is called, but "{repeated[0]}" is called several times in one '
-                "forward: use forwards=2."
-            )
-        return trace
+        batches = self._reader.sample(self._texts, args.samples, args.seed)
+        dataset = (args.dataset_name, args.dataset_config_name, args.dataset_split)
+        self._calibration_info = {
+            "data": args.calibration_file or " ".join(filter(None, dataset)),
+            "samples": args.samples,
+            "unit": "rows" if self._reader.per_row else "blocks",
+            "length": args.length,
+            "seed": args.seed,
+            "tokens": sum(map(count_tokens, batches)),
+        }
+        self._echo(f"calibration data: {_format_calibration(self._calibration_info)} (--samples, --length, --seed)")
+        return batches
 
-    def num_pruned(self, group: ParameterGroup) -> dict[str, int]:
-        """Returns the number of units of each layer that are zero and stay so, with `keep_zeros`; else nothing."""
-        if not group.options.keep_zeros:
-            return {}
-        counts = {}
-        for layer in group.layers:
-            with onload(self.model.get_submodule(layer.module)):
-                counts[layer.name] = group.pruned_units(layer, self.model.get_parameter(layer.name))
-        return counts
+    def _evaluate_dense(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Evaluate the model before it is pruned, or read the metrics of the run that is continued."""
+        arguments = {name: getattr(self._args, name) for name in _EVALUATION_ARGUMENTS}
+        path = self._args.unfinished_dir / DENSE_RESULTS_FILE
+        stored = {}
+        if self._is_main and path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        if self._communicator.any(stored.get("asked") == arguments):
+            return stored.get("metrics", {})
+        metrics = evaluate_model(self._model, batches)
+        if self._is_main:
+            write_json(path, {"asked": arguments, "metrics": metrics})
+        self._echo(f"before pruning: {_format_metrics(metrics)}")
+        return metrics
 
-    def prune_counts(self, outliers: Mapping[str, float]) -> dict[str, int]:
-        """Returns the number of units to prune of each layer that is pruned on its own.
+    def _save(self, report: SparsityReport, dense_metrics: dict[str, float], sparse_metrics: dict[str, float]) -> None:
+        """Write the output folder and remove what is only needed to continue."""
+        args = self._args
+        results: dict[str, Any] = {"model": args.model_name_or_path, "calibration": self._calibration_info or None}
+        results |= {f"dense_{name}": value for name, value in dense_metrics.items()}
+        results |= {f"eval_{name}": value for name, value in sparse_metrics.items()}
 
-        Args:
-            outliers: maps the name of a layer to its outlier ratio, where the allocation requires it.
-        """
-        counts: dict[str, int] = {}
-        for group in self.groups:
-            if group.target and not group.options.ranks_all_layers:
-                counts |= group.prune_counts(self.num_pruned(group), outliers)
-        return counts
+        def write(folder: Path) -> None:
+            self._model.save_pretrained(folder)
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(folder)
+            write_json(folder / ONESHOT_RESULTS_FILE, results)
+            plot_layers(folder / LAYERS_PLOT_FILE, report)
+            write_card(folder, self._card(report, dense_metrics, sparse_metrics))
+
+        write_folder_atomically(args.output_path, write)
+        for path in args.unfinished_dir.glob(f"*{Path(DENSE_RESULTS_FILE).stem}*"):
+            path.unlink()
+        remove_finished_subgraphs(args.unfinished_dir)
+
+    def _card(
+        self, report: SparsityReport, dense_metrics: dict[str, float], sparse_metrics: dict[str, float]
+    ) -> SparsityCard:
+        args = self._args
+        model_class = auto_class(type(self._model).__name__)
+        task = _TASKS.get(model_class or "")
+        metadata: dict[str, Any] = {"base_model": args.model_name_or_path}
+        metadata |= {"datasets": [args.dataset_name]} if args.dataset_name else {}
+        metadata |= {"pipeline_tag": task} if task else {}
+        eval_dataset = None if args.validation_file or not sparse_metrics else args.dataset_name
+        return SparsityCard(
+            model_name=args.output_path.resolve().name,
+            report=report,
+            config=self._config.to_dict(),
+            metadata=metadata,
+            task=task,
+            dataset={"type": eval_dataset, "name": eval_dataset} if eval_dataset else None,
+            dense_metrics=_card_metrics(dense_metrics),
+            metrics=_card_metrics(sparse_metrics),
+            calibration=_format_calibration(self._calibration_info) if self._calibration_info else None,
+            processes=self._communicator.world_size,
+            command=command_line(),
+            auto_class=model_class,
+            oneshot=True,
+        )
 
 
-def requires_calibration(group: ResolvedGroup) -> bool:
-    """Whether the group's layers are pruned block by block, after their inputs have been observed."""
-    if not group.target:
-        return False
-    scored_by_norms = bool(group.requires & Requires.INPUT_NORMS) and not group.ranks_all_layers
-    return group.criterion is None or scored_by_norms or bool(group.requires & Requires.GRAM)
+def _card_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics as Trainer names them, without the size of the data."""
+    return {f"eval_{name}": value for name, value in metrics.items() if name not in ("tokens", "samples")}
 
 
-def requires_dense_pass(group: ResolvedGroup) -> bool:
-    """Whether the inputs of the group's layers are observed in the dense model, before anything is pruned."""
-    ranked_by_norms = bool(group.requires & Requires.INPUT_NORMS) and group.ranks_all_layers
-    return ranked_by_norms or bool(group.requires & Requires.OUTLIERS)
+def _format_calibration(info: dict[str, Any]) -> str:
+    """A description of calibration data.
+
+    Example:
+        >>> _format_calibration(
+        ...     {"samples": 2, "unit": "blocks", "length": 8, "data": "a.txt", "seed": 0, "tokens": 16}
+        ... )
+        '2 blocks of 8 tokens from a.txt, 16 tokens in total, seed 0'
+    """
+    at_most = "at most " if info["unit"] == "rows" else ""
+    text = "{samples} {unit} of {at_most}{length} tokens from {data}, {tokens:,} tokens in total, seed {seed}"
+    return text.format(at_most=at_most, **info)
+
+
+def _format_metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" for name, value in metrics.items()
+    )
+
+
+def _check_output(arguments: OneshotArguments) -> None:
+    """Check that the result can be written to `output_dir`."""
+    output = arguments.output_path
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir():
+        raise NotADirectoryError(f"output_dir {output} is a file: name a folder.")
+    if not arguments.overwrite:
+        raise FileExistsError(f"output_dir {output} is not empty: name another folder, or pass --overwrite.")
+    if Path(arguments.model_name_or_path).is_dir() and output.samefile(arguments.model_name_or_path):
+        raise FileExistsError(f"output_dir {output} is the model to prune: name another folder.")
+    if not (output / "config.json").is_file():
+        raise FileExistsError(
+            f"output_dir {output} holds no model (config.json), so it is not replaced: remove it yourself."
+        )

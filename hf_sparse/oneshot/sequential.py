@@ -20,8 +20,8 @@ from ..requires import Requires
 from .layerwise import LayerPruner, compute_outliers
 from .observers import InputObserver, InputObservers, fill_unreached, input_norms
 from .pipeline import BlockPipeline, Subgraph
+from .prepare import PreparedRun
 from .resume import FinishedSubgraphs
-from .run import OneshotRun
 from .tracing import ModelTrace
 
 
@@ -36,7 +36,7 @@ class SequentialPruner:
         trace: of its model.
     """
 
-    def __init__(self, run: OneshotRun, trace: ModelTrace):
+    def __init__(self, run: PreparedRun, trace: ModelTrace):
         self._run, self._trace = run, trace
         self._model, self._communicator = run.model, run.communicator
         self._gram_layers = run.layers_requiring(Requires.GRAM)
@@ -63,7 +63,7 @@ class SequentialPruner:
                 propagate = subgraph is not self._trace.subgraphs[-1]
                 with self._onload(subgraph):
                     observers = self._calibrate(pipeline, subgraph, layers, set(), propagate)
-                    fill_unreached(observers, self._run.on_unreached)
+                    fill_unreached(observers, str(self._run.config.on_unreached))
                     norms |= {layer.name: input_norms(layer, observers) for layer in layers if layer in ranked}
                     allocated = [layer for layer in layers if layer in allocated_by_outliers]
                     for block in group_by_block(self._model, allocated):
@@ -208,7 +208,7 @@ class SequentialPruner:
         return f"{sparsity:.2%} zero, error up to {errors[worst]:.4f} in {worst}"
 
     def _pipeline(self) -> BlockPipeline:
-        return BlockPipeline(self._model, self._run.local_batches, self._run.activation_storage)
+        return BlockPipeline(self._model, self._run.local_batches, str(self._run.config.activations))
 
     def _weights(self, layers: Sequence[PrunableLayer]) -> dict[str, torch.Tensor]:
         return {layer.name: self._model.get_parameter(layer.name).detach() for layer in layers}

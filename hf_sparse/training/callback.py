@@ -11,16 +11,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 
 from ..config import PruningConfig
-from ..distributed import get_communicator, is_deepspeed, observe_zero_gradients
+from ..distributed import get_communicator, is_deepspeed, observe_zero_gradients, raise_on_all_ranks
 from ..engine.pruner import Pruner
 from ..engine.resolve import resolve_layers
+from ..files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ..hub.upload import hide_token
+from ..reporting.plots import plot_layers, plot_schedule
+from ..reporting.pruning_files import write_report_and_config
 from ..reporting.report import SparsityReport
 from ..schedulers import PruningSchedule
 from .best_metric import block_best_metric, clear_best_metric, unblock_best_metric
-from .collective_errors import raise_on_all_ranks
 from .resume import CheckpointError, ResumeState, keep_pruned
-from .run_files import write_pruning_files, write_run_summary
+from .state_files import delete_state_files, write_state_file
 
 
 logger = logging.getLogger(__name__)
@@ -224,10 +226,27 @@ class SparsityCallback(TrainerCallback):
             logger.warning("%s was not found, so no masks were written: use SparseTrainer.", directory)
 
     def save(self, directory: str | Path, is_main: bool = True, step: int | None = None) -> None:
-        """Writes the pruning files beside the weights of a model, see `write_pruning_files`; before training, none."""
-        if self.pruner is not None:
-            self._report = self.pruner.report()
-            write_pruning_files(directory, self.pruner, self.schedule, self._report, is_main, step)
+        """Writes config and report beside the weights of a model, once there is a pruner. All ranks call this, and
+        return when all have written.
+
+        Args:
+            directory: where the weights are saved.
+            is_main: whether this rank writes the files that exist once. Others write the state of their shards only.
+            step: for a checkpoint, its optimizer step: then the state files are written too.
+        """
+        if self.pruner is None:
+            return
+        self._report = self.pruner.report()
+        if step is not None:
+            # No rank writes before the files of an earlier run are deleted.
+            with raise_on_all_ranks(OSError):
+                if is_main:
+                    delete_state_files(directory)
+        with raise_on_all_ranks(OSError):
+            if step is not None:
+                write_state_file(directory, self.pruner, self.schedule, step, is_main)
+            if is_main:
+                write_report_and_config(directory, self._report, PruningConfig.to_dict(self.pruner.config))
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -264,10 +283,17 @@ class SparsityCallback(TrainerCallback):
             self.write_summary(args, state)
 
     def write_summary(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Writes config, report and plots into the output folder, see `write_run_summary`. No upload from that folder
-        may be running: `SparseTrainer` calls this when its uploads have ended."""
-        if self.pruner is not None and self._report is not None and args.output_dir and state.is_world_process_zero:
-            write_run_summary(args.output_dir, self.pruner, self.schedule, self._report, state)
+        """Writes config and report into the output folder, and plots the sparsity over the steps and by layer. No
+        upload from that folder may be running: `SparseTrainer` calls this when its uploads have ended."""
+        if self.pruner is None or self._report is None or not args.output_dir or not state.is_world_process_zero:
+            return
+        directory, pruner, schedule = Path(args.output_dir), self.pruner, self.schedule
+        write_report_and_config(directory, self._report, PruningConfig.to_dict(pruner.config))
+        prune_steps = {step: schedule.prune_step(step) for step in range(1, state.max_steps + 1)}
+        scheduled = [(step, pruner.scheduled(count, schedule.total)) for step, count in prune_steps.items() if count]
+        logged = [(int(log["step"]), log["sparsity"]) for log in state.log_history if "sparsity" in log]
+        plot_schedule(directory / SCHEDULE_PLOT_FILE, scheduled, logged, state.max_steps)
+        plot_layers(directory / LAYERS_PLOT_FILE, self._report)
 
     def _is_at_final_sparsity(self, state: TrainerState) -> bool:
         """Whether the last prune step has happened."""

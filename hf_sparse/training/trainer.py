@@ -13,13 +13,12 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..config import PruningConfig
-from ..distributed import get_communicator
+from ..distributed import get_communicator, raise_on_all_ranks
 from ..engine.resolve import resolve_layers
 from ..hub.upload import UploadError, hide_token
 from .best_metric import unblock_best_metric
 from .callback import SparsityCallback
 from .checkpoint_search import find_checkpoint_error, newest_complete_checkpoint
-from .collective_errors import raise_on_all_ranks
 from .model_card import write_trainer_card
 from .resume import CheckpointError, ResumeState
 from .state_files import start_checkpoint

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 
+from ..distributed import raise_on_all_ranks
 from ..hub.upload import (
     UploadError,
     describe_error,
@@ -20,7 +21,6 @@ from ..hub.upload import (
     retry_transient,
     upload_error,
 )
-from .collective_errors import raise_on_all_ranks
 
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ def main(folder: Path, starter: int) -> None:
     import scenario
     from helpers import modes
 
-    import hf_sparse.training.run_files
+    import hf_sparse.training.callback
 
     for name in ("plot_schedule", "plot_layers"):
-        setattr(hf_sparse.training.run_files, name, lambda *args, **kwargs: None)
+        setattr(hf_sparse.training.callback, name, lambda *args, **kwargs: None)
     if modes.available("zero3"):
         import deepspeed.ops  # slow: imported here once for all children
 

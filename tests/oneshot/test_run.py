@@ -1,200 +1,274 @@
-"""One-shot pruning of cases that are computed by hand."""
+"""One-shot pruning from checkpoint to checkpoint: its output, atomic writes, and continuing after a kill."""
 
-import logging
+import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers.architectures import ARCHITECTURES
-from torch import nn
+from helpers.tiny_texts import bert_tokenizer, classifier, llama, save, texts, word_tokenizer, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_sparse import OneshotConfig, PruningConfig, prune_oneshot
-from hf_sparse.patterns import get_pattern
-from hf_sparse.solvers import SOLVERS
-
-
-def linear(weight):
-    layer = nn.Linear(len(weight[0]), len(weight), bias=False)
-    layer.weight.data = torch.tensor(weight)
-    return layer
+from hf_sparse import OneshotConfig, ResumeError, calibration_batches, prune_oneshot
+from hf_sparse.hub.card import SparsityCard
+from hf_sparse.oneshot import OneshotArguments, run_oneshot
+from hf_sparse.oneshot import run as run_module
+from hf_sparse.oneshot.resume import FinishedSubgraphs
 
 
-def run(model, batches, **options):
-    return prune_oneshot(model, batches, OneshotConfig(**options), progress=False)
-
-
-def test_wanda_by_hand():
-    """Norms over both batches are 1, 8, 2, 1: scores 4 8 6 2 and 1 16 6 4. Two of each row are pruned."""
-    model = nn.Sequential(linear([[4.0, 1.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]]))
-    batches = [torch.tensor([[1.0, 8.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, -2.0, 1.0]])]
-    report = run(model, batches, target_sparsity=0.5)
-    assert model[0].weight.tolist() == [[0, 1, 3, 0], [0, 2, 3, 0]]
-    # outputs of the two tokens: 12, 17 and -4, -2 before; 8, 16 and -6, -6 after
-    expected = (4**2 + 1**2 + 2**2 + 4**2) / (12**2 + 17**2 + 4**2 + 2**2)
-    assert report.layers[0].error == pytest.approx(expected) and report.sparsity == 0.5
-
-
-@pytest.mark.parametrize(
-    "options, kept",
-    [
-        # the four lowest of all scores, 4 8 6 2 / 1 16 6 4: 1, 2 and both 4
-        ({"scope": "layer", "target_sparsity": 0.5}, ["-##-", "-##-"]),
-        ({"scope": "layer", "target_sparsity": 0.25}, ["###-", "-###"]),
-        ({"scope": "row", "target_sparsity": 0.25}, ["###-", "-###"]),
-        ({"pattern": "1:4"}, ["-#--", "-#--"]),
-        ({"pattern": "2:4", "criterion": "magnitude"}, ["#-#-", "--##"]),
-        ({"pattern": "channel", "target_sparsity": 0.5}, ["----", "####"]),  # means 5 and 6.75
-        ({"pattern": "channel:in", "target_sparsity": 0.5}, ["-##-", "-##-"]),  # means 2.5, 12, 6, 3
-        ({"pattern": "2x2", "target_sparsity": 0.5}, ["##--", "##--"]),  # means 7.25 and 4.5
-        ({"target_sparsity": 0.0, "keep_zeros": True, "pattern": "unstructured"}, None),
-    ],
-    ids=str,
-)
-def test_patterns_and_scopes_by_hand(options, kept):
-    model = nn.Sequential(linear([[4.0, 1.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]]))
-    batches = [torch.tensor([[1.0, 8.0, 0.0, 0.0], [0.0, 0.0, -2.0, 1.0]])]
-    if kept is None:
-        with pytest.raises(ValueError, match="there is nothing to prune: give target_sparsity"):
-            run(model, batches, **options)
-        return
-    run(model, batches, **options)
-    assert ["".join("-#"[bool(weight)] for weight in row) for row in model[0].weight] == kept
-
-
-def test_owl_by_hand():
-    """Scores are the weights, since inputs are ones. Of the first layer's, mean 2.5, one of 16 is above 5 times that;
-    of the second's none. So the first is to get 0.5 - 0.08 and the second 0.5 + 0.08 of 16 weights: 6.72 and 9.28."""
-    first = [[1.0, 1.1, 1.2, 1.3]] * 3 + [[1.0, 1.1, 1.2, 26.2]]
-    second = [[2.1, 2.2, 2.3, 2.4]] * 4
-    model = nn.Sequential(linear(first), nn.Sequential(linear(second)))
-    model[0].register_forward_hook(lambda module, args, output: torch.ones(1, 4))
-    report = run(model, [torch.ones(1, 4)], target_sparsity=0.5, allocation="owl", scope="layer")
-    assert [layer.zeros for layer in report.layers] == [7, 9]
-
-
-@pytest.mark.parametrize(
-    "name, formula",
-    [
-        ("snip", lambda w, gradients: sum((w * g).abs() for g in gradients)),
-        ("taylor", lambda w, gradients: sum((w * g).square() for g in gradients)),
-        ("fisher", lambda w, gradients: w.square() * sum(g.square() for g in gradients)),
-        ("gradient", lambda w, gradients: sum(g.abs() for g in gradients)),
-    ],
-)
-@pytest.mark.parametrize("scope", ["global", "layer", "row"])
-def test_criteria_of_gradients_are_those_of_the_dense_model(name, formula, scope):
-    """Against autograd, the loss written out: a causal language model gets its own tokens as labels, and padding is
-    no label."""
-    architecture = ARCHITECTURES["llama"]
-    model, batches = architecture.model(), architecture.batches(2)
-    reference, gradients = architecture.model(), []
-    for batch in batches:
-        reference.zero_grad()
-        logits = reference(**batch).logits[:, :-1].flatten(0, 1)
-        labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100).flatten()
-        nn.functional.cross_entropy(logits, labels).backward()
-        gradients.append({name: weight.grad.clone() for name, weight in reference.named_parameters()})
-    report = run(model, batches, target_sparsity=0.5, criterion=name, scope=scope)
-    scores = {
-        layer.name: formula(reference.get_parameter(layer.name), [each[layer.name] for each in gradients]).detach()
-        for layer in report.layers
-    }
-    if scope == "global":
-        every = torch.cat([score.flatten() for score in scores.values()])
-        expected = {key: score > every.kthvalue(len(every) // 2)[0] for key, score in scores.items()}
-    elif scope == "layer":
-        expected = {key: score > score.flatten().kthvalue(score.numel() // 2)[0] for key, score in scores.items()}
-    else:
-        expected = {
-            key: score > score.kthvalue(score.shape[1] // 2, dim=1, keepdim=True)[0] for key, score in scores.items()
-        }
-    wrong = sum(int((expected[key] != (model.get_parameter(key) != 0)).sum()) for key in expected)
-    assert wrong <= 2  # where rounding decides between neighbours
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_global_wanda_ranks_scores_of_the_dense_model():
-    """Second inputs are 10 times the first output: the first layer is pruned entirely."""
-    model = nn.Sequential(linear([[1.0, 2.0], [3.0, 4.0]]), linear([[5.0, 6.0], [7.0, 8.0]]))
-    report = run(model, [10 * torch.eye(2)], target_sparsity=0.5, scope="global")
-    assert [layer.zeros for layer in report.layers] == [4, 0]
-
-
-def test_layer_sparsity():
-    model = ARCHITECTURES["llama"].model()
-    shares = {"*.q_proj": 0.25, "*.layers.1.mlp.*": 0.75}
-    report = run(model, ARCHITECTURES["llama"].batches(), layer_sparsity=shares)
-    found = {layer.name.removesuffix(".weight").split("layers.")[1]: layer.sparsity for layer in report.layers}
-    assert found == {
-        "0.self_attn.q_proj": 0.25,
-        "1.self_attn.q_proj": 0.25,
-        "1.mlp.gate_proj": 0.75,
-        "1.mlp.up_proj": 0.75,
-        "1.mlp.down_proj": 0.75,
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    lines = [{"text": text} for text in texts(200)]
+    sentences = [{"sentence": text, "label": number % 2} for number, text in enumerate(texts(40))]
+    return {
+        "llama": save(folder / "llama", llama(), word_tokenizer()),
+        "bert": save(folder / "bert", classifier(), bert_tokenizer()),
+        "texts": write_rows(folder / "texts.jsonl", lines[:150]),
+        "held_out": write_rows(folder / "held_out.jsonl", lines[150:]),
+        "sentences": write_rows(folder / "sentences.jsonl", sentences),
     }
 
 
-@pytest.mark.parametrize("forwards", [1, 2])
-def test_solvers_that_share_an_input(forwards):
-    """Of one input, a Gram matrix serves SparseGPT's weights and its diagonal Wanda's; one layer is left alone."""
+@pytest.fixture
+def run(inputs, tmp_path):
+    """Prunes the tiny Llama and returns the printed lines, which are in `run.lines` as well."""
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+    def run_it(options=None, **given):
+        defaults = {"calibration_file": inputs["texts"], "samples": 8, "length": 16, "batch_size": 4, "device": "cpu"}
+        run_it.lines = lines = []
+        names = {"model_name_or_path": inputs["llama"], "output_dir": str(tmp_path / "out")}
+        run_oneshot(
+            OneshotArguments(**names | defaults | given),
+            OneshotConfig(**options or {"target_sparsity": 0.5}),
+            lines.append,
+        )
+        return "\n".join(lines)
 
-        def forward(self, x):
-            return self.q(x) + self.k(x) + self.v(x)
+    return run_it
 
-    torch.manual_seed(0)
-    model, x = nn.Sequential(Block()), torch.randn(40, 8)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    groups = {
-        "q": {"targets": ["*.q"], "solver": "sparsegpt", "pattern": "2:4"},
-        "k": {"targets": ["*.k"], "target_sparsity": 0.25},
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_output_is_a_plain_checkpoint_with_report_results_and_card(run, inputs, tmp_path):
+    printed = run(eval=True, validation_file=inputs["held_out"])
+    out = tmp_path / "out"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    # The same in Python.
+    model = AutoModelForCausalLM.from_pretrained(inputs["llama"])
+    rows = [json.loads(line)["text"] for line in open(inputs["texts"])]
+    batches = calibration_batches(rows, word_tokenizer(), model, length=16, samples=8, batch_size=4)
+    report = prune_oneshot(model, batches, OneshotConfig(target_sparsity=0.5), progress=False)
+    assert same(AutoModelForCausalLM.from_pretrained(out).state_dict(), model.state_dict())
+    stored = json.loads((out / "pruning_report.json").read_text())
+    assert stored["selected_zeros"] == report.zeros == report.selected // 2
+    assert OneshotConfig.from_file(out / "pruning_config.json").target_sparsity == 0.5
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("good film")["input_ids"] == [1, 2, 4] and tokenizer.pad_token is None
+    results = json.loads((out / "oneshot_results.json").read_text())
+    assert results["calibration"] == {
+        "data": inputs["texts"],
+        "samples": 8,
+        "unit": "blocks",
+        "length": 16,
+        "seed": 0,
+        "tokens": 8 * 16,
     }
-    run(model, [x], groups=groups, forwards=forwards)
-    solved, _ = SOLVERS["sparsegpt"]().solve(before["0.q.weight"], x.t() @ x, get_pattern("2:4"), 0.5)
-    assert torch.allclose(model[0].q.weight, solved, atol=1e-5)
-    scores = before["0.k.weight"].abs() * x.norm(dim=0)
-    kept = scores > scores.kthvalue(2, dim=1, keepdim=True)[0]
-    assert torch.equal(model[0].k.weight, before["0.k.weight"] * kept)
-    assert torch.equal(model[0].v.weight, before["0.v.weight"])
-
-
-def test_weights_of_inputs_that_are_always_zero_are_counted_too():
-    """SparseGPT is given a mask that keeps some of them: they stay, and the count is exact."""
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(30, 8)
-    x[:, 3] = 0
-    model[0].weight.data[:, 3] = 5.0
-    report = run(model, [x], target_sparsity=0.5, criterion="magnitude", solver="sparsegpt", scope="row")
-    assert report.zeros == 16 and (model[0].weight[:, 3] == 5).all()
-
-
-def test_other_kinds_of_config_and_data():
-    """A PruningConfig, and a generator of tuples."""
-    model = nn.Sequential(linear([[4.0, 1.0]]))
-    report = prune_oneshot(
-        model,
-        ((torch.ones(1, 2),) for _ in range(2)),
-        PruningConfig(target_sparsity=0.5, criterion="wanda"),
-        None,
-        False,
+    assert 1 < results["dense_perplexity"] != results["eval_perplexity"] > 1
+    assert (
+        "calibration data: 8 blocks of 16 tokens" in printed and f"after:  loss {results['eval_loss']:,.4g}" in printed
     )
-    assert report.zeros == 1 and model[0].weight.tolist() == [[4, 0]]
+    card = SparsityCard.load(out)
+    assert card.oneshot and card.dense_metrics == {
+        "eval_loss": results["dense_loss"],
+        "eval_perplexity": results["dense_perplexity"],
+    }
+    assert "8 blocks of 16 tokens from" in (out / "README.md").read_text()
 
 
-def test_progress_is_logged_and_shown(caplog, capsys):
-    architecture = ARCHITECTURES["bert"]
-    with caplog.at_level(logging.INFO, logger="hf_sparse"):
-        prune_oneshot(architecture.model(), architecture.batches(), OneshotConfig(target_sparsity=0.5))
-    assert "bert.encoder.layer.0.attention.self.query.weight: 50.00% zero, error 0." in caplog.text
-    assert "50.00% zero, error up to 0." in capsys.readouterr().err
-    run(architecture.model(), architecture.batches(), target_sparsity=0.5)
-    assert "zero" not in capsys.readouterr().err
+def test_a_classifier(run, inputs, tmp_path):
+    options = {"criterion": "taylor", "target_sparsity": 0.5, "scope": "layer"}
+    files = {"calibration_file": inputs["sentences"], "validation_file": inputs["sentences"]}
+    printed = run(options, model_name_or_path=inputs["bert"], eval=True, **files)
+    assert "8 rows of at most 16 tokens" in printed and "after:  accuracy" in printed
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
+    zeros = sum(int((model.state_dict()[layer["name"]] == 0).sum()) for layer in report["layers"])
+    assert zeros == report["selected_zeros"] == report["selected_weights"] // 2
 
 
-def test_magnitude_needs_no_data():
-    model = nn.Sequential(linear([[4.0, -1.0, 3.0, 2.0]]))
-    run(model, None, target_sparsity=0.5, criterion="magnitude")
-    assert model[0].weight.tolist() == [[4, 0, 3, 0]]
+def test_rows_of_different_lengths_pass_through_in_one_batch(run, inputs):
+    options = {"target_sparsity": 0.5, "forwards": 1}
+    assert "saved to" in run(options, model_name_or_path=inputs["bert"], calibration_file=inputs["sentences"])
+
+
+def test_magnitude_needs_no_texts(run, tmp_path):
+    assert "calibration" not in run({"target_sparsity": 0.5, "criterion": "magnitude"}, calibration_file=None)
+    assert json.loads((tmp_path / "out" / "oneshot_results.json").read_text())["calibration"] is None
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_dtype(run, tmp_path):
+    run(dtype="bfloat16")
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_offloading_to_disk_has_no_effect(run, inputs, tmp_path):
+    run(output_dir=str(tmp_path / "whole"))
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    run(device=None, device_map=json.dumps(places), offload_folder=str(tmp_path / "offload"))
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path):
+    printed = run(dry_run=True, output_dir=None)
+    assert "layers: 21 with 7,680 weights; blocks: 3; calibration tokens: 128" in printed and "time: about" in printed
+    assert run(dry_run=True).startswith("loading") and not any(tmp_path.iterdir())
+
+
+# Interruptions
+
+KILLED = """
+import os, signal, sys
+from hf_sparse.oneshot import OneshotArguments, OneshotConfig, run_oneshot
+from hf_sparse.oneshot.resume import FinishedSubgraphs
+
+write = FinishedSubgraphs.write
+
+def write_and_die(self, number, weights, errors):
+    write(self, number, weights, errors)
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+FinishedSubgraphs.write = write_and_die
+model, texts, held_out, out = sys.argv[1:]
+arguments = OneshotArguments(
+    model, out, calibration_file=texts, samples=8, length=16, batch_size=4, device="cpu", eval=True,
+    validation_file=held_out,
+)
+run_oneshot(arguments, OneshotConfig(target_sparsity=0.5, solver="sparsegpt"))
+"""
+
+
+def test_a_killed_run_continues(run, inputs, tmp_path, monkeypatch):
+    options = {"target_sparsity": 0.5, "solver": "sparsegpt"}
+    run(options, output_dir=str(tmp_path / "whole"))
+    words = [inputs["llama"], inputs["texts"], inputs["held_out"], str(tmp_path / "out")]
+    command = [sys.executable, "-c", KILLED, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    state = tmp_path / "out.unfinished"
+    assert not (tmp_path / "out").exists() and (state / "stage-00001.safetensors").is_file()
+
+    measured, written = [], []
+    measure, write = run_module.evaluate_model, FinishedSubgraphs.write
+    monkeypatch.setattr(run_module, "evaluate_model", lambda *args: measured.append(1) or measure(*args))
+    monkeypatch.setattr(FinishedSubgraphs, "write", lambda self, n, *rest: written.append(n) or write(self, n, *rest))
+    printed = run(options, eval=True, validation_file=inputs["held_out"])
+    assert f"continuing: finished blocks in {state}: 2." in printed
+    assert written == [2] and len(measured) == 1  # the metrics of the dense model were stored
+    assert "before: loss" in printed
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_ctrl_c_prints_how_to_continue(run, tmp_path, monkeypatch, capsys):
+    write = FinishedSubgraphs.write
+
+    def interrupted(self, subgraph, *rest):
+        write(self, subgraph, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FinishedSubgraphs, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert run.lines[-1].startswith(
+        f"interrupted: finished blocks in {tmp_path / 'out'}.unfinished: 1. Run the same command again"
+    )
+
+
+def test_blocks_of_another_run_are_refused(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_folder_atomically", fails)
+        with pytest.raises(OSError, match="the disk is full"):
+            run()
+    with pytest.raises(ResumeError, match=r"another model, config or calibration data.* remove .*out\.unfinished"):
+        run({"target_sparsity": 0.6})
+    assert "out.unfinished: 3." in run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def fails(*args):
+    raise OSError("the disk is full")
+
+
+def test_a_failed_write_leaves_the_old_output(run, tmp_path, monkeypatch):
+    run()
+    before = weights(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_sparse.oneshot.run.write_card", fails)  # when the weights are written
+        with pytest.raises(OSError, match="the disk is full"):
+            run({"target_sparsity": 0.75}, overwrite=True)
+    assert same(weights(tmp_path / "out"), before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.unfinished"]
+    run({"target_sparsity": 0.75}, overwrite=True)
+    assert json.loads((tmp_path / "out" / "pruning_report.json").read_text())["sparsity_of_selected"] == 0.75
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+# Refusals
+
+
+def test_a_folder_that_is_not_empty_is_not_replaced(run, inputs, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    run()  # an empty one will do
+    with pytest.raises(FileExistsError, match="out is not empty: name another folder, or pass --overwrite"):
+        run()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(FileExistsError, match=r"holds no model \(config.json\), so it is not replaced"):
+        run(output_dir=str(tmp_path / "home"), overwrite=True)
+    with pytest.raises(NotADirectoryError, match="letter.txt is a file"):
+        run(output_dir=str(tmp_path / "home" / "letter.txt"))
+    with pytest.raises(FileExistsError, match="is the model to prune"):
+        run(model_name_or_path=str(out), overwrite=True)
+
+
+def test_errors_are_raised_before_a_model_is_loaded(run, inputs, monkeypatch):
+    monkeypatch.setattr(run_module, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    for given, error, text in (
+        ({"calibration_file": "no.txt"}, FileNotFoundError, 'calibration file "no.txt" does not exist'),
+        ({"calibration_file": None}, ValueError, 'criterion "wanda" needs calibration data: pass calibration_file or'),
+        ({"eval": True}, ValueError, "eval needs texts: pass validation_file, or dataset_name"),
+        ({"eval": True, "validation_file": "no.txt"}, FileNotFoundError, 'validation file "no.txt" does not exist'),
+        ({"dataset_name": "x"}, ValueError, "calibration_file and dataset_name exclude each other"),
+        ({"device_map": "auto"}, ValueError, "device and device_map exclude each other"),
+        ({"dtype": "int8"}, ValueError, 'dtype is "int8": it must be one of auto, bfloat16'),
+        ({"output_dir": None}, ValueError, "missing output folder"),
+        ({"model_name_or_path": None}, ValueError, "missing model"),
+    ):
+        with pytest.raises(error, match=text):
+            run(**given)
+
+
+def test_errors_of_models_tokenizers_and_device_maps(run, inputs, tmp_path):
+    with pytest.raises(OSError, match='there is no folder "/no/model" with a model, and no such model on the Hub'):
+        run(model_name_or_path="/no/model")
+    llama().save_pretrained(tmp_path / "mute")
+    with pytest.raises(OSError, match='(?s)mute" has no tokenizer .* name one with tokenizer_name'):
+        run(model_name_or_path=str(tmp_path / "mute"))
+    assert "saved" in run(model_name_or_path=str(tmp_path / "mute"), tokenizer_name=inputs["llama"])
+    with pytest.raises(ValueError, match="device_map is not a JSON object"):
+        run(device=None, device_map="{layers", output_dir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="length 33 is beyond the model's 32 positions"):
+        run(length=33, output_dir=str(tmp_path / "other"))
