@@ -95,11 +95,8 @@ class OneshotArguments:
 
     def hub_options(self) -> dict[str, Any]:
         """Returns the keyword arguments of `from_pretrained` for the model."""
-        return {
-            "revision": self.model_revision,
-            "cache_dir": self.cache_dir,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        trusted, cache = self.trust_remote_code, self.cache_dir
+        return {"revision": self.model_revision, "cache_dir": cache, "trust_remote_code": trusted}
 
     @property
     def reads_texts(self) -> bool:

@@ -130,12 +130,7 @@ class _SharedInput:
 
 
 def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
-    """Returns the costs of a run.
-
-    Args:
-        run: the run.
-        trace: of its model; None if no inputs are observed.
-    """
+    """Returns the costs of a run. Its trace is None if no inputs are observed."""
     num_tokens = sum(map(_count_computed_tokens, run.local_batches))
     inputs: list[_SharedInput] = []
     speed, forward_seconds, activation_bytes, num_samples = _DEFAULT_SPEED, 0.0, 0, 0.0
@@ -234,14 +229,8 @@ def _shared_inputs(run: PreparedRun, trace: ModelTrace) -> list[_SharedInput]:
 
 
 def _forward_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_blocks: float) -> float:
-    """Seconds of all forwards over the sample: every subgraph runs what is before the blocks again.
-
-    Args:
-        run: the run.
-        trace: of its model.
-        blocks: seconds of one forward through the blocks.
-        before_blocks: seconds of what is before them.
-    """
+    """Seconds of all forwards over the sample. `blocks` are those of the blocks, `before_blocks` those
+    of what is before them, which runs again for every subgraph."""
     count = len(trace.subgraphs)
     one_pass = blocks + count * before_blocks
     total = one_pass if run.dense_pass_layers else 0.0
@@ -256,18 +245,14 @@ def _largest_statistics_bytes(inputs: Sequence[_SharedInput], single_forward: bo
     """Of all inputs of a subgraph; in a single forward, of one input at a time."""
     totals: dict[str, int] = {}
     for each in inputs:
-        total = totals.get(each.subgraph, 0)
-        new = each.statistics_bytes
-        totals[each.subgraph] = max(total, new) if single_forward else total + new
+        both = (totals.get(each.subgraph, 0), each.statistics_bytes)
+        totals[each.subgraph] = max(both) if single_forward else sum(both)
     return max(totals.values(), default=0)
 
 
 def _largest_block_bytes(model: nn.Module, subgraphs: Sequence[Subgraph]) -> int:
-    sizes = [
-        sum(weight.nbytes for name in subgraph.modules for weight in model.get_submodule(name).parameters())
-        for subgraph in subgraphs
-    ]
-    return max(sizes, default=0)
+    blocks = ([model.get_submodule(name) for name in subgraph.modules] for subgraph in subgraphs)
+    return max((sum(weight.nbytes for part in parts for weight in part.parameters()) for parts in blocks), default=0)
 
 
 def _model_wide_bytes(run: PreparedRun) -> int:

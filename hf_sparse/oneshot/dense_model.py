@@ -23,11 +23,8 @@ def masks_from_dense_model(
 ) -> dict[str, torch.Tensor]:
     """Returns masks (bool, of the weight's shape) for groups with scope global. The weights are not changed.
 
-    Args:
-        model: the model.
-        groups: the groups, each of which ranks the units of all its layers together.
-        norms: maps the name of a layer to the norms of its inputs, of a shape that broadcasts to the weight's, where
-            the criterion requires them.
+    `norms` maps the name of a layer to the norms of its inputs, of a shape that broadcasts to the weight's, where the
+    criterion requires them.
     """
     shards, _ = build_shards(dict(model.named_parameters()))
     masks: dict[str, torch.Tensor] = {}
@@ -51,8 +48,8 @@ def accumulate_gradients(
     """Accumulates the statistics of criteria that require gradients over the batches of all ranks.
 
     Args:
-        model: the model. Its gradients are cleared.
-        groups: the groups; those whose criterion requires no gradients are left alone.
+        model: its gradients are cleared.
+        groups: those whose criterion requires no gradients are left alone.
         batches: those of this rank.
         communicator: the ranks.
 

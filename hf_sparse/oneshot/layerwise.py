@@ -166,14 +166,8 @@ def compute_outliers(
     layers: Sequence[PrunableLayer],
     weights: Mapping[str, torch.Tensor],
 ) -> dict[str, float]:
-    """Returns the outlier ratio of each layer: that of all `layers` of its group together.
-
-    Args:
-        groups: maps the name of each layer to its parameter group.
-        observers: of the inputs of these layers.
-        layers: those of one block.
-        weights: maps the name of each layer to its weight.
-    """
+    """Returns the outlier ratio of each of the `layers` of a block: that of all of them in its group together.
+    `groups` and `weights` are by the name of a layer."""
     outliers: dict[str, float] = {}
     for group in dict.fromkeys(groups[layer.name] for layer in layers):
         members = [layer for layer in layers if groups[layer.name] is group]

@@ -120,17 +120,14 @@ class InputObservers:
         self._handles = ExitStack()
         for name in self._readers:
             module = self._model.get_submodule(name)
-            handle = module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            self._handles.callback(handle.remove)
+            self._handles.enter_context(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         if self._experts:
             self._handles.enter_context(_MatmulMode(self))
         if self._last_module is not None:
             module = self._model.get_submodule(self._last_module)
-            if self._last_module in {layer.module for layer in self._experts}:
-                handle = module.register_forward_hook(stop_forward)
-            else:
-                handle = module.register_forward_pre_hook(stop_forward)
-            self._handles.callback(handle.remove)
+            has_experts = self._last_module in {layer.module for layer in self._experts}
+            register = module.register_forward_hook if has_experts else module.register_forward_pre_hook
+            self._handles.enter_context(register(stop_forward))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -176,20 +173,15 @@ class InputObservers:
                     self._observe((layer.name, expert), [layer], tokens)
                 return
 
-    def in_order(self, device_of: Callable[[PrunableLayer], torch.device]) -> list[InputObserver]:
+    def in_order(self) -> list[InputObserver]:
         """Returns the observers of all inputs in an order that is the same on all ranks, whatever their data: experts
-        that no token has reached have one as well.
-
-        Args:
-            device_of: the device for the statistic of an expert that no token has reached.
-        """
+        that no token has reached have one as well."""
         observers = [self._observers[name, None] for name in self._readers]
         for layer in self._experts:
+            columns, device = layer.matrix_shape[2], self._model.get_parameter(layer.name).device
             for expert in range(layer.shape[0]):
                 observer = self._observers.get((layer.name, expert))
-                observers.append(
-                    observer or self._new_observer([layer], expert, layer.matrix_shape[2], device_of(layer))
-                )
+                observers.append(observer or self._new_observer([layer], expert, columns, device))
         return observers
 
 

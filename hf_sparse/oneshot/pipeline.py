@@ -155,11 +155,8 @@ class BlockPipeline:
             outputs.append(output)
             raise StopForward
 
-        handle = self.model.get_submodule(block).register_forward_hook(capture)
-        try:
+        with self.model.get_submodule(block).register_forward_hook(capture):
             self.forward(index)
-        finally:
-            handle.remove()
         if not outputs:
             raise ValueError(f'a forward on calibration batch {index} does not reach the block "{block}".')
         return outputs[0]
@@ -178,13 +175,12 @@ class BlockPipeline:
 
     def run_until(self, subgraph: Subgraph, before_batch: Callable[[int], None] = _do_nothing) -> None:
         """Runs every batch up to the end of a subgraph and discards the outputs."""
-        with ExitStack() as handles:
+        with ExitStack() as hooks:
             if subgraph.is_block:
-                handle = self.model.get_submodule(subgraph.name).register_forward_hook(stop_forward)
-                handles.callback(handle.remove)
+                hooks.enter_context(self.model.get_submodule(subgraph.name).register_forward_hook(stop_forward))
             elif subgraph.stop_before is not None:
-                handle = self.model.get_submodule(subgraph.stop_before).register_forward_pre_hook(stop_forward)
-                handles.callback(handle.remove)
+                block = self.model.get_submodule(subgraph.stop_before)
+                hooks.enter_context(block.register_forward_pre_hook(stop_forward))
             for index in range(len(self.batches)):
                 before_batch(index)
                 self.forward(index)

@@ -22,12 +22,6 @@ class LayerPlan:
     """The plan for one layer.
 
     Args:
-        name: of the weight.
-        group: name of its parameter group.
-        shape: of the weight.
-        pattern: its pattern.
-        num_weights: the number of its weights.
-        num_units: the number of its units.
         num_pruned: how many of the units will be zero; None if that is decided by a global ranking or by its inputs.
         subgraph: name of the block or subgraph that it is pruned with; None if its inputs are not observed.
     """
@@ -48,8 +42,8 @@ class OneshotPlan:
 
     Args:
         layers: the selected layers.
-        num_subgraphs: the number of blocks (or other subgraphs) that are pruned one after the other.
-        num_tokens: the number of calibration tokens, padding not included.
+        num_subgraphs: the number of blocks, or of subgraphs outside blocks, that are pruned one after the other.
+        num_tokens: the number of calibration tokens without padding.
         costs: memory and time.
     """
 
@@ -75,19 +69,11 @@ class OneshotPlan:
 def plan_oneshot(
     model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig | PruningConfig
 ) -> OneshotPlan:
-    """Returns what `prune_oneshot` would do with the same arguments, without changing the model.
+    """Returns what `prune_oneshot` would do with the same arguments, without changing the model. It raises the same
+    errors, as far as one batch shows them.
 
     Runs a few forwards of one batch. The memory is that of a block while it is pruned, in addition to the model and
     one forward; it is counted. The time is extrapolated from the measured forwards: an order of magnitude.
-
-    Args:
-        model: as for `prune_oneshot`.
-        calibration_data: as for `prune_oneshot`.
-        config: as for `prune_oneshot`.
-
-    Raises:
-        PruningConfigError: as for `prune_oneshot`.
-        ValueError: as for `prune_oneshot`, as far as one batch shows it.
 
     Example:
         >>> import torch
@@ -101,28 +87,28 @@ def plan_oneshot(
     costs = estimate_costs(run, trace)
     subgraphs = () if trace is None else tuple(trace.subgraphs)
     subgraph_of = {layer.name: subgraph.name for subgraph in subgraphs for layer in subgraph.layers}
-    layers = []
-    for group in run.groups:
-        num_pruned = _num_pruned(run, group)
-        for layer in group.layers:
-            plan = LayerPlan(
-                name=layer.name,
-                group=group.name,
-                shape=layer.shape,
-                pattern=str(group.pattern),
-                num_weights=layer.numel,
-                num_units=group.options.num_units(layer),
-                num_pruned=num_pruned.get(layer.name),
-                subgraph=subgraph_of.get(layer.name),
-            )
-            layers.append(plan)
-    return OneshotPlan(tuple(layers), len(subgraphs), sum(map(count_tokens, run.batches)), costs)
+    num_pruned = {name: count for group in run.groups for name, count in _num_pruned(run, group).items()}
+    layers = tuple(
+        LayerPlan(
+            name=layer.name,
+            group=group.name,
+            shape=layer.shape,
+            pattern=str(group.pattern),
+            num_weights=layer.numel,
+            num_units=group.options.num_units(layer),
+            num_pruned=num_pruned.get(layer.name),
+            subgraph=subgraph_of.get(layer.name),
+        )
+        for group in run.groups
+        for layer in group.layers
+    )
+    return OneshotPlan(layers, len(subgraphs), sum(map(count_tokens, run.batches)), costs)
 
 
 def _num_pruned(run: PreparedRun, group: ParameterGroup) -> dict[str, int]:
     """The number of units of each layer that will be zero, as far as it is known in advance."""
     if not group.target:
-        return run.num_pruned(group) or dict.fromkeys((layer.name for layer in group.layers), 0)
+        return run.num_locked(group) or dict.fromkeys((layer.name for layer in group.layers), 0)
     if group.options.ranks_all_layers or group.options.requires & Requires.OUTLIERS:
         return {}
-    return group.prune_counts(run.num_pruned(group), {})
+    return group.prune_counts(run.num_locked(group), {})

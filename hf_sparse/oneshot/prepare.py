@@ -94,36 +94,28 @@ class PreparedRun:
             )
         return trace
 
-    def num_pruned(self, group: ParameterGroup) -> dict[str, int]:
+    def num_locked(self, group: ParameterGroup) -> dict[str, int]:
         """Returns the number of units of each layer that are zero and stay so, with `keep_zeros`; else nothing."""
+        counts: dict[str, int] = {}
         if not group.options.keep_zeros:
-            return {}
-        counts = {}
+            return counts
         for layer in group.layers:
             with onload(self.model.get_submodule(layer.module)):
                 counts[layer.name] = group.pruned_units(layer, self.model.get_parameter(layer.name))
         return counts
 
     def prune_counts(self, outliers: Mapping[str, float]) -> dict[str, int]:
-        """Returns the number of units to prune of each layer that is pruned on its own.
-
-        Args:
-            outliers: maps the name of a layer to its outlier ratio, where the allocation requires it.
-        """
+        """Returns the number of units to prune of each layer that is pruned on its own. `outliers` maps the name of a
+        layer to its outlier ratio, where the allocation requires it."""
         counts: dict[str, int] = {}
         for group in self.groups:
             if group.target and not group.options.ranks_all_layers:
-                counts |= group.prune_counts(self.num_pruned(group), outliers)
+                counts |= group.prune_counts(self.num_locked(group), outliers)
         return counts
 
 
 def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config: OneshotConfig) -> PreparedRun:
     """Returns the run of a config. Warns if there is too little calibration data.
-
-    Args:
-        model: the model to prune.
-        calibration_data: all batches; None if there are none.
-        config: the options.
 
     Raises:
         PruningConfigError: options that contradict each other, the model or the data, all together.

@@ -29,12 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class SequentialPruner:
-    """Prunes the subgraphs of a model one after the other, on all ranks at once.
-
-    Args:
-        run: the run.
-        trace: of its model.
-    """
+    """Prunes the subgraphs of a model one after the other, on all ranks at once."""
 
     def __init__(self, run: PreparedRun, trace: ModelTrace):
         self._run, self._trace = run, trace
@@ -73,16 +68,8 @@ class SequentialPruner:
     def prune(
         self, layer_pruner: LayerPruner, finished: FinishedSubgraphs | None, show_progress: bool
     ) -> dict[str, float]:
-        """Prunes the layers whose inputs are observed, in place.
-
-        Args:
-            layer_pruner: prunes the layers of a subgraph.
-            finished: subgraphs that an earlier run has finished, to which those of this run are added; or None.
-            show_progress: whether rank 0 shows a progress bar.
-
-        Returns:
-            The relative squared error of each layer's outputs.
-        """
+        """Prunes the layers whose inputs are observed, in place. Reads subgraphs that an earlier run has `finished`
+        and adds those of this run. Returns the relative squared error of each layer's outputs."""
         errors: dict[str, float] = {}
         subgraphs, calibrated = self._trace.subgraphs, set(self._run.calibrated_layers)
         hide_bar = not show_progress or self._communicator.rank > 0
@@ -133,7 +120,7 @@ class SequentialPruner:
             try:
                 run = pipeline.propagate if propagate and subgraph.is_block else pipeline.run_until
                 run(subgraph, set_token_masks)
-                found = observers.in_order(lambda layer: self._model.get_parameter(layer.name).device)
+                found = observers.in_order()
             except Exception as exception:  # of any kind: the other ranks must not wait for this one
                 error = exception
         self._communicator.raise_together(error)
@@ -175,12 +162,11 @@ class SequentialPruner:
         return errors
 
     def _all_reduce(self, observers: Sequence[InputObserver]) -> None:
-        counts = self._communicator.sum_counts(
-            np.array([observer.statistic.count for observer in observers], dtype=np.int64)
-        )
-        for observer, count in zip(observers, counts.tolist(), strict=True):
-            self._communicator.all_reduce(observer.statistic.total)
-            observer.statistic.count = count
+        statistics = [observer.statistic for observer in observers]
+        counts = np.array([statistic.count for statistic in statistics], dtype=np.int64)
+        for statistic, count in zip(statistics, self._communicator.sum_counts(counts).tolist(), strict=True):
+            self._communicator.all_reduce(statistic.total)
+            statistic.count = count
 
     def _check_same_zeros(self, layers: Sequence[PrunableLayer]) -> None:
         """Check that all ranks have pruned the same weights."""

@@ -98,9 +98,8 @@ class _CallRecorder:
     def __enter__(self) -> _CallRecorder:
         self._handles = ExitStack()
         for name in dict.fromkeys([*self._blocks, *self._layer_modules]):
-            hook = self._hook(name)
-            handle = self._model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-            self._handles.callback(handle.remove)
+            module = self._model.get_submodule(name)
+            self._handles.enter_context(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -225,14 +224,14 @@ def _with_other_inputs(
 ) -> list[str]:
     """The modules whose inputs during `run` differ from those that were recorded."""
     fingerprints = {}
-    with ExitStack() as handles:
+    with ExitStack() as hooks:
         for name in names:
 
             def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
                 fingerprints[name] = fingerprint((args, kwargs))
 
-            handle = pipeline.model.get_submodule(name).register_forward_pre_hook(record, with_kwargs=True)
-            handles.callback(handle.remove)
+            module = pipeline.model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
         run()
     return [name for name in names if not _is_close(calls.fingerprints[name], fingerprints.get(name, []))]
 

@@ -37,7 +37,7 @@ def test_one_statistic_for_each_input(model):
         InputObservers(model, find_layers(model), SHARED_INPUTS, gram_layers=find_layers(model)[1:2]) as observers,
     ):
         model(x), model(y)
-        found = observers.in_order(lambda layer: torch.device("cpu"))
+        found = observers.in_order()
     tokens = torch.cat([x.view(-1, 3), y.view(-1, 3)])
     assert [[layer.module for layer in observer.layers] for observer in found] == [["a", "b"], ["c"]]
     first, second = found
@@ -55,7 +55,7 @@ def test_padding_is_left_out_of_statistics_and_samples(model):
     with torch.no_grad(), InputObservers(model, find_layers(model)[:2], SHARED_INPUTS, set()) as observers:
         observers.token_masks = [mask]
         model(x)
-    (observer,) = observers.in_order(lambda layer: torch.device("cpu"))
+    (observer,) = observers.in_order()
     assert torch.allclose(observer.statistic.total, x[mask].square().sum(0)) and torch.equal(observer.sample, x[mask])
 
 
@@ -75,7 +75,7 @@ def test_the_forward_ends_at_the_last_module(model):
         with pytest.raises(BaseException) as ended:
             model(torch.ones(1, 3))
     assert ended.typename == "StopForward" and not reached
-    assert [observer.statistic.count for observer in observers.in_order(lambda layer: torch.device("cpu"))] == [1, 1]
+    assert [observer.statistic.count for observer in observers.in_order()] == [1, 1]
 
 
 def test_on_input_is_called_with_the_observer_and_its_error(model):
@@ -119,7 +119,7 @@ def test_experts_are_observed_where_they_multiply(name):
     handle.remove()
     with torch.no_grad():
         expected = list(zip(*architecture.experts(args[0], module), strict=True))
-    found = observers.in_order(lambda layer: torch.device("cpu"))
+    found = observers.in_order()
     assert [(observer.layers[0].name, observer.expert) for observer in found] == [
         (layer.name, expert) for layer in layers for expert in range(module.num_experts)
     ]
@@ -137,6 +137,6 @@ def test_experts_that_no_token_reached_have_an_observer():
     layers = [layer for layer in find_layers(model) if layer.name.startswith("model.layers.0.mlp.experts")]
     with InputObservers(model, layers, {}, {layers[0]}) as observers:
         pass
-    found = observers.in_order(lambda layer: torch.device("cpu"))
+    found = observers.in_order()
     assert len(found) == 8 and not any(observer.statistic.count for observer in found)
     assert [type(observer.statistic) for observer in found] == [GramMatrix] * 4 + [InputNorms] * 4
