@@ -10,14 +10,8 @@ from .layers import PrunableLayer
 
 
 def find_block_lists(model: nn.Module, layers: Sequence[PrunableLayer]) -> dict[str, list[str]]:
-    """Finds the outermost `nn.ModuleList` and `nn.Sequential` modules that contain prunable layers.
-
-    Args:
-        model: the model.
-        layers: its prunable layers.
-
-    Returns:
-        For the name of each module list the names of its members, the blocks, in order.
+    """Returns the name of each outermost `nn.ModuleList` or `nn.Sequential` that contains any of the `layers`, with
+    the names of its members, the blocks, in order.
 
     Example:
         >>> from hf_sparse.model.layers import find_layers

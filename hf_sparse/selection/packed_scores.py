@@ -32,10 +32,7 @@ class PackedScores:
     lengths: np.ndarray
 
     def count_where(self, condition: Callable[[Any], Any]) -> np.ndarray:
-        """Returns the number of scores of each layer (L) that satisfy an elementwise condition.
-
-        Args:
-            condition: maps an np.ndarray or torch.Tensor of scores to booleans.
+        """Returns the number of scores of each layer (L) that satisfy an elementwise condition on arrays or tensors.
 
         Example:
             >>> PackedScores(torch.tensor([1.0, 2.0, 3.0]), np.array([2, 1])).count_where(lambda values: values > 1)
@@ -55,10 +52,7 @@ class PackedScores:
         return [PackedScores(*both) for both in zip(values, lengths, strict=True)]
 
     def values_at_ranks(self, ranks: Sequence[int]) -> list[float]:
-        """Returns the scores at these ascending ranks of an ascending sort of all layers' scores.
-
-        Args:
-            ranks: ranks from 1 to N, in ascending order.
+        """Returns the scores at these ranks, from 1 to N and ascending, of an ascending sort of all layers' scores.
 
         Example:
             >>> PackedScores(torch.tensor([3.0, 1.0, 2.0]), np.array([3])).values_at_ranks([1, 3])

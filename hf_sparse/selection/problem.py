@@ -50,7 +50,7 @@ class SelectionProblem:
 
     def __post_init__(self) -> None:
         sizes, floors, caps = self.sizes, self.floors, self.caps
-        if len(floors) != len(sizes) or len(caps) != len(sizes):
+        if not len(floors) == len(sizes) == len(caps):
             raise ValueError(
                 f"{len(sizes)} layers need as many floors and caps, but got {len(floors)} and {len(caps)}"
             )

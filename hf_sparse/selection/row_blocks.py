@@ -14,14 +14,8 @@ from ..model.layers import PrunableLayer
 
 
 def keeps_units_whole(layer: PrunableLayer, shard: Shard, height: int, width: int) -> bool:
-    """Returns whether every rank can select from its own shard.
-
-    Args:
-        layer: the layer.
-        shard: its shard, which knows the regions of all ranks.
-        height: number of rows of a row block.
-        width: number of adjacent columns that must be on one rank.
-    """
+    """Returns whether every rank can select from its own shard: whether all regions hold whole row blocks of `height`
+    rows and whole sets of `width` adjacent columns."""
     return all(_is_whole(layer, region, height, width) for regions in shard.regions_by_rank for region in regions)
 
 
@@ -43,16 +37,8 @@ def _contiguous_column_dim(layer: PrunableLayer) -> int | None:
 
 
 def partition_rows(layer: PrunableLayer, height: int, num_ranks: int) -> tuple[tuple[ShardRegion, ...], ...]:
-    """Partitions the row blocks of a layer evenly over ranks.
-
-    Args:
-        layer: the layer.
-        height: number of rows of a row block.
-        num_ranks: number of ranks.
-
-    Returns:
-        The regions of the weight that each rank selects from.
-    """
+    """Partitions the row blocks of `height` rows of a layer evenly over ranks. Returns the regions of the weight that
+    each rank selects from."""
     blocks_per_matrix = layer.matrix_shape[0] // height
     num_blocks = layer.num_matrices * blocks_per_matrix
     ends = [num_blocks * rank // num_ranks for rank in range(num_ranks + 1)]

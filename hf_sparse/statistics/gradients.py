@@ -59,10 +59,8 @@ class GradientStatistic:
         self._restarts = False
 
     def restart(self) -> None:
-        """Restarts the sum at the next observation.
-
-        Until then the present sum stays readable, for a prune step before which all gradients overflow.
-        """
+        """Restarts the sum at the next observation. Until then the present sum stays readable, for a prune step before
+        which all gradients overflow."""
         self._restarts = True
 
     def state(self) -> tuple[torch.Tensor, dict[str, int]]:

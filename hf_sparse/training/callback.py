@@ -126,8 +126,7 @@ class SparsityCallback(TrainerCallback):
             clear_best_metric(state)
 
     def _install_gradient_hook(self, pruner: Pruner, optimizer: Any, state: TrainerState) -> None:
-        """Observes gradients when DeepSpeed's optimizer steps, which happens inside backward: by the time of
-        `on_pre_optimizer_step` they are freed."""
+        """Observes gradients when DeepSpeed steps, inside backward: at `on_pre_optimizer_step` they are freed."""
         shards = pruner.shards.values()
         if not any(shard.is_split for shard in shards):
             raise NotImplementedError(
@@ -271,11 +270,8 @@ class SparsityCallback(TrainerCallback):
         self._remove_gradient_hook()
         unblock_best_metric(state)
         if not self._is_at_final_sparsity(state) and self.pruner.target:
-            logger.warning(
-                "training ended at step %d, before prune_end (step %d): the target was not reached.",
-                state.global_step,
-                self.schedule.end,
-            )
+            text = "training ended at step %d, before prune_end (step %d): the target was not reached."
+            logger.warning(text, state.global_step, self.schedule.end)
         self._report = self.pruner.report()
         if state.is_world_process_zero:
             print(f"\n{self._report}\n", flush=True)

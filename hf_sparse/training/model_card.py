@@ -63,11 +63,8 @@ def write_trainer_card(
     card, in the output folder or on the Hub, stays. The main rank alone calls this, so nothing in it may wait for
     other ranks.
 
-    Args:
-        trainer: provides metrics, steps and where to write.
-        pruner: provides config, groups and report.
-        create_model_card: the trainer's own method, which writes the card without the section.
-        args, kwargs: its arguments.
+    `create_model_card` is the trainer's own method, which writes the card without the section; `args` and `kwargs` are
+    its arguments.
     """
     directory, token = Path(str(trainer.args.output_dir)), trainer.args.hub_token
     arguments = _CardArguments.prepare(create_model_card, args, kwargs, directory.resolve().name)
@@ -101,7 +98,7 @@ class _CardArguments:
 
     Args:
         bound: the arguments to pass on.
-        model_name: the name of the model, not escaped.
+        model_name: not escaped.
         originals: escaped name -> name.
         local_base_model: folder name of the base model, if that is in a local folder.
     """

@@ -111,8 +111,7 @@ class ResumeState:
         if self._is_verified:
             return
         communicator = get_communicator()
-        is_shared = len(self.files) > 1
-        for file in self.files[communicator.rank :: communicator.world_size] if is_shared else self.files:
+        for file in self.files if len(self.files) == 1 else self.files[communicator.rank :: communicator.world_size]:
             file.verify()
         self._is_verified = True
 

@@ -42,32 +42,21 @@ def state_file_paths(directory: str | Path) -> list[Path]:
 def write_state_file(
     directory: str | Path, pruner: Pruner, schedule: PruningSchedule, step: int, is_main: bool = True
 ) -> None:
-    """Writes what a resumed run needs. All ranks call this.
-
-    Args:
-        directory: the checkpoint.
-        pruner: provides the masks and statistics.
-        schedule: the pruning schedule of the run.
-        step: the optimizer step of the checkpoint.
-        is_main: whether this rank writes the file where every rank holds whole weights.
-    """
+    """Writes what a resumed run needs at optimizer step `step`. All ranks call this; where every rank holds whole
+    weights, the main one writes."""
     rank, shard_count = pruner.communicator.rank, pruner.communicator.world_size
     if shard_count == 1 and not is_main:
         return
     name = STATE_FILE if shard_count == 1 else state_shard_file(rank, shard_count)
     tensors, values = pruner.state_dict()
-    values |= {
-        "config": compared_options(pruner.config, schedule),
-        "step": step,
-        "processes": get_communicator().world_size,
-    }
+    values |= {"config": compared_options(pruner.config, schedule), "step": step}
+    values["processes"] = get_communicator().world_size
     values["checksum"] = checksum(tensors, values)
     write_tensors(Path(directory) / name, tensors, {"format": "pt", METADATA_KEY: json.dumps(values)})
 
 
 def delete_state_files(directory: str | Path) -> None:
-    """Deletes the state files of an earlier run, which may have had more ranks, and temporary files of a killed
-    one."""
+    """Deletes the state files of an earlier run, which may have had more ranks, and temporary files."""
     for pattern in (TEMPORARY_GLOB, STATE_GLOB):
         for path in Path(directory).glob(pattern):
             path.unlink(missing_ok=True)
@@ -91,12 +80,8 @@ def checksum(tensors: Mapping[str, torch.Tensor], values: dict[str, Any]) -> int
 
 
 def compared_options(config: PruningConfig, schedule: PruningSchedule | None) -> dict[str, Any]:
-    """Returns the options that must be equal for a run to be resumed, as JSON values.
-
-    Args:
-        config: the options of the run.
-        schedule: its pruning schedule; None while the number of training steps is not known.
-    """
+    """Returns the options that must be equal for a run to be resumed, as JSON values. The schedule is None while the
+    number of training steps is not known."""
     options = {name: value for name, value in PruningConfig.to_dict(config).items() if name not in _COMPARED_BY_EFFECT}
     options["criterion"] = config.resolve_criterion(SimpleNamespace(**options))
     if schedule is not None:

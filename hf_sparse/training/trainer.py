@@ -58,11 +58,8 @@ class SparseTrainerMixin(HubUploadMixin):
             launched = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
             if (option or launched) and runs.startswith("MULTI_") and self.is_local_process_zero():
                 logger.warning(
-                    "%s was requested, but accelerate runs %s: DDP, with the whole model on each of %d ranks. It does "
-                    "so where it finds no accelerator, as on CPU.",
-                    name,
-                    runs,
-                    self.args.world_size,
+                    f"{name} was requested, but accelerate runs {runs}: DDP, with the whole model on each of "
+                    f"{self.args.world_size} ranks. It does so where it finds no accelerator, as on CPU."
                 )
 
     def _check_deepspeed_export(self) -> None:
@@ -147,10 +144,8 @@ class SparseTrainerMixin(HubUploadMixin):
                     "start a new run from its weights with keep_zeros=True."
                 )
             if weights_only:
-                logger.warning(
-                    "save_only_model is set: %s has no optimizer state, so the run is not resumed exactly.",
-                    state.checkpoint,
-                )
+                text = "save_only_model is set: %s has no optimizer state, so the run is not resumed exactly."
+                logger.warning(text, state.checkpoint)
             config = callback.check(self.args, None)
             groups, _ = resolve_layers(cast(nn.Module, self.model), config)
             state.validate(groups, config)
@@ -170,17 +165,14 @@ class SparseTrainerMixin(HubUploadMixin):
             if is_checkpoint and self.args.should_save:
                 start_checkpoint(directory)
             self.sparsity_callback.save(directory, self.args.should_save, step if is_checkpoint else None)
-            if self.is_fsdp_enabled and not is_checkpoint and not self._gathers_weights():
-                # Trainer would save sharded weights, which from_pretrained cannot open.
-                self._save(str(directory), state_dict=self.accelerator.get_state_dict(self.model))
+            if self.is_fsdp_enabled and not is_checkpoint:
+                if "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+                    # Trainer would save sharded weights, which from_pretrained cannot open.
+                    self._save(str(directory), state_dict=self.accelerator.get_state_dict(self.model))
         try:
             super().save_model(output_dir, _internal_call)
         except UploadError as error:
             logger.error("%s", error)
-
-    def _gathers_weights(self) -> bool:
-        """Whether Trainer saves whole weights under FSDP."""
-        return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Trainer's, followed by a barrier: the main rank writes `trainer_state.json`, which marks a checkpoint as
