@@ -36,16 +36,6 @@ def library(request, monkeypatch):
 
 
 @pytest.fixture
-def registries(monkeypatch):
-    """Removes afterwards what a test registers."""
-    from hf_sparse import allocations, criteria, patterns, schedulers, solvers
-
-    families = (allocations.ALLOCATIONS, criteria.CRITERIA, patterns.PATTERNS, solvers.SOLVERS)
-    for registry in (*families, schedulers.SCHEDULERS, schedulers.CURVES):
-        monkeypatch.setattr(registry, "_members", dict(registry._members))
-
-
-@pytest.fixture
 def plots():
     """For tests that look at the figures of a run."""
 
