@@ -26,6 +26,7 @@ IGNORED_PATTERNS = (*DEFAULT_IGNORE_PATTERNS, "_*", "checkpoint-*", TEMPORARY_GL
 RETRY_DELAYS = (2, 10)
 
 _TRANSIENT_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
+_FAILED_CONNECTIONS = (HTTPError, ConnectionError, TimeoutError)  # an HTTPError if it has no response
 # Not anchored at the end: in a pickled file the byte after the token may be a letter.
 _TOKEN_PATTERN = re.compile(rb"\bhf_[A-Za-z0-9]{34}")
 # Text files and pickled arguments are small. In gigabytes of weights, bytes that look like a token are chance.
@@ -103,7 +104,8 @@ def push(
         FileNotFoundError: no/such/folder: there is no such folder, or nothing in it to upload.
     """
     directory = Path(directory)
-    files = _files_to_upload(directory)
+    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file())
+    files = [directory / name for name in filter_repo_objects(names, ignore_patterns=list(IGNORED_PATTERNS))]
     if not files:
         raise FileNotFoundError(f"{directory}: there is no such folder, or nothing in it to upload.")
     _check_for_tokens(files, token or get_token())
@@ -126,11 +128,6 @@ def push(
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         command = push_command(directory, repo, private=private, revision=revision, path_in_repo=path_in_repo)
         raise upload_error(error, directory, repo, command) from error
-
-
-def _files_to_upload(directory: Path) -> list[Path]:
-    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file())
-    return [directory / name for name in filter_repo_objects(names, ignore_patterns=list(IGNORED_PATTERNS))]
 
 
 def _check_for_tokens(files: list[Path], token: str | None) -> None:
@@ -200,10 +197,7 @@ def is_transient(error: BaseException) -> bool:
         return status in _TRANSIENT_STATUSES
     if _is_xet_unsupported(error):
         return False
-    # An HTTPError without a response is a failed connection.
-    return not _is_caused_by(error, OfflineModeIsEnabled) and _is_caused_by(
-        error, HTTPError, ConnectionError, TimeoutError
-    )
+    return _is_caused_by(error, *_FAILED_CONNECTIONS) and not _is_caused_by(error, OfflineModeIsEnabled)
 
 
 def describe_error(error: BaseException) -> str:
@@ -220,14 +214,15 @@ def describe_error(error: BaseException) -> str:
     if status == 404:
         return "The repository or revision does not exist, or the token has no access to it (404)."
     if status is not None:
-        return f"The Hub answered {status}: {_server_message(error)}."
-    if _is_caused_by(error, HTTPError, ConnectionError, TimeoutError):
+        message = getattr(error, "server_message", None) or str(error)
+        return f"The Hub answered {status}: {' '.join(message.split()).rstrip('.')}."
+    if _is_caused_by(error, *_FAILED_CONNECTIONS):
         return f"The Hub could not be reached, or the connection was cut ({_root_cause(error)})."
     return f"{_root_cause(error)}."
 
 
 def _exception_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields `error` and the exceptions that caused it."""
+    """Yields an exception and those that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -246,11 +241,6 @@ def _http_status(error: BaseException) -> int | None:
 def _is_xet_unsupported(error: BaseException) -> bool:
     """Whether a Hub other than huggingface.co refused a Xet upload; hf_xet has no exception type for that."""
     return any("xet-write-token" in str(cause) and "404" in str(cause) for cause in _exception_chain(error))
-
-
-def _server_message(error: BaseException) -> str:
-    message = getattr(error, "server_message", None) or str(error)
-    return " ".join(message.split()).rstrip(".")
 
 
 def _root_cause(error: BaseException) -> str:

@@ -20,14 +20,7 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as its file's header describes it.
-
-    Args:
-        name: its name in the file.
-        dtype: its type as safetensors writes it, such as "BF16" or "F8_E4M3".
-        shape: its shape.
-        file: the file that holds it.
-    """
+    """A tensor as its file's header describes it; `dtype` as safetensors writes it, such as "BF16" or "F8_E4M3"."""
 
     name: str
     dtype: str
@@ -36,7 +29,6 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """The number of values."""
         return math.prod(self.shape)
 
     @property
@@ -51,13 +43,11 @@ class Checkpoint:
 
     Args:
         source: path or repository name that it was opened by.
-        files: the weight files.
-        tensors: name -> tensor, in the order of the files.
+        tensors: name -> tensor, in the order of `files`.
         shared: name that the files leave out -> name of the stored tensor that it shares memory with, from the files'
             metadata.
-        config: content of config.json; {} without one.
-        report: content of pruning_report.json; None without one.
-        pruning_config: content of pruning_config.json; {} without one.
+        config, report, pruning_config: contents of config.json, pruning_report.json and pruning_config.json; {} or
+            None without one.
     """
 
     source: str
@@ -94,7 +84,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
                 f"{file} is cut short or not a safetensors file: {error}. Copy or download it again."
             ) from error
     folder = files[0].parent
-    _check_index(folder, files, tensors)
+    if len(files) > 1:
+        _check_index(folder, files, tensors)
     return Checkpoint(
         str(source),
         tuple(files),
@@ -108,7 +99,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
 
 def _check_index(folder: Path, files: list[Path], tensors: dict[str, StoredTensor]) -> None:
     """Checks that the files hold all tensors of their index. The folder may hold indices of other formats as well."""
-    for index in folder.glob("*.safetensors.index.json") if len(files) > 1 else ():
+    for index in folder.glob("*.safetensors.index.json"):
         file_of = read_json(index).get("weight_map", {})
         missing = file_of.keys() - tensors.keys()
         if missing and set(file_of.values()) == {file.name for file in files}:

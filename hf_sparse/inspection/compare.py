@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..numerics import count_zeros
 from ..reporting.tables import format_table
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .roles import select_tensors
@@ -19,9 +23,9 @@ class LayerComparison:
 
     Args:
         name: in the first checkpoint.
-        zeros: the number of zeros in the first.
-        kept: the number of those that are also zero in the second.
-        new: the number of zeros in the second that are not zero in the first.
+        zeros: number of zeros in the first.
+        kept: number of those that are also zero in the second.
+        new: number of zeros in the second only.
         problem: why the weights cannot be compared, if they cannot. Then `kept` and `new` are 0.
     """
 
@@ -33,7 +37,6 @@ class LayerComparison:
 
     @property
     def lost(self) -> int:
-        """zeros - kept."""
         return self.zeros - self.kept
 
 
@@ -85,18 +88,11 @@ class CheckpointComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the comparison as JSON values, as `hf-sparse report --compare --json` prints them."""
-        layers = [asdict(layer) | {"lost": layer.lost} for layer in self.layers]
         return {
-            "first": self.first,
-            "second": self.second,
-            "selected_by": self.selected_by,
-            "kept_all": self.kept_all,
-            "zeros": self.total.zeros,
-            "kept": self.total.kept,
-            "lost": self.total.lost,
-            "new": self.total.new,
+            **{name: getattr(self, name) for name in ("first", "second", "selected_by", "kept_all")},
+            **{name: getattr(self.total, name) for name in ("zeros", "kept", "lost", "new")},
             "prefix": self.prefix,
-            "layers": layers,
+            "layers": [asdict(layer) | {"lost": layer.lost} for layer in self.layers],
             "only_in_first": list(self.only_in_first),
             "only_in_second": list(self.only_in_second),
         }
@@ -148,11 +144,12 @@ def _find_prefix(one: Checkpoint, two: Checkpoint) -> str:
     """Returns the prefix ("", "+p." or "-p.") under which the checkpoints have most names in common."""
     heads = [{f"{name.partition('.')[0]}." for name in checkpoint.tensors} for checkpoint in (one, two)]
     candidates = ["", *(f"-{head}" for head in sorted(heads[0])), *(f"+{head}" for head in sorted(heads[1]))]
-    num_common = {
-        prefix: sum(_name_in_first(name, prefix) in one.tensors for name in two.tensors) for prefix in candidates
-    }
-    best = max(num_common, key=num_common.__getitem__)  # of equal numbers the first: "" before all others
-    if not num_common[best]:
+
+    def num_common(prefix: str) -> int:
+        return sum(_name_in_first(name, prefix) in one.tensors for name in two.tensors)
+
+    best = max(candidates, key=num_common)  # of equal numbers the first: "" before all others
+    if not num_common(best):
         raise InspectionError(
             f"{one.source} and {two.source} have no tensor name in common: they are not of one model."
         )
@@ -174,15 +171,15 @@ def _compare(one: StoredTensor, two: StoredTensor | None) -> LayerComparison:
         problem = f"{'x'.join(map(str, two.shape))} in the second, not {'x'.join(map(str, one.shape))}"
     elif not two.is_float:
         problem = f"{two.dtype} in the second: its zeros cannot be counted"
+    tiles = read_tiles(one.file, one.name, tile_regions(one.shape))
+    others = (
+        repeat((None, torch.tensor(1.0)))  # without zeros
+        if two is None or problem is not None
+        else read_tiles(two.file, two.name, tile_regions(two.shape))
+    )
     zeros = kept = new = 0
-    others = read_tiles(two.file, two.name, tile_regions(two.shape)) if two is not None and problem is None else None
-    for _, tile in read_tiles(one.file, one.name, tile_regions(one.shape)):
-        is_zero = tile == 0
-        zeros += int(is_zero.count_nonzero())
-        if others is not None:
-            _, other = next(others)
-            is_other_zero = other == 0
-            zero_in_both = int((is_zero & is_other_zero).count_nonzero())
-            kept += zero_in_both
-            new += int(is_other_zero.count_nonzero()) - zero_in_both
+    for (_, tile), (_, other) in zip(tiles, others):
+        zeros += count_zeros(tile)
+        kept += int(((tile == 0) & (other == 0)).count_nonzero())
+        new += int(((tile != 0) & (other == 0)).count_nonzero())
     return LayerComparison(one.name, zeros, kept, new, problem)

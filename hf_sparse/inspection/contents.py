@@ -26,9 +26,9 @@ class TensorContents:
     Args:
         name, dtype, shape: as saved.
         selected: whether pruning selects it.
-        weights: the number of its values.
-        zeros: the number of values that are exactly zero.
-        negative_zeros: the number of those that are -0.0.
+        weights: number of its values.
+        zeros: number of values that are exactly zero.
+        negative_zeros: number of those that are -0.0.
         structures: structure of the zeros for each layer kind that the tensor may have; () if it is no layer's weight.
     """
 
@@ -53,17 +53,10 @@ class TensorContents:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the counts as JSON values."""
-        return {
-            "name": self.name,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "selected": self.selected,
-            "weights": self.weights,
-            "zeros": self.zeros,
-            "negative_zeros": self.negative_zeros,
-            "sparsity": self.sparsity,
-            "structure": self.structure.to_dict() if self.structure else None,
-        }
+        structure = self.structure.to_dict() if self.structure else None
+        values = vars(self) | {"shape": list(self.shape), "sparsity": self.sparsity, "structure": structure}
+        del values["structures"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,6 @@ class CheckpointContents:
 
     Args:
         source: path or repository name of the checkpoint.
-        files: its weight files.
         selected_by: how the selected weights are known: "report" (pruning_report.json beside the weights names them),
             "config" (pruning_config.json selects among the weights that look prunable) or "guess" (all weights that
             look prunable by name and shape).
@@ -99,17 +91,14 @@ class CheckpointContents:
 
     @property
     def selected(self) -> tuple[TensorContents, ...]:
-        """The weights that pruning selects."""
         return tuple(tensor for tensor in self.tensors if tensor.selected)
 
     @property
     def selected_weights(self) -> int:
-        """The number of values of the selected weights."""
         return sum(tensor.weights for tensor in self.selected)
 
     @property
     def selected_zeros(self) -> int:
-        """The number of zeros in the selected weights."""
         return sum(tensor.zeros for tensor in self.selected)
 
     @property
@@ -124,7 +113,6 @@ class CheckpointContents:
 
     @property
     def parameter_zeros(self) -> int:
-        """The number of zeros in all counted tensors."""
         return sum(tensor.zeros for tensor in self.tensors)
 
     @property
@@ -171,9 +159,7 @@ class CheckpointContents:
         return {
             "checkpoint": self.source,
             "files": [file.name for file in self.files],
-            "selected_by": self.selected_by,
-            "selected_weights": self.selected_weights,
-            "selected_zeros": self.selected_zeros,
+            **{name: getattr(self, name) for name in ("selected_by", "selected_weights", "selected_zeros")},
             "sparsity_of_selected": self.sparsity,
             "parameters": self.parameters,
             "parameter_zeros": self.parameter_zeros,

@@ -6,7 +6,7 @@ config that a pruning run saves beside the weights replace them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,12 @@ def guess_kinds(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[str, ...
     A weight of GPT-2's Conv1D, (I, O), differs from a Linear's, (O, I), by its bias, which has O entries. A weight
     that is not square decides for all weights of modules of that name.
     """
-    conv1d_modules = set(_conv1d_modules(tensors))
+    conv1d_modules = set()
+    for name, tensor in tensors.items():
+        bias = tensors.get(f"{name.removesuffix('.weight')}.bias")
+        is_rectangular = len(tensor.shape) == 2 and tensor.shape[0] != tensor.shape[1]
+        if bias is not None and is_rectangular and bias.shape == (tensor.shape[1],):
+            conv1d_modules.add(_module_name(name))
     return {name: _kinds(tensor, conv1d_modules) for name, tensor in tensors.items()}
 
 
@@ -41,14 +46,6 @@ def _kinds(tensor: StoredTensor, conv1d_modules: set[str]) -> tuple[str, ...]:
     if len(tensor.shape) == 3 and "experts" in tensor.name:
         return "experts", "experts_transposed"
     return ("conv2d",) if len(tensor.shape) in (3, 4) and tensor.name.endswith("weight") else ()
-
-
-def _conv1d_modules(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
-    for tensor in tensors.values():
-        bias = tensors.get(f"{tensor.name.removesuffix('.weight')}.bias")
-        if bias is not None and len(tensor.shape) == 2 and tensor.shape[0] != tensor.shape[1]:
-            if bias.shape == (tensor.shape[1],):
-                yield _module_name(tensor.name)
 
 
 def _module_name(name: str) -> str:
@@ -61,8 +58,7 @@ class Selection:
     """The weights that pruning selects.
 
     Args:
-        selected_by: "report" (pruning_report.json names them), "config" (pruning_config.json selects among the weights
-            that look prunable) or "guess" (all weights of the body that look prunable).
+        selected_by: as in `CheckpointContents`.
         names: of the tensors.
         renamed: those of `names` that the report lists under other names, as transformers renames some weights when it
             saves a model.
@@ -74,7 +70,6 @@ class Selection:
 
 
 def select_tensors(checkpoint: Checkpoint) -> Selection:
-    """Returns which tensors are the weights that pruning selects."""
     layers = _prunable_layers(checkpoint)
     guess = frozenset(layer.name for layer in layers if layer.in_body)
     if checkpoint.report is not None:
@@ -85,9 +80,9 @@ def select_tensors(checkpoint: Checkpoint) -> Selection:
         if missing and missing == sum(checkpoint.tensors[name].numel for name in guess - stored):
             return Selection("report", guess | stored, guess - stored)
         return Selection("report", stored) if stored else Selection("guess", guess)
-    if not checkpoint.pruning_config:
-        return Selection("guess", guess)
     config = checkpoint.pruning_config
+    if not config:
+        return Selection("guess", guess)
     selected: set[PrunableLayer] = set()
     for group in (config.get("groups") or {"weights": {}}).values():
         targets, exclude = (group.get(option, config.get(option)) for option in ("targets", "exclude"))
@@ -106,10 +101,7 @@ def _prunable_layers(checkpoint: Checkpoint) -> list[PrunableLayer]:
 
 
 def _is_prunable(tensor: StoredTensor) -> bool:
-    """Returns whether a tensor looks like the weight of a layer (2-D, 4-D) or fused experts (3-D).
-
-    Embeddings, routers and adapters are recognized by name and left out.
-    """
+    """Whether a tensor looks like the weight of a layer (2-D, 4-D) or of fused experts (3-D), judged by its name."""
     name = tensor.name.lower()
     is_fused_experts = len(tensor.shape) == 3 and "experts" in name and "bias" not in name
     is_weight = is_fused_experts or (len(tensor.shape) in (2, 4) and name.endswith("weight"))
@@ -124,10 +116,7 @@ def _is_in_body(tensor: StoredTensor, vocabulary_sizes: set[int]) -> bool:
 
 
 def _vocabulary_sizes(config: Mapping[str, Any]) -> set[int]:
-    """Returns the vocabulary sizes in a model's config and the configs inside it.
-
-    Sizes that equal another number in the same config are left out, as they do not tell a head from another layer.
-    """
+    """Returns the vocabulary sizes in a model's config and the configs inside it, unless another option is equal."""
     others = {value for name, value in config.items() if isinstance(value, int) and name != "vocab_size"}
     size = config.get("vocab_size")
     sizes = {size} if isinstance(size, int) and size not in others else set()

@@ -5,6 +5,7 @@ Letters: R output rows, P kernel positions, C input columns, as in `model.layers
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -29,28 +30,16 @@ _MIN_SHARE_OF_FULL_GROUPS = 0.1
 
 
 class StructureScan:
-    """Counts the zeros of equally shaped matrices by structure, tile by tile.
+    """Counts the zeros of matrices of shape (R, P, C) by structure, tile by tile. `kind`: as in `PrunableLayer`."""
 
-    Args:
-        kind: of the layer, as in `PrunableLayer`.
-        matrices: the number of matrices.
-        rows: R of each.
-        positions: P of each.
-        columns: C of each.
-    """
-
-    def __init__(self, kind: str, matrices: int, rows: int, positions: int, columns: int):
+    def __init__(self, kind: str, num_matrices: int, rows: int, positions: int, columns: int):
         self.kind, self.rows, self.positions, self.columns = kind, rows, positions, columns
-        self._nonzero_rows = np.zeros((matrices, rows), dtype=bool)
-        self._nonzero_columns = np.zeros((matrices, columns), dtype=bool)
+        self._nonzero_rows = np.zeros((num_matrices, rows), dtype=bool)
+        self._nonzero_columns = np.zeros((num_matrices, columns), dtype=bool)
         self._max_kept = {size: 0 for size in GROUP_SIZES if columns % size == 0}
         self._full_groups = dict(self._max_kept)
-        self._zeros_in_blocks = {
-            (height, width): 0
-            for height in BLOCK_SIDES
-            for width in BLOCK_SIDES
-            if rows % height == 0 and columns % width == 0
-        }
+        sizes = itertools.product(BLOCK_SIDES, BLOCK_SIDES)
+        self._zeros_in_blocks = {(h, w): 0 for h, w in sizes if rows % h == 0 and columns % w == 0}
 
     def add(self, nonzero_RPC: np.ndarray, matrix: int, row: int, column: int) -> None:
         """Counts one tile.
@@ -100,9 +89,9 @@ class StructureScan:
             zero_columns=int(columns.sum()),
             weights=self._nonzero_rows.size * self.positions * self.columns,
             zeros_in_lines=int(in_lines.sum()) * self.positions,
-            max_kept=dict(self._max_kept),
-            full_groups=dict(self._full_groups),
-            zeros_in_blocks=dict(self._zeros_in_blocks),
+            max_kept=self._max_kept.copy(),
+            full_groups=self._full_groups.copy(),
+            zeros_in_blocks=self._zeros_in_blocks.copy(),
         )
 
 
@@ -111,15 +100,14 @@ class Structure:
     """The zeros of a weight by structure.
 
     Args:
-        kind: of the layer, which says the dimensions of rows and columns: "linear" (O, I), "conv1d" (I, O),
-            "conv2d" (O, I, kh, kw), "experts" (E, O, I) or "experts_transposed" (E, I, O).
-        rows, columns: the number of output rows and of input columns, over all experts.
-        zero_rows, zero_columns: the number of those that are entirely zero.
-        weights: the number of weights.
-        zeros_in_lines: the number of zeros in rows and columns that are entirely zero.
+        kind: of the layer, as in `PrunableLayer`.
+        rows, columns: number of output rows and of input columns, over all experts.
+        zero_rows, zero_columns: number of those that are entirely zero.
+        weights: number of weights.
+        zeros_in_lines: number of zeros in rows and columns that are entirely zero.
         max_kept: M -> the most nonzeros in any group of M neighbouring columns.
-        full_groups: M -> the number of groups of M with that many nonzeros.
-        zeros_in_blocks: (height, width) -> the number of zeros in blocks of this size that are entirely zero.
+        full_groups: M -> number of groups of M with that many nonzeros.
+        zeros_in_blocks: (height, width) -> number of zeros in blocks of this size that are entirely zero.
     """
 
     kind: str
@@ -135,7 +123,6 @@ class Structure:
 
     @property
     def zeros(self) -> int:
-        """The number of zeros."""
         return self.zeros_in_blocks.get((1, 1), 0)
 
     @property
@@ -183,10 +170,7 @@ class Structure:
         return few and outside_by_chance >= _MIN_VIOLATIONS_BY_CHANCE
 
     def has_pattern(self, pattern: str) -> bool:
-        """Returns whether the zeros have a pattern of hf_sparse.
-
-        N:M: no group of M keeps more than N. Blocks, channel and channel:in: nearly all zeros are in units of the
-        pattern that are entirely zero.
+        """Whether no group of M keeps more than N, or nearly all zeros are in units that are entirely zero.
 
         Raises:
             ValueError: as `detectable_pattern`.
@@ -215,19 +199,12 @@ class Structure:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the structure as JSON values."""
-        return {
-            "layout": self.kind,
-            "n_of_m": list(self.n_of_m),
-            "block": self.block,
-            "rows": self.rows,
-            "zero_rows": self.zero_rows,
-            "columns": self.columns,
-            "zero_columns": self.zero_columns,
-        }
+        counts = {name: getattr(self, name) for name in ("rows", "zero_rows", "columns", "zero_columns")}
+        return {"layout": self.kind, "n_of_m": list(self.n_of_m), "block": self.block, **counts}
 
 
 def _implies(n: int, m: int, keep: int, of: int) -> bool:
-    """Returns whether every group with n of m also has `keep` of `of`."""
+    """Whether every group with n of m also has `keep` of `of`."""
     return keep >= n * of // m if of % m == 0 else m % of == 0 and keep >= n
 
 

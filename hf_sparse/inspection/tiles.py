@@ -14,7 +14,7 @@ from ..distributed import ShardRegion
 from .weight_files import InspectionError
 
 
-# The most values of a tile.
+# The largest number of values of a tile.
 TILE_NUMEL = 2**21
 # The largest side of a block that is detected. Tiles begin at multiples of it, so they cut no block.
 MAX_BLOCK_SIDE = 64
@@ -49,11 +49,7 @@ def tile_regions(shape: Sequence[int], matrix_dims: Sequence[int] = ()) -> Itera
 
 
 def read_tiles(file: Path, name: str, regions: Iterable[ShardRegion]) -> Iterator[tuple[ShardRegion, torch.Tensor]]:
-    """Yields each region of a tensor with its values.
-
-    Raises:
-        InspectionError: if the file cannot be read.
-    """
+    """Yields each region of a tensor with its values."""
     try:
         view, num_read = None, 0
         for region in regions:

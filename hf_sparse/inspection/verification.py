@@ -90,7 +90,7 @@ def report_differences(
 
 
 def _lacks_pattern(tensor: TensorContents, layer: LayerReport) -> bool:
-    """Returns whether a layer is sparse enough for its pattern to show, and its zeros do not have it."""
+    """Whether a layer is sparse enough for its pattern to show, and its zeros do not have it."""
     try:
         # A schedule that has not reached its end has not reached N:M either.
         least = detectable_pattern(layer.pattern).implied_sparsity or _MIN_SPARSITY_FOR_PATTERN

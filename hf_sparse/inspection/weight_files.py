@@ -15,6 +15,7 @@ from ..files import CONFIG_FILE, REPORT_FILE
 # File names of saved models and adapters, in the order of preference.
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 _INDEX = ".safetensors.index.json"
+_CONVERT = "load the model with from_pretrained, save it with save_pretrained, and inspect the result."
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Beginnings of the names of what a pruning run and Trainer save beside the weights.
@@ -48,15 +49,9 @@ def find_weight_files(source: str | Path, revision: str | None = None) -> list[P
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; {} if there is no such file.
-
-    Raises:
-        InspectionError: if the file holds something else.
-    """
-    if not path.is_file():
-        return {}
+    """Returns the JSON object in a file; {} if there is no such file."""
     try:
-        return files.read_json(path)
+        return files.read_json(path) if path.is_file() else {}
     except ValueError as error:
         raise InspectionError(f"{error}") from error
 
@@ -98,7 +93,7 @@ def _refuse_pickle(source: Path, paths: list[Path]) -> None:
     if pickles := [path.name for path in paths if path.suffix in _PICKLES]:
         raise InspectionError(
             f"{source} holds weights as pickle ({pickles[0]}), which can run any code when it is opened. If you trust "
-            "it, load the model with from_pretrained, save it with save_pretrained, and inspect the result."
+            f"it, {_CONVERT}"
         )
 
 
@@ -127,7 +122,7 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from error
     if not list(folder.glob("*.safetensors")):
         raise InspectionError(
-            f"{repo} holds no safetensors file at its top level. If it holds pickle (.bin) and you trust it, load the "
-            "model with from_pretrained, save it with save_pretrained, and inspect the result."
+            f"{repo} holds no safetensors file at its top level. If it holds pickle (.bin) and you trust it, "
+            f"{_CONVERT}"
         )
     return folder

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
+from ..files import CONFIG_FILE, REPORT_FILE, read_json, write_json
 from .tables import format_sparsity, format_table
 
 
@@ -17,9 +17,8 @@ class LayerReport:
 
     Args:
         name: parameter name.
-        group: name of the parameter group that the weight belongs to.
+        group: name of its parameter group.
         pattern: text form of the pattern, such as "2:4".
-        shape: shape of the parameter.
         weights: number of its entries.
         zeros: number of its entries that are exactly zero.
         error: relative squared error of the layer's outputs on the calibration data; None where it was not measured.
@@ -44,7 +43,6 @@ class SparsityReport:
     """The sparsity of the selected weights and of all parameters, counted in the weights themselves, not in the masks.
 
     Args:
-        layers: the selected weights.
         parameters: number of entries of all parameters of the model, biases and embeddings included.
         parameter_zeros: number of those that are exactly zero.
         target: sparsity of the selected weights that was requested.
@@ -154,3 +152,12 @@ class SparsityReport:
     def load(cls, path: str | Path) -> SparsityReport:
         """The inverse of `save`."""
         return cls.from_dict(read_json(path))
+
+
+def write_report_and_config(directory: str | Path, report: SparsityReport, config: Mapping[str, Any]) -> None:
+    """Writes `pruning_report.json` and `pruning_config.json` beside the weights.
+
+    `config` are the options of pruning, as `PruningConfig.to_dict` or `OneshotConfig.to_dict` returns them.
+    """
+    report.save(Path(directory) / REPORT_FILE)
+    write_json(Path(directory) / CONFIG_FILE, config)

@@ -17,8 +17,7 @@ from ..engine.resolve import resolve_layers
 from ..files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ..hub.upload import hide_token
 from ..reporting.plots import plot_layers, plot_schedule
-from ..reporting.pruning_files import write_report_and_config
-from ..reporting.report import SparsityReport
+from ..reporting.report import SparsityReport, write_report_and_config
 from ..schedulers import PruningSchedule
 from .best_metric import block_best_metric, clear_best_metric, unblock_best_metric
 from .resume import CheckpointError, ResumeState, keep_pruned

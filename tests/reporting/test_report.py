@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_sparse import Pruner, PruningConfig, SparsityReport
 from hf_sparse.numerics import count_zeros
-from hf_sparse.reporting.report import LayerReport
+from hf_sparse.reporting.report import LayerReport, write_report_and_config
 
 
 def test_sparsities_by_hand():
@@ -52,3 +52,12 @@ def test_zeros_are_counted_in_the_weights_of_the_model():
     assert (report.selected, report.zeros, report.target) == (4, 2, 0.5)
     assert (report.parameters, report.parameter_zeros) == (8 + 2 + 4, 4)
     assert count_zeros(torch.tensor([0.0, -0.0, float("nan"), 1e-30])) == 2
+
+
+def test_report_and_config_are_read_back(tmp_path):
+    report = SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5)
+    config = PruningConfig(pattern="2:4")
+    write_report_and_config(tmp_path / "new", report, config.to_dict())
+    assert SparsityReport.load(tmp_path / "new" / "pruning_report.json") == report
+    assert PruningConfig.from_file(tmp_path / "new" / "pruning_config.json") == config
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["pruning_config.json", "pruning_report.json"]

@@ -51,15 +51,11 @@ def format_command(program: str, arguments: Sequence[str]) -> str:
     words: list[str] = []
     is_secret_value = False
     for argument in arguments:
-        is_option = argument.startswith("-")
-        if is_secret_value and not is_option:
-            is_secret_value = False
-            continue
         name, separator, _ = argument.partition("=")
-        is_secret = is_option and _SECRET_OPTION.fullmatch(name.lower()) is not None
-        is_secret_value = is_secret and not separator
-        if not is_secret:
+        is_secret = _SECRET_OPTION.fullmatch(name.lower()) is not None
+        if not is_secret and not (is_secret_value and not argument.startswith("-")):
             words.append(_quote(argument))
+        is_secret_value = is_secret and not separator
     line = " ".join([program, *words])
     if len(line) <= _MAX_LINE_LENGTH:
         return line

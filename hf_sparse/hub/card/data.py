@@ -19,8 +19,7 @@ from ...config import OneshotConfig, PruningConfig
 from ...config.base import PruningOptions
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_json, write_json
 from ...plugins import loaded_plugins
-from ...reporting.pruning_files import write_report_and_config
-from ...reporting.report import SparsityReport
+from ...reporting.report import SparsityReport, write_report_and_config
 from ..model_classes import auto_class
 from .escaping import remove_secrets
 
@@ -42,7 +41,6 @@ class SparsityCard:
 
     Args:
         model_name: title of the card.
-        report: sparsity of the saved weights.
         config: pruning options, from `PruningConfig.to_dict` or `OneshotConfig.to_dict`.
         metadata: further metadata for the Hub, given by the user under the Hub's names (base_model, datasets,
             language, license, ...), see `huggingface_hub.ModelCardData`. A local folder as base_model is removed.
@@ -51,17 +49,15 @@ class SparsityCard:
             `args`. With `task` and `dataset` the metrics enter the metadata.
         dense_metrics: metrics of the dense model, under the same names as `metrics`.
         calibration: description of the calibration data of one-shot pruning.
-        repo_id: repository of the model on the Hub.
         settings: `ResolvedGroup.to_dict` of every parameter group; computed from `config` if empty.
         metrics: metrics of the pruned model, under the names that `Trainer.evaluate` gives them.
         oneshot: whether the model was pruned without training.
         max_steps: number of optimizer steps of the training; None if unknown.
         processes: world size of the run.
-        command: the command that started the run; None if there was none.
+        command: the command that started the run.
         auto_class: the class of transformers whose `from_pretrained` opens the model; None if there is none.
         adapter: whether the saved files are a PEFT adapter, without the pruned weights.
         plugins: names of the plug-ins that the run has loaded.
-        version: version of hf_sparse.
         written: metadata and text digests of the card as it was generated last, see `CardVersion.base`.
 
     Example:
@@ -110,12 +106,7 @@ class SparsityCard:
     # Files
 
     def save(self, directory: str | Path, secrets: Iterable[str | None] = ()) -> None:
-        """Writes report, config and pruning_card.json, which `load` reads.
-
-        Args:
-            directory: folder of the model.
-            secrets: strings that are removed from pruning_card.json.
-        """
+        """Writes report, config and pruning_card.json, which `load` reads, the latter without the `secrets`."""
         directory = Path(directory)
         write_report_and_config(directory, self.report, self.config)
         stored = json.dumps({name: getattr(self, name) for name in _STORED_FIELDS}, ensure_ascii=False)
@@ -132,9 +123,15 @@ class SparsityCard:
             ValueError: a file is damaged.
         """
         directory = Path(directory)
-        report, config = (read_card_file(directory / name) for name in (REPORT_FILE, CONFIG_FILE))
+        try:
+            report, config = (read_json(directory / name) for name in (REPORT_FILE, CONFIG_FILE))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error.filename} does not exist: a card is generated from the files that pruning writes beside the "
+                f"weights, {REPORT_FILE} and {CONFIG_FILE}."
+            ) from error
         if (directory / CARD_FILE).is_file():
-            stored = read_card_file(directory / CARD_FILE)
+            stored = read_json(directory / CARD_FILE)
         else:
             oneshot_options = set(OneshotConfig.run_options) - set(PruningOptions.run_options)
             stored = _read_training_files(directory) | {"oneshot": bool(config.keys() & oneshot_options)}
@@ -230,41 +227,26 @@ def select_metrics(values: Mapping[str, Any]) -> dict[str, float]:
         >>> select_metrics({"eval_accuracy": 0.5, "eval_runtime": 3.1, "epoch": 2.0, "train_loss": 0.1})
         {'eval_accuracy': 0.5}
     """
-    metrics = {}
-    for name, value in values.items():
-        if isinstance(value, Real) and not isinstance(value, bool):
-            if not name.startswith("train_") and not name.endswith(_NOT_METRICS):
-                metrics[name] = int(value) if isinstance(value, Integral) else float(value)
-    return metrics
+    return {
+        name: int(value) if isinstance(value, Integral) else float(value)
+        for name, value in values.items()
+        if isinstance(value, Real) and not isinstance(value, bool)
+        if not name.startswith("train_") and not name.endswith(_NOT_METRICS)
+    }
 
 
 def _read_training_files(directory: Path) -> dict[str, Any]:
     """Returns the fields of a card that can be read from the files of Trainer and transformers."""
-    values: dict[str, Any] = {}
-    if (directory / "all_results.json").is_file():
-        values["metrics"] = select_metrics(read_card_file(directory / "all_results.json"))
-    if (directory / "trainer_state.json").is_file():
-        values["max_steps"] = read_card_file(directory / "trainer_state.json").get("max_steps")
-    if (directory / "config.json").is_file():
-        architectures = read_card_file(directory / "config.json").get("architectures") or [None]
-        values["auto_class"] = auto_class(architectures[0])
-    return values
-
-
-def read_card_file(path: str | Path) -> dict[str, Any]:
-    """Reads one of the JSON files that a card is generated from.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a card is generated from the files that pruning writes beside the weights, "
-            f"{REPORT_FILE} and {CONFIG_FILE}."
-        )
-    return read_json(path)
+    results, state, config = (
+        read_json(directory / name) if (directory / name).is_file() else {}
+        for name in ("all_results.json", "trainer_state.json", "config.json")
+    )
+    architectures = config.get("architectures") or [None]
+    return {
+        "metrics": select_metrics(results),
+        "max_steps": state.get("max_steps"),
+        "auto_class": auto_class(architectures[0]),
+    }
 
 
 def _is_hub_id(name: Any) -> bool:

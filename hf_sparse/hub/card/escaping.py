@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from collections.abc import Iterable
@@ -14,7 +15,6 @@ _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # Shorter secrets would match parts of words. Their command-line options are removed by name instead.
 _MIN_SECRET_LENGTH = 8
 
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _SPECIAL_CHARACTERS = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
@@ -26,8 +26,7 @@ def escape(text: object) -> str:
         'a\\\\|b &lt;!-- c --&gt; \\\\_d\\\\_ e_f'
     """
     line = "".join(character if character.isprintable() else " " for character in str(text))
-    line = re.sub(r"[&<>]", lambda match: _ENTITIES[match.group()], " ".join(line.split()))
-    return _SPECIAL_CHARACTERS.sub(r"\\\g<0>", line)
+    return _SPECIAL_CHARACTERS.sub(r"\\\g<0>", html.escape(" ".join(line.split()), quote=False))
 
 
 def code_block(text: str, language: str) -> str:

@@ -8,6 +8,7 @@ the card as it is generated now. Text is merged by chunks, which extend from one
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,9 +41,7 @@ def three_way_merge(
 
     Keys that `theirs` removed stay removed. A key that only `ours` has is inserted after the key before it in `ours`.
 
-    Args:
-        theirs, base, ours: the three versions.
-        is_same: compares a value of `theirs` with the value in `base`.
+    `is_same` compares a value of `theirs` with the value in `base`.
 
     Example:
         >>> theirs, base = {"a": 1, "b": "edited", "added": 0}, {"a": 1, "b": 2, "removed": 3}
@@ -76,21 +75,13 @@ def split_chunks(text: str) -> dict[str, str]:
         {'': 'a\\n', '# b': '# b\\nc\\n'}
     """
     section = _SECTION_PATTERN.search(text)
-    if section is None:
-        parts = list(_split_at_headings(text, ""))
-    else:
-        parts = [
-            *_split_at_headings(text[: section.start()], ""),
-            (SECTION, section.group()),
-            *_split_at_headings(text[section.end() :], f"after {SECTION}"),
-        ]
+    parts = list(_split_at_headings(text[: section.start()] if section else text, ""))
+    if section:
+        parts += [(SECTION, section.group()), *_split_at_headings(text[section.end() :], f"after {SECTION}")]
     chunks: dict[str, str] = {}
     for key, part in parts:
-        number, unique_key = 1, key
-        while unique_key in chunks:
-            number += 1
-            unique_key = f"{key} ({number})"
-        chunks[unique_key] = part
+        numbered = (f"{key} ({number})" for number in itertools.count(2))
+        chunks[key if key not in chunks else next(name for name in numbered if name not in chunks)] = part
     return chunks
 
 
@@ -143,29 +134,19 @@ def _digest(text: str) -> str:
 
 
 def merge_text(theirs: str, base_digests: Mapping[str, str], ours: str) -> str:
-    """Merges the texts of cards by chunks.
-
-    Args:
-        theirs: text with the edits of a person.
-        base_digests: `chunk_digests` of the text as it was generated last.
-        ours: text as it is generated now.
-    """
+    """Merges the texts of cards by chunks. `base_digests`: `chunk_digests` of the text as it was generated last."""
     their_chunks, our_chunks = split_chunks(theirs), split_chunks(ours)
     if SECTION in their_chunks and SECTION in our_chunks:
         their_chunks[SECTION] = our_chunks[SECTION]
-    merged = three_way_merge(
-        their_chunks, base_digests, our_chunks, is_same=lambda chunk, digest: _digest(chunk) == digest
+    return join_chunks(
+        three_way_merge(their_chunks, base_digests, our_chunks, is_same=lambda text, digest: _digest(text) == digest)
     )
-    return join_chunks(merged)
 
 
 def merge_metadata(theirs: Mapping[str, Any], base: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Merges the metadata of cards: lists such as tags by item, results by task, data set and metric.
 
-    Args:
-        theirs: metadata with the edits of a person.
-        base: metadata as it was generated last.
-        ours: metadata as it is generated now. Its "sparsity" always replaces that of `theirs`.
+    The "sparsity" of `ours` always replaces that of `theirs`.
     """
     merged = three_way_merge(theirs, base, ours)
     for key in theirs.keys() & ours.keys():

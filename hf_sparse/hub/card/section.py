@@ -79,25 +79,17 @@ def _introduction(card: SparsityCard) -> str:
 
 
 def _layer_table(report: SparsityReport) -> str:
-    header = ["layer", "shape", "pattern", "zeros", "weights", "sparsity"]
-    rows = [
-        [
-            escape(layer.name),
-            "x".join(map(str, layer.shape)),
-            escape(layer.pattern),
-            *format_sparsity(layer.zeros, layer.weights),
-        ]
-        for layer in report.layers
-    ]
-    if any(layer.error is not None for layer in report.layers):
-        header.append("error")
-        for layer, row in zip(report.layers, rows, strict=True):
-            row.append("-" if layer.error is None else _format_number(layer.error))
-    return format_markdown_table(header, rows, text_columns=3)
+    header, rows = ["layer", "shape", "pattern", "zeros", "weights", "sparsity"], []
+    has_errors = any(layer.error is not None for layer in report.layers)
+    for layer in report.layers:
+        shape, counts = "x".join(map(str, layer.shape)), format_sparsity(layer.zeros, layer.weights)
+        error = "-" if layer.error is None else _format_number(layer.error)
+        rows.append([escape(layer.name), shape, escape(layer.pattern), *counts, *([error] if has_errors else [])])
+    return format_markdown_table(header + ["error"] * has_errors, rows, text_columns=3)
 
 
 def _settings_table(groups: Sequence[dict[str, Any]]) -> str:
-    """One row per parameter group, without the columns in which all groups have the usual value."""
+    """One row per parameter group, without columns in which all groups have the usual value."""
     header = [name for name, usual in _SETTINGS.items() if any(group.get(name) not in usual for group in groups)]
     rows = ([_format_setting(group, name) for name in header] for group in groups)
     return format_markdown_table(header, rows, text_columns=len(header))
@@ -155,10 +147,8 @@ def _plugins(card: SparsityCard) -> Iterator[str]:
     if card.plugins and methods:
         files = ", ".join(f'"{name}"' for name in card.plugins)
         plugins, registers = ("plug-in", "registers") if len(card.plugins) == 1 else ("plug-ins", "register")
-        yield escape(
-            f"Pruning it again needs the {plugins} {files}, which {registers} {', '.join(methods)}; "
-            "loading it does not."
-        )
+        needed = f"the {plugins} {files}, which {registers} {', '.join(methods)}"
+        yield escape(f"Pruning it again needs {needed}; loading it does not.")
 
 
 def _is_built_in(method: object) -> bool:
@@ -177,15 +167,16 @@ def _metric_table(card: SparsityCard) -> str:
     sparse, dense = select_metrics(card.metrics), select_metrics(card.dense_metrics)
     if not sparse:
         return ""
-    header = ("metric", "dense", "sparse", "difference") if dense else ("metric", "sparse")
-    rows = []
-    for name, value in sparse.items():
-        row = [escape(name), _format_number(value)]
-        if dense:
-            row.insert(1, _format_number(dense[name]) if name in dense else "-")
-            row.append(f"{value - dense[name]:+.4f}" if name in dense else "-")
-        rows.append(row)
-    return format_markdown_table(header, rows, text_columns=1)
+    if not dense:
+        rows = ([escape(name), _format_number(value)] for name, value in sparse.items())
+        return format_markdown_table(("metric", "sparse"), rows, text_columns=1)
+    rows = (
+        [escape(name), _format_number(dense[name]), _format_number(value), f"{value - dense[name]:+.4f}"]
+        if name in dense
+        else [escape(name), "-", _format_number(value), "-"]
+        for name, value in sparse.items()
+    )
+    return format_markdown_table(("metric", "dense", "sparse", "difference"), rows, text_columns=1)
 
 
 def _format_number(value: float) -> str:
@@ -226,8 +217,7 @@ def _options(config: dict[str, Any], oneshot: bool) -> str:
 
 
 def _limits(patterns: Sequence[str]) -> Iterator[str]:
-    """Yields for each pattern what it means for speed and size."""
+    """Yields the note on speed and size of each pattern."""
     for text in patterns:
-        pattern = _find_pattern(text)
-        note = pattern.deployment_note if pattern is not None else None
+        note = getattr(_find_pattern(text), "deployment_note", None)
         yield note or f"No kernels for pattern {escape(text)} are known: no speed-up is claimed."

@@ -19,13 +19,14 @@ from ...files import (
     README_FILE,
     REPORT_FILE,
     SCHEDULE_PLOT_FILE,
+    read_json,
     write_atomically,
 )
 from ...inspection.checkpoint import StoredTensor, open_checkpoint
 from ...inspection.tiles import read_tiles, tile_regions
 from ...numerics import count_zeros
 from ...reporting.report import SparsityReport
-from .data import SparsityCard, read_card_file
+from .data import SparsityCard
 from .escaping import remove_secrets
 from .merge import SECTION, chunk_digests, merge_metadata, merge_text, replace_section, split_chunks
 from .section import IMAGES, template_values
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 PUBLISHED_FILES = (CARD_FILE, CONFIG_FILE, REPORT_FILE, SCHEDULE_PLOT_FILE, LAYERS_PLOT_FILE)
 """Files that are uploaded beside a card."""
 
-TEMPLATE = Path(__file__).with_name("template.md")
-
 
 @dataclass(frozen=True)
 class CardVersion:
@@ -45,8 +44,8 @@ class CardVersion:
 
     Args:
         text: content of README.md.
-        base: what hf_sparse generated last, from which edits are recognised: its metadata under "metadata" and its
-            `chunk_digests` under "text". Empty if that is unknown; then the whole text counts as edited.
+        base: the card as it was generated last: its metadata under "metadata" and its `chunk_digests` under "text".
+            Empty if unknown; then the whole text counts as edited.
     """
 
     text: str
@@ -54,13 +53,13 @@ class CardVersion:
 
     @classmethod
     def read(cls, readme: str | Path, card_file: str | Path | None) -> CardVersion | None:
-        """Reads a card from README.md and pruning_card.json. Returns None if there is no README.md."""
+        """Reads a card from README.md and pruning_card.json; None if there is no README.md."""
         if not Path(readme).is_file():
             return None
         base = {}
         if card_file is not None and Path(card_file).is_file():
             try:
-                base = read_card_file(card_file).get("written", {})
+                base = read_json(card_file).get("written", {})
             except ValueError as error:
                 logger.warning("%s The whole text of %s is kept as if it were written by hand.", error, readme)
         return cls(Path(readme).read_text(encoding="utf-8-sig"), base)
@@ -72,11 +71,7 @@ class CardVersion:
 
 
 def render_card(card: SparsityCard, images: Sequence[str] = ()) -> ModelCard:
-    """Renders a card.
-
-    Args:
-        card: the contents.
-        images: file names of the plots beside the card.
+    """Renders a card. `images` are the file names of the plots beside it.
 
     Example:
         >>> from hf_sparse import PruningConfig, SparsityReport
@@ -86,8 +81,8 @@ def render_card(card: SparsityCard, images: Sequence[str] = ()) -> ModelCard:
         >>> card.data["sparsity"]["selected"], "| a.weight | 4x4 | 2:4 | 8 | 16 | 50.00% |" in card.text
         (0.5, True)
     """
-    values = template_values(card, images)
-    return ModelCard.from_template(ModelCardData(**card.hub_metadata()), template_path=str(TEMPLATE), **values)
+    metadata, template = ModelCardData(**card.hub_metadata()), Path(__file__).with_name("template.md")
+    return ModelCard.from_template(metadata, template_path=str(template), **template_values(card, images))
 
 
 def write_card(
@@ -104,7 +99,7 @@ def write_card(
 
     Args:
         directory: folder of the saved model. Plots in it are shown in the card.
-        card: the contents.
+        card: the contents of the card.
         enclosing_card: text of a card that another library has just generated, to insert the hf_sparse section into.
         existing: cards whose edits are kept; of conflicting edits those of the last card win. None for the card in
             `directory`.
@@ -118,19 +113,16 @@ def write_card(
         existing = [local] if local is not None else []
     rendered = render_card(card, [name for name in IMAGES if (directory / name).is_file()])
     section = split_chunks(rendered.text)[SECTION]
-    metadata, to_merge = card.hub_metadata(), existing
+    metadata, to_merge, digests = card.hub_metadata(), existing, None
     if enclosing_card is not None:
         text = replace_section(parse_card(enclosing_card).text, section)
-        digests = chunk_digests(text)
     elif existing:
         # The text around the section is not generated again: it is that of the existing card.
         *to_merge, last = existing
-        text = replace_section(parse_card(last.text).text, section)
-        digests = last.base.get("text", {})
+        text, digests = replace_section(parse_card(last.text).text, section), last.base.get("text", {})
     else:
         text = rendered.text
-        digests = chunk_digests(text)
-    base = {"metadata": metadata, "text": digests}
+    base = {"metadata": metadata, "text": chunk_digests(text) if digests is None else digests}
     for version in existing:
         metadata = merge_metadata(parse_card(version.text).data.to_dict(), version.base.get("metadata", {}), metadata)
     for version in to_merge:
@@ -144,11 +136,7 @@ def write_card(
 
 
 def parse_card(text: str) -> ModelCard:
-    """Parses the text of a README.md.
-
-    Raises:
-        ValueError: its metadata is not valid YAML.
-    """
+    """Parses the text of a README.md. Raises a ValueError if its metadata is not valid YAML."""
     try:
         return ModelCard(text, ignore_metadata_errors=True)
     except yaml.YAMLError as error:
@@ -196,27 +184,22 @@ def recount_zeros(directory: str | Path, report: SparsityReport) -> SparsityRepo
     if not any(Path(directory).glob("*.safetensors")):
         return report
     tensors = open_checkpoint(directory).tensors
-    missing = [
-        layer.name for layer in report.layers if layer.name not in tensors or tensors[layer.name].shape != layer.shape
-    ]
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    missing = [layer.name for layer in report.layers if shapes.get(layer.name) != layer.shape]
     if missing:
         logger.warning(
-            "%s does not hold %d of the weights in the report, such as %s: the zeros in the report are not counted "
-            "again.",
-            directory,
-            len(missing),
-            missing[0],
+            f"{directory} does not hold {len(missing)} of the weights in the report, such as {missing[0]}: the zeros "
+            "in the report are not counted again."
         )
         return report
-    layers = tuple(replace(layer, zeros=_count_zeros(tensors[layer.name])) for layer in report.layers)
+
+    def count(tensor: StoredTensor) -> int:
+        return sum(count_zeros(tile) for _, tile in read_tiles(tensor.file, tensor.name, tile_regions(tensor.shape)))
+
+    layers = tuple(replace(layer, zeros=count(tensors[layer.name])) for layer in report.layers)
     # The files may hold more than parameters, so the zeros of other parameters are those of the report.
     other_zeros = report.parameter_zeros - report.zeros
     return replace(report, layers=layers, parameter_zeros=other_zeros + sum(layer.zeros for layer in layers))
-
-
-def _count_zeros(tensor: StoredTensor) -> int:
-    parts = read_tiles(tensor.file, tensor.name, tile_regions(tensor.shape))
-    return sum(count_zeros(part) for _, part in parts)
 
 
 def download_card(repo_id: str, token: str | None = None, revision: str | None = None) -> CardVersion | None:

@@ -1,4 +1,4 @@
-"""Inspection of one checkpoint: reads its tensors tile by tile, and counts zeros and their structure."""
+"""Counts the zeros of a checkpoint and their structure, tile by tile."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> Check
     not_counted: dict[str, tuple[int, int]] = {}
     for tensor in checkpoint.tensors.values():
         if tensor.is_float:
-            counted, digest = _count(tensor, kinds[tensor.name], tensor.name in selection.names)
-            contents.append(counted)
+            counts, digest = _count(tensor, kinds[tensor.name], tensor.name in selection.names)
+            contents.append(counts)
             if digest is not None:
                 names_by_values[tensor.dtype, tensor.shape, digest].append(tensor.name)
         else:
-            tensors, values = not_counted.get(tensor.dtype, (0, 0))
-            not_counted[tensor.dtype] = tensors + 1, values + tensor.numel
+            num_tensors, num_values = not_counted.get(tensor.dtype, (0, 0))
+            not_counted[tensor.dtype] = num_tensors + 1, num_values + tensor.numel
     return CheckpointContents(
         source=checkpoint.source,
         files=checkpoint.files,
@@ -76,36 +76,27 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> Check
 
 def _count(tensor: StoredTensor, kinds: Sequence[str], selected: bool) -> tuple[TensorContents, bytes | None]:
     """Returns the counts of a tensor, and a digest of its values unless all are the same number."""
-    scans = []
-    for kind in kinds:
-        layout = LAYOUTS[kind]
-        scans.append(StructureScan(kind, layout.num_matrices(tensor.shape), *layout.matrix_shape(tensor.shape)))
-    matrix_dims = (LAYOUTS[kinds[0]].row_dim, LAYOUTS[kinds[0]].column_dim) if kinds else ()
+    layouts = [LAYOUTS[kind] for kind in kinds]
+    scans = [
+        StructureScan(kind, layout.num_matrices(tensor.shape), *layout.matrix_shape(tensor.shape))
+        for kind, layout in zip(kinds, layouts, strict=True)
+    ]
+    matrix_dims = (layouts[0].row_dim, layouts[0].column_dim) if layouts else ()
     zeros = negative_zeros = 0
     digest = hashlib.sha256()
     constant: torch.Tensor | None = None  # the value of all entries so far; nan, which nothing equals, if they differ
     for region, tile in read_tiles(tensor.file, tensor.name, tile_regions(tensor.shape, matrix_dims)):
         nonzero = tile != 0
-        zeros_in_tile = nonzero.numel() - int(nonzero.count_nonzero())
-        zeros += zeros_in_tile
-        if zeros_in_tile:
-            negative_zeros += int((torch.signbit(tile) & ~nonzero).count_nonzero())
+        zeros += nonzero.numel() - int(nonzero.count_nonzero())
+        negative_zeros += int((torch.signbit(tile) & ~nonzero).count_nonzero())
         digest.update(tile.contiguous().view(-1).view(torch.uint8).numpy().data)
         first = tile.flatten()[0] if constant is None else constant
         constant = first if (tile == first).all() else torch.tensor(torch.nan)
         for scan in scans:
             _add_tile(scan, nonzero, region.start)
-    contents = TensorContents(
-        tensor.name,
-        tensor.dtype,
-        tensor.shape,
-        selected,
-        tensor.numel,
-        zeros,
-        negative_zeros,
-        tuple(scan.structure for scan in scans),
-    )
-    return contents, digest.digest() if constant is not None and bool(constant.isnan()) else None
+    counts = selected, tensor.numel, zeros, negative_zeros, tuple(scan.structure for scan in scans)
+    is_varied = constant is not None and bool(constant.isnan())
+    return TensorContents(tensor.name, tensor.dtype, tensor.shape, *counts), digest.digest() if is_varied else None
 
 
 def _add_tile(scan: StructureScan, nonzero: torch.Tensor, start: tuple[int, ...]) -> None:
