@@ -88,7 +88,7 @@ def replace_instances(values: dict[str, Any]) -> list[str]:
     errors = []
     for method, registry in METHODS.items():
         instance = values.get(method)
-        if not isinstance(instance, registry.base):
+        if registry.base is None or not isinstance(instance, registry.base):
             continue
         try:
             values[method], kwargs = registry.name_and_options(instance)
