@@ -54,11 +54,11 @@ def test_largest_remainder_is_exact_within_bounds_and_near_the_shares():
         most = least + random.integers(0, 50, count)
         total = int(random.integers(least.sum(), most.sum() + 1))
         shares = random.random(count) * 80
-        found = largest_remainder(total, shares, least, most)
-        assert found.sum() == total and (least <= found).all() and (found <= most).all()
+        counts = largest_remainder(total, shares, least, most)
+        assert counts.sum() == total and (least <= counts).all() and (counts <= most).all()
         fitting = np.clip(shares, least, most)
         if abs(shares.sum() - total) < 1e-9 and (fitting == shares).all():
-            assert (abs(found - shares) < 1).all()
+            assert (abs(counts - shares) < 1).all()
 
 
 def test_largest_remainder_of_fitting_shares_is_less_than_one_away():
@@ -66,5 +66,5 @@ def test_largest_remainder_of_fitting_shares_is_less_than_one_away():
     for total in random.integers(0, 1000, 50).tolist():
         shares = random.random(7)
         shares *= total / shares.sum()
-        found = largest_remainder(total, shares, [0] * 7, [2000] * 7)
-        assert found.sum() == total and (abs(found - shares) < 1).all()
+        counts = largest_remainder(total, shares, [0] * 7, [2000] * 7)
+        assert counts.sum() == total and (abs(counts - shares) < 1).all()

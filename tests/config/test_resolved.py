@@ -36,6 +36,7 @@ CASES = {
         (HALF, {}),
         ({"pattern": "1:4"}, {"pattern": "1:4", "target": 0.75}),
         ({"pattern": "2:4", "target_sparsity": 0.0}, {"pattern": "2:4", "target": 0.0, "requires": NOTHING}),
+        (HALF | {"pattern": "4x1"}, {"pattern": "4x1"}),
         (HALF | {"pattern": "channel"}, {"pattern": "channel", "scope": "layer"}),
         (HALF | {"criterion": "magnitude"}, MAGNITUDE),
         (HALF | {"criterion": "random"}, {"criterion": "random", "requires": POSITION}),

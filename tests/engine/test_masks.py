@@ -1,4 +1,4 @@
-"""MaskStore: zeros are +0.0 bit for bit, kept weights keep their bits, and what is saved comes back."""
+"""MaskStore: zeros are +0.0 bit for bit, kept weights keep their bits, and masks are saved and restored."""
 
 import math
 
@@ -26,7 +26,7 @@ def store_of(**masks):
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels_last"])
 @pytest.mark.parametrize("dtype", BITS, ids=str)
-def test_enforce_writes_plus_zero_and_leaves_the_rest_bit_for_bit(dtype, layout):
+def test_enforce_writes_plus_zero_and_changes_no_other_bit(dtype, layout):
     values = torch.tensor([1.5, -0.0, math.nan, math.inf, -math.inf, -2.0, 0.0, 1e-7], dtype=dtype)
     weight = values.repeat(6).view(2, 4, 3, 2).clone()
     if layout == "transposed":

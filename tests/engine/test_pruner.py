@@ -91,11 +91,11 @@ def test_every_prune_step_is_exact(pattern, scope, allocation, criterion):
             dead = {name: np.asarray(masks[name]).reshape(-1) == 0 for name in NAMES}
             flat = {name: np.asarray(ranked[name]).reshape(-1) for name in NAMES}
             arrays = [[np.where(dead[name], -np.inf, flat[name])[None]] for name in NAMES]
-            found = [[np.asarray(pruner.masks[name].float()).reshape(1, -1)] for name in NAMES]
+            masked = [[np.asarray(pruner.masks[name].float()).reshape(1, -1)] for name in NAMES]
         else:
             arrays = [scores(pattern, name, ranked[name], masks[name]) for name in NAMES]
-            found = [after[name] for name in NAMES]
-        for group, kept in zip(competitors(scope, pattern, arrays), competitors(scope, pattern, found)):
+            masked = [after[name] for name in NAMES]
+        for group, kept in zip(competitors(scope, pattern, arrays), competitors(scope, pattern, masked)):
             np.testing.assert_array_equal(kept == 0, lowest(group, int((kept == 0).sum())))
 
 

@@ -1,4 +1,4 @@
-"""What a pruner refuses before it starts, by name; and its state, which comes back whole or changes nothing."""
+"""Configs that a pruner refuses at the start, with names of weights; its state, restored completely or not at all."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_indivisible_weights_are_skipped_by_name():
     assert error == 'pattern "9x9" divides none of the 3 selected weights.'
 
 
-def test_empty_matches_double_claims_and_shapes_are_reported_together():
+def test_empty_targets_overlapping_groups_and_shapes_are_reported_together():
     groups = {
         "a": {"targets": ["0", "1"]},
         "b": {"targets": ["1", "2"], "pattern": "4x1"},
@@ -58,7 +58,7 @@ def test_frozen_weights_need_a_criterion_without_gradients():
     assert [layer.zeros for layer in Pruner(model, config).update(1, 1).layers] == [24, 12, 14]
 
 
-def test_weights_that_pruning_cannot_follow_are_refused():
+def test_unsupported_parameters_are_refused():
     weight = nn.Parameter(torch.ones(2, 2))
     shards, communicator = build_shards({"w": weight})
     assert communicator.world_size == 1 and shards["w"].tensor.data_ptr() == weight.data_ptr()
@@ -88,7 +88,7 @@ def resumed(pruner):
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "snip", "movement", "snip_momentum"])
-def test_a_state_that_comes_back_decides_the_same(criterion):
+def test_a_restored_pruner_makes_the_same_decisions(criterion):
     first = trained(criterion)
     tensors, values = first.state_dict()
     second = resumed(first)

@@ -142,6 +142,9 @@ def test_plugins_are_named_where_their_methods_were_used():
     text = render_card(card(settings=settings, plugins=["a.py", "b.py"])).text
     assert 'needs the plug-ins "a.py", "b.py", which register scheduler "slow"' in text
     assert "plug-in" not in render_card(card(plugins=["my_methods.py"])).text
+    config = card().config | {"sparsity_decay_type": "bent"}
+    text = render_card(card(config=config, settings=card().settings, plugins=["a.py"])).text
+    assert 'needs the plug-in "a.py", which registers curve "bent"' in text
 
 
 def test_a_card_knows_the_plugins_that_are_loaded(monkeypatch):

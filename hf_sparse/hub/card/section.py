@@ -14,7 +14,7 @@ from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ...patterns import Pattern, get_pattern
 from ...reporting.report import SparsityReport
 from ...reporting.tables import format_markdown_table, format_sparsity
-from ...schedulers import SCHEDULERS, PruningSchedule
+from ...schedulers import CURVES, SCHEDULERS, PruningSchedule
 from .data import SparsityCard, select_metrics
 from .escaping import code_block, escape
 from .merge import SECTION_END, SECTION_START
@@ -140,8 +140,9 @@ def _schedule(card: SparsityCard) -> str:
 def _plugins(card: SparsityCard) -> Iterator[str]:
     """Names the loaded plug-ins if the run used methods that hf_sparse does not have."""
     methods = [f'pattern "{text}"' for text in card.patterns if not _is_built_in(_find_pattern(text))]
-    for family, registry in {**METHODS, "scheduler": SCHEDULERS}.items():
-        for name in dict.fromkeys(group.get(family) for group in card.settings):
+    curve = {"curve": card.config.get("sparsity_decay_type")}
+    for family, registry in {**METHODS, "scheduler": SCHEDULERS, "curve": CURVES}.items():
+        for name in dict.fromkeys({**group, **curve}.get(family) for group in card.settings):
             if name is not None and not (name in registry and _is_built_in(registry[name])):
                 methods.append(f'{family} "{name}"')
     if card.plugins and methods:
