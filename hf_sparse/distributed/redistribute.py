@@ -1,4 +1,4 @@
-"""Moves regions of tensors between ranks, where units that must be decided together lie on several of them."""
+"""Sends regions of tensors between ranks, where units that must be selected together are on several of them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Transfer:
         pieces = [
             part[common.slices_in(region)].reshape(-1)
             for region, part in zip(self.sources[rank], self.parts, strict=True)
-            for wanted in self.targets[target]
-            if (common := region & wanted)
+            for requested in self.targets[target]
+            if (common := region & requested)
         ]
         flat = torch.cat(pieces) if pieces else self.like.new_empty(0)
         if self.packed:
@@ -54,14 +54,14 @@ class Transfer:
         for source, data in enumerate(received):
             flat, first = self._decode(data, self._numel_from(rank, source)), 0
             for region in self.sources[source]:
-                for wanted, tensor in zip(self.targets[rank], tensors, strict=True):
-                    if common := region & wanted:
-                        tensor[common.slices_in(wanted)] = flat[first : first + common.numel].view(common.shape)
+                for requested, tensor in zip(self.targets[rank], tensors, strict=True):
+                    if common := region & requested:
+                        tensor[common.slices_in(requested)] = flat[first : first + common.numel].view(common.shape)
                         first += common.numel
         return tensors
 
     def _numel_from(self, rank: int, source: int) -> int:
-        overlaps = (region & wanted for region in self.sources[source] for wanted in self.targets[rank])
+        overlaps = (region & requested for region in self.sources[source] for requested in self.targets[rank])
         return sum(common.numel for common in overlaps if common)
 
     def _decode(self, data: torch.Tensor, numel: int) -> torch.Tensor:

@@ -71,8 +71,8 @@ class Shard:
     @property
     def primary_regions(self) -> tuple[tuple[ShardRegion, ...], ...]:
         """`regions_by_rank` without replicas: each entry of the weight is in the regions of one rank."""
-        everyone = self.regions_by_rank
-        return tuple(() if regions in everyone[:rank] else regions for rank, regions in enumerate(everyone))
+        by_rank = self.regions_by_rank
+        return tuple(() if regions in by_rank[:rank] else regions for rank, regions in enumerate(by_rank))
 
     def check_storage(self) -> None:
         """Checks that `tensor` is the memory that the optimizer updates.

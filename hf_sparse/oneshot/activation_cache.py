@@ -63,10 +63,7 @@ class ActivationCache:
     ) -> Any:
         if self._folder is not None:
             tensors, _ = open_tensors(_file(self._folder, index))
-            leaves = [
-                leaf if device is None else tensors[str(number)]
-                for number, (leaf, device) in enumerate(zip(leaves, devices, strict=True))
-            ]
+            leaves = [tensors.get(str(number), leaf) for number, leaf in enumerate(leaves)]
         leaves = [
             leaf if device is None else leaf.to(device, copy=copy)  # a copy, since blocks may write to their inputs
             for leaf, device in zip(leaves, devices, strict=True)

@@ -147,19 +147,19 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
             first_blocks.pop(None, None)
             outputs = [pipeline.block_output(name, 0) for name in first_blocks.values()]
             activation_bytes = int(num_samples * sum(map(_num_bytes, outputs)))
-        products = sum(each.token_share * each.rows * each.columns * each.experts for each in inputs)
+        products = sum(shared.token_share * shared.rows * shared.columns * shared.experts for shared in inputs)
         speed = 2 * _count_computed_tokens(sample) * products / blocks
         forward_seconds = num_samples * _forward_seconds(run, trace, blocks, before_blocks)
     if any(group.requires_gradients for group in run.groups):
         forward_seconds += 3 * num_samples * _measure(lambda: _forward(run.model, sample))
-    operations = [each.operations(num_tokens) for each in inputs]
+    operations = [shared.operations(num_tokens) for shared in inputs]
     observed = {layer for subgraph in (trace.subgraphs if trace else ()) for layer in subgraph.layers}
     unobserved = sum(layer.numel for group in run.groups for layer in group.layers if layer not in observed)
     return Costs(
         activation_storage=str(run.config.activations),
         block_bytes=_largest_block_bytes(run.model, trace.subgraphs if trace else ()),
         statistics_bytes=_largest_statistics_bytes(inputs, run.single_forward),
-        solver_bytes=max((each.solver_bytes for each in inputs), default=0),
+        solver_bytes=max((shared.solver_bytes for shared in inputs), default=0),
         activation_bytes=activation_bytes,
         model_wide_bytes=_model_wide_bytes(run),
         forward_seconds=forward_seconds,
@@ -244,9 +244,9 @@ def _forward_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_
 def _largest_statistics_bytes(inputs: Sequence[_SharedInput], single_forward: bool) -> int:
     """Of all inputs of a subgraph; in a single forward, of one input at a time."""
     totals: dict[str, int] = {}
-    for each in inputs:
-        both = (totals.get(each.subgraph, 0), each.statistics_bytes)
-        totals[each.subgraph] = max(both) if single_forward else sum(both)
+    for shared in inputs:
+        both = (totals.get(shared.subgraph, 0), shared.statistics_bytes)
+        totals[shared.subgraph] = max(both) if single_forward else sum(both)
     return max(totals.values(), default=0)
 
 

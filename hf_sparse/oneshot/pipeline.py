@@ -1,7 +1,7 @@
 """Runs a model block by block over calibration batches, so that each block computes each batch once.
 
 The model's own forward is run for every step: blocks that are finished return their cached outputs, and the forward is
-stopped as soon as it has gone far enough. Attention masks, position embeddings and whatever else the model passes to
+stopped after the last block that is needed. Attention masks, position embeddings and whatever else the model passes to
 its blocks are therefore right without knowledge of its architecture.
 """
 

@@ -201,7 +201,7 @@ def _layer_errors(layers: Sequence[PrunableLayer], config: OneshotConfig, batche
     padded = next((index for index, batch in enumerate(batches) if is_padded(batch)), None)
     if experts and padded is not None:
         errors.append(
-            f'padding cannot be told from tokens once they are routed to experts, as in "{experts[0]}", but '
+            f'padding cannot be distinguished from tokens once they are routed to experts, as in "{experts[0]}", but '
             f"calibration batch {padded} has some: cut the data into blocks of one length."
         )
     return errors

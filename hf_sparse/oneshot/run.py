@@ -82,7 +82,7 @@ def run_oneshot(
         OSError: a model, a data file or the output folder cannot be used.
         ValueError: an option is not valid.
     """
-    run = _WorkflowRun(arguments, config, init_distributed(arguments.device), echo)
+    run = _CheckpointRun(arguments, config, init_distributed(arguments.device), echo)
     if arguments.dry_run:
         return run.plan()
     try:
@@ -92,7 +92,7 @@ def run_oneshot(
         raise
 
 
-class _WorkflowRun:
+class _CheckpointRun:
     def __init__(
         self, arguments: OneshotArguments, config: OneshotConfig, device: torch.device, echo: Callable[[str], None]
     ):

@@ -109,7 +109,7 @@ class SequentialPruner:
         the outputs of the block."""
         if not layers and not propagate:
             return []
-        error, found = None, []
+        error, observed = None, []
         can_stop = len(layers) == len(subgraph.layers) and not propagate
         last_module = self._trace.last_module.get(subgraph.name) if can_stop else None
         with InputObservers(self._model, layers, self._trace.shared_inputs, gram_layers, last_module) as observers:
@@ -120,12 +120,12 @@ class SequentialPruner:
             try:
                 run = pipeline.propagate if propagate and subgraph.is_block else pipeline.run_until
                 run(subgraph, set_token_masks)
-                found = observers.in_order()
+                observed = observers.in_order()
             except Exception as exception:  # of any kind: the other ranks must not wait for this one
                 error = exception
         self._communicator.raise_together(error)
-        self._all_reduce(found)
-        return found
+        self._all_reduce(observed)
+        return observed
 
     def _prune_during_forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -63,8 +63,8 @@ def trace_model(model: nn.Module, layers: Sequence[PrunableLayer], batch: Any, s
     block_lists = find_block_lists(model, layers) if sequential else {}
     if sequential and not block_lists:
         raise ValueError(
-            f"{type(model).__name__} has no repeated blocks (an nn.ModuleList or nn.Sequential) that hold what is to "
-            f"be pruned. {REMEDY}"
+            f"{type(model).__name__} has no repeated blocks (an nn.ModuleList or nn.Sequential) that contain "
+            f"layers to prune. {REMEDY}"
         )
     list_of_block = {block: name for name, blocks in block_lists.items() for block in blocks}
     calls = _CallRecorder(model, layers, list_of_block)
@@ -74,20 +74,20 @@ def trace_model(model: nn.Module, layers: Sequence[PrunableLayer], batch: Any, s
         _check_reached(layers, calls.num_calls)
         subgraphs = _subgraphs(layers, calls, list_of_block)
         _check_chain(pipeline, subgraphs, calls)
-    last_modules = {subgraph.name: _last_module(subgraph, calls) for subgraph in subgraphs}
-    return ModelTrace(
-        subgraphs,
-        calls.shared_inputs(),
-        {name: module for name, module in last_modules.items() if module is not None},
-        frozenset(layer.module for layer in layers if calls.num_calls[layer.module] > 1),
-    )
+    last_module = {}
+    for subgraph in subgraphs:
+        modules = {layer.module for layer in subgraph.layers}
+        if modules and all(calls.num_calls[name] == 1 for name in modules):
+            last_module[subgraph.name] = [name for name in calls.order if name in modules][-1]
+    repeated = frozenset(layer.module for layer in layers if calls.num_calls[layer.module] > 1)
+    return ModelTrace(subgraphs, calls.shared_inputs(), last_module, repeated)
 
 
 class _CallRecorder:
     """Records the calls of blocks, and of modules that hold layers, during a forward."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[PrunableLayer], list_of_block: Mapping[str, str]):
-        self._model, self._blocks = model, tuple(list_of_block)
+    def __init__(self, model: nn.Module, layers: Sequence[PrunableLayer], blocks: Iterable[str]):
+        self._model, self._blocks = model, tuple(blocks)
         self._layer_modules = list(dict.fromkeys(layer.module for layer in layers))
         self.order: list[str] = []
         self.num_calls: Counter[str] = Counter()
@@ -146,13 +146,13 @@ class _CallRecorder:
 def fingerprint(structure: Any) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """Returns the shape and up to about 64 sampled values of each floating-point tensor of a structure."""
     tensors = [leaf for leaf in _pytree.tree_leaves(structure) if torch.is_tensor(leaf) and leaf.is_floating_point()]
-    found = []
+    fingerprints = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
         # Values that are not finite are reported later, when they are accumulated.
         sample = flat[:: max(1, len(flat) // 64)].double().nan_to_num().clamp(-1e30, 1e30)
-        found.append((tuple(tensor.shape), sample.cpu()))
-    return found
+        fingerprints.append((tuple(tensor.shape), sample.cpu()))
+    return fingerprints
 
 
 def _is_close(left: Sequence[tuple], right: Sequence[tuple]) -> bool:
@@ -186,8 +186,8 @@ def _subgraphs(
     uncalled = [block for block in layers_of if block not in blocks]
     if uncalled:
         raise ValueError(
-            f'"{uncalled[0]}" is one of several like it that hold what is to be pruned, but the model calls its parts '
-            f"and not itself, so it is no block. {REMEDY}"
+            f'"{uncalled[0]}" is in a module list and contains layers to prune, but the model calls its submodules '
+            f"and not itself, so it cannot be pruned as a block. {REMEDY}"
         )
     if not blocks:
         return [Subgraph("the whole model", tuple(outside))]
@@ -210,34 +210,17 @@ def _check_chain(pipeline: BlockPipeline, subgraphs: Sequence[Subgraph], calls: 
             raise ValueError(f'block "{block.name}" runs {calls.num_calls[block.name]} times in one forward. {REMEDY}')
     for block in blocks:
         if _with_other_inputs(pipeline, [block.name], calls, partial(pipeline.propagate, block)):
-            raise ValueError(
-                f'block "{block.name}" reads more than what the blocks before it pass on to each other. {REMEDY}'
-            )
+            raise ValueError(f'block "{block.name}" reads more than the output of the block before it. {REMEDY}')
     if blocks and not subgraphs[-1].is_block:
         run = partial(pipeline.run_until, subgraphs[-1])
         if changed := _with_other_inputs(pipeline, subgraphs[-1].modules, calls, run):
-            raise ValueError(f'"{changed[0]}" reads what blocks before the last one pass on. {REMEDY}')
+            raise ValueError(f'"{changed[0]}" reads outputs of blocks before the last one. {REMEDY}')
 
 
 def _with_other_inputs(
     pipeline: BlockPipeline, names: Sequence[str], calls: _CallRecorder, run: Callable[[], None]
 ) -> list[str]:
     """The modules whose inputs during `run` differ from those that were recorded."""
-    fingerprints = {}
-    with ExitStack() as hooks:
-        for name in names:
-
-            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                fingerprints[name] = fingerprint((args, kwargs))
-
-            module = pipeline.model.get_submodule(name)
-            hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
+    with _CallRecorder(pipeline.model, (), names) as new_calls:
         run()
-    return [name for name in names if not _is_close(calls.fingerprints[name], fingerprints.get(name, []))]
-
-
-def _last_module(subgraph: Subgraph, calls: _CallRecorder) -> str | None:
-    modules = {layer.module for layer in subgraph.layers}
-    if not modules or any(calls.num_calls[name] > 1 for name in modules):
-        return None
-    return [name for name in calls.order if name in modules][-1]
+    return [name for name in names if not _is_close(calls.fingerprints[name], new_calls.fingerprints.get(name, []))]

@@ -21,7 +21,7 @@ from ..numerics import chunk_size, count_true, prefers_numpy
 from ..patterns import Pattern
 from ..requires import Requires
 from .row_blocks import first_offset, keeps_units_whole, partition_rows
-from .rows import keep_mask_by_row
+from .row_masks import keep_mask_by_row
 from .scores import sample_layout, sample_runs
 from .threshold import Threshold
 

@@ -7,7 +7,7 @@ import sys
 from transformers import TrainerState, TrainingArguments
 
 
-# A metric that Trainer finds no better one than. It is finite, so that trainer_state.json stays valid JSON.
+# Trainer finds no metric better than this. It is finite, so that trainer_state.json stays valid JSON.
 _UNBEATABLE = sys.float_info.max
 
 

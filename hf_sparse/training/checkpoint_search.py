@@ -64,9 +64,9 @@ _SHARDED_WEIGHTS = ("pytorch_model_fsdp_*/.metadata", "global_step*/*model_state
 
 def _missing_for_resume(checkpoint: Path, world_size: int | None) -> list[str]:
     """Returns the missing files, or patterns of files, of optimizer, learning rate scheduler and random numbers."""
-    found = [sorted(checkpoint.glob(pattern)) for pattern in _OPTIMIZERS]
-    missing = [] if any(found) else [_OPTIMIZERS[0]]
-    deepspeed = found[-1]
+    optimizers = [sorted(checkpoint.glob(pattern)) for pattern in _OPTIMIZERS]
+    missing = [] if any(optimizers) else [_OPTIMIZERS[0]]
+    deepspeed = optimizers[-1]
     if deepspeed:
         # A DeepSpeed engine that steps the learning rate scheduler itself writes no scheduler.pt.
         missing += [f"{_OPTIMIZERS[-1]} of {world_size} processes"] * (len(deepspeed) < (world_size or 1))

@@ -108,7 +108,7 @@ class HubUploadMixin(TrainerBase):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer's, which uploads in the background, or skips the upload while an earlier one is running, and never
-        reads the result. This logs each failure and records what `finish_pushes` has to make up for."""
+        reads the result. This logs each failure and records skipped uploads for `finish_pushes`."""
         earlier = list(self._background_uploads)
         super()._push_from_checkpoint(checkpoint_folder)
         started = [upload for upload in self._background_uploads if upload not in earlier]

@@ -6,7 +6,7 @@ import torch
 from hf_sparse import Pruner, PruningConfig, PruningConfigError
 from hf_sparse.criteria.wanda import Wanda
 from hf_sparse.patterns import get_pattern
-from hf_sparse.selection.rows import keep_mask_by_row
+from hf_sparse.selection.row_masks import keep_mask_by_row
 from hf_sparse.statistics import GramMatrix, InputNorms
 
 

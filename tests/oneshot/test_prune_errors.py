@@ -73,8 +73,8 @@ AT_ONCE = "Prune all layers at once, .* with sequential=False"
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("block", f'block "blocks.2" reads more than what the blocks before it pass on to each other. {AT_ONCE}'),
-        ("head", f'"head" reads what blocks before the last one pass on. {AT_ONCE}'),
+        ("block", f'block "blocks.2" reads more than the output of the block before it. {AT_ONCE}'),
+        ("head", f'"head" reads outputs of blocks before the last one. {AT_ONCE}'),
         ("twice", f'block "blocks.1" runs 2 times in one forward. {AT_ONCE}'),
     ],
 )
@@ -117,7 +117,7 @@ def test_albert_calls_its_block_several_times():
 def test_a_layer_that_is_never_reached():
     words = r'2 of 4 selected weights are never reached .* such as blocks.0.b, blocks.1.b.*exclude=\["blocks.0.b"\]'
     refused(Idle(), data(), words)
-    words = f'"blocks.0" is one of several .* the model calls its parts and not itself, .* {AT_ONCE}'
+    words = f'"blocks.0" is in a module list .* the model calls its submodules and not itself, .* {AT_ONCE}'
     refused(Idle(), data(), words, exclude=["*.b"])
     config = OneshotConfig(target_sparsity=0.5, exclude=["*.b"], sequential=False)
     assert prune_oneshot(Idle(), data(), config, progress=False).zeros == 36
@@ -176,7 +176,9 @@ def test_an_expert_without_tokens_competes_with_the_others():
 def test_options_that_experts_do_not_support():
     model = ARCHITECTURES["qwen3_moe"].model()
     refused(model, ARCHITECTURES["gpt2"].batches(), "forwards=1 does not go with fused experts", forwards=1)
-    words = 'padding cannot be told from tokens .* "model.layers.0.mlp.experts", but calibration batch 0 has some'
+    words = (
+        'padding cannot be distinguished from tokens .* "model.layers.0.mlp.experts", but calibration batch 0 has some'
+    )
     refused(model, ARCHITECTURES["llama"].batches(), words)
     whole = [batch | {"attention_mask": torch.ones_like(batch["input_ids"])} for batch in few_tokens()]
     prune_oneshot(model, whole, OneshotConfig(target_sparsity=0.5, on_unreached="magnitude"), progress=False)

@@ -8,7 +8,7 @@ import torch
 from helpers.random_scores import KINDS, random_scores
 
 from hf_sparse import numerics
-from hf_sparse.selection.rows import keep_mask_by_row
+from hf_sparse.selection.row_masks import keep_mask_by_row
 
 
 @pytest.mark.parametrize("kind", KINDS)
