@@ -145,8 +145,8 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
             blocks = max(_measure(lambda: pipeline.run_until(trace.subgraphs[-1])) - before_blocks, 1e-9)
             first_blocks = {subgraph.block_list: subgraph.name for subgraph in reversed(trace.subgraphs)}
             first_blocks.pop(None, None)
-            outputs = [pipeline.block_output(name, 0) for name in first_blocks.values()]
-            activation_bytes = int(num_samples * sum(map(_num_bytes, outputs)))
+            outputs = _pytree.tree_leaves([pipeline.block_output(name, 0) for name in first_blocks.values()])
+            activation_bytes = int(num_samples * sum(leaf.nbytes for leaf in outputs if torch.is_tensor(leaf)))
         products = sum(shared.token_share * shared.rows * shared.columns * shared.experts for shared in inputs)
         speed = 2 * _count_computed_tokens(sample) * products / blocks
         forward_seconds = num_samples * _forward_seconds(run, trace, blocks, before_blocks)
@@ -194,10 +194,6 @@ def _count_computed_tokens(batch: Any) -> int:
     if isinstance(batch, Mapping):
         batch = {name: value for name, value in batch.items() if name != "attention_mask"}
     return count_tokens(batch)
-
-
-def _num_bytes(structure: Any) -> int:
-    return sum(leaf.nbytes for leaf in _pytree.tree_leaves(structure) if torch.is_tensor(leaf))
 
 
 def _before_blocks(trace: ModelTrace) -> Subgraph:

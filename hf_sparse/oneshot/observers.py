@@ -140,18 +140,17 @@ class InputObservers:
         return observe
 
     def _observe(self, key: tuple[str, int | None], layers: list[PrunableLayer], x: torch.Tensor) -> None:
-        observer = self._observers.get(key)
-        if observer is None:
-            observer = self._observers[key] = self._new_observer(layers, key[1], x.shape[-1], x.device)
+        if key not in self._observers:
+            self._observers[key] = self._new_observer(layers, key[1], x.shape[-1], x.device)
+        observer, error = self._observers[key], None
         try:
             observer.observe(x, mask_for_inputs(self.token_masks, x))
-        except ValueError as error:
+        except ValueError as problem:
             if self._on_input is None:
                 raise
+            error = problem
+        if self._on_input is not None:
             self._on_input(observer, error)
-        else:
-            if self._on_input is not None:
-                self._on_input(observer, None)
 
     def _new_observer(
         self, layers: list[PrunableLayer], expert: int | None, columns: int, device: torch.device

@@ -53,10 +53,6 @@ class Subgraph:
         return (self.name,) if self.is_block else tuple(dict.fromkeys(layer.module for layer in self.layers))
 
 
-def _do_nothing(index: int) -> None:
-    pass
-
-
 class BlockPipeline:
     """Runs a model over calibration batches, subgraph by subgraph.
 
@@ -116,7 +112,7 @@ class BlockPipeline:
         finally:
             self._cached_outputs.clear()
 
-    def propagate(self, subgraph: Subgraph, before_batch: Callable[[int], None] = _do_nothing) -> None:
+    def propagate(self, subgraph: Subgraph, before_batch: Callable[[int], None] = lambda index: None) -> None:
         """Runs every batch through a block and caches its outputs, which it returns from then on without computing.
 
         Args:
@@ -173,7 +169,7 @@ class BlockPipeline:
         """Whether the block returns cached outputs."""
         return subgraph.name in self._original_forwards
 
-    def run_until(self, subgraph: Subgraph, before_batch: Callable[[int], None] = _do_nothing) -> None:
+    def run_until(self, subgraph: Subgraph, before_batch: Callable[[int], None] = lambda index: None) -> None:
         """Runs every batch up to the end of a subgraph and discards the outputs."""
         with ExitStack() as hooks:
             if subgraph.is_block:

@@ -92,13 +92,8 @@ def remove_finished_subgraphs(folder: str | Path) -> None:
 
 
 def run_digest(config: Mapping[str, Any], weights: Iterable[tuple[str, torch.Tensor]], batches: Iterable[Any]) -> str:
-    """Returns a digest of all that the result depends on.
-
-    Args:
-        config: the options as JSON values.
-        weights: the names and values of the parameters, of which about 256 values each are read.
-        batches: the calibration batches.
-    """
+    """Returns a digest of all that the result depends on: the options as JSON values, about 256 values of each weight,
+    and the calibration batches."""
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
     for name, weight in weights:
         flat = weight.detach().reshape(-1)

@@ -85,10 +85,8 @@ class HubUploadMixin(TrainerBase):
             result: Any = super().push_to_hub(
                 commit_message=commit_message, blocking=blocking, token=token, revision=revision, **kwargs
             )
-        except UploadError:
-            raise
         except Exception as error:
-            if not is_hub_error(error):
+            if isinstance(error, UploadError) or not is_hub_error(error):
                 raise
             if not is_transient(error):
                 command = self._push_command(private, revision)
