@@ -55,15 +55,9 @@ def evaluate_model(model: nn.Module, batches: Sequence[Any]) -> dict[str, float]
     error = None
     try:
         with torch.no_grad(), evaluation_mode(model):
-            local_batches = (
-                to_device(batch, input_device(model))
-                for batch in batches[communicator.rank :: communicator.world_size]
-            )
-            if is_accuracy:
-                totals += _count_correct(model, local_batches)
-            else:
-                for batch in local_batches:
-                    totals += _sum_losses(model, batch)
+            share = batches[communicator.rank :: communicator.world_size]
+            local_batches = (to_device(batch, input_device(model)) for batch in share)
+            totals += (_count_correct if is_accuracy else _sum_losses)(model, local_batches)
     except ValueError as problem:
         error = problem
     communicator.raise_together(error)
@@ -71,11 +65,11 @@ def evaluate_model(model: nn.Module, batches: Sequence[Any]) -> dict[str, float]
     total, count = totals.tolist()
     if not count:
         raise ValueError("there is nothing to evaluate on: the batches are empty.")
+    mean = total / count
     if is_accuracy:
-        return {"accuracy": total / count, "samples": int(count)}
-    loss = total / count
+        return {"accuracy": mean, "samples": int(count)}
     # exp overflows beyond 709.
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": int(count)}
+    return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "tokens": int(count)}
 
 
 def metric_for(model: nn.Module) -> str:
@@ -87,8 +81,8 @@ def metric_for(model: nn.Module) -> str:
     if is_causal_lm(model):
         return "perplexity"
     config: Any = getattr(model, "config", None)
-    one_label_per_row = getattr(config, "problem_type", None) in (None, "single_label_classification")
-    if type(model).__name__.endswith("ForSequenceClassification") and config.num_labels > 1 and one_label_per_row:
+    has_one_label = getattr(config, "problem_type", None) in (None, "single_label_classification")
+    if type(model).__name__.endswith("ForSequenceClassification") and config.num_labels > 1 and has_one_label:
         return "accuracy"
     raise ValueError(
         f"{type(model).__name__} cannot be evaluated: perplexity is of causal language models, accuracy of "
@@ -96,14 +90,17 @@ def metric_for(model: nn.Module) -> str:
     )
 
 
-def _sum_losses(model: nn.Module, batch: Any) -> torch.Tensor:
+def _sum_losses(model: nn.Module, batches: Iterable[Any]) -> torch.Tensor:
     """Returns the sum of the tokens' losses and the number of tokens. Computed row by row, as logits are large."""
-    labels = with_labels(model, batch)["labels"][:, 1:]
-    logits = _logits(model, batch)
-    loss = torch.zeros((), dtype=torch.float64)
-    for row, row_labels in zip(logits[:, :-1], labels.to(logits.device), strict=True):
-        loss += float(nn.functional.cross_entropy(row.float(), row_labels, ignore_index=-100, reduction="sum"))
-    return torch.stack([loss, (labels != -100).sum().cpu().double()])
+    totals = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        labels = with_labels(model, batch)["labels"][:, 1:]
+        logits = _logits(model, batch)
+        loss = 0.0
+        for row, row_labels in zip(logits[:, :-1], labels.to(logits.device), strict=True):
+            loss += float(nn.functional.cross_entropy(row.float(), row_labels, ignore_index=-100, reduction="sum"))
+        totals += torch.tensor([loss, int((labels != -100).sum())], dtype=torch.float64)
+    return totals
 
 
 def _count_correct(model: nn.Module, batches: Iterable[Any]) -> torch.Tensor:

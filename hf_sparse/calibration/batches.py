@@ -90,14 +90,14 @@ def count_tokens(batch: Any) -> int:
     if mask is not None:
         return int(mask.sum())
     tensors = [leaf for leaf in _pytree.tree_leaves(_as_dict(batch)) if torch.is_tensor(leaf) and leaf.ndim]
-    integers = [tensor for tensor in tensors if not tensor.is_floating_point()]
-    if integers:
-        return integers[0].numel()
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            return tensor.numel()
     return tensors[0].shape[:-1].numel() if tensors else 0
 
 
 def is_padded(batch: Any) -> bool:
-    """Returns whether the attention mask of a batch leaves out any token."""
+    """Whether the attention mask of a batch leaves out any token."""
     mask = _attention_mask(batch)
     return mask is not None and not bool(mask.bool().all())
 
@@ -112,8 +112,8 @@ def token_masks(batch: Any, has_decoder: bool = False) -> list[torch.Tensor]:
     """Returns the masks of a batch's real tokens, bool (B, T) with False at padding.
 
     Args:
-        batch: the model's keyword arguments, of which `attention_mask` and `decoder_attention_mask` are read. Nothing
-            is known about batches of other types, which have no mask.
+        batch: the model's keyword arguments, of which `attention_mask` and `decoder_attention_mask` are read. Batches
+            of other types have no mask.
         has_decoder: whether the model has a decoder beside its encoder. Its tokens are `decoder_input_ids`, or
             `labels`, where -100 marks padding.
 
@@ -155,14 +155,14 @@ def mask_for_inputs(masks: Sequence[torch.Tensor], inputs: torch.Tensor) -> torc
         return None
     if any(not torch.equal(mask, fitting[0]) for mask in fitting[1:]):
         raise ValueError(
-            f"inputs of encoder and decoder are both {tuple(fitting[0].shape)} tokens, so that padding cannot be told "
-            "apart: pad them to different lengths."
+            f"inputs of encoder and decoder are both {tuple(fitting[0].shape)} tokens, so that their masks cannot be "
+            "distinguished: pad them to different lengths."
         )
     return None if bool(fitting[0].all()) else fitting[0].reshape(shape)
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Returns whether `model` is a causal language model, judged by the name of its class."""
+    """Whether `model` is a causal language model, judged by the name of its class."""
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 

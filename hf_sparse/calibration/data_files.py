@@ -26,11 +26,7 @@ TABLE_FILES = ("csv", "tsv", "json", "jsonl", "parquet")
 
 
 def import_datasets() -> ModuleType:
-    """Imports the datasets library, which only text needs: pruning with ready-made batches works without it.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
+    """Imports the datasets library, which only text needs: pruning with batches of tensors works without it."""
     try:
         import datasets
     except ImportError as error:
@@ -50,15 +46,14 @@ def check_files(files: Mapping[str, str | None], extensions: Sequence[str]) -> d
     Raises:
         FileNotFoundError, ValueError: listing every missing file and every wrong extension.
     """
-    missing, wrong, paths = [], [], {}
-    for split, name in files.items():
-        if name is None:
-            continue
-        paths[split] = path = Path(name)
-        if not path.is_file():
-            missing.append(f'{split} file "{name}" does not exist.')
-        if extension(path) not in extensions:
-            wrong.append(f'{split} file "{name}" must end with one of: {", ".join("." + end for end in extensions)}.')
+    paths = {split: Path(name) for split, name in files.items() if name is not None}
+    missing = [f'{split} file "{files[split]}" does not exist.' for split in paths if not paths[split].is_file()]
+    allowed = ", ".join(f".{name}" for name in extensions)
+    wrong = [
+        f'{split} file "{files[split]}" must end with one of: {allowed}.'
+        for split, path in paths.items()
+        if extension(path) not in extensions
+    ]
     if wrong:
         raise ValueError("\n".join(wrong + missing))
     if missing:
@@ -80,8 +75,7 @@ def load_files(
     """Loads one file per split. The splits may come in different formats.
 
     Args:
-        files: split name -> file name or None.
-        extensions: the allowed extensions, without the dot.
+        files, extensions: as in `check_files`.
         cache_dir: folder of the prepared data; that of the datasets library if None.
         **kwargs: passed to `datasets.load_dataset` (`streaming=True`, `keep_linebreaks=...`).
 
@@ -117,8 +111,7 @@ def load_from_hub(
     """Loads a data set by its name on the Hub, or from a folder of that name.
 
     Args:
-        name, config: of the data set.
-        cache_dir, token: as in `datasets.load_dataset`, as well as `kwargs`.
+        name, config, cache_dir, token, **kwargs: as in `datasets.load_dataset`.
         remedy: options that take local files, for the error message.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .data_files import format_names
-from .text_rows import check_columns
+from .text_tables import check_columns
 
 
 if TYPE_CHECKING:
@@ -21,10 +21,7 @@ LABEL_COLUMNS = ("label", "labels")
 class LabelReader:
     """Reads labels from a table: class numbers or names, numbers to regress on, or an encoder-decoder's target texts.
 
-    Args:
-        tokenizer: of the model, for target texts.
-        model: that gets the labels.
-        length: the most tokens of a target text.
+    `length` is the largest number of tokens of a target text.
     """
 
     def __init__(self, tokenizer: Any, model: nn.Module, length: int):

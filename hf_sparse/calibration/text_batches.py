@@ -17,7 +17,7 @@ from torch import nn
 from .batches import is_causal_lm
 from .data_files import format_names
 from .labels import LabelReader
-from .text_rows import find_text_columns, is_dataset, is_text, to_table
+from .text_tables import find_text_columns, is_dataset, is_text, to_table
 
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def calibration_batches(
             batches of tensors are returned as they are.
         tokenizer: of the model.
         model: to prune. A causal language model gets blocks of `length` tokens, cut from the joined texts.
-        length: tokens per block, or the most tokens of a row.
+        length: tokens per block, or the largest number of tokens of a row.
         samples: the number of blocks or rows, drawn from all over the data.
         batch_size: the number of blocks or rows in a batch.
         seed: of the draw.
@@ -117,11 +117,7 @@ class TextReader:
             raise ValueError(f"length {length} is beyond the model's {limit} positions: use length={limit} or less.")
 
     def sample(self, data: Dataset | Iterable[Any], samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
-        """Makes batches of blocks or rows drawn at random from all over the data.
-
-        Raises:
-            ValueError: if the data hold fewer than `samples`.
-        """
+        """Makes batches of blocks or rows drawn at random from all over the data, which must give enough of them."""
         if samples < 1:
             raise ValueError(f"samples is {samples}: it must be 1 or more.")
         rows = self._read_table(data)
@@ -142,20 +138,16 @@ class TextReader:
         return self._make_batches(drawn)
 
     def first(self, data: Dataset | Iterable[Any], limit: int | None = None) -> list[dict[str, torch.Tensor]]:
-        """Makes batches of the first `limit` blocks or rows of the data, of all if `limit` is None.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """Makes batches of the first `limit` blocks or rows of the data, of all if `limit` is None."""
         rows = self._read_table(data)
         samples = (self._tokenize_rows if self.per_row else self._cut_blocks)(rows, range(len(rows)), limit)
         if not samples:
             unit = "row with text" if self.per_row else f"block of {self._length} tokens"
-            raise ValueError(f"{len(rows)} rows give not one {unit}: give more text, or a smaller length.")
+            raise ValueError(f"the {len(rows)} rows do not give one {unit}: give more text, or a smaller length.")
         return self._make_batches(samples)
 
     def _read_table(self, data: Dataset | Iterable[Any]) -> Dataset:
-        """Returns the table's columns of texts and labels, whose names it keeps in this object."""
+        """Returns a table of the columns of texts and labels, and stores their names."""
         rows, known_columns = (data, None) if is_dataset(data) else to_table(list(data))
         self._text_columns = find_text_columns(rows, self._requested_text_column or known_columns)
         if not self.per_row and len(self._text_columns) > 1:
@@ -178,8 +170,8 @@ class TextReader:
     def _tokenize_rows(self, rows: Dataset, indices: Sequence[int], limit: int | None) -> list[dict[str, Any]]:
         """Tokenizes the first `limit` rows with text, in the order of `indices`."""
         samples: list[dict[str, Any]] = []
-        for row in rows.select(indices) if not isinstance(indices, range) else rows:
-            if limit is not None and len(samples) == limit:
+        for row in rows if isinstance(indices, range) else rows.select(indices):
+            if len(samples) == limit:
                 break
             texts = self._texts_of(row)
             if texts is not None:
@@ -246,7 +238,7 @@ class TextReader:
 
 
 def max_positions(model: nn.Module, tokenizer: Any) -> int | None:
-    """Returns the most tokens that the model takes at once, None if its config has no limit."""
+    """Returns the largest number of tokens that the model takes at once, None if its config has no limit."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)

@@ -69,7 +69,7 @@ def report(
     ] = None,
     min_sparsity: Annotated[
         float | None,
-        typer.Option(help="Least sparsity of the selected weights, from 0 to 1. Exit with 1 if theirs is lower."),
+        typer.Option(help="Least sparsity of the selected weights, from 0 to 1. Exit with 1 if it is lower."),
     ] = None,
     expect: Annotated[
         str | None,
@@ -121,8 +121,8 @@ def card(
 ) -> None:
     """Rewrite the model card of a pruned model from the files beside its weights.
 
-    The zeros are counted in the weights. Only the text between the two marks of hf_sparse is replaced, and only those
-    metadata that nobody else has changed.
+    The zeros are counted in the weights. Only the text between the two marks of hf_sparse is replaced, and only
+    metadata that nobody has edited.
     """
     from ..hub.card import rewrite_card
 
@@ -134,7 +134,7 @@ def card(
 def push(
     directory: Annotated[str, typer.Argument(help="Folder of a trainer, of one of its checkpoints, or of any model.")],
     repo: Annotated[str, typer.Argument(help='"user/name", or "name" under your own. Created if it does not exist.')],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is created.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     path_in_repo: Annotated[
         str | None, typer.Option(help="Folder in the repository. Left out: its top level.")
@@ -158,7 +158,7 @@ def push(
     from ..hub.upload import UploadError
     from ..hub.upload import push as upload
 
-    token = None if token_from_env is None else os.environ.get(token_from_env)
+    token = os.environ.get(token_from_env) if token_from_env else None
     if token_from_env is not None and not token:
         raise ValueError(
             "--token-from-env takes the name of an environment variable, never the token itself: there is no variable "
@@ -168,15 +168,8 @@ def push(
     if has_card_files(directory) and "/" in repo and not path_in_repo:
         rewrite_card(directory, repo, token)
     try:
-        commit = upload(
-            directory,
-            repo,
-            private=private or None,
-            revision=revision,
-            path_in_repo=path_in_repo,
-            message=message,
-            token=token,
-        )
+        options = {"revision": revision, "path_in_repo": path_in_repo, "message": message, "token": token}
+        commit = upload(directory, repo, private=private or None, **options)
     except UploadError as error:
         typer.echo(f"hf-sparse: {error}", err=True)
         raise typer.Exit(1) from error

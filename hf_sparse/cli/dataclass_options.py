@@ -31,8 +31,7 @@ def dataclass_command(
 
     parameters = []
     for cls in classes:
-        hints = typing.get_type_hints(cls)
-        defaults = getattr(cls, "defaults", {})
+        hints, defaults = typing.get_type_hints(cls), getattr(cls, "defaults", {})
         panel = (inspect.getdoc(cls) or cls.__name__).splitlines()[0]
         for field in dataclasses.fields(cls):
             default = defaults.get(field.name, field.default)
@@ -65,7 +64,7 @@ def _parameter(field: dataclasses.Field, hint: Any, default: Any, is_argument: b
 
 
 def with_dashes(name: str) -> str:
-    """Returns an option's name with dashes for underscores. The program takes either, the scripts have underscores."""
+    """Returns an option's name with dashes for underscores; the command accepts either."""
     return name.replace("_", "-")
 
 

@@ -13,7 +13,7 @@ class MergedLayer:
 
     Args:
         name: parameter name in the model without PEFT.
-        weights: number of entries of the weight.
+        weights: number of entries.
         zeros: number of entries that stay zero, where M is False.
         masked: number of nonzero entries of U among those.
         update_norm: Frobenius norm of U.

@@ -90,11 +90,7 @@ def merged_adapter(
     Do not call PEFT's `unmerge_adapter` inside: it would subtract the updates from the zeros as well, where they were
     not added.
 
-    Args: as in `merge_and_unload`.
-
-    Yields: the report.
-
-    Raises: as `merge_and_unload`.
+    Args and errors are those of `merge_and_unload`. Yields: the report.
 
     Example:
         >>> with merged_adapter(peft_model) as report:  # doctest: +SKIP
@@ -117,18 +113,13 @@ def merged_adapter(
     finally:
         with _ignore_merged_warnings():
             model.unmerge_adapter()
-        merge.enforce_masks()
+        for module in merge.modules:
+            module.masks.enforce(module.weights)
 
 
 @dataclass(frozen=True)
 class _AdaptedModule:
-    """An outermost adapter layer.
-
-    Args:
-        adapter_layers: the layer itself and the adapter layers inside it.
-        weights: the prunable weights that they are merged into, by parameter name.
-        masks: the masks of these weights.
-    """
+    """An outermost adapter layer and those inside it, and the prunable weights that they are merged into, by name."""
 
     adapter_layers: list[Any]
     weights: dict[str, nn.Parameter]
@@ -176,11 +167,6 @@ class _MaskedMerge:
                 merged.append(_measure_update(name, weight.detach() - before[name], module.masks))
             module.masks.enforce(module.weights)
         return MergeReport(tuple(merged))
-
-    def enforce_masks(self) -> None:
-        """Sets all masked weights to +0.0."""
-        for module in self.modules:
-            module.masks.enforce(module.weights)
 
 
 def _build_masks(weights: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> MaskStore:
@@ -253,7 +239,7 @@ def _masks_by_plain_name(
 
 
 def _validate_adapters(model: PeftModel | PeftMixedModel, outermost: Sequence[Sequence[Any]]) -> None:
-    """Checks that the adapters change weights, are not merged yet, and that the base can be merged into."""
+    """Checks that the adapters change weights, are not merged yet, and can be merged."""
     configs = model.peft_config.values()
     if not outermost:
         types = sorted({str(config.peft_type).rpartition(".")[2] for config in configs})

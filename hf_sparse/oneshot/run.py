@@ -13,7 +13,7 @@ import torch
 
 from ..calibration.batches import count_tokens
 from ..calibration.text_batches import TextReader
-from ..calibration.text_rows import load_texts
+from ..calibration.text_tables import load_texts
 from ..config import OneshotConfig
 from ..distributed import get_communicator, init_distributed, raise_on_all_ranks
 from ..evaluation import evaluate_model, metric_for

@@ -43,6 +43,7 @@ class SparsityReport:
     """The sparsity of the selected weights and of all parameters, counted in the weights themselves, not in the masks.
 
     Args:
+        layers: the selected weights.
         parameters: number of entries of all parameters of the model, biases and embeddings included.
         parameter_zeros: number of those that are exactly zero.
         target: sparsity of the selected weights that was requested.
@@ -75,8 +76,7 @@ class SparsityReport:
 
         Args:
             groups: the `ParameterGroup`s or `ResolvedGroup`s of the model.
-            zeros: number of zeros of every parameter of the model, by name.
-            sizes: number of entries of every parameter of the model, by name.
+            zeros, sizes: number of zeros and of entries of every parameter of the model, by name.
             errors: relative squared output errors of the selected weights, where measured.
         """
         errors, layers, requested = errors or {}, [], 0.0
@@ -110,15 +110,13 @@ class SparsityReport:
 
     def __str__(self) -> str:
         has_errors = any(layer.error is not None for layer in self.layers)
-        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", *(["error"] if has_errors else []))]
+        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", "error")]
         for layer in self.layers:
-            shape = "x".join(map(str, layer.shape))
-            error = ["" if layer.error is None else f"{layer.error:.4f}"] if has_errors else []
-            rows.append((layer.name, shape, layer.pattern, *format_sparsity(layer.zeros, layer.weights), *error))
-        no_error = [""] if has_errors else []
-        rows.append(("selected", "", "", *format_sparsity(self.zeros, self.selected), *no_error))
-        rows.append(("parameters", "", "", *format_sparsity(self.parameter_zeros, self.parameters), *no_error))
-        return format_table(rows, text_columns=3)
+            shape, error = "x".join(map(str, layer.shape)), "" if layer.error is None else f"{layer.error:.4f}"
+            rows.append((layer.name, shape, layer.pattern, *format_sparsity(layer.zeros, layer.weights), error))
+        rows.append(("selected", "", "", *format_sparsity(self.zeros, self.selected), ""))
+        rows.append(("parameters", "", "", *format_sparsity(self.parameter_zeros, self.parameters), ""))
+        return format_table(rows if has_errors else [row[:-1] for row in rows], text_columns=3)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all counts and the sparsities computed from them, ready for JSON."""

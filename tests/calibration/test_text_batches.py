@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_sparse.calibration.text_batches import TextReader, max_positions
-from hf_sparse.calibration.text_rows import find_text_columns, load_texts
+from hf_sparse.calibration.text_tables import find_text_columns, load_texts
 from hf_sparse.oneshot import calibration_batches
 
 
@@ -170,7 +170,7 @@ def test_files(tmp_path, ending):
 
 def test_a_stream_is_read_as_far_as_it_is_kept(tmp_path, monkeypatch):
     tiny_texts.write_rows(tmp_path / "train.jsonl", [{"text": text} for text in numbered(9)])
-    monkeypatch.setattr("hf_sparse.calibration.text_rows.MAX_STREAMED_ROWS", 4)
+    monkeypatch.setattr("hf_sparse.calibration.text_tables.MAX_STREAMED_ROWS", 4)
     assert list(load_texts(None, str(tmp_path), streaming=True)["text"]) == numbered(4)
     assert len(load_texts(None, str(tmp_path))) == 9
 
@@ -208,7 +208,7 @@ def test_too_little_text_is_refused_with_what_there_is():
         make(["", " "])
     with pytest.raises(ValueError, match="there is no calibration text"):
         make([])
-    with pytest.raises(ValueError, match="not one block of 4 tokens"):
+    with pytest.raises(ValueError, match="do not give one block of 4 tokens"):
         TextReader(word_tokenizer(), llama(), length=4).first(["good"])
     with pytest.raises(ValueError, match="holds 7: it must be text"):
         TextReader(word_tokenizer(), llama(), length=4, text_column="n").first([{"n": 7}])

@@ -57,7 +57,7 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
         "method": _method(card),
         "images": [{"text": IMAGES[name], "file": name} for name in IMAGES if name in images],
         "layers": _layer_table(report),
-        "has_errors": any(layer.error is not None for layer in report.layers),
+        "has_errors": _has_errors(report),
         "evaluation": _metric_table(card),
         "has_dense_metrics": bool(card.dense_metrics),
         "oneshot": card.oneshot,
@@ -79,13 +79,17 @@ def _introduction(card: SparsityCard) -> str:
 
 
 def _layer_table(report: SparsityReport) -> str:
-    header, rows = ["layer", "shape", "pattern", "zeros", "weights", "sparsity"], []
-    has_errors = any(layer.error is not None for layer in report.layers)
+    rows: list[tuple[str, ...]] = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", "error")]
     for layer in report.layers:
         shape, counts = "x".join(map(str, layer.shape)), format_sparsity(layer.zeros, layer.weights)
         error = "-" if layer.error is None else _format_number(layer.error)
-        rows.append([escape(layer.name), shape, escape(layer.pattern), *counts, *([error] if has_errors else [])])
-    return format_markdown_table(header + ["error"] * has_errors, rows, text_columns=3)
+        rows.append((escape(layer.name), shape, escape(layer.pattern), *counts, error))
+    header, *rows = rows if _has_errors(report) else [row[:-1] for row in rows]
+    return format_markdown_table(header, rows, text_columns=3)
+
+
+def _has_errors(report: SparsityReport) -> bool:
+    return any(layer.error is not None for layer in report.layers)
 
 
 def _settings_table(groups: Sequence[dict[str, Any]]) -> str:

@@ -39,23 +39,20 @@ def load_texts(
         FileNotFoundError, ConnectionError, ValueError: if the data are missing or cannot be read.
     """
     remedy = f"--{purpose}_file"
-    options: dict[str, Any] = {}
     if file is not None and dataset_name is None:
-        if str(file).lower().endswith(".txt"):
-            options["keep_linebreaks"] = True
+        options = {"keep_linebreaks": True} if str(file).lower().endswith(".txt") else {}
         return load_files({purpose: file}, (*TABLE_FILES, "txt"), cache_dir, **options)[purpose]
     if dataset_name is None or file is not None:
         raise ValueError(
             f"{purpose} data come from a file or from a data set: pass {remedy} or --dataset_name, not both."
         )
-    if streaming:
-        options["streaming"] = True
+    options = {"streaming": True} if streaming else {}
     rows: Any = load_from_hub(dataset_name, dataset_config_name, cache_dir, None, remedy, split=split, **options)
     return import_datasets().Dataset.from_list(list(rows.take(MAX_STREAMED_ROWS))) if streaming else rows
 
 
 def is_dataset(data: Any) -> TypeGuard[Dataset]:
-    """Returns whether `data` is a `datasets.Dataset`. Does not import that library, which made any that exists."""
+    """Whether `data` is a `datasets.Dataset`. Does not import that library: without it there is none."""
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(data, datasets.Dataset)
 
@@ -63,13 +60,8 @@ def is_dataset(data: Any) -> TypeGuard[Dataset]:
 def find_text_columns(rows: Dataset, requested: str | Sequence[str] | None) -> tuple[str, ...]:
     """Returns the name of the column that holds the texts, or of both columns of text pairs.
 
-    Args:
-        rows: the table.
-        requested: the name, or two names for pairs, also as "first,second". If None: "text", "sentence", or the only
-            column of strings.
-
-    Raises:
-        ValueError: if a requested column is missing, or none or several hold strings.
+    `requested` is the name, or two names for pairs, also as "first,second". If None: "text", "sentence", or the only
+    column of strings.
 
     Example:
         >>> from datasets import Dataset
@@ -83,9 +75,8 @@ def find_text_columns(rows: Dataset, requested: str | Sequence[str] | None) -> t
             raise ValueError(f"text_column names {len(names)} columns: it must be one, or two for pairs of texts.")
         check_columns(rows, names)
         return names
-    for name in TEXT_COLUMNS:
-        if name in rows.column_names:
-            return (name,)
+    if usual := [name for name in TEXT_COLUMNS if name in rows.column_names]:
+        return (usual[0],)
     dtypes = {name: getattr(feature, "dtype", feature) for name, feature in rows.features.items()}
     strings = [name for name, dtype in dtypes.items() if dtype in ("string", "large_string")]
     if len(strings) > 1:
@@ -106,7 +97,7 @@ def check_columns(rows: Dataset, names: Sequence[str]) -> None:
 
 
 def is_text(row: Any) -> bool:
-    """Returns whether `row` is a text, a pair of texts or a mapping with texts, and not a batch of tensors."""
+    """Whether `row` is a text, a pair of texts or a mapping with texts, and not a batch of tensors."""
     values = row.values() if isinstance(row, Mapping) else row if isinstance(row, (tuple, list)) else [row]
     return any(isinstance(value, str) for value in values)
 
@@ -114,11 +105,7 @@ def is_text(row: Any) -> bool:
 def to_table(rows: Sequence[Any]) -> tuple[Dataset, tuple[str, ...] | None]:
     """Turns texts, pairs of texts or mappings into a table.
 
-    Returns:
-        The table, and the names of its text columns; None in their place for mappings, whose columns are the user's.
-
-    Raises:
-        ValueError: if there are no rows, or they differ in kind.
+    Returns: the table, and the names of its text columns; None for mappings, whose columns are the user's.
     """
     if not rows:
         raise ValueError("there is no calibration text: give some.")
