@@ -53,8 +53,7 @@ class OneshotArguments:
     seed: int = option(0, "Random seed of the choice of samples.")
 
     eval: bool = option(
-        False,
-        "Evaluate before and after pruning: perplexity of a causal language model, or accuracy of a classifier.",
+        False, "Evaluate before and after pruning: perplexity of a causal language model, or accuracy of a classifier."
     )
     validation_file: str | None = option(None, "Evaluation texts: a file in one of the formats above.")
     validation_split: str = option("validation", "Evaluation split of the dataset, if there is no validation file.")

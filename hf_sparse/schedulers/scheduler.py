@@ -82,11 +82,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def update_sparsity_ratio(
-        self,
-        aggressive_ratio: float,
-        current_prune_step: int,
-        total_prune_steps: int,
-        masks: dict[str, torch.Tensor],
+        self, aggressive_ratio: float, current_prune_step: int, total_prune_steps: int, masks: dict[str, torch.Tensor]
     ) -> float:
         """Returns the sparsity, in [0, aggressive_ratio], after prune step `current_prune_step`.
 
@@ -123,11 +119,7 @@ class OneshotScheduler(Scheduler):
     """
 
     def update_sparsity_ratio(
-        self,
-        aggressive_ratio: float,
-        current_prune_step: int,
-        total_prune_steps: int,
-        masks: dict[str, torch.Tensor],
+        self, aggressive_ratio: float, current_prune_step: int, total_prune_steps: int, masks: dict[str, torch.Tensor]
     ) -> float:
         """Returns `aggressive_ratio` at every prune step."""
         _check_steps(current_prune_step, total_prune_steps)
@@ -161,11 +153,7 @@ class IterativeScheduler(Scheduler):
         self._curve: Curve = CURVES[_setting(config, "sparsity_decay_type", default="cubic")]
 
     def update_sparsity_ratio(
-        self,
-        target_ratio: float,
-        current_prune_step: int,
-        total_prune_steps: int,
-        masks: dict[str, torch.Tensor],
+        self, target_ratio: float, current_prune_step: int, total_prune_steps: int, masks: dict[str, torch.Tensor]
     ) -> float:
         """Returns the sparsity on the curve; exactly the target A from the last prune step on."""
         _check_steps(current_prune_step, total_prune_steps)
