@@ -18,7 +18,8 @@ from ..config import OneshotConfig
 from ..distributed import get_communicator, init_distributed, raise_on_all_ranks
 from ..evaluation import evaluate_model, metric_for
 from ..files import DENSE_RESULTS_FILE, LAYERS_PLOT_FILE, ONESHOT_RESULTS_FILE, write_folder_atomically, write_json
-from ..hub.card import SparsityCard, auto_class, write_card
+from ..hub.auto_classes import auto_class
+from ..hub.card import SparsityCard, write_card
 from ..hub.card.command import command_line
 from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport

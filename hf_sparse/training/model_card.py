@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from ..config import PruningConfig
 from ..engine.pruner import Pruner
 from ..files import CARD_FILE, README_FILE, REPORT_FILE
+from ..hub.auto_classes import auto_class
 from ..hub.card import (
     CardVersion,
     SparsityCard,
-    auto_class,
     download_card,
     parse_card,
     recount_zeros,

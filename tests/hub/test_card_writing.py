@@ -351,7 +351,7 @@ def test_random_edits_outside_of_the_section_are_kept(tmp_path):
 
 
 def test_auto_classes():
-    from hf_sparse.hub.card import auto_class
+    from hf_sparse.hub.auto_classes import auto_class
 
     assert auto_class(type(bert()).__name__) == "AutoModelForSequenceClassification"
     assert auto_class("T5ForConditionalGeneration") == "AutoModelForSeq2SeqLM"

@@ -3,8 +3,6 @@
 A card is generated from files alone, so that it can be generated again: the report, the config, and pruning_card.json.
 """
 
-from ...files import CARD_FILE, README_FILE
-from ..model_classes import auto_class
 from .data import SparsityCard, select_metrics
 from .writing import (
     PUBLISHED_FILES,
@@ -20,12 +18,9 @@ from .writing import (
 
 
 __all__ = [
-    "CARD_FILE",
     "PUBLISHED_FILES",
-    "README_FILE",
     "CardVersion",
     "SparsityCard",
-    "auto_class",
     "download_card",
     "has_card_files",
     "parse_card",

@@ -20,17 +20,13 @@ from ...config.base import PruningOptions
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_json, write_json
 from ...plugins import loaded_plugins
 from ...reporting.report import SparsityReport, write_report_and_config
-from ..model_classes import auto_class
+from ..auto_classes import auto_class
 from .escaping import remove_secrets
 
 
 # Endings of the names of values that `evaluate` and `predict` return beside the metrics.
 _NOT_METRICS = ("runtime", "per_second", "samples", "time", "epoch", "step")
 _SPLITS = ("eval", "test")
-
-
-def _version() -> str:
-    return importlib.import_module("hf_sparse").__version__
 
 
 @dataclass
@@ -88,7 +84,7 @@ class SparsityCard:
     auto_class: str | None = None
     adapter: bool = False
     plugins: list[str] = field(default_factory=loaded_plugins)
-    version: str = field(default_factory=_version)
+    version: str = field(default_factory=lambda: importlib.import_module("hf_sparse").__version__)
 
     written: dict[str, Any] = field(default_factory=dict)
 

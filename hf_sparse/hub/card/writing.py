@@ -168,8 +168,9 @@ def rewrite_card(directory: str | Path, repo_id: str | None = None, token: str |
     card = replace(card, report=recount_zeros(directory, card.report), repo_id=repo_id or card.repo_id)
     local = CardVersion.read(Path(directory) / README_FILE, Path(directory) / CARD_FILE)
     remote = download_card(repo_id, token) if repo_id else None
-    existing = [remote] if remote is not None and remote.is_generated else []
-    return write_card(directory, card, existing=[*existing, *([local] if local is not None else [])], secrets=[token])
+    versions = (remote if remote is not None and remote.is_generated else None, local)
+    existing = [version for version in versions if version is not None]
+    return write_card(directory, card, existing=existing, secrets=[token])
 
 
 def recount_zeros(directory: str | Path, report: SparsityReport) -> SparsityReport:
