@@ -73,13 +73,11 @@ class CheckpointComparison:
 
     def __str__(self) -> str:
         has_problems = any(layer.problem for layer in self.layers)
-        rows: list[tuple[str, ...]] = [
-            ("layer", *(("problem",) if has_problems else ()), "zeros", "still zero", "lost", "new zeros")
-        ]
+        rows: list[tuple[str, ...]] = [("layer", "problem", "zeros", "still zero", "lost", "new zeros")]
         for layer in (*self.layers, self.total):
             counts = (layer.zeros, layer.kept, layer.lost, layer.new)
-            problem = (layer.problem or "",) if has_problems else ()
-            rows.append((layer.name, *problem, *(f"{count:,}" for count in counts)))
+            rows.append((layer.name, layer.problem or "", *(f"{count:,}" for count in counts)))
+        rows = rows if has_problems else [(name, *counts) for name, _, *counts in rows]
         notes = [f"Compared by name, with {self.prefix} in the second."] if self.prefix else []
         for source, names in ((self.first, self.only_in_first), (self.second, self.only_in_second)):
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""

@@ -1,4 +1,4 @@
-"""What an inspected checkpoint holds: the zeros of each tensor and their structure, duplicates, tied names."""
+"""The result of an inspection: the zeros of each tensor and their structure, duplicates, tied names."""
 
 from __future__ import annotations
 
