@@ -53,7 +53,9 @@ class Registry:
             taken = self._members.get(name)
             if taken is member:
                 return member
-            if taken is not None:
+            origin = member.__module__, member.__qualname__
+            # A cell of a notebook that runs again, or a module that is reloaded, defines the same member anew.
+            if taken is not None and (taken.__module__, taken.__qualname__) != origin:
                 raise ValueError(
                     f'{self.family} "{name}" is already registered, by {taken.__module__}.{taken.__qualname__}: '
                     "choose another name."

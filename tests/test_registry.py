@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 import hf_sparse
-from hf_sparse import Allocation, Criterion, Pattern, Requires, Scheduler, Solver
+from hf_sparse import Allocation, Criterion, Pattern, Requires, Scheduler, Solver, register_criterion, register_pattern
 from hf_sparse.allocations import ALLOCATIONS
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.patterns import PATTERNS, get_pattern
@@ -46,6 +46,24 @@ def test_a_taken_name_is_refused_and_its_owner_named():
     with pytest.raises(ValueError, match='colour "red" is already registered, by builtins.dict: choose another name'):
         colours.register("red")(list)
     assert colours["red"] is dict
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_definition_that_runs_again_replaces_the_member():
+    """As in a notebook, whose cell registers a class of the same name once more."""
+
+    def run_cell(cls, base, name, register, **attributes):
+        return register(name)(type(cls, (base,), {"__module__": "__main__", **attributes}))
+
+    run_cell("Mine", Criterion, "mine", register_criterion, score=lambda self, weight, statistic: weight)
+    again = run_cell("Mine", Criterion, "mine", register_criterion, score=lambda self, weight, statistic: -weight)
+    assert CRITERIA["mine"] is again
+    forms = {"syntax": "mine", "example": "mine"}
+    run_cell("MyUnits", Unstructured, "mine", register_pattern, **forms)
+    again = run_cell("MyUnits", Unstructured, "mine", register_pattern, **forms)
+    assert type(get_pattern("mine")) is again
+    with pytest.raises(ValueError, match='"mine" is already registered, by __main__.Mine'):
+        run_cell("Other", Criterion, "mine", register_criterion, score=lambda self, weight, statistic: weight)
 
 
 def test_the_error_about_an_unknown_name_has_the_known_and_the_nearest():

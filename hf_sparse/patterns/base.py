@@ -97,7 +97,7 @@ class PatternRegistry(Registry):
             raise ValueError(
                 f'pattern "{name}": its example "{member.example}" must match its syntax "{member.syntax}".'
             )
-        for other in self.names():
+        for other in (other for other in self.names() if other != name):
             known = self[other]
             for text in (known.example, member.example):
                 if re.fullmatch(member.syntax, text) and re.fullmatch(known.syntax, text):
