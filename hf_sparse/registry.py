@@ -53,6 +53,7 @@ class Registry:
             taken = self._members.get(name)
             if taken is member:
                 return member
+            self._check_base(name, member)
             origin = member.__module__, member.__qualname__
             # A cell of a notebook that runs again, or a module that is reloaded, defines the same member anew.
             if taken is not None and (taken.__module__, taken.__qualname__) != origin:
@@ -60,7 +61,6 @@ class Registry:
                     f'{self.family} "{name}" is already registered, by {taken.__module__}.{taken.__qualname__}: '
                     "choose another name."
                 )
-            self._check_base(name, member)
             self.check(name, member)
             self._members[name] = member
             return member
