@@ -82,7 +82,8 @@ def _name_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
             try:
                 registry.create(chosen, kwargs)
             except ValueError as error:
-                errors.append(f"{name}_kwargs: {str(error).removesuffix('.')}.")
+                text = str(error)
+                errors.append(f"{name}_kwargs: {text}{'' if text.endswith(('.', '?')) else '.'}")
     for name, names in {"scheduler": SCHEDULERS, "sparsity_decay_type": CURVES}.items():
         value = getattr(options, name, None)
         if value is not None and value not in names:
