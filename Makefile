@@ -8,7 +8,7 @@ JOBS ?= 2
 # Twice quiet: errors only, no warnings about packages that one of several indexes lacks.
 PIP = $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 RUFF = $(VENV)/bin/ruff
-SOURCES = hf_sparse scripts tests conftest.py setup.py
+SOURCES = hf_sparse scripts tests setup.py
 
 .PHONY: demo test slow quality style clean
 

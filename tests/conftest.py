@@ -20,6 +20,30 @@ import pytest  # noqa: E402 - the variables above are read when transformers is 
 import torch  # noqa: E402
 
 
+class RestoreRegistries:
+    """Removes the methods that a test or a doctest registers, so that no other one sees them."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self):
+        from hf_sparse.allocations import ALLOCATIONS
+        from hf_sparse.criteria import CRITERIA
+        from hf_sparse.patterns.base import PATTERNS
+        from hf_sparse.schedulers import CURVES, SCHEDULERS
+        from hf_sparse.solvers import SOLVERS
+
+        families = [ALLOCATIONS, CRITERIA, CURVES, PATTERNS, SCHEDULERS, SOLVERS]
+        members = [dict(family._members) for family in families]
+        try:
+            return (yield)
+        finally:
+            for family, before in zip(families, members, strict=True):
+                family._members = before
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(RestoreRegistries())  # a hook of this file would not see the doctests of the package
+
+
 @pytest.fixture(autouse=True, scope="session")
 def fast():
     import hf_sparse  # noqa: F401

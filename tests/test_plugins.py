@@ -27,7 +27,7 @@ class Power(Criterion):
 
 
 @pytest.fixture(autouse=True)
-def no_plugins(registries, monkeypatch):
+def no_plugins(monkeypatch):
     """No plug-in is loaded before a test, or remains after it."""
     monkeypatch.setattr(plugins, "_loaded", {})
     load_installed_plugins.cache_clear()

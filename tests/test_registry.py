@@ -48,7 +48,6 @@ def test_a_taken_name_is_refused_and_its_owner_named():
     assert colours["red"] is dict
 
 
-@pytest.mark.usefixtures("registries")
 def test_a_definition_that_runs_again_replaces_the_member():
     """As in a notebook, whose cell registers a class of the same name once more."""
 
@@ -92,7 +91,7 @@ def test_registering_is_public(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_members_of_another_base_class_are_refused(registries, family):
+def test_members_of_another_base_class_are_refused(family):
     registry, base = FAMILIES[family]
     register = getattr(hf_sparse, f"register_{family}")
     for member in (dict, len, Unstructured() if family == "pattern" else Block):
@@ -120,13 +119,13 @@ def test_members_of_another_base_class_are_refused(registries, family):
         (SOLVERS, "none", Requires.INPUT_NORMS, ValueError, "can require Requires.NOTHING or Requires.GRAM."),
     ],
 )
-def test_requirements_that_nobody_provides_are_refused(registries, registry, parent, requires, error, message):
+def test_requirements_that_nobody_provides_are_refused(registry, parent, requires, error, message):
     member = type("Mine", (registry[parent],), {"requires": requires})
     with pytest.raises(error, match=f'{registry.family} "mine" requires .*{re.escape(message)}'):
         registry.register("mine")(member)
 
 
-def test_curves_of_another_signature_are_refused(registries):
+def test_curves_of_another_signature_are_refused():
     for curve in (lambda t: t, lambda t, target, steps: t, 0.5):
         with pytest.raises(TypeError, match=r'curve "mine" is called as curve\(t, target\)|not a callable'):
             hf_sparse.register_curve("mine")(curve)
@@ -152,14 +151,14 @@ def pattern_class(**attributes):
         (r"(\d+):(\d+)", "1:3", "2:4", "n_of_m"),
     ],
 )
-def test_patterns_with_forms_of_another_are_refused(registries, syntax, example, text, other):
+def test_patterns_with_forms_of_another_are_refused(syntax, example, text, other):
     message = f'pattern "a_tile" (syntax "{syntax}") also matches "{text}", a form of pattern "{other}": choose'
     with pytest.raises(ValueError, match=re.escape(message)):
         hf_sparse.register_pattern("a_tile")(pattern_class(syntax=syntax, example=example))
     assert get_pattern("4x1") == Block(4, 1)
 
 
-def test_a_form_of_two_patterns_is_refused(registries):
+def test_a_form_of_two_patterns_is_refused():
     """Where neither example shows that the forms overlap."""
     first = hf_sparse.register_pattern("first")(pattern_class(syntax=r"[st]\d", example="s1"))
     hf_sparse.register_pattern("second")(pattern_class(syntax=r"[tu]\d", example="u1"))
@@ -168,7 +167,7 @@ def test_a_form_of_two_patterns_is_refused(registries):
         get_pattern("t3")
 
 
-def test_patterns_without_a_valid_form_are_refused(registries):
+def test_patterns_without_a_valid_form_are_refused():
     with pytest.raises(ValueError, match=r'pattern "mine": its example "4y" must match its syntax "\\d\+z"'):
         hf_sparse.register_pattern("mine")(pattern_class(syntax=r"\d+z", example="4y"))
 

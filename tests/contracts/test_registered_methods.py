@@ -189,7 +189,7 @@ class FirstColumns(Solver):
 
 
 @pytest.fixture(autouse=True)
-def members(registries):
+def members():
     for name, criterion in {"signed": Signed, "signed_sum": SignedSum, "first": First, "quiet": QuietInputs}.items():
         register_criterion(name)(criterion)
     register_pattern("mirror")(Mirrored)

@@ -26,7 +26,7 @@ def linear(values):
     return model
 
 
-def test_a_users_criterion_may_return_its_input(registries):
+def test_a_users_criterion_may_return_its_input():
     """The scores are written to on the way; the weight must not be."""
 
     @register_criterion("signed")
@@ -41,7 +41,7 @@ def test_a_users_criterion_may_return_its_input(registries):
     assert model[0].weight.tolist() == [[3.0, 0.0, 0.0, 2.0]]
 
 
-def test_a_users_criterion_may_score_in_any_dtype_but_not_in_any_shape(registries):
+def test_a_users_criterion_may_score_in_any_dtype_but_not_in_any_shape():
     @register_criterion("double")
     class Double(Criterion):
         def score(self, weight, statistic):
