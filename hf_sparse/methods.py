@@ -46,6 +46,10 @@ class MethodRegistry(Registry):
         """Raises an error when the family does not provide what `member` requires."""
         if self._requires is None:
             return
+        if hasattr(member, "needs"):
+            raise TypeError(
+                f'{self.family} "{name}" declares `needs`: declare `requires`, a flag of `Requires`, instead.'
+            )
         requires = member.requires
         if requires not in self._requires:
             allowed = " or ".join(str(flag) for flag in self._requires)

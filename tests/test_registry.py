@@ -183,3 +183,14 @@ def test_patterns_without_a_valid_form_are_refused():
 
     with pytest.raises(TypeError, match='pattern "mine" must define syntax, example'):
         hf_sparse.register_pattern("mine")(NoForm)
+
+
+def test_what_an_earlier_version_called_needs_is_refused():
+    with pytest.raises(TypeError, match='criterion "old" declares `needs`: declare `requires`'):
+
+        @register_criterion("old")
+        class Old(Criterion):
+            needs = "gradient"
+
+            def score(self, weight, statistic):
+                return statistic
