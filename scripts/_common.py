@@ -254,9 +254,11 @@ def finish(trainer, card_kwargs: dict, model_args: ModelArguments) -> None:
     """Pushes the model to the Hub with `--push_to_hub`, else writes its card. Exits with code 1 if an upload fails."""
     if model_args.dense_results is not None:
         trainer.dense_metrics = json.loads(Path(model_args.dense_results).read_text(encoding="utf-8"))
-    if not trainer.args.push_to_hub:
-        return trainer.create_model_card(**card_kwargs)
     try:
-        trainer.push_to_hub(**card_kwargs)
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub(**card_kwargs)
+        else:
+            trainer.create_model_card(**card_kwargs)
     except UploadError as error:
         sys.exit(str(error))
+    trainer.accelerator.end_training()  # of several processes, none may exit while its backend still runs

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.hub_server import USER
 from helpers.modes import MODES
+from helpers.programs import run_launcher
 from helpers.tiny_texts import llama, save, texts, word_tokenizer, write_rows
 from transformers import (
     AutoModelForCausalLM,
@@ -129,7 +130,7 @@ def test_shell_commands_run(workplace, command, hub):
     if "--push_to_hub" in words:
         environment |= hub.environment
     command = [sys.executable, *launcher, *given, *extra]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_launcher(command, environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("process 0 of 2" in done.stdout) == several
     output = Path(words[words.index("--output_dir") + 1])

@@ -1,5 +1,6 @@
 """NCCL and FSDP2 with a world of one GPU; on the CPU, gloo."""
 
+import socket
 from contextlib import nullcontext
 
 import numpy as np
@@ -75,7 +76,9 @@ def test_masks_of_sharded_weights_are_those_of_whole_ones(world, monkeypatch, op
 @pytest.fixture
 def launched(device, tmp_path, monkeypatch):
     """This process as accelerate finds it after `accelerate launch` with one process."""
-    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     for name, value in launch.items():

@@ -4,7 +4,6 @@ Processes communicate by gloo on CPU. FSDP needs a GPU to be reported, see `as_o
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import SCRIPTS, is_encoder_matrix, read_json, sentiment_rows, train_args, write_rows, zero_fraction
+from helpers.programs import run_launcher
 from transformers import AutoModelForSequenceClassification
 
 
@@ -97,13 +97,8 @@ def launch(name, tiny_bert, folder) -> Path:
     options += ["--model_name_or_path", tiny_bert, "--task_name", "sst2", "--train_file", train, "--do_train"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[name])]
     environment = {"PYTHONPATH": str(SCRIPTS.parent), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, "--main_process_port", "0", *script, *options, "--max_seq_length", "16"],
-        env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command += ["--main_process_port", "0", *script, *options, "--max_seq_length", "16"]
+    done = run_launcher(command, os.environ | environment | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-6000:]
     assert "was requested, but" not in done.stderr + done.stdout
     return out
