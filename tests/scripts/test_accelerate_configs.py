@@ -13,8 +13,16 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import SCRIPTS, is_encoder_matrix, read_json, sentiment_rows, train_args, write_rows, zero_fraction
 from helpers.programs import run_launcher
+from helpers.scripts import (
+    SCRIPTS,
+    is_encoder_matrix,
+    read_json,
+    sentiment_rows,
+    train_args,
+    write_rows,
+    zero_fraction,
+)
 from transformers import AutoModelForSequenceClassification
 
 

@@ -4,7 +4,7 @@ import importlib.util
 import re
 
 import pytest
-from conftest import SCRIPTS
+from helpers.scripts import SCRIPTS
 
 
 ALONE = ["--repeats", "1", "--threads", "1"]

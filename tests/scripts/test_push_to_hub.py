@@ -2,8 +2,8 @@
 
 import pytest
 import run_glue
-from conftest import read_json, sentiment_rows, train_args, write_rows
 from helpers.hub_server import TOKEN, USER
+from helpers.scripts import read_json, sentiment_rows, train_args, write_rows
 from safetensors.torch import load
 from transformers import AutoModelForSequenceClassification
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import run_clm
 import torch
-from conftest import WORDS, read_json, run_script, train_args, word_tokenizer, write_rows, zero_fraction
 from datasets import Dataset
+from helpers.scripts import WORDS, read_json, run_script, train_args, word_tokenizer, write_rows, zero_fraction
 from transformers import AutoModelForCausalLM, EvalPrediction, GPT2Config, LlamaConfig
 
 

@@ -5,10 +5,18 @@ import run_glue
 import torch
 import yaml
 from _common import resume_point, setup_logging
-from conftest import is_encoder_matrix, read_json, run_script, sentiment_rows, train_args, write_rows, zero_fraction
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from glue_labels import GLUE_LABELS, Labels, find_labels
 from glue_metrics import GLUE_METRICS
+from helpers.scripts import (
+    is_encoder_matrix,
+    read_json,
+    run_script,
+    sentiment_rows,
+    train_args,
+    write_rows,
+    zero_fraction,
+)
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, BertConfig
 

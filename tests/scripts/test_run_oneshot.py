@@ -10,7 +10,7 @@ import run_clm
 import run_oneshot
 import torch
 from _common import parse_args
-from conftest import SCRIPTS, WORDS, read_json, run_script, train_args
+from helpers.scripts import SCRIPTS, WORDS, read_json, run_script, train_args
 from transformers import AutoModelForCausalLM
 
 from hf_sparse.oneshot import OneshotArguments, OneshotConfig

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import qa_metrics
 import run_qa
-from conftest import (
-    ACTIVATIONS,
+from datasets import Dataset
+from helpers.scripts import (
     NAMES,
+    PLACES,
     is_encoder_matrix,
     read_json,
     run_script,
@@ -18,7 +19,6 @@ from conftest import (
     write_rows,
     zero_fraction,
 )
-from datasets import Dataset
 from qa_data import Windows, load_qa_files
 from qa_postprocessing import best_spans, postprocess
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
@@ -28,7 +28,7 @@ def question_rows(count: int) -> list[dict]:
     """Questions "where does anna live ?" and the like; the answer is the only place in the context."""
     rows = []
     for index in range(count):
-        name, place = NAMES[index % 4], ACTIVATIONS[(index + index // 4) % 4]
+        name, place = NAMES[index % 4], PLACES[(index + index // 4) % 4]
         context = f"{name} lives in {place} and is fine ."
         answers = {"text": [place], "answer_start": [context.index(place)]}
         rows.append(
@@ -69,7 +69,7 @@ def test_training_evaluation_and_prediction(tiny_bert_qa, tmp_path):
     assert read_json(out / "eval_predictions.json") == {
         row["id"]: row["answers"]["text"][0] for row in question_rows(8)
     }
-    assert read_json(out / "test_predictions.json") == {f"q{index}": ACTIVATIONS[index] for index in range(4)}
+    assert read_json(out / "test_predictions.json") == {f"q{index}": PLACES[index] for index in range(4)}
     n_best = read_json(out / "test_nbest_predictions.json")["q0"]
     assert n_best[0]["text"] == "paris" and sum(item["probability"] for item in n_best) == pytest.approx(1.0)
     assert "test_exact_match" not in read_json(out / "test_results.json")
