@@ -1,9 +1,9 @@
 """Measures pruning on one CUDA GPU: `python scripts/benchmarks/gpu.py OUTPUT_DIR`, or all of it by
 `scripts/check_gpu.sh`.
 
-Writes gpu.json and gpu.md to the output folder after each section. A section that fails, or that runs out of time, is
-recorded and does not stop the others. `--tiny` runs every section that the device allows at sizes that say nothing of
-speed: the tests do so on the CPU.
+Writes gpu.json and gpu.md, with a table of the main figures and one of all, to the output folder after each section. A
+section that fails, or that runs out of time, is recorded and does not stop the others. `--tiny` runs every section
+that the device allows at sizes that say nothing of speed: the tests do so on the CPU.
 
 A read is the time of one `sum()` of each weight. Times of the GPU are taken with events, after a warm-up.
 """
@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from unittest.mock import patch
 
@@ -77,6 +78,23 @@ MB = 1e6
 NOTES = (
     "Weights are random (a model from its config): sparsities and speeds are those of any weights, errors are not.",
     "Not measured: the speed of models that are physically smaller, which the package cannot make yet.",
+)
+
+
+# What the table of the main figures has, as patterns of names of rows.
+SUMMARY = (
+    "copy on the device*",
+    "exact global selection, 50%",
+    "exact global selection, 50%: peak*",
+    "whole prune step, magnitude, global",
+    "whole prune step, magnitude, 2:4",
+    "2:4 masks*keep_n_of_m",
+    "training step, *",
+    "enforcing masks",
+    "observing gradients*",
+    "1B: wanda, outputs of blocks on device",
+    "1B: sparsegpt, outputs of blocks on device",
+    "1B, 8 x 2048 tokens: dense / 2:4 time",
 )
 
 
@@ -145,7 +163,10 @@ class Report:
 
     def markdown(self) -> str:
         lines = [", ".join(f"{name} {value}" for name, value in self.machine.items()), ""]
-        lines += ["| section | what | measured | goal | met |", "|---|---|---|---|---|"]
+        lines += ["| what | measured | goal |", "|---|---|---|"]
+        main = [row for pattern in SUMMARY for row in self.rows if fnmatch(row.what, pattern)]
+        lines += [f"| {row.what} | {row.value} | {row.goal} |" for row in main]
+        lines += ["", "| section | what | measured | goal | met |", "|---|---|---|---|---|"]
         for name, section in self.sections.items():
             met = {True: "yes", False: "no", None: ""}
             rows = [row for row in self.rows if row.section == name]
@@ -616,6 +637,9 @@ def measure_semi_structured(setup: Setup) -> None:
                     continue
                 speeds = [semi_structured_speed(setup, weight, packed, count) for count in (16, 256, 4096, 16_384)]
                 report.results[f"{kernel}, {name}"] = speeds
+                if all("refused" in speed for speed in speeds):  # by the device, whatever the shape
+                    report.row(f"{kernel}, all shapes", speeds[0]["refused"])
+                    break
                 values = [f"{speed['tokens']}: {speed.get('speedup', speed.get('refused'))}" for speed in speeds]
                 report.row(f"{kernel}, weight {name}: dense / 2:4 time, by tokens", "; ".join(values))
         report.write()
