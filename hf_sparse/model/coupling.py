@@ -209,7 +209,9 @@ class _Structure:
 
     def _heads(self, name: str) -> Iterator[UnitGroup]:
         """Yields the heads of an attention module, if its projections have a known structure."""
-        producers, fused, others = {}, [], []
+        producers: dict[str, tuple[str, PrunableLayer]] = {}
+        fused: list[PrunableLayer] = []
+        others: list[PrunableLayer] = []
         for layer in self._layers_in(name):
             leaf = plain_name(layer.name).split(".")[-2]
             match = _PROJECTION.fullmatch(leaf)

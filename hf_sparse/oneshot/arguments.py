@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .loading import DTYPES
+from ..hub.loading import DTYPES
 
 
 def option(default: Any, help: str) -> Any:  # noqa: A002 - the name that argument parsers use

@@ -21,10 +21,10 @@ from ..files import DENSE_RESULTS_FILE, LAYERS_PLOT_FILE, ONESHOT_RESULTS_FILE, 
 from ..hub.auto_classes import auto_class
 from ..hub.card import SparsityCard, write_card
 from ..hub.card.command import command_line
+from ..hub.loading import load_model, load_tokenizer
 from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
 from .arguments import OneshotArguments
-from .loading import load_model, load_tokenizer
 from .plan import OneshotPlan, plan_oneshot
 from .prepare import method_requiring_data
 from .prune import prune_oneshot

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..hub.auto_classes import auto_class
+from .auto_classes import auto_class
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
