@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 STATE_FILE = "pruning_state.safetensors"
 """Masks, sums of the criteria and the config of a checkpoint, where every process holds whole weights."""
-STATE_SHARD_PATTERN = re.compile(r"pruning_state-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+STATE_SHARD_PATTERN = re.compile(r"pruning_state-(?P<number>[0-9]{5,})-of-(?P<count>[0-9]{5,})\.safetensors")
 """The same for one process of several that hold parts of the weights; numbers start at 1."""
 STATE_GLOB = "pruning_state*"
 CONFIG_FILE = "pruning_config.json"
@@ -103,6 +103,18 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def parse_json(text: str) -> Any:
+    """Returns the value that a JSON text describes.
+
+    Raises:
+        ValueError: the text is no JSON, or lists and objects in it are nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("lists and objects are nested too deeply") from error
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Returns the JSON object in a file.
 
@@ -111,12 +123,28 @@ def read_json(path: str | Path) -> dict[str, Any]:
         ValueError: the file is no JSON, or holds another type than an object.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it must hold a JSON object, but holds {type(values).__name__}.")
     return values
+
+
+def read_weight_index(index: str | Path) -> list[Path]:
+    """Returns the files that the index of a model saved in several files names, whether they exist or not.
+
+    Raises:
+        ValueError: the index is damaged, or names a file outside its folder.
+    """
+    index = Path(index)
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(name, str) for name in file_of.values()):
+        raise ValueError(f"{index} is damaged: its weight_map must map names of tensors to names of files.")
+    names = sorted(set(file_of.values()))
+    if outside := [name for name in names if Path(name).name != name or "\0" in name]:
+        raise ValueError(f"{index} names a file outside its directory: {outside[0]}.")
+    return [index.parent / name for name in names]
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -147,12 +175,15 @@ class _LazyTensors(Mapping[str, torch.Tensor]):
     """The tensors of an open safetensors file, by name."""
 
     def __init__(self, file: safe_open):
-        self._file, self._names = file, list(file.keys())
+        self._file, self._names = file, dict.fromkeys(file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._file.get_tensor(name)
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, RuntimeError, TypeError) as error:
+            raise ValueError(f'tensor "{name}" cannot be read: {error}') from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

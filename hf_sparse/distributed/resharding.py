@@ -27,7 +27,9 @@ def load_local_part(shard: Shard, saved: Iterable[SavedPart], dtype: torch.dtype
     """
     tensor = torch.empty(shard.tensor.shape, dtype=dtype)
     local_views = shard.local_views(tensor) if shard.local_regions else []
-    num_missing = tensor.numel()
+    # Regions of different parts may overlap where a file was not written by this package.
+    loaded = torch.zeros(tensor.shape, dtype=torch.bool)
+    loaded_views = shard.local_views(loaded) if shard.local_regions else []
     seen: set[tuple[ShardRegion, ...]] = set()
     for regions, read in saved:
         regions = tuple(regions)
@@ -38,10 +40,10 @@ def load_local_part(shard: Shard, saved: Iterable[SavedPart], dtype: torch.dtype
         if len(flat) != sum(sizes):
             raise ValueError(f"{len(flat)} entries were saved instead of {sum(sizes)}.")
         for region, part in zip(regions, flat.split(sizes), strict=True):
-            for local, view in zip(shard.local_regions, local_views, strict=True):
+            for local, view, is_loaded in zip(shard.local_regions, local_views, loaded_views, strict=True):
                 if common := region & local:
                     view[common.slices_in(local)] = part.view(region.shape)[common.slices_in(region)].to(dtype)
-                    num_missing -= common.numel
-    if num_missing:
+                    is_loaded[common.slices_in(local)] = True
+    if num_missing := loaded.numel() - int(torch.count_nonzero(loaded)):
         raise ValueError(f"{num_missing} entries are missing.")
     return tensor

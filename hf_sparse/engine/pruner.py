@@ -28,6 +28,7 @@ from ..statistics import all_finite
 from .masks import MaskStore, unpack_mask
 from .parameter_group import ParameterGroup
 from .resolve import resolve_layers
+from .saved_state import check_saved_state
 
 
 logger = logging.getLogger(__name__)
@@ -233,8 +234,11 @@ class Pruner:
             states: what `state_dict` returned on each rank of the run that saved them; there may have been any number.
 
         Raises:
-            ValueError: masks or statistics are missing, of another shape, or of other weights; nothing is changed.
+            ValueError: masks or statistics are missing, nan, of another shape, or of other weights; nothing is
+                changed.
         """
+        for _, values in states:
+            check_saved_state(values)
         masks = self._new_masks()
         for name, shard in self.shards.items():
             mask = self._load_local("mask", name, states).to(shard.tensor.device)
@@ -258,6 +262,8 @@ class Pruner:
                 raise ValueError(f'the scores of "{layer.name}" are missing or misshapen: they lack their counters.')
             if saved is not None:
                 statistics[layer.name] = self._load_local("stat", layer.name, states), saved
+                if bool(torch.isnan(statistics[layer.name][0]).any()):
+                    raise ValueError(f'the scores of "{layer.name}" are nan.')
         self.masks = masks
         for group in self.groups:
             group.statistics.clear()
@@ -279,4 +285,8 @@ class Pruner:
 
 def _read(tensors: Mapping[str, torch.Tensor], kind: str, name: str, count: int) -> torch.Tensor:
     tensor = tensors[f"{kind}/{name}"]
-    return unpack_mask(tensor, count) if kind == "mask" else tensor
+    if kind == "mask":
+        return unpack_mask(tensor, count)
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"they are {tensor.dtype} instead of torch.float32.")
+    return tensor

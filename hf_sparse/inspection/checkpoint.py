@@ -100,9 +100,10 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
 def _check_index(folder: Path, files: list[Path], tensors: dict[str, StoredTensor]) -> None:
     """Checks that the files hold all tensors of their index. The folder may hold indices of other formats as well."""
     for index in folder.glob("*.safetensors.index.json"):
-        file_of = read_json(index).get("weight_map", {})
-        missing = file_of.keys() - tensors.keys()
-        if missing and set(file_of.values()) == {file.name for file in files}:
+        file_of = read_json(index).get("weight_map")
+        if not isinstance(file_of, dict) or {str(name) for name in file_of.values()} != {file.name for file in files}:
+            continue
+        if missing := file_of.keys() - tensors.keys():
             raise InspectionError(
                 f"{index} names {len(missing)} tensors that are not in its files, such as {min(missing)}: copy or "
                 "download the checkpoint again."

@@ -75,18 +75,20 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _files_of_index(index: Path) -> list[Path]:
-    file_of = read_json(index).get("weight_map")
-    if not isinstance(file_of, dict) or not file_of or not all(isinstance(name, str) for name in file_of.values()):
-        raise InspectionError(f"{index} is damaged: its weight_map must map names of tensors to names of files.")
-    names = sorted(set(file_of.values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise InspectionError(f"{index} names a file outside its directory: {outside[0]}.")
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
+    paths = _paths_in_index(index)
+    if missing := [path.name for path in paths if not path.is_file()]:
         raise InspectionError(
-            f"{len(missing)} of the {len(names)} files that {index} names are missing, such as {missing[0]}: copy or "
+            f"{len(missing)} of the {len(paths)} files that {index} names are missing, such as {missing[0]}: copy or "
             "download the checkpoint again."
         )
-    return [index.parent / name for name in names]
+    return paths
+
+
+def _paths_in_index(index: Path) -> list[Path]:
+    try:
+        return files.read_weight_index(index)
+    except ValueError as error:
+        raise InspectionError(f"{error}") from error
 
 
 def _refuse_pickle(source: Path, paths: list[Path]) -> None:
@@ -107,8 +109,8 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         folder = snapshot("config.json", REPORT_FILE, CONFIG_FILE, *(f"{stem}{_INDEX}" for stem in _STEMS))
         for stem in _STEMS:
-            file_of = read_json(folder / f"{stem}{_INDEX}").get("weight_map", {})
-            names = {name for name in file_of.values() if isinstance(name, str)} or {f"{stem}.safetensors"}
+            index = folder / f"{stem}{_INDEX}"
+            names = {path.name for path in _paths_in_index(index)} if index.is_file() else {f"{stem}.safetensors"}
             folder = snapshot(*sorted(names))
             if any((folder / name).is_file() for name in names):
                 return folder

@@ -58,6 +58,8 @@ class SparsityCallback(TrainerCallback):
         self.owns_saving = True
         """Whether this callback writes the pruning files and blocks the best metric. `SparseTrainer` sets it to
         False, because it does both itself: before the weights are saved, and after all callbacks of an evaluation."""
+        self.is_finished = False
+        """Whether the run had taken its last step when this training began, so that there is nothing to train."""
         self._is_training = False
         self._gradient_hook: Any = None
         self._report: SparsityReport | None = None
@@ -102,11 +104,14 @@ class SparsityCallback(TrainerCallback):
         """Builds the pruner on the current parameters: wrapping and `model_init` may have replaced them. Trainer calls
         this again for a second `train`, or to retry with a smaller batch size."""
         config = self.check(args, None)
+        self.is_finished = config.prunes and state.global_step >= state.max_steps
         previous, self.pruner, self._is_training, self._report = self.pruner, None, True, None
         if not config.prunes:
             return
         if self.owns_saving and args.push_to_hub and "checkpoint" in HubStrategy(args.hub_strategy).value:
             logger.warning("a stock Trainer uploads checkpoints before their masks are written: use SparseTrainer.")
+        if self.owns_saving and self.is_finished:
+            logger.warning("the run is finished, and a stock Trainer may train one more step: use SparseTrainer.")
         self.schedule = config.schedule(state.max_steps)
         pruner = Pruner(kwargs["model"], config)
         if state.global_step > 0:
@@ -176,6 +181,13 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         unblock_best_metric(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes and evaluates nothing again in a run that was finished before."""
+        if self.is_finished and not self.owns_saving:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

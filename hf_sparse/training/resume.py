@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +16,22 @@ from ..config import PruningConfig, ResolvedGroup
 from ..distributed import get_communicator
 from ..engine.parameter_group import ParameterGroup
 from ..engine.pruner import Pruner
-from ..files import STATE_FILE, open_tensors
+from ..engine.saved_state import check_saved_state, is_count
+from ..files import STATE_FILE, open_tensors, parse_json
 from ..schedulers import PruningSchedule
-from .state_files import METADATA_KEY, changed_options, checksum, compared_options, state_file_paths
+from .state_files import (
+    FORMAT_VERSION,
+    METADATA_KEY,
+    changed_options,
+    checksum,
+    compared_options,
+    find_state_files,
+)
 
 
-_FIELDS = {"shapes", "boxes", "counters", "config", "step", "processes"}
+_FIELDS = {"shapes", "boxes", "counters", "config", "step", "processes", "checksum"}
+_MAX_PROCESSES = 2**31 - 1
+_MAX_DEPTH = 20
 
 
 class CheckpointError(ValueError):
@@ -37,19 +48,69 @@ class StateFile:
 
     @classmethod
     def open(cls, path: Path) -> StateFile:
+        """Opens a state file and checks its description.
+
+        Raises:
+            CheckpointError: the file is damaged, of another program, or of a later version of this package.
+        """
         try:
             tensors, metadata = open_tensors(path)
-            values = json.loads(metadata[METADATA_KEY])
-            if not _FIELDS <= set(values):
-                raise ValueError("its description is incomplete")
+            values = parse_json(metadata[METADATA_KEY])
+            _check_description(values, path)
             return cls(path, tensors, values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except CheckpointError:
+            raise
+        except (OSError, ValueError) as error:
             raise _damaged(path, error) from error
+        except KeyError as error:
+            raise _damaged(path, f"it lacks the metadata {error}") from error
 
     def verify(self) -> None:
+        """Compares the checksum.
+
+        Raises:
+            CheckpointError: it differs, or a tensor cannot be read.
+        """
         values = {name: value for name, value in self.values.items() if name != "checksum"}
-        if self.values.get("checksum") != checksum(self.tensors, values):
+        try:
+            computed = checksum(self.tensors, values)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _damaged(self.path, error) from error
+        if self.values["checksum"] != computed:
             raise _damaged(self.path, "its checksum is not the one saved with it")
+
+
+def _check_description(values: Any, path: Path) -> None:
+    """Checks the JSON description of a state file. Raises ValueError, or CheckpointError for a later version."""
+    if not isinstance(values, dict):
+        raise ValueError(f"its description is {reprlib.repr(values)}")
+    version = values.get("version", 0)
+    if not is_count(version):
+        raise ValueError(f"its version is {reprlib.repr(version)}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} was written by a later version of hf_sparse: its format is {version}, and this version reads up "
+            f"to {FORMAT_VERSION}. Upgrade hf_sparse, or start a new run from the weights with keep_zeros=True."
+        )
+    if missing := _FIELDS - values.keys():
+        raise ValueError(f"its description is incomplete: it lacks {', '.join(sorted(missing))}")
+    check_saved_state(values)
+    if not is_count(values["step"]):
+        raise ValueError(f"its step is {reprlib.repr(values['step'])}")
+    processes = values["processes"]
+    if not is_count(processes) or not 1 <= processes <= _MAX_PROCESSES:
+        raise ValueError(f"its number of processes is {reprlib.repr(processes)}")
+    if not isinstance(values["config"], dict) or _is_deeper_than(_MAX_DEPTH, values):
+        raise ValueError(f"its config is {reprlib.repr(values['config'])}")
+
+
+def _is_deeper_than(depth: int, value: Any) -> bool:
+    """Whether lists and objects are nested deeper in a JSON value."""
+    level = [value]
+    for _ in range(depth):
+        items = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = list(itertools.chain.from_iterable(items))
+    return any(isinstance(item, (dict, list)) for item in level)
 
 
 def _damaged(path: Path, problem: Exception | str) -> CheckpointError:
@@ -85,7 +146,10 @@ class ResumeState:
         Raises:
             CheckpointError: a file is missing, truncated or of another program, or there is none.
         """
-        paths = state_file_paths(self.checkpoint)
+        try:
+            paths = find_state_files(self.checkpoint)
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint}: {error} Resume from another checkpoint.") from error
         if not paths:
             raise CheckpointError(
                 f"{self.checkpoint} holds no masks ({STATE_FILE}): it was not saved by a pruning run. Resume from a "
@@ -102,12 +166,20 @@ class ResumeState:
         except CheckpointError:
             return None
 
-    def verify(self) -> None:
+    def verify(self, step: int | None = None) -> None:
         """Compares the checksum of each file, once. Ranks share the work where there are several files.
 
+        Args:
+            step: the optimizer step of the weights; None if it is not known.
+
         Raises:
-            CheckpointError: a file was changed or damaged after it was written.
+            CheckpointError: a file was changed or damaged after it was written, or is of another step.
         """
+        for file in self.files:
+            if step is not None and file.values["step"] != step:
+                raise CheckpointError(
+                    f"the masks in {self.checkpoint} are of step {file.values['step']}, its weights of step {step}."
+                )
         if self._is_verified:
             return
         communicator = get_communicator()
@@ -128,13 +200,13 @@ class ResumeState:
             groups: the parameter groups of the run, with their layers.
             config: its options.
             schedule: its pruning schedule; None while the number of training steps is not known.
-            step: the optimizer step of the weights that were loaded; None if none were loaded yet.
+            step: the optimizer step of the weights; None if it is not known.
 
         Raises:
             CheckpointError: the state is missing or damaged, or belongs to other weights, another step or another
                 config; then each option that differs is named.
         """
-        self.verify()
+        self.verify(step)
         shapes = {layer.name: list(layer.shape) for group in groups for layer in group.layers}
         options = compared_options(config, schedule)
         for file in self.files:
@@ -144,10 +216,6 @@ class ResumeState:
                 raise CheckpointError(
                     f"the pruning config differs from that of {self.checkpoint}: {'; '.join(changes)}. Resume with "
                     "the saved values, or start a new run from its weights."
-                )
-            if step is not None and file.values["step"] != step:
-                raise CheckpointError(
-                    f"the masks in {self.checkpoint} are of step {file.values['step']}, its weights of step {step}."
                 )
 
     def _compare_shapes(self, saved: dict[str, list[int]], selected: dict[str, list[int]]) -> None:

@@ -6,6 +6,7 @@ number of ranks can read the files back, see `ResumeState`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections.abc import Mapping
@@ -24,19 +25,43 @@ from ..schedulers import PruningSchedule
 
 METADATA_KEY = "hf_sparse"
 """Key of the JSON description in the metadata of the safetensors file."""
+FORMAT_VERSION = 1
+"""Version of that description, to be raised when earlier versions of the package would misread it. A file without a
+version is of version 0, which lacks only the version."""
 
 # Options that are compared by their effect instead: the steps of the schedule, and the selected weights.
 _COMPARED_BY_EFFECT = ("prune_start", "prune_end", "prune_every", "targets", "exclude")
 
 
-def state_file_paths(directory: str | Path) -> list[Path]:
-    """Returns the state files that `directory` has or, by the rank count in their names, should have; [] if none."""
+def find_state_files(directory: str | Path) -> list[Path]:
+    """Returns the state files in `directory`, in the order of the ranks that wrote them; [] if there is none.
+
+    Raises:
+        ValueError: some of the files are missing, by the rank count in the names of the others.
+    """
     directory = Path(directory)
-    matches = (STATE_SHARD_PATTERN.fullmatch(path.name) for path in directory.glob(STATE_GLOB))
-    counts = {int(match["count"]) for match in matches if match}
-    if counts:
-        return [directory / state_shard_file(rank, max(counts)) for rank in range(max(counts))]
-    return [directory / STATE_FILE] if (directory / STATE_FILE).is_file() else []
+    paths = _state_files(directory)
+    if not paths:
+        return []
+    last = paths[-1]
+    match = STATE_SHARD_PATTERN.fullmatch(last.name)
+    if match is None:
+        return [last]
+    found, count = {path.name for path in paths}, int(match["count"])
+    # The count is in a file's name, which anybody can have given: it is not counted up to where files are missing.
+    names = (state_shard_file(rank, count) for rank in range(count))
+    present = list(itertools.takewhile(found.__contains__, names))
+    if len(present) < count:
+        raise ValueError(f"{state_shard_file(len(present), count)}: missing, though there is {last.name}.")
+    return [directory / name for name in present]
+
+
+def _state_files(directory: Path) -> list[Path]:
+    """Returns all files with the name of a state file, first the one of a single rank, then by their rank count."""
+    paths = [directory / STATE_FILE] if (directory / STATE_FILE).is_file() else []
+    matches = [STATE_SHARD_PATTERN.fullmatch(path.name) for path in directory.glob(STATE_GLOB) if path.is_file()]
+    numbers = sorted((int(match["count"]), int(match["number"]), match.string) for match in matches if match)
+    return paths + [directory / name for *_, name in numbers]
 
 
 def write_state_file(
@@ -49,7 +74,7 @@ def write_state_file(
         return
     name = STATE_FILE if shard_count == 1 else state_shard_file(rank, shard_count)
     tensors, values = pruner.state_dict()
-    values |= {"config": compared_options(pruner.config, schedule), "step": step}
+    values |= {"version": FORMAT_VERSION, "config": compared_options(pruner.config, schedule), "step": step}
     values["processes"] = get_communicator().world_size
     values["checksum"] = checksum(tensors, values)
     write_tensors(Path(directory) / name, tensors, {"format": "pt", METADATA_KEY: json.dumps(values)})
@@ -57,9 +82,9 @@ def write_state_file(
 
 def delete_state_files(directory: str | Path) -> None:
     """Deletes the state files of an earlier run, which may have had more ranks, and temporary files."""
-    for pattern in (TEMPORARY_GLOB, STATE_GLOB):
-        for path in Path(directory).glob(pattern):
-            path.unlink(missing_ok=True)
+    leftovers = [path for path in Path(directory).glob(TEMPORARY_GLOB) if path.is_file()]
+    for path in [*leftovers, *_state_files(Path(directory))]:
+        path.unlink(missing_ok=True)
 
 
 def start_checkpoint(directory: str | Path) -> None:

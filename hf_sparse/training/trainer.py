@@ -18,7 +18,7 @@ from ..engine.resolve import resolve_layers
 from ..hub.upload import UploadError, hide_token
 from .best_metric import unblock_best_metric
 from .callback import SparsityCallback
-from .checkpoint_search import find_checkpoint_error, newest_complete_checkpoint
+from .checkpoint_search import find_checkpoint_error, newest_complete_checkpoint, read_step
 from .model_card import write_trainer_card
 from .resume import CheckpointError, ResumeState
 from .state_files import start_checkpoint
@@ -123,13 +123,7 @@ class SparseTrainerMixin(HubUploadMixin):
         weights_only = self.args.save_only_model
         with raise_on_all_ranks(CheckpointError):
             if resume_from_checkpoint is True:
-                newest = newest_complete_checkpoint(str(self.args.output_dir), weights_only)
-                if newest is None:
-                    raise CheckpointError(
-                        f"no complete checkpoint in {self.args.output_dir}: start without resume_from_checkpoint, or "
-                        "name one."
-                    )
-                state = newest
+                state = newest_complete_checkpoint(str(self.args.output_dir), weights_only)
             else:
                 state = ResumeState(str(resume_from_checkpoint))
                 if not state.checkpoint.is_dir():
@@ -148,7 +142,7 @@ class SparseTrainerMixin(HubUploadMixin):
                 logger.warning(text, state.checkpoint)
             config = callback.check(self.args, None)
             groups, _ = resolve_layers(cast(nn.Module, self.model), config)
-            state.validate(groups, config)
+            state.validate(groups, config, step=read_step(state.checkpoint))
         return state
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -179,6 +173,14 @@ class SparseTrainerMixin(HubUploadMixin):
         complete, and deletes older checkpoints only when all ranks have written theirs."""
         super()._save_rng_state(output_dir)
         get_communicator().any(False)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's `get_batch_samples`; no batches where the run that is resumed was finished already. Trainer would
+        train one step more, because it compares with `max_steps` only after a step."""
+        if self.sparsity_callback is not None and self.sparsity_callback.is_finished:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's `evaluate`. During training, a metric from before the final sparsity never becomes the best."""

@@ -20,8 +20,7 @@ def find_checkpoint_error(checkpoint, **kwargs):
 
 
 def newest(run):
-    state = newest_complete_checkpoint(run)
-    return None if state is None else state.checkpoint
+    return newest_complete_checkpoint(run).checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,8 @@ def test_the_newest_complete_checkpoint_is_found_by_number(run):
     (run / "checkpoint-100").mkdir()
     assert find_checkpoint_error(run / "checkpoint-10") is None
     assert newest(run) == run / "checkpoint-10"  # not 8, which sorts later as text
-    assert newest(run / "nowhere") is None
+    with pytest.raises(CheckpointError, match="no complete checkpoint in .*nowhere"):
+        newest(run / "nowhere")
 
 
 FILES = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE]

@@ -154,6 +154,33 @@ def test_a_retry_of_the_training_loop_reads_nothing_again(tmp_path, monkeypatch)
     assert run.sparsity_callback.pruner.sparsity() == 0.5
 
 
+def test_a_finished_run_is_not_trained_further(tmp_path):
+    """With max_steps inside an epoch: stock Trainer takes a step before it compares with max_steps."""
+    options = {"target_sparsity": 0.5, "criterion": "movement", **SCHEDULE, "save_strategy": "epoch"}
+    options |= {"eval_strategy": "epoch", "load_best_model_at_end": True}
+    finished = make(tmp_path, **options)
+    finished.train()
+    before = content(tmp_path / LAST), (tmp_path / LAST / "trainer_state.json").stat().st_mtime_ns
+    steps = _Steps()
+    resumed = make(tmp_path, model=bert(seed=9), callbacks=[steps], **options)
+    result = resumed.train(resume_from_checkpoint=True)
+    assert not steps.taken and result.global_step == resumed.state.global_step == STEPS
+    assert Path(resumed.resumed_from).name == LAST and same(weights(resumed.model), weights(finished.model))
+    assert before == (content(tmp_path / LAST), (tmp_path / LAST / "trainer_state.json").stat().st_mtime_ns)
+    steps.taken = False
+    resumed.train()  # anew
+    assert steps.taken and resumed.state.global_step == STEPS
+
+
+def test_a_stock_trainer_warns_that_it_trains_a_finished_run_further(tmp_path, caplog):
+    config = PruningConfig(target_sparsity=0.5, criterion="movement", **SCHEDULE)
+    for again in (None, True):
+        assert "may train one more step" not in caplog.text
+        stock = make(tmp_path, Trainer, callbacks=[SparsityCallback(config)], **EVERY_STEP)
+        stock.train(resume_from_checkpoint=again)
+    assert "may train one more step" in caplog.text
+
+
 # Killed
 
 
@@ -264,7 +291,7 @@ KILLS = {
 
 class DiesAnywhere(TrainerCallback):
     """Dies a number of calls of functions after its second step has begun, wherever that is, and at the latest as the
-    run's last step begins: Trainer trains a step more when it resumes from the last checkpoint of a finished run."""
+    run's last step begins: a finished run cannot be killed again."""
 
     def __init__(self, calls: int):
         self.calls, self.begun = calls, 0
@@ -451,7 +478,7 @@ def test_masks_of_another_step_are_refused(tmp_path, copied):
     state = json.loads((copied / "trainer_state.json").read_text())
     (copied / "trainer_state.json").write_text(json.dumps(state | {"global_step": 7}))
     moved = copied.rename(tmp_path / "checkpoint-7")
-    refuse(tmp_path, moved, "masks .* are of step 6, its weights of step 7", early=False)
+    refuse(tmp_path, moved, "masks .* are of step 6, its weights of step 7")
 
 
 CHANGES = {
