@@ -5,14 +5,18 @@ Shapes: C inputs, B of them in a block, S in a strip of a block; R rows, of all 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from ..numerics import prefers_numpy
 from ..patterns import Pattern
+from ..patterns.n_of_m import NOfM
 from ..requires import Requires
 from ..selection.budgets import largest_remainder
 from ..selection.scores import TensorScores
@@ -21,6 +25,8 @@ from ..statistics import GramMatrix
 from .base import PruneRequest, Solver, register_solver
 from .hessian import DAMPENING, HessianFactor
 
+
+logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 128
 STRIP_SIZE = 16  # columns whose mutual updates are computed one by one
@@ -142,12 +148,20 @@ def _solve_stack(
     columns = requests[0].weight_RC.shape[1]
     block = min(BLOCK_SIZE, max(STRIP_SIZE, columns // 8)) if block is None else block
     block = -(-block // width) * width
-    strip, select_block, select_strip = STRIP_SIZE, None, None
+    select_block, select_strip = None, None
     if pattern is not None and pattern.max_sparsity < 1:
-        strip, select_strip = width, partial(_select, pattern, masked)
+        select_strip = partial(_select, pattern, masked)
     elif pattern is not None:
         select_block = _block_selector(requests, pattern, block)
-    _eliminate(weight_CR, kept_CR, like, block, strip, select_block, select_strip)
+    kernels = _kernels(weight_CR.device) if weight_CR.is_cuda and like.dtype == torch.float32 else None
+    group = pattern if isinstance(pattern, NOfM) else None
+    if kernels is not None and block <= kernels.MAX_BLOCK and (select_strip is None or group is not None):
+        kernels.eliminate(weight_CR, kept_CR, like, block, select_block, group)
+    else:
+        strip = STRIP_SIZE if select_strip is None else width
+        _eliminate(weight_CR, kept_CR, like, block, strip, select_block, select_strip)
+    if not bool(torch.isfinite(weight_CR).all()):
+        raise ValueError("the solution holds inf or nan: check the weight for values that are far too large")
     heights = [len(request.weight_RC) for request in requests]
     return [
         (_unstack(weight, request.weight_RC.dtype, request.weight_RC), _unstack(kept, torch.bool, request.weight_RC))
@@ -169,6 +183,21 @@ def _mask_of(request: PruneRequest) -> torch.Tensor:
     if request.mask_RC is None:
         return torch.ones(request.weight_RC.shape, dtype=torch.bool, device=request.weight_RC.device)
     return request.mask_RC
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The module with the kernels for GPUs, or None where they cannot be built, which is tried once."""
+    try:
+        from . import sparsegpt_triton
+
+        eye, kept = torch.eye(2, device=device), torch.ones(2, 2, dtype=torch.bool, device=device)
+        sparsegpt_triton.eliminate(eye.clone(), kept, eye, block=2)
+    except Exception as error:  # Triton raises errors of many kinds where it has no compiler or no such GPU
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        logger.warning("SparseGPT runs without its kernels, many times slower, as Triton cannot run: %s", reason)
+        return None
+    return sparsegpt_triton
 
 
 def _eliminate(
@@ -259,7 +288,16 @@ def _select(
         scores_U = pattern.pool(scores).float()
         if masked:
             scores_U = scores_U.masked_fill(pattern.pruned_units(kept), -torch.inf)
-        scores_U = scores_U.contiguous()
-        threshold = find_threshold(TensorScores(scores_U), count)
-        kept_units = threshold.keep_mask(scores_U.view(-1), threshold.num_ties)[0].view(scores_U.shape)
+        kept_units = _keep_highest(scores_U.contiguous(), count)
     kept.logical_and_(pattern.expand(kept_units, (kept.shape[0], 1, kept.shape[2])))
+
+
+def _keep_highest(scores_U: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the mask without the `count` lowest units, ties by position."""
+    flat = scores_U.view(-1)
+    if prefers_numpy(flat.device):
+        threshold = find_threshold(TensorScores(scores_U), count)
+        return threshold.keep_mask(flat, threshold.num_ties)[0].view(scores_U.shape)
+    # Sorting does not wait for the device, as reading a threshold would.
+    lowest = flat.sort(stable=True)[1][:count]
+    return torch.ones_like(flat, dtype=torch.bool).index_fill_(0, lowest, False).view(scores_U.shape)
