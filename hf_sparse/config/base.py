@@ -334,7 +334,13 @@ class PruningOptions:
             >>> {name: (str(group.pattern), group.target) for name, group in config.resolve_groups().items()}
             {'ffn': ('4x1', 0.5)}
         """
-        if errors := self._errors():
+        errors = self._errors()
+        if self.pruning_config is not None:
+            errors.append(
+                f"pruning_config is {self.pruning_config!r}, but was set after the config was made, and recipes are "
+                f"read only then: make it with {type(self).__name__}(pruning_config=...)."
+            )
+        if errors:
             raise PruningConfigError(errors)
         groups = self._group_values()
         return {name: self._resolve(name, options) for name, options in groups.items() if not isinstance(options, str)}

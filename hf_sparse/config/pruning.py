@@ -65,5 +65,6 @@ taylor, wanda. Did you mean "magnitude"?
         Raises:
             ValueError: the target would be reached after the last step, or pruning would end before it starts.
         """
-        start, end, every = (float(value or 0.0) for value in (self.prune_start, self.prune_end, self.prune_every))
+        options = {name: getattr(self, name) for name in ("prune_start", "prune_end", "prune_every")}
+        start, end, every = (self.defaults[name] if value is None else float(value) for name, value in options.items())
         return PruningSchedule.from_fractions(start, end, every, max_steps)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ..config import PruningConfig
 from ..config.base import PruningOptions
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(repr=False)
@@ -34,6 +38,23 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
     def __post_init__(self) -> None:
         PruningConfig.__post_init__(self)
         super(PruningOptions, self).__post_init__()
+
+    def mark_as_read(self) -> None:
+        """Notes that a trainer prunes by these arguments. Copies of them are unmarked."""
+        self._read_object = id(self)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """`TrainingArguments.get_warmup_steps`. Any Trainer calls this right before training, to make the learning
+        rate scheduler: the one public method by which the arguments can notice that nobody prunes."""
+        if getattr(self, "_read_object", None) != id(self) and self.prunes and self.process_index == 0:
+            what = "pruning" if self.target_sparsity is None else f"target_sparsity={self.target_sparsity}"
+            logger.warning(
+                "%s is set in the arguments, but this trainer was made without a callback that prunes, and trains a "
+                "dense model unless one was added by add_callback. Use SparseTrainer instead of Trainer, or "
+                "Trainer(..., callbacks=[SparsityCallback()]).",
+                what,
+            )
+        return super().get_warmup_steps(num_training_steps)
 
 
 @dataclass(repr=False)

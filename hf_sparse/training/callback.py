@@ -19,12 +19,15 @@ from ..hub.upload import hide_token
 from ..reporting.plots import plot_layers, plot_schedule
 from ..reporting.report import SparsityReport, write_report_and_config
 from ..schedulers import PruningSchedule
+from .arguments import SparseTrainingArguments
 from .best_metric import block_best_metric, clear_best_metric, unblock_best_metric
 from .resume import CheckpointError, ResumeState, keep_pruned
 from .state_files import delete_state_files, write_state_file
 
 
 logger = logging.getLogger(__name__)
+
+GIVEN_TWICE = "the pruning config is given twice"
 
 
 class SparsityCallback(TrainerCallback):
@@ -64,6 +67,11 @@ class SparsityCallback(TrainerCallback):
         self._gradient_hook: Any = None
         self._report: SparsityReport | None = None
 
+    @property
+    def prunes(self) -> bool:
+        """Whether there is anything to prune. Options of the arguments may change until training begins."""
+        return self.config is not None and self.config.prunes
+
     # Before training
 
     def check(self, args: TrainingArguments, model: nn.Module | None) -> PruningConfig:
@@ -71,11 +79,17 @@ class SparsityCallback(TrainerCallback):
 
         Raises:
             PruningConfigError: the config does not fit the model.
+            ValueError: there is no config, or the arguments have another one.
             NotImplementedError: the optimizer is not supported.
         """
-        self.config = self._given_config or (args if isinstance(args, PruningConfig) else None)
+        given, by_arguments = self._given_config, args if isinstance(args, PruningConfig) else None
+        if given is not None and by_arguments is not None and by_arguments is not given and by_arguments.prunes:
+            raise ValueError(f"{GIVEN_TWICE}: give it by one SparsityCallback or by the arguments, not by both.")
+        self.config = by_arguments if given is None else given
         if self.config is None:
             raise ValueError("SparsityCallback needs a PruningConfig, or a trainer with SparseTrainingArguments.")
+        if isinstance(args, SparseTrainingArguments):
+            args.mark_as_read()
         optimizer = str(getattr(args.optim, "value", args.optim))
         if self.config.prunes and optimizer.startswith("schedule_free"):
             raise NotImplementedError(

@@ -17,7 +17,7 @@ from ..distributed import get_communicator, raise_on_all_ranks
 from ..engine.resolve import resolve_layers
 from ..hub.upload import UploadError, hide_token
 from .best_metric import unblock_best_metric
-from .callback import SparsityCallback
+from .callback import GIVEN_TWICE, SparsityCallback
 from .checkpoint_search import find_checkpoint_error, newest_complete_checkpoint, read_step
 from .model_card import write_trainer_card
 from .resume import CheckpointError, ResumeState
@@ -39,17 +39,30 @@ class SparseTrainerMixin(HubUploadMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         hide_token(self.args)
-        self.sparsity_callback = self._get_sparsity_callback()
+        self._callback_of_arguments: SparsityCallback | None = None
+        self._is_set_up = False
+        self.sparsity_callback: SparsityCallback | None = None
+        """The callback that prunes, if there are pruning options. With nothing to prune it does nothing."""
         self.dense_metrics: dict[str, float] = {}
         """Metrics of the dense model, as `evaluate` returned them, for the comparison in the model card."""
         self.saved_metrics: dict[str, float] = {}
         """What `save_metrics` was given since training began."""
         self.resumed_from: str | None = None
         """The checkpoint that the latest `train` was resumed from."""
-        if self.sparsity_callback is not None:
-            self.sparsity_callback.owns_saving = False
+        self._set_up_pruning()
+
+    @property
+    def _prunes(self) -> bool:
+        return self.sparsity_callback is not None and self.sparsity_callback.prunes
+
+    def _set_up_pruning(self) -> None:
+        """Finds the callback that prunes, and checks what it needs once there is something to prune: callbacks and
+        arguments may change until training begins."""
+        self.sparsity_callback = self._get_sparsity_callback()
+        if self._prunes and not self._is_set_up:
             self._check_deepspeed_export()
             self._warn_if_not_sharded()
+            self._is_set_up = True
 
     def _warn_if_not_sharded(self) -> None:
         """Warns if FSDP or DeepSpeed was requested but accelerate runs DDP, as it does on CPU."""
@@ -78,21 +91,24 @@ class SparseTrainerMixin(HubUploadMixin):
             setattr(cls, "__signature__", _signature_of_trainer(cls))
 
     def _get_sparsity_callback(self) -> SparsityCallback | None:
-        """Returns the user's callback, or one made from the arguments; None if there is nothing to prune."""
+        """Returns the user's callback, or one made from the arguments; None if neither gives pruning options."""
+        own = self._callback_of_arguments
         given = [callback for callback in self.callback_handler.callbacks if isinstance(callback, SparsityCallback)]
-        by_arguments = self.args if isinstance(self.args, PruningConfig) and self.args.prunes else None
-        if len(given) > 1 or (given and by_arguments is not None and given[0].config is not by_arguments):
-            raise ValueError(
-                "the pruning config is given twice: give it by one SparsityCallback or by the arguments, not by both."
-            )
-        if given:
-            config = given[0].config
-            return given[0] if config is not None and config.prunes else None
-        if by_arguments is None:
-            return None
-        callback = SparsityCallback(by_arguments)
-        callback.check(self.args, self.model)
-        self.add_callback(callback)
+        given = [callback for callback in given if callback is not own]
+        if len(given) > 1:
+            raise ValueError(f"{GIVEN_TWICE}: there are {len(given)} SparsityCallbacks. Keep one of them.")
+        if own is not None and (given or own not in self.callback_handler.callbacks):
+            self.remove_callback(own)
+            self._callback_of_arguments = own = None
+        callback = given[0] if given else own
+        if callback is None and isinstance(self.args, PruningConfig):
+            callback = self._callback_of_arguments = SparsityCallback()
+            callback.check(self.args, self.model)
+            self.add_callback(callback)
+        elif callback is not None:
+            callback.check(self.args, None)
+        if callback is not None:
+            callback.owns_saving = False
         return callback
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -103,17 +119,18 @@ class SparseTrainerMixin(HubUploadMixin):
                 another pruning config. This is found before training starts.
         """
         self.saved_metrics = {}
+        self._set_up_pruning()
         callback = self.sparsity_callback
-        if callback is None:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-        else:
+        if callback is not None and callback.prunes:
             state = self._open_checkpoint(callback, resume_from_checkpoint) if resume_from_checkpoint else None
-            self.resumed_from = None if state is None else str(state.checkpoint)
+            resume_from_checkpoint = self.resumed_from = None if state is None else str(state.checkpoint)
             callback.resume_state = state
-            try:
-                result = super().train(self.resumed_from, *args, **kwargs)
-            finally:
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if callback is not None:
                 callback.resume_state = None
+        if callback is not None:
             callback.write_summary(self.args, self.state)
         self.finish_pushes()
         return result
@@ -151,7 +168,7 @@ class SparseTrainerMixin(HubUploadMixin):
         With `push_to_hub=True` Trainer uploads what it saved. If that fails, the model is saved nevertheless, the log
         has the reason and the remedy, and the run continues.
         """
-        if self.sparsity_callback is not None:
+        if self._prunes and self.sparsity_callback is not None:
             directory = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             step = self.state.global_step
             is_checkpoint = _internal_call and output_dir is not None and directory.name == f"checkpoint-{step}"
