@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -142,8 +143,8 @@ def read_weight_index(index: str | Path) -> list[Path]:
     if not isinstance(file_of, dict) or not file_of or not all(isinstance(name, str) for name in file_of.values()):
         raise ValueError(f"{index} is damaged: its weight_map must map names of tensors to names of files.")
     names = sorted(set(file_of.values()))
-    if outside := [name for name in names if Path(name).name != name or "\0" in name]:
-        raise ValueError(f"{index} names a file outside its directory: {outside[0]}.")
+    if outside := [name for name in names if not name or Path(name).name != name or "\0" in name or len(name) > 255]:
+        raise ValueError(f"{index} names what can be no file in its directory: {reprlib.repr(outside[0])}.")
     return [index.parent / name for name in names]
 
 

@@ -56,10 +56,15 @@ def newest_complete_checkpoint(output_dir: str | Path, weights_only: bool = Fals
         if communicator.rank == [bool(flag) for flag in has_error].index(True):
             logger.warning("%s is skipped: %s", state.checkpoint, error)
     named = "".join(f" {error}" for error in errors[:_MAX_NAMED])
-    more = f" {len(errors) - _MAX_NAMED} older ones have errors too." if len(errors) > _MAX_NAMED else ""
+    more = f" {len(errors) - _MAX_NAMED} more with errors." if len(errors) > _MAX_NAMED else ""
     raise CheckpointError(
         f"no complete checkpoint in {output_dir}: start without resume_from_checkpoint, or name one.{named}{more}"
     )
+
+
+def _first_of(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return f"{', '.join(names[:_MAX_NAMED])}{more}"
 
 
 def _steps_of_checkpoints(output_dir: Path) -> list[int]:
@@ -114,14 +119,14 @@ def _find_error_in_files(state: ResumeState, weights_only: bool) -> str | None:
     if not missing and not weights_only:
         missing = _missing_for_resume(checkpoint, state.world_size)
     if missing:
-        return f"{', '.join(missing)}: missing. It was saved with save_only_model, or its deletion was interrupted."
+        return f"{_first_of(missing)}: missing. It was saved with save_only_model, or its deletion was interrupted."
     try:
         opened = {file.path for file in state.files}
     except CheckpointError:
         opened = set()
     read = [*weights, *masks, *_resume_files(checkpoint, state.world_size)]
     truncated = [path.name for path in read if path not in opened and _is_truncated(path)]
-    return f"{', '.join(truncated)}: truncated." if truncated else None
+    return f"{_first_of(truncated)}: truncated." if truncated else None
 
 
 def read_step(checkpoint: Path) -> int:

@@ -1,6 +1,7 @@
 """Which checkpoint can be trusted, and what is in the state file. Resuming itself is tested in test_resume.py."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -83,6 +84,93 @@ def test_a_missing_shard_is_noticed(run):
     assert "model-00002-of-00002.safetensors: missing" in find_checkpoint_error(folder)
     shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
     assert find_checkpoint_error(folder) is None
+
+
+SHARDS = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+INDEX = "model.safetensors.index.json"
+DAMAGED = {
+    INDEX: ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": ["a"]}', "[" * 100_000]
+    + [json.dumps({"weight_map": {"a": name}}) for name in (3, None, ["x"], "../x", "x" * 5_000, "\0", "", ".")]
+    + [json.dumps({"weight_map": SHARDS}), "\udcff"],
+    "config.json": ["", "[]", "{"],
+    "trainer_state.json": ["", "[]", "{}", "3", "[" * 100_000]
+    + [json.dumps({"global_step": step}) for step in (None, "10", 10.0, True, [10], -1, 8)]
+    + [json.dumps({"global_step": 10, key: 3}) for key in ("log_history", "stateful_callbacks", "unheard_of")]
+    + [
+        '{"global_step": 10, "log_history": [1]}',
+        '{"global_step": 10, "epoch": "x"}',
+        '{"global_step": 1' + "0" * 5_000 + "}",
+    ],
+    "scheduler.pt": ["", "x" * 100],
+    "scaler.pt": ["PK"],
+    STATE_FILE: ["", "x" * 100],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_whatever_is_wrong_with_a_file_the_checkpoint_before_is_taken(run, caplog, name):
+    for number, text in enumerate(DAMAGED[name]):
+        path = run / "checkpoint-10" / name
+        whole = path.read_bytes() if path.is_file() else None
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        caplog.clear()
+        assert newest(run) == run / "checkpoint-8", number
+        skipped, taken = (record.getMessage() for record in caplog.records)
+        assert "checkpoint-10 is skipped: " in skipped and (name in skipped or "model-00001" in skipped), skipped
+        assert re.fullmatch("resuming from .*checkpoint-8, the newest complete checkpoint.", taken)
+        path.unlink() if whole is None else path.write_bytes(whole)
+    assert newest(run) == run / "checkpoint-10"
+
+
+def test_a_checkpoint_without_its_own_masks_is_skipped(run, caplog):
+    """No masks, masks with a flipped bit, masks of another step; then a damaged index, in a run of three."""
+    (run / "checkpoint-10" / STATE_FILE).unlink()
+    path = run / "checkpoint-8" / STATE_FILE
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    shutil.copy(run / "checkpoint-2" / STATE_FILE, run / "checkpoint-6" / STATE_FILE)
+    (run / "checkpoint-4" / INDEX).write_text("{")
+    resumed = make(run, target_sparsity=0.5, criterion="movement", **SCHEDULE)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.resumed_from == str(run / "checkpoint-2")
+    for text in ("checkpoint-10 holds no masks", "checksum", "of step 2, its weights of step 6", INDEX, "from .*-2,"):
+        assert re.search(text, caplog.text)
+    shutil.rmtree(run / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="no complete checkpoint.*-10: .*no masks.*-8: .*-6: .*1 more"):
+        newest(run)
+
+
+def test_only_files_that_resuming_reads_are_judged(run):
+    """Plain Trainer resumes beside all of these."""
+    folder = run / "checkpoint-10"
+    names = ["embeddings.pt", "notes.bin", "x.pth", "rng_state_7.pth", "pytorch_model.bin", "optimizer_old.pt"]
+    names += ["other_model.safetensors", ".model.safetensors", "faiss.index.json", "pruning_state_old.safetensors"]
+    names += ["nested/optimizer.pt", "nested/model.safetensors", "nested/scheduler.pt", "checkpoint-x/rng_state.pth"]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not of this run")
+    (folder / "pruning_state_notes").mkdir()
+    assert find_checkpoint_error(folder) is None and newest(run) == folder
+    steps = SCHEDULE | {"save_strategy": "steps", "save_steps": 2}
+    resumed = make(run, target_sparsity=0.5, criterion="movement", **steps)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.resumed_from == str(folder)
+    start_checkpoint(folder)
+    assert all((folder / name).is_file() for name in names)  # somebody's own
+
+
+def test_folders_that_only_look_like_checkpoints_are_not_taken(run):
+    for name in (
+        "checkpoint-0010",
+        "checkpoint-\u0661\u0662",
+        "checkpoint-" + "9" * 200,
+        "checkpoint--1",
+        "checkpoint-",
+    ):
+        shutil.copytree(run / "checkpoint-8", run / name)
+    (run / "checkpoint-99").write_text("a file")
+    assert newest(run) == run / "checkpoint-10"
 
 
 def test_a_state_of_another_step_is_noticed(run):
