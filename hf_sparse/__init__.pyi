@@ -22,6 +22,10 @@ from .schedulers import (
     register_scheduler,
 )
 from .solvers import Solver, register_solver
+from .structured.config_fields import shrink_obstacle
+from .structured.plan import ShrinkPlan
+from .structured.reduction import ShrinkError
+from .structured.shrink import plan_shrink, shrink
 from .training.arguments import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
 from .training.callback import SparsityCallback
 from .training.resume import CheckpointError
@@ -46,6 +50,8 @@ __all__ = [
     "Requires",
     "ResumeError",
     "Scheduler",
+    "ShrinkError",
+    "ShrinkPlan",
     "Solver",
     "SparseSeq2SeqTrainer",
     "SparseSeq2SeqTrainingArguments",
@@ -64,6 +70,7 @@ __all__ = [
     "merge_and_unload",
     "merged_adapter",
     "plan_oneshot",
+    "plan_shrink",
     "prune_oneshot",
     "register_allocation",
     "register_criterion",
@@ -71,4 +78,6 @@ __all__ = [
     "register_pattern",
     "register_scheduler",
     "register_solver",
+    "shrink",
+    "shrink_obstacle",
 ]

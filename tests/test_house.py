@@ -23,7 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"calibration", "distributed", "files", "numerics", "plugins", "registry", "requires"},
     {"methods", "model", "patterns", "reporting", "schedulers", "statistics"},
-    {"allocations", "criteria", "evaluation", "inspection"},
+    {"allocations", "criteria", "evaluation", "inspection", "structured"},
     {"selection"},
     {"solvers"},
     {"config"},

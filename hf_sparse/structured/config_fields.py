@@ -1,0 +1,216 @@
+"""Which fields of a config set the sizes of a model: one table from model type to fields.
+
+A size without a field cannot change in a plain model. The heads of BERT are one: their size is hidden_size /
+num_attention_heads, so that fewer heads would be wider, not fewer rows. `tests/structured` proves every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..model.coupling import UnitGroup, find_unit_groups
+
+
+@dataclass(frozen=True)
+class StackFields:
+    """The config fields of one stack of blocks. None where the config has no field that changes the size alone.
+
+    Args:
+        part: component of module names that tells the stack from the others: "encoder", "decoder", or "" for a model
+            with one stack.
+        neurons: width of the FFNs.
+        expert_neurons: width of the FFNs of experts; None if it is that of all FFNs.
+        heads: number of query heads.
+        kv_heads: number of key-value heads.
+        head_dim: size of a head; it is written out, since its default would change with the number of heads.
+        layers: number of blocks.
+        experts: number of experts.
+        per_layer: lists with one entry for each block.
+        layer_numbers: lists of numbers of blocks.
+        pre_norm: whether a block whose weights are zero is the identity, or the config field that says so. After a
+            norm on the residual stream (post-norm, as in BERT) it is not.
+    """
+
+    part: str = ""
+    neurons: str | None = "intermediate_size"
+    expert_neurons: str | None = None
+    heads: str | None = None
+    kv_heads: str | None = None
+    head_dim: str | None = None
+    layers: str | None = "num_hidden_layers"
+    experts: str | None = None
+    per_layer: tuple[str, ...] = ()
+    layer_numbers: tuple[str, ...] = ()
+    pre_norm: bool | str = True
+
+    def neurons_of(self, group: UnitGroup) -> str | None:
+        """Returns the field for the width of an FFN."""
+        in_expert = any(part.expert is not None for part in group.slices)
+        return self.expert_neurons if in_expert and self.expert_neurons else self.neurons
+
+
+_POST_NORM = StackFields(pre_norm=False)
+_DECODER = StackFields(
+    heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim", per_layer=("layer_types",)
+)
+_BART = StackFields("encoder", neurons="encoder_ffn_dim", layers="encoder_layers", pre_norm=False)
+_WHISPER = replace(_BART, pre_norm=True)
+_T5 = StackFields("encoder", neurons="d_ff", heads="num_heads", head_dim="d_kv", layers="num_layers")
+
+CONFIG_FIELDS: dict[str, tuple[StackFields, ...]] = {
+    "bart": (_BART, replace(_BART, part="decoder", neurons="decoder_ffn_dim", layers="decoder_layers")),
+    "bert": (_POST_NORM,),
+    "deberta-v2": (_POST_NORM,),
+    "distilbert": (replace(_POST_NORM, neurons="hidden_dim", layers="n_layers"),),
+    "gemma2": (_DECODER,),
+    "gemma3_text": (_DECODER,),
+    "gpt2": (StackFields(neurons="n_inner", layers="n_layer"),),
+    "llama": (_DECODER,),
+    "mistral": (_DECODER,),
+    "mixtral": (replace(_DECODER, experts="num_local_experts"),),
+    "modernbert": (StackFields(per_layer=("layer_types",)),),
+    "opt": (StackFields(neurons="ffn_dim", pre_norm="do_layer_norm_before"),),
+    "phi3": (_DECODER,),
+    "qwen2": (_DECODER,),
+    "qwen3": (_DECODER,),
+    "qwen3_moe": (
+        replace(
+            _DECODER, expert_neurons="moe_intermediate_size", experts="num_experts", layer_numbers=("mlp_only_layers",)
+        ),
+    ),
+    "roberta": (_POST_NORM,),
+    "t5": (_T5, replace(_T5, part="decoder", layers="num_decoder_layers")),
+    "vit": (StackFields(heads="num_attention_heads", head_dim="head_dim"),),
+    "whisper": (_WHISPER, replace(_WHISPER, part="decoder", neurons="decoder_ffn_dim", layers="decoder_layers")),
+}
+"""Model type -> the fields of each of its stacks."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The config section and the fields of the blocks around a module.
+
+    Args:
+        model_type: of the section.
+        path: attributes that lead from the model's config to the section: () for the config itself, ("text_config",)
+            for the language model of a model of images and text.
+        fields: of the stack.
+    """
+
+    model_type: str
+    path: tuple[str, ...]
+    fields: StackFields
+
+    def section(self, config: Any) -> Any:
+        """Returns the section of the model's config."""
+        for attribute in self.path:
+            config = getattr(config, attribute)
+        return config
+
+    def is_pre_norm(self, config: Any) -> bool:
+        """Returns whether a block of zeros is the identity."""
+        value = self.fields.pre_norm
+        return bool(getattr(self.section(config), value, True)) if isinstance(value, str) else value
+
+
+def find_stack(model: nn.Module, name: str) -> Stack | None:
+    """Returns the stack around the module `name`; None if the model type is not in the table.
+
+    Args:
+        model: a model of transformers.
+        name: of a module in it.
+    """
+    section = _section_around(model, name)
+    if section is None:
+        return None
+    path, model_type = section
+    parts = name.split(".")
+    for fields in CONFIG_FIELDS.get(model_type, ()):
+        if not fields.part or fields.part in parts:
+            return Stack(model_type, path, fields)
+    return None
+
+
+def _section_around(model: nn.Module, name: str) -> tuple[tuple[str, ...], str] | None:
+    """Returns the path and model type of the config section of the innermost module around `name` that has one."""
+    sections = list(_sections(getattr(model, "config", None)))
+    parts = name.split(".")
+    for length in range(len(parts), -1, -1):
+        module: Any = model
+        for part in parts[:length]:
+            module = getattr(module, part, None)
+        config = getattr(module, "config", None)
+        if not isinstance(model_type := getattr(config, "model_type", None), str):
+            continue
+        same = [path for path, section in sections if section is config]
+        # The encoder of T5 has a copy of the config.
+        same = same or [path for path, section in sections if section.model_type == model_type]
+        if len(same) == 1:
+            return same[0], model_type
+    return None
+
+
+def _sections(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields a config and the configs in it, with their paths."""
+    if isinstance(getattr(config, "model_type", None), str):
+        yield path, config
+        for name, value in vars(config).items():
+            if not name.startswith("_"):
+                yield from _sections(value, (*path, name))
+
+
+def shrink_obstacle(model: nn.Module, kind: str) -> str | None:
+    """Returns why units of a kind cannot be removed from a model, and what to do instead; None if they can.
+
+    It can be asked before training, of a model on the meta device as well.
+
+    Args:
+        model: a model of transformers.
+        kind: "neuron", "head" or "layer".
+
+    Raises:
+        ValueError: the kind is unknown.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+        >>> model = BertModel(BertConfig(vocab_size=9, **sizes))
+        >>> print(shrink_obstacle(model, "neuron"))
+        None
+        >>> shrink_obstacle(model, "head")[:75]
+        'the config of a "bert" model has no field for fewer heads of the same size,'
+    """
+    groups = find_unit_groups(model, kind)
+    if not groups:
+        return f"no units of kind {kind} were found in {type(model).__name__}: its structure is not known."
+    for group in groups:
+        if obstacle := group_obstacle(model, group):
+            return obstacle
+    return None
+
+
+def group_obstacle(model: nn.Module, group: UnitGroup) -> str | None:
+    """Returns why the units of one group cannot be removed, and what to do instead; None if they can."""
+    stack = find_stack(model, group.name)
+    if stack is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        return (
+            f'the fields of the config of a "{model_type}" model are not known, so its units can be zero but not '
+            f"removed. Known are {', '.join(sorted(CONFIG_FIELDS))}."
+        )
+    if group.kind == "head" and stack.fields.heads is None:
+        return (
+            f'the config of a "{stack.model_type}" model has no field for fewer heads of the same size, so heads can '
+            "be zero but not removed. Prune neurons to a quarter instead: about the same speed and quality."
+        )
+    if group.kind == "layer" and not stack.is_pre_norm(getattr(model, "config", None)):
+        return (
+            f'a "{stack.model_type}" model has norms on its residual stream (post-norm), so a block of zeros is not '
+            "the identity and must stay. Choose the blocks to keep with shrink(model, layers=[...]) and fine-tune the "
+            "result, or prune neurons."
+        )
+    return None
