@@ -1,6 +1,7 @@
 """The names of the files that the package writes, and atomic writing: a file is complete or absent.
 
-Reading never unpickles, and damaged files raise a ValueError that names them.
+Reading never unpickles, takes time and memory in proportion to the size of the file, and damaged files raise a
+ValueError that names them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import reprlib
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,13 @@ README_FILE = "README.md"
 DENSE_RESULTS_FILE = "dense_results.json"
 ONESHOT_RESULTS_FILE = "oneshot_results.json"
 FINISHED_BLOCK_GLOB = "stage-*.safetensors"
+
+MAX_JSON_BYTES = 2**25
+"""Larger files are not read. The largest that are known, indices of models with 100,000 tensors, have half as much."""
+MAX_DEPTH = 64
+"""Of lists and mappings in each other, in JSON and in recipes."""
+MAX_DIGITS = 300
+"""Of a whole number, in JSON and in recipes: each can be converted to a float."""
 
 
 def state_shard_file(rank: int, world_size: int) -> str:
@@ -104,16 +113,61 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def parse_json(text: str) -> Any:
-    """Returns the value that a JSON text describes.
+def read_text(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """Returns the text of a file in UTF-8.
 
     Raises:
-        ValueError: the text is no JSON, or lists and objects in it are nested deeper than Python can follow.
+        OSError: the file does not exist or cannot be read.
+        ValueError: it has more than `max_bytes` bytes, or is no text. The message does not have the path.
+    """
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes:,} bytes")
+    return data.decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns the value of JSON that others wrote.
+
+    Raises:
+        ValueError: it is no JSON, has a key twice, a whole number of more than `MAX_DIGITS` digits, or lists and
+            mappings more than `MAX_DEPTH` levels deep.
+
+    Example:
+        >>> parse_json('{"a": 1, "a": 2}')
+        Traceback (most recent call last):
+        ...
+        ValueError: the key "a" is there twice
     """
     try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("lists and objects are nested too deeply") from error
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_parse_int)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [item for item in level if isinstance(item, (dict, list))]
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f'the key "{next(key for key in counts if counts[key] > 1)[:80]}" is there twice')
+    return values
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"the number {digits[:10]}... has {len(digits):,} digits: at most {MAX_DIGITS} are allowed")
+    return int(digits)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -121,10 +175,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is no JSON, or holds another type than an object.
+        ValueError: `parse_json` refuses it, it is too large, or it holds another type than an object.
     """
     try:
-        values = parse_json(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     if not isinstance(values, dict):

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from .registry import Registry, nearest
+from .registry import Registry, format_name, format_value, nearest
 from .requires import Requires
 
 
@@ -69,7 +69,9 @@ class MethodRegistry(Registry):
         for option in options:
             if option not in fields:
                 known = f"known are {', '.join(fields)}" if fields else "it has none"
-                raise ValueError(f'{self.family} "{name}" has no option "{option}": {known}.{nearest(option, fields)}')
+                raise ValueError(
+                    f'{self.family} "{name}" has no option {format_name(option)}: {known}.{nearest(option, fields)}'
+                )
         missing = [option for option, field in fields.items() if _is_required(field) and option not in options]
         if missing:
             raise ValueError(
@@ -80,7 +82,8 @@ class MethodRegistry(Registry):
         for option, value in values.items():
             if not _is_instance(value, hints[option]):
                 raise ValueError(
-                    f'option "{option}" of {self.family} "{name}" is {value!r}: it must be {type_name(hints[option])}.'
+                    f'option "{option}" of {self.family} "{name}" is {format_value(value)}: it must be '
+                    f"{type_name(hints[option])}."
                 )
         try:
             return member(**values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,36 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+class _ShortRepr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 120, 200
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 8
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write numbers of more than 4,300 digits.
+        return repr(x) if abs(x) < 10**40 else f"a whole number of about {int(x.bit_length() * 0.30103) + 1:,} digits"
+
+
+_SHORT = _ShortRepr()
+
+
+def format_value(value: object) -> str:
+    """Returns a value as Python writes it, shortened where it is long, for an error message.
+
+    Example:
+        >>> format_value([0.5, "a" * 9]), format_value(10**400), len(format_value("a" * 10**6))
+        ("[0.5, 'aaaaaaaaa']", 'a whole number of about 401 digits', 120)
+    """
+    return _SHORT.repr(value)
+
+
+def format_name(name: object) -> str:
+    """Returns a name in quotes, shortened where it is long, for an error message."""
+    text = name if isinstance(name, str) else format_value(name)
+    return f'"{text}"' if len(text) <= _SHORT.maxstring else f'"{text[: _SHORT.maxstring]}..."'
 
 
 class Registry:
@@ -79,12 +110,12 @@ class Registry:
         """Called before a member is registered. Subclasses raise an error when it does not belong here."""
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._members:
+        if name not in self:
             raise ValueError(f"unknown {self.family} {self.describe(name)}")
         return self._members[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._members
+        return isinstance(name, str) and name in self._members
 
     def names(self) -> list[str]:
         """Returns the registered names, sorted."""
@@ -92,4 +123,4 @@ class Registry:
 
     def describe(self, name: object) -> str:
         """Returns text for an error about an unknown `name`: the name, the known names, the nearest."""
-        return f'"{name}": known are {", ".join(self.names())}.{nearest(str(name), self.names())}'
+        return f"{format_name(name)}: known are {', '.join(self.names())}.{nearest(str(name), self.names())}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+
+from ..registry import format_value
 
 
 def dataclass_command(
@@ -69,10 +70,12 @@ def with_dashes(name: str) -> str:
 
 
 def _parse_json(text: str) -> dict[str, Any]:
+    from ..files import parse_json  # imports torch
+
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"{text!r} is not JSON: {error}.") from error
+        value = parse_json(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{format_value(text)} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise typer.BadParameter(f"{text!r} is not a JSON object, as in '{{\"name\": 0.5}}'.")
+        raise typer.BadParameter(f"{format_value(text)} is not a JSON object, as in '{{\"name\": 0.5}}'.")
     return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any, ClassVar, TypeVar
 
 from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
-from ..files import write_json
+from ..files import parse_json, write_json
 from ..patterns import Pattern, get_pattern
 from ..plugins import load_installed_plugins
+from ..registry import format_value
 from ..schedulers import OneshotScheduler, Scheduler
 from ..solvers import SOLVERS
 from .options import (
@@ -34,20 +34,30 @@ from .validation import consistency_errors, option_errors, target_of, type_error
 
 Config = TypeVar("Config", bound="PruningOptions")
 
+_MAX_SHOWN = 50
+"""Errors in one message."""
+
 
 class PruningConfigError(ValueError):
     """A config that cannot be carried out.
 
     Attributes:
-        errors: every reason, one or two sentences each.
+        errors: every reason, one or two sentences each. The message has the first of them and the recipe file.
     """
 
-    def __init__(self, errors: list[str]):
+    def __init__(self, errors: list[str], recipe: str | None = None):
         self.errors = errors
+        shown = [f"- {error}" for error in errors[:_MAX_SHOWN]]
+        if len(errors) > _MAX_SHOWN:
+            shown.append(f"- and {len(errors) - _MAX_SHOWN:,} more.")
+        unnamed = recipe is not None and not any(recipe in error for error in errors[:_MAX_SHOWN])
         if len(errors) == 1:
-            super().__init__(errors[0])
+            super().__init__(
+                errors[0] + (f" (The options are those of {recipe} and the arguments.)" if unnamed else "")
+            )
         else:
-            super().__init__("\n".join([f"{len(errors)} errors in the pruning config:", *(f"- {e}" for e in errors)]))
+            where = f" (those of {recipe} and the arguments)" if unnamed else ""
+            super().__init__("\n".join([f"{len(errors)} errors in the pruning config{where}:", *shown]))
 
 
 def option(help: str, **arguments: Any) -> Any:  # noqa: A002 - the name that argument parsers use
@@ -135,7 +145,8 @@ class PruningOptions:
         errors: list[str] = []
         self._parse_json(errors)
         errors += self._replace_instances()
-        if self.pruning_config is not None:
+        recipe = self.pruning_config
+        if recipe is not None:
             self._take_recipe(errors)
             self._parse_json(errors)
         for name in self.options():
@@ -143,7 +154,7 @@ class PruningOptions:
                 setattr(self, name, self.defaults.get(name))
         errors += self._errors()
         if errors:
-            raise PruningConfigError(errors)
+            raise PruningConfigError(errors, None if recipe is None else str(recipe))
 
     def _errors(self) -> list[str]:
         """The errors of all groups; those of options that the groups share are reported once."""
@@ -151,6 +162,9 @@ class PruningOptions:
         shared = option_errors(values, self.resolve_criterion(values))
         errors = type_errors + shared
         for name, options in self._group_values().items():
+            if len(errors) > _MAX_SHOWN:
+                errors.append("The other groups were not checked.")
+                break
             where = f'group "{name}": ' if self.groups else ""
             if isinstance(options, str):
                 errors.append(where + options)
@@ -193,6 +207,20 @@ class PruningOptions:
         errors = {name: type_error(name, value, annotations[name]) for name, value in values.items()}
         checked = {name: cls.defaults.get(name) if errors[name] else value for name, value in values.items()}
         return SimpleNamespace(**checked), [error for error in errors.values() if error]
+
+    @classmethod
+    def type_errors(cls, values: Mapping[str, Any]) -> list[str]:
+        """Returns the errors of values that an option, also one of a group, cannot have, whatever methods there are.
+        Unknown options are no errors here."""
+        groups = values.get("groups") or {}
+        errors = [error for options in (values, *_mappings(groups)) for error in cls._known_type_errors(options)]
+        if isinstance(groups, Mapping) and len(_mappings(groups)) < len(groups):
+            errors.append("groups must be a mapping of names to mappings.")
+        return errors
+
+    @classmethod
+    def _known_type_errors(cls, values: Mapping[str, Any]) -> list[str]:
+        return cls._check_types({name: value for name, value in values.items() if name in cls.options()})[1]
 
     @classmethod
     def _annotations(cls) -> dict[str, str]:
@@ -266,7 +294,10 @@ class PruningOptions:
         for name in (name for name in allowed if name in values):
             given, value = getattr(self, name), values[name]
             if given is not None and given != value and (given != {} or value):
-                errors.append(f"{name} is {given!r} in the arguments but {value!r} in {path}: set it in one of them.")
+                errors.append(
+                    f"{name} is {format_value(given)} in the arguments but {format_value(value)} in {path}: set it in "
+                    "one of them."
+                )
             setattr(self, name, value)
 
     @classmethod
@@ -298,10 +329,10 @@ class PruningOptions:
             text = getattr(self, name)
             if isinstance(text, str):
                 try:
-                    setattr(self, name, json.loads(text))
-                except json.JSONDecodeError as error:
+                    setattr(self, name, parse_json(text))
+                except ValueError as error:
                     reason = f"it must be a JSON object ({error}). It can be set in a recipe file."
-                    errors.append(f"{name} is {text!r}: {reason}")
+                    errors.append(f"{name} is {format_value(text)}: {reason}")
                     setattr(self, name, None)
 
     # Groups
@@ -314,7 +345,7 @@ class PruningOptions:
         groups: dict[str, dict[str, Any] | str] = {}
         for name, options in self.groups.items():
             if not isinstance(options, Mapping):
-                groups[name] = f"its options must be a mapping, but are {options!r}."
+                groups[name] = f"its options must be a mapping, but are {format_value(options)}."
                 continue
             allowed = {key: value for key, value in options.items() if key in self.group_options()}
             groups[name] = merge_group_options(shared, allowed)
@@ -379,6 +410,10 @@ class PruningOptions:
     def prunes(self) -> bool:
         """Whether the config prunes anything or keeps zeros."""
         return bool(self.keep_zeros or any(group.target for group in self.resolve_groups().values()))
+
+
+def _mappings(groups: Any) -> list[Mapping[str, Any]]:
+    return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
 
 
 def _default_scope(allocation: str, pattern: Pattern, criterion: Criterion | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from ..registry import format_value
 from ..solvers import SOLVERS, Solver
 from .base import PruningOptions, option
 from .options import DEFAULT_SOLVER
@@ -90,7 +91,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         errors = self._take_layer_sparsity() if self.layer_sparsity is not None else []
         errors += super()._errors()
         if type(self.forwards) is int and self.forwards not in (1, 2):
-            errors.append(f"forwards is {self.forwards}: it must be 1 or 2.")
+            errors.append(f"forwards is {format_value(self.forwards)}: it must be 1 or 2.")
         if self.forwards == 1 and self.sequential is False:
             errors.append("forwards=1 prunes while data passes through, and sequential=False does not: choose one.")
         choices = {"activations": ACTIVATIONS, "on_unreached": ON_UNREACHED}
@@ -101,7 +102,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         """Replaces each entry by a group."""
         given, self.layer_sparsity = self.layer_sparsity, None
         if not isinstance(given, Mapping):
-            return [f"layer_sparsity is {given!r}: it must be a mapping of names to sparsities."]
+            return [f"layer_sparsity is {format_value(given)}: it must be a mapping of names to sparsities."]
         clashes = [name for name in ("groups", "targets", "target_sparsity") if getattr(self, name) is not None]
         if clashes:
             return [f"layer_sparsity names the layers and their sparsities: leave {', '.join(clashes)} out."]

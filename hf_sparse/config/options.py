@@ -9,7 +9,7 @@ from ..allocations import ALLOCATIONS
 from ..criteria import CRITERIA
 from ..methods import MethodRegistry
 from ..patterns import Pattern, get_pattern
-from ..registry import nearest
+from ..registry import format_name, nearest
 from ..solvers import SOLVERS
 
 
@@ -80,7 +80,10 @@ def _upgrade_solver(values: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dic
 def unknown_options(values: Mapping[str, Any], where: str, allowed: tuple[str, ...]) -> list[str]:
     """Returns an error for every key of `values` that is no option."""
     known = f" Known are {', '.join(allowed)}."
-    return [f'{where}unknown option "{key}".{nearest(key, allowed) or known}' for key in values if key not in allowed]
+    unknown = [key for key in values if key not in allowed]
+    # As many as anybody reads.
+    errors = [f"{where}unknown option {format_name(key)}.{nearest(key, allowed) or known}" for key in unknown[:20]]
+    return errors + ([f"{where}{len(unknown) - 20:,} more unknown options."] if len(unknown) > 20 else [])
 
 
 def replace_instances(values: dict[str, Any]) -> list[str]:

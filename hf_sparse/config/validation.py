@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 from ..allocations import ALLOCATIONS
 from ..criteria import CRITERIA
 from ..patterns import get_pattern
-from ..registry import nearest
+from ..registry import format_name, format_value, nearest
 from ..requires import Requires
 from ..schedulers import CURVES, SCHEDULERS
 from ..solvers import SOLVERS
@@ -43,14 +42,14 @@ def type_error(name: str, value: Any, annotation: str) -> str | None:
     valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if valid and "list[str]" in declared:
         valid = all(isinstance(item, str) for item in value)
-    return None if valid else f"{name} is {value!r}: it must be {words}."
+    return None if valid else f"{name} is {format_value(value)}: it must be {words}."
 
 
 def choice_error(name: str, value: Any, allowed: tuple[str, ...]) -> str | None:
     """Returns why a value is none of the allowed ones, or None."""
     if value in allowed:
         return None
-    return f'{name} is "{value}": it must be {" or ".join(allowed)}.{nearest(str(value), allowed)}'
+    return f"{name} is {format_name(value)}: it must be {' or '.join(allowed)}.{nearest(value, allowed)}"
 
 
 def target_of(options: SimpleNamespace) -> float | None:
@@ -75,7 +74,9 @@ def _name_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
         chosen = criterion if name == "criterion" else value
         if chosen is None:
             if kwargs:
-                errors.append(f"{name}_kwargs is {kwargs!r}, but the solver selects the pruned units: name a {name}.")
+                errors.append(
+                    f"{name}_kwargs is {format_value(kwargs)}, but the solver selects the pruned units: name a {name}."
+                )
         elif chosen not in registry:
             errors.append(f"{name} is {registry.describe(chosen)}")
         else:
@@ -105,16 +106,27 @@ def _range_errors(options: SimpleNamespace) -> list[str]:
     for name in shares:
         value = getattr(options, name, None)
         if value is not None and not 0 <= value <= 1:
-            errors.append(f"{name} is {value}: it must be a number from 0 to 1 (0.8 prunes 80%).")
+            errors.append(f"{name} is {format_value(value)}: it must be a number from 0 to 1 (0.8 prunes 80%).")
     return errors + (_schedule_errors(options) if hasattr(options, "prune_start") else [])
+
+
+_MAX_STEPS = 10**15
+"""More optimizer steps than any training has. Up to here floats hold whole numbers exactly."""
+
+
+def _is_steps_or_fraction(value: float) -> bool:
+    return 0 <= value < 1 or (1 <= value <= _MAX_STEPS and value == int(value))
 
 
 def _schedule_errors(options: SimpleNamespace) -> list[str]:
     errors = []
     for name in ("prune_start", "prune_end", "prune_every"):
         value = getattr(options, name)
-        if not (math.isfinite(value) and value >= 0 and (value < 1 or value == int(value))):
-            errors.append(f"{name} is {value}: it must be a whole number of steps, or a fraction of training below 1.")
+        if not _is_steps_or_fraction(value):
+            errors.append(
+                f"{name} is {format_value(value)}: it must be a whole number of steps, or a fraction of training "
+                "below 1."
+            )
     start, end = options.prune_start, options.prune_end
     if 0 <= end < start and (start < 1) == (end < 1):
         errors.append(f"prune_start is {start}, after prune_end, {end}: swap them.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from ..files import parse_json, read_json
 from .auto_classes import auto_class
 
 
@@ -85,10 +85,11 @@ def load_tokenizer(name: str, **hub_options: Any) -> Any:
 
 def _parse_device_map(device_map: str) -> str | dict[str, str | int]:
     if device_map.endswith(".json") and Path(device_map).is_file():
-        device_map = Path(device_map).read_text(encoding="utf-8")
+        return dict(read_json(device_map))
     if not device_map.lstrip().startswith("{"):
         return device_map
     try:
-        return json.loads(device_map)
-    except json.JSONDecodeError as error:
+        placement = parse_json(device_map)
+    except ValueError as error:
         raise ValueError(f"device_map is not a JSON object: {error}.") from error
+    return placement

@@ -111,8 +111,7 @@ def _check_index(folder: Path, files: list[Path], tensors: dict[str, StoredTenso
 
 
 def _read_report(path: Path) -> SparsityReport | None:
-    values = read_json(path)
     try:
-        return SparsityReport.from_dict(values) if values else None
-    except (KeyError, TypeError) as error:
-        raise InspectionError(f"{path} is no report of hf_sparse: {error!r}. Remove or replace it.") from error
+        return SparsityReport.load(path) if path.is_file() else None
+    except ValueError as error:
+        raise InspectionError(f"{error}") from error

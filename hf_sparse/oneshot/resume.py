@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from ..files import FINISHED_BLOCK_GLOB, finished_block_file, open_tensors, write_tensors
+from ..files import FINISHED_BLOCK_GLOB, finished_block_file, open_tensors, parse_json, write_tensors
 
 
 class ResumeError(ValueError):
@@ -62,8 +62,10 @@ class FinishedSubgraphs:
         path = self._file(number)
         try:
             tensors, metadata = open_tensors(path)
-            values = json.loads(metadata["hf_sparse"])
+            values = parse_json(metadata["hf_sparse"])
             digest, errors = values["identity"], dict(values["errors"])
+            if not all(isinstance(error, (int, float)) for error in errors.values()):
+                raise TypeError("its errors are no numbers")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ResumeError(f"{path} is damaged or foreign: {error}. Remove it to start over from there.") from error
         if digest != self._digest:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ from ..calibration.text_tables import load_texts
 from ..config import OneshotConfig
 from ..distributed import get_communicator, init_distributed, raise_on_all_ranks
 from ..evaluation import evaluate_model, metric_for
-from ..files import DENSE_RESULTS_FILE, LAYERS_PLOT_FILE, ONESHOT_RESULTS_FILE, write_folder_atomically, write_json
+from ..files import (
+    DENSE_RESULTS_FILE,
+    LAYERS_PLOT_FILE,
+    ONESHOT_RESULTS_FILE,
+    read_json,
+    write_folder_atomically,
+    write_json,
+)
 from ..hub.auto_classes import auto_class
 from ..hub.card import SparsityCard, write_card
 from ..hub.card.command import command_line
@@ -30,6 +37,8 @@ from .prepare import method_requiring_data
 from .prune import prune_oneshot
 from .resume import count_finished_subgraphs, remove_finished_subgraphs
 
+
+logger = logging.getLogger(__name__)
 
 # The Hub's name of the task of each Auto class.
 _TASKS = {
@@ -214,11 +223,9 @@ class _CheckpointRun:
         """Evaluate the model before it is pruned, or read the metrics of the run that is continued."""
         arguments = {name: getattr(self._args, name) for name in _EVALUATION_ARGUMENTS}
         path = self._args.unfinished_dir / DENSE_RESULTS_FILE
-        stored = {}
-        if self._is_main and path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        if self._communicator.any(stored.get("asked") == arguments):
-            return stored.get("metrics", {})
+        metrics = read_dense_metrics(path, arguments) if self._is_main else None
+        if self._communicator.any(metrics is not None):
+            return metrics or {}
         metrics = evaluate_model(self._model, batches)
         if self._is_main:
             write_json(path, {"asked": arguments, "metrics": metrics})
@@ -312,3 +319,18 @@ def _check_output(arguments: OneshotArguments) -> None:
         raise FileExistsError(
             f"output_dir {output} holds no model (config.json), so it is not replaced: remove it yourself."
         )
+
+
+def read_dense_metrics(path: Path, arguments: Mapping[str, Any]) -> dict[str, float] | None:
+    """Returns the metrics of the dense model that an interrupted run with the same arguments has stored; None if there
+    are none. Those in a damaged file are measured again."""
+    try:
+        stored = read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        logger.warning("%s The dense model is evaluated again.", error)
+        return None
+    metrics = stored.get("metrics")
+    is_whole = isinstance(metrics, dict) and all(isinstance(value, (int, float)) for value in metrics.values())
+    return metrics if is_whole and stored.get("asked") == arguments else None

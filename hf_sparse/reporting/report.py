@@ -134,13 +134,23 @@ class SparsityReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparsityReport:
-        """The inverse of `to_dict`."""
-        names = ("name", "group", "pattern", "weights", "zeros")
-        layers = (
-            LayerReport(**{name: layer[name] for name in names}, shape=tuple(layer["shape"]), error=layer.get("error"))
-            for layer in values["layers"]
-        )
-        return cls(tuple(layers), values["parameters"], values["parameter_zeros"], values["target_sparsity"])
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a value is missing or of another type.
+        """
+        totals = _typed(values, {"layers": list, "parameters": int, "parameter_zeros": int, "target_sparsity": float})
+        layers = []
+        for number, layer in enumerate(totals.pop("layers")):
+            kinds = {"name": str, "group": str, "pattern": str, "weights": int, "zeros": int, "shape": list}
+            given = _typed(layer, kinds, f"layers[{number}].")
+            error = layer.get("error")
+            if not all(_has_type(size, int) for size in given["shape"]) or not (
+                error is None or _has_type(error, float)
+            ):
+                raise ValueError(f"layers[{number}] has a shape or an error that is no number")
+            layers.append(LayerReport(**given | {"shape": tuple(given["shape"])}, error=error))
+        return cls(tuple(layers), totals["parameters"], totals["parameter_zeros"], totals["target_sparsity"])
 
     def save(self, path: str | Path) -> None:
         """Writes `to_dict` as JSON."""
@@ -148,8 +158,32 @@ class SparsityReport:
 
     @classmethod
     def load(cls, path: str | Path) -> SparsityReport:
-        """The inverse of `save`."""
-        return cls.from_dict(read_json(path))
+        """The inverse of `save`.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: it is damaged.
+        """
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path} is no report of hf_sparse, or damaged: {error}. Remove it.") from error
+
+
+def _typed(values: Any, kinds: Mapping[str, type], where: str = "") -> dict[str, Any]:
+    """Returns the values of these names, checked for their types."""
+    for name, kind in kinds.items():
+        if not isinstance(values, Mapping) or not _has_type(values.get(name), kind):
+            raise ValueError(f"{where}{name} is missing or no {kind.__name__}")
+    return {name: values[name] for name in kinds}
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    """Whether a value of JSON has a type. Whole numbers count things, and are not negative."""
+    if kind is int:
+        return type(value) is int and value >= 0
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
 def write_report_and_config(directory: str | Path, report: SparsityReport, config: Mapping[str, Any]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -20,6 +22,7 @@ from ...config.base import PruningOptions
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_json, write_json
 from ...plugins import loaded_plugins
 from ...reporting.report import SparsityReport, write_report_and_config
+from ...schedulers import PruningSchedule
 from ..auto_classes import auto_class
 from .escaping import remove_secrets
 
@@ -120,7 +123,7 @@ class SparsityCard:
         """
         directory = Path(directory)
         try:
-            report, config = (read_json(directory / name) for name in (REPORT_FILE, CONFIG_FILE))
+            report, config = SparsityReport.load(directory / REPORT_FILE), read_json(directory / CONFIG_FILE)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error.filename} does not exist: a card is generated from the files that pruning writes beside the "
@@ -131,15 +134,31 @@ class SparsityCard:
         else:
             oneshot_options = set(OneshotConfig.run_options) - set(PruningOptions.run_options)
             stored = _read_training_files(directory) | {"oneshot": bool(config.keys() & oneshot_options)}
+        is_oneshot = bool(stored.get("oneshot"))
+        config_class = OneshotConfig if is_oneshot else PruningConfig
+        if errors := ["it has no pattern"] * ("pattern" not in config) + config_class.type_errors(config):
+            raise ValueError(f"{directory / CONFIG_FILE} is damaged: {' '.join(errors)}")
+        values: dict[str, Any] = {"model_name": directory.resolve().name}
+        values |= {name: stored[name] for name in _STORED_FIELDS if name in stored}
+        if wrong := [name for name, value in values.items() if not _is_valid_field(name, value)]:
+            raise ValueError(f"{directory / CARD_FILE} is damaged: {', '.join(wrong)} cannot be used.")
         try:
-            values: dict[str, Any] = {"model_name": directory.resolve().name}
-            values |= {name: stored[name] for name in _STORED_FIELDS if name in stored}
-            wrong = [name for name, value in values.items() if not _has_field_type(name, value)]
-            if wrong or "pattern" not in config:
-                raise ValueError(f"invalid {', '.join(wrong) or CONFIG_FILE}")
-            return cls(report=SparsityReport.from_dict(report), config=config, **values)
+            card = cls(report=report, config=config, **values)
+            card.hub_metadata()
+            if card.max_steps is not None and not card.oneshot:
+                card.schedule(card.max_steps)
+            return card
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"the pruning files in {directory} are damaged: {error!r}.") from error
+            raise ValueError(f"{directory / CARD_FILE} or {CONFIG_FILE} is damaged: {error}") from error
+
+    def schedule(self, max_steps: int) -> PruningSchedule:
+        """Returns the prune steps of the training.
+
+        Raises:
+            ValueError: the schedule in the config does not fit a training of this length.
+        """
+        start, end, every = (self.config[name] for name in ("prune_start", "prune_end", "prune_every"))
+        return PruningSchedule.from_fractions(start, end, every, max_steps)
 
     # Metadata
 
@@ -205,15 +224,42 @@ class SparsityCard:
         return results
 
 
-_FIELD_TYPES = {item.name: str(item.type) for item in fields(SparsityCard) if item.name not in ("report", "config")}
-_STORED_FIELDS = tuple(_FIELD_TYPES)
+_STORED_FIELDS = tuple(item.name for item in fields(SparsityCard) if item.name not in ("report", "config"))
 
 
-def _has_field_type(name: str, value: Any) -> bool:
-    """Whether a value that was read from a file has the type of the field `name`."""
-    types = {"str": str, "int": int, "bool": bool, "dict": dict, "list": list}
-    expected = types[_FIELD_TYPES[name].split(" |")[0].split("[")[0]]
-    return isinstance(value, expected) or (value is None and _FIELD_TYPES[name].endswith("None"))
+def _is_valid_field(name: str, value: Any) -> bool:
+    """Whether a value that was read from a file can be that of the field `name`."""
+    if not _is_instance(value, typing.get_type_hints(SparsityCard)[name]):
+        return False
+    if name == "settings":
+        return all(map(_is_setting, value))
+    if name == "dataset" and value is not None:
+        return isinstance(value.get("type"), str) and isinstance(value.get("name"), str)
+    if name == "written":
+        return all(isinstance(part, dict) for part in value.values())
+    return True
+
+
+def _is_instance(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON has a type; the values of mappings are not looked at."""
+    origin = typing.get_origin(hint) or hint
+    if origin in (typing.Union, UnionType):
+        return any(_is_instance(value, kind) for kind in typing.get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_is_instance(item, typing.get_args(hint)[0]) for item in value)
+    return isinstance(value, origin) and (origin is bool or not isinstance(value, bool))
+
+
+def _is_setting(group: dict[str, Any]) -> bool:
+    """Whether the values of a group are as `ResolvedGroup.to_dict` gives them."""
+    texts = [value for name, value in group.items() if name != "target" and not name.endswith("_kwargs")]
+    options = [value for name, value in group.items() if name.endswith("_kwargs")]
+    target = group.get("target")
+    return (
+        all(value is None or isinstance(value, str) for value in texts)
+        and all(isinstance(value, dict) for value in options)
+        and (target is None or (isinstance(target, (int, float)) and 0 <= target <= 1))
+    )
 
 
 def select_metrics(values: Mapping[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ...patterns import Pattern, get_pattern
 from ...reporting.report import SparsityReport
 from ...reporting.tables import format_markdown_table, format_sparsity
-from ...schedulers import CURVES, SCHEDULERS, PruningSchedule
+from ...schedulers import CURVES, SCHEDULERS
 from .data import SparsityCard, select_metrics
 from .escaping import code_block, escape
 from .merge import SECTION_END, SECTION_START
@@ -133,8 +133,7 @@ def _schedule(card: SparsityCard) -> str:
     scheduler = f"Scheduler: {escape(', '.join(map(str, names)) + curve)}"
     if card.max_steps is None:
         return f"{scheduler}."
-    start, end, every = (config[name] for name in ("prune_start", "prune_end", "prune_every"))
-    schedule = PruningSchedule.from_fractions(start, end, every, card.max_steps)
+    schedule = card.schedule(card.max_steps)
     if schedule.total == 1:
         return f"{scheduler}, one prune step, after optimizer step {schedule.end} of {card.max_steps}."
     steps = f"{schedule.total} prune steps, after optimizer steps {schedule.start} to {schedule.end}"

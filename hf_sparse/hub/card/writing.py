@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
+from ...config.recipe import parse_yaml
 from ...files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -62,7 +64,13 @@ class CardVersion:
                 base = read_json(card_file).get("written", {})
             except ValueError as error:
                 logger.warning("%s The whole text of %s is kept as if it were written by hand.", error, readme)
-        return cls(Path(readme).read_text(encoding="utf-8-sig"), base)
+        try:
+            text = Path(readme).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{readme} is no text in UTF-8: correct it, or delete the file. {error}") from error
+        return cls(
+            text, base if isinstance(base, dict) and all(isinstance(part, dict) for part in base.values()) else {}
+        )
 
     @property
     def is_generated(self) -> bool:
@@ -136,13 +144,18 @@ def write_card(
 
 
 def parse_card(text: str) -> ModelCard:
-    """Parses the text of a README.md. Raises a ValueError if its metadata is not valid YAML."""
+    """Parses the text of a README.md. Raises a ValueError if its metadata is not valid YAML, or no metadata."""
     try:
+        if block := _METADATA_BLOCK.match(text):
+            parse_yaml(block[1])  # ModelCard expands aliases without a bound
         return ModelCard(text, ignore_metadata_errors=True)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"the metadata of {README_FILE} is not valid YAML: correct it, or delete the file. {error}"
         ) from error
+
+
+_METADATA_BLOCK = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(?:\r\n|\n|$)", flags=re.DOTALL)
 
 
 def has_card_files(directory: str | Path) -> bool:

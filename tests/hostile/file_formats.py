@@ -1,0 +1,240 @@
+"""Every file that the package reads, once: how a valid one is written, how it is read, which errors may come.
+
+A new file format joins the hostile tests by an entry in `FORMATS`. `tests/hostile/test_files.py` checks that each
+file name in `hf_sparse/files.py` has one, or is in `NEVER_READ`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from helpers.tiny import make
+from mutations import mutate_json_file, mutate_readme, mutate_recipe, mutate_tensor_file
+from safetensors.torch import save_file
+
+from hf_sparse import OneshotConfig, PruningConfig, PruningConfigError, SparsityReport
+from hf_sparse.files import DENSE_RESULTS_FILE, STATE_FILE
+from hf_sparse.hub.card import SparsityCard, render_card, rewrite_card, write_card
+from hf_sparse.inspection import InspectionError, inspect_checkpoint
+from hf_sparse.oneshot.resume import FinishedSubgraphs, ResumeError
+from hf_sparse.oneshot.run import read_dense_metrics
+from hf_sparse.reporting.report import LayerReport
+from hf_sparse.training.checkpoint_search import find_checkpoint_error
+from hf_sparse.training.resume import CheckpointError, ResumeState
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A file that the package reads.
+
+    Args:
+        name: of the test.
+        constants: names in `hf_sparse/files.py` of the files that this covers.
+        write: writes a valid file, and what belongs to it, into a folder and returns its path.
+        read: reads the file as the package does.
+        mutate: damages its bytes, the same way for the same random state.
+        errors: what `read` may raise. The text must have the name of the file.
+    """
+
+    name: str
+    constants: tuple[str, ...]
+    write: Callable[[Path], Path]
+    read: Callable[[Path], object]
+    mutate: Callable[[bytes, random.Random], bytes]
+    errors: tuple[type[Exception], ...]
+
+
+GROUPS = {
+    "attention": {"targets": ["*.query", "*.key"], "pattern": "2:4"},
+    "ffn": {"targets": ["*.dense"], "criterion": "snip_momentum", "criterion_kwargs": {"decay": 0.5}},
+}
+TRAINING = {"target_sparsity": 0.5, "prune_start": 0.1, "prune_every": 2, "exclude": ["*.pooler*"], "groups": GROUPS}
+ONESHOT = {
+    "solver": "sparsegpt",
+    "solver_kwargs": {"dampening": 0.1},
+    "layer_sparsity": {"*.query": 0.5, "*.key": 0.4},
+}
+
+
+def text_writer(name: str, values: dict) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = folder / name
+        path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        return path
+
+    return write
+
+
+def write_model(folder: Path) -> Path:
+    """A pruned model of one layer with all files that pruning writes beside it."""
+    weight = torch.ones(4, 4)
+    weight[:, :2] = 0
+    save_file({"a.weight": weight}, folder / "model.safetensors", {"format": "pt"})
+    report = SparsityReport((LayerReport("a.weight", "weights", "unstructured", (4, 4), 16, 8),), 16, 8, 0.5)
+    write_card(folder, SparsityCard("my-model", report, PruningConfig(target_sparsity=0.5).to_dict()))
+    return folder
+
+
+def model_file(name: str) -> Callable[[Path], Path]:
+    return lambda folder: write_model(folder) / name
+
+
+def write_index(folder: Path) -> Path:
+    for number in (1, 2):
+        save_file({f"{number}.weight": torch.eye(4)}, folder / f"model-{number}.safetensors", {"format": "pt"})
+    weight_map = {f"{number}.weight": f"model-{number}.safetensors" for number in (1, 2)}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 128}, "weight_map": weight_map}))
+    return path
+
+
+def write_finished_subgraph(folder: Path) -> Path:
+    FinishedSubgraphs(folder, "1f2e").write(0, {"a.weight": torch.eye(4)}, {"a.weight": 0.25})
+    (path,) = folder.iterdir()
+    return path
+
+
+def read_finished_subgraph(path: Path) -> None:
+    weights, errors = FinishedSubgraphs(path.parent, "1f2e").read(0)
+    assert all(torch.is_tensor(weights[name]) for name in weights)
+    assert all(isinstance(error, float) for error in errors.values())
+
+
+def write_dense_results(folder: Path) -> Path:
+    return text_writer(DENSE_RESULTS_FILE, {"asked": {"length": 8}, "metrics": {"perplexity": 3.5}})(folder)
+
+
+def read_dense_results(path: Path) -> None:
+    metrics = read_dense_metrics(path, {"length": 8})
+    assert metrics is None or all(isinstance(value, (int, float)) for value in metrics.values())
+
+
+_scratch = tempfile.TemporaryDirectory(prefix="hf_sparse_hostile_")
+
+
+@functools.cache
+def trained() -> Path:
+    """The checkpoint of a run of three steps, the second of which prunes."""
+    folder = Path(_scratch.name)
+    run = make(
+        folder, target_sparsity=0.5, prune_start=2, prune_end=2, max_steps=3, save_strategy="steps", save_steps=3
+    )
+    run.train()
+    return folder / "checkpoint-3"
+
+
+def write_state(folder: Path) -> Path:
+    checkpoint = folder / "checkpoint-3"
+    shutil.copytree(trained(), checkpoint)
+    return checkpoint / STATE_FILE
+
+
+def read_state(path: Path) -> None:
+    """As a run that resumes: is the checkpoint whole, does the state fit, and does the pruner take it?"""
+    state = ResumeState(path.parent)
+    if problem := find_checkpoint_error(state):
+        raise CheckpointError(f"{path}: {problem}")
+    state.verify()
+
+
+FORMATS = (
+    FileFormat(
+        "recipe_yaml",
+        (),
+        text_writer("recipe.yaml", TRAINING),
+        lambda path: PruningConfig.from_file(path).resolve_groups(),
+        mutate_recipe,
+        (PruningConfigError,),
+    ),
+    FileFormat(
+        "recipe_json",
+        (),
+        text_writer("pruning_config.json", ONESHOT),
+        lambda path: OneshotConfig.from_file(path).resolve_groups(),
+        mutate_json_file,
+        (PruningConfigError,),
+    ),
+    FileFormat(
+        "report",
+        ("REPORT_FILE",),
+        model_file("pruning_report.json"),
+        lambda path: str(SparsityReport.load(path)),
+        mutate_json_file,
+        (ValueError,),
+    ),
+    FileFormat(
+        "config",
+        ("CONFIG_FILE",),
+        model_file("pruning_config.json"),
+        lambda path: str(render_card(SparsityCard.load(path.parent))),
+        mutate_json_file,
+        (ValueError,),
+    ),
+    FileFormat(
+        "card",
+        ("CARD_FILE",),
+        model_file("pruning_card.json"),
+        lambda path: str(render_card(SparsityCard.load(path.parent))),
+        mutate_json_file,
+        (ValueError,),
+    ),
+    FileFormat(
+        "readme",
+        ("README_FILE",),
+        model_file("README.md"),
+        lambda path: rewrite_card(path.parent),
+        mutate_readme,
+        (ValueError,),
+    ),
+    FileFormat(
+        "weights",
+        (),
+        model_file("model.safetensors"),
+        lambda path: str(inspect_checkpoint(path.parent)),
+        mutate_tensor_file(),
+        (InspectionError,),
+    ),
+    FileFormat(
+        "index",
+        (),
+        write_index,
+        lambda path: str(inspect_checkpoint(path.parent)),
+        mutate_json_file,
+        (InspectionError,),
+    ),
+    FileFormat(
+        "state",
+        ("STATE_FILE", "STATE_SHARD_PATTERN"),
+        write_state,
+        read_state,
+        mutate_tensor_file("hf_sparse"),
+        (CheckpointError,),
+    ),
+    FileFormat(
+        "dense_results", ("DENSE_RESULTS_FILE",), write_dense_results, read_dense_results, mutate_json_file, ()
+    ),
+    FileFormat(
+        "finished_subgraph",
+        ("FINISHED_BLOCK_GLOB",),
+        write_finished_subgraph,
+        read_finished_subgraph,
+        mutate_tensor_file("hf_sparse"),
+        (ResumeError,),
+    ),
+)
+
+NEVER_READ = {
+    "ONESHOT_RESULTS_FILE": "written for people",
+    "SCHEDULE_PLOT_FILE": "an image",
+    "LAYERS_PLOT_FILE": "an image",
+    "TEMPORARY_GLOB": "deleted",
+    "STATE_GLOB": "finds the files of STATE_FILE and STATE_SHARD_PATTERN",
+}
