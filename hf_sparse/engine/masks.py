@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
+from ..numerics import count_true, gather_counts
+
 
 # The same-sized integer of each floating dtype.
 _BITS = {
@@ -91,17 +93,31 @@ class MaskStore(Mapping[str, torch.Tensor]):
     def enforce(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Sets pruned weights to +0.0 in place. Kept weights and parameters without a mask do not change."""
         for name in parameters.keys() & self._bits.keys():
-            weight = parameters[name]
-            weight, bits = weight.detach(), self._bits[name].to(weight.device)
+            weight = parameters[name].detach()
             if not weight.is_contiguous():
-                weight.masked_fill_(bits == 0, 0)
+                weight.masked_fill_(self._bits[name].to(weight.device) == 0, 0)
                 continue
-            weight, bits = weight.view(_BITS[weight.dtype]).view(-1), bits.view(-1)
-            if weight.is_cuda or weight.numel() <= _CHUNK:
-                weight.bitwise_and_(bits)
-                continue
-            for part, part_bits in zip(weight.split(_CHUNK), bits.split(_CHUNK), strict=True):
-                part.bitwise_and_(part_bits)
+            for part, bits in self._parts(name, weight):
+                part.bitwise_and_(bits)
+
+    @torch.no_grad()
+    def num_revived(self, name: str, weight: torch.Tensor) -> int:
+        """Returns the number of pruned weights of `name` that are not +0.0.
+
+        Example:
+            >>> masks = MaskStore({"w": (torch.Size([3]), torch.device("cpu"))})
+            >>> masks.replace("w", torch.tensor([True, False, False]))
+            >>> masks.num_revived("w", torch.tensor([1.0, 0.0, float("nan")]))
+            1
+        """
+        counts = [count_true((part & ~bits) != 0) for part, bits in self._parts(name, weight.detach().contiguous())]
+        return int(gather_counts(counts).sum())
+
+    def _parts(self, name: str, weight: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields the bits of a contiguous weight as integers and those of its mask: on a CPU in chunks."""
+        words, bits = weight.view(_BITS[weight.dtype]).view(-1), self._bits[name].to(weight.device).view(-1)
+        size = max(words.numel(), 1) if weight.is_cuda else _CHUNK
+        return zip(words.split(size), bits.split(size), strict=True)
 
     def packed(self, name: str) -> torch.Tensor:
         """Returns the mask as uint8, eight weights per byte, the first in the highest bit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -156,12 +156,39 @@ class Pruner:
 
     def enforce(self) -> None:
         """Sets pruned weights to +0.0, wherever this rank holds them."""
-        self.masks.enforce({name: shard.tensor for name, shard in self.shards.items()})
-        for name, shard in self.shards.items():
-            for replica in shard.replicas:
-                self.masks.enforce({name: replica})
-        copies = {name: self.shards[name].full_copy for name in self._full_masks}
-        self._full_masks.enforce({name: copy for name, copy in copies.items() if copy is not None})
+        for name in self.shards:
+            for tensor, masks in self._copies(name):
+                masks.enforce({name: tensor})
+
+    def restore_zeros(self, names: Iterable[str] | None = None) -> int:
+        """Sets pruned weights to +0.0 that other code has changed. Where none is changed, weights are only read.
+
+        Args:
+            names: of the weights; None means all.
+
+        Returns:
+            The number of changed weights that this rank counts: summed over ranks, each counts once.
+        """
+        total = 0
+        for name in self.shards if names is None else names:
+            revived = 0
+            for tensor, masks in self._copies(name):
+                count = masks.num_revived(name, tensor)
+                if count:
+                    masks.enforce({name: tensor})
+                # A full copy exists on every rank; the other copies of this rank hold the same entries.
+                counts_here = self.shards[name].is_primary if masks is self.masks else self.communicator.rank == 0
+                revived = max(revived, count if counts_here else 0)
+            total += revived
+        return total
+
+    def _copies(self, name: str) -> Iterator[tuple[torch.Tensor, MaskStore]]:
+        """Yields all tensors of this rank with entries of a weight, and the masks of their shape."""
+        shard = self.shards[name]
+        for tensor in (shard.tensor, *shard.replicas):
+            yield tensor, self.masks
+        if name in self._full_masks and (copy := shard.full_copy) is not None:
+            yield copy, self._full_masks
 
     def _check_masks_across_ranks(self) -> None:
         """Raises RuntimeError when ranks that hold the same weights have different masks for them."""

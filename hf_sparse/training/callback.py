@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from ..config import PruningConfig
 from ..distributed import get_communicator, is_deepspeed, observe_zero_gradients, raise_on_all_ranks
@@ -23,6 +23,7 @@ from .arguments import SparseTrainingArguments
 from .best_metric import block_best_metric, clear_best_metric, unblock_best_metric
 from .resume import CheckpointError, ResumeState, keep_pruned
 from .state_files import delete_state_files, write_state_file
+from .zero_guard import ZeroGuard
 
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,14 @@ GIVEN_TWICE = "the pruning config is given twice"
 class SparsityCallback(TrainerCallback):
     """Prunes the model that a Trainer trains.
 
-    Masks are enforced right after each optimizer step, before logging, evaluation and saving. Evaluation never
-    prunes, and only checkpoints at the final sparsity can become the best checkpoint. With a stock Trainer the masks
-    are written in `on_save`, after the weights, and an `EarlyStoppingCallback` must come before this callback, or it
-    counts the evaluations before the final sparsity. `SparseTrainer` writes the masks before the weights and works
-    with any order of callbacks: prefer it for runs that are resumed, pushed or stopped early.
+    Masks are enforced right after each optimizer step, before logging, evaluation and saving; zeros that other
+    callbacks have overwritten since are restored before saving, and a warning is logged. Evaluation never prunes, and
+    only checkpoints at the final sparsity can become the best checkpoint: early stopping counts from there.
+
+    With a stock Trainer the masks are written in `on_save`, after the weights; a callback that changes weights in
+    `on_train_end` must come before this one; and with `save_strategy="best"` and an `EarlyStoppingCallback` each
+    evaluation before the final sparsity saves a checkpoint. `SparseTrainer` writes the masks before the weights, works
+    with any order of callbacks, and saves none of those: prefer it for runs that are resumed, pushed or stopped early.
 
     Args:
         config: what to prune. If None, the trainer's arguments must be `SparseTrainingArguments`.
@@ -66,6 +70,7 @@ class SparsityCallback(TrainerCallback):
         self._is_training = False
         self._gradient_hook: Any = None
         self._report: SparsityReport | None = None
+        self._zero_guard: ZeroGuard | None = None
 
     @property
     def prunes(self) -> bool:
@@ -120,6 +125,9 @@ class SparsityCallback(TrainerCallback):
         config = self.check(args, None)
         self.is_finished = config.prunes and state.global_step >= state.max_steps
         previous, self.pruner, self._is_training, self._report = self.pruner, None, True, None
+        if self._zero_guard is not None:
+            self._zero_guard.remove_hooks()  # of a training that ended with an exception
+        self._zero_guard = None
         if not config.prunes:
             return
         if self.owns_saving and args.push_to_hub and "checkpoint" in HubStrategy(args.hub_strategy).value:
@@ -136,7 +144,7 @@ class SparsityCallback(TrainerCallback):
         elif previous is not None:
             keep_pruned(previous, pruner)
         pruner.apply_masks()
-        self.pruner = pruner
+        self.pruner, self._zero_guard = pruner, ZeroGuard(pruner)
         self._remove_gradient_hook()
         if is_deepspeed(kwargs.get("optimizer")):
             self._install_gradient_hook(pruner, kwargs["optimizer"], state)
@@ -191,28 +199,49 @@ class SparsityCallback(TrainerCallback):
         else:
             self.pruner.enforce()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._forget_early_best(state)
+        if self._zero_guard is not None:
+            self._zero_guard.remove_hooks()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         unblock_best_metric(state)
+        self._guard_saving(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes and evaluates nothing again in a run that was finished before."""
-        if self.is_finished and not self.owns_saving:
-            control.should_log = control.should_evaluate = control.should_save = False
+        self._guard_saving(control)
+
+    def _guard_saving(self, control: TrainerControl) -> None:
+        if self._zero_guard is not None and self.owns_saving and (control.should_save or control.should_evaluate):
+            self._zero_guard.install_hooks()
+
+    def restore_zeros(self, state: TrainerState) -> None:
+        """Sets pruned weights to zero that other code has changed since the optimizer step. All ranks call this."""
+        if self._zero_guard is not None:
+            self._zero_guard.restore(state)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.owns_saving:
+        # An early stopping callback that comes after this one would count a blocked metric as no improvement.
+        if self.owns_saving and args.save_strategy == SaveStrategy.BEST and not _stops_early(state):
             self.block_best_metric_until_final(args, state)
 
     def block_best_metric_until_final(self, args: TrainingArguments, state: TrainerState) -> None:
         """Blocks the best metric while the model is trained and has not reached its final sparsity."""
         if self._is_training and not self._is_at_final_sparsity(state):
             block_best_metric(args, state)
+
+    def _forget_early_best(self, state: TrainerState) -> None:
+        """Forgets a best checkpoint from before the final sparsity."""
+        if self._is_training and not self._is_at_final_sparsity(state):
+            clear_best_metric(state)
 
     def on_log(
         self,
@@ -222,7 +251,9 @@ class SparsityCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the sparsity to the logs of a stock Trainer; `SparseTrainer` has added it already."""
+        """Adds the sparsity to the logs of a stock Trainer; `SparseTrainer` has added it already. Evaluation logs
+        before other callbacks see its metric, and Trainer logs before it loads the best checkpoint."""
+        self._forget_early_best(state)
         metrics = self.sparsity_metrics(logs, state)
         if logs is not None and metrics:
             logs.update(metrics)
@@ -241,8 +272,13 @@ class SparsityCallback(TrainerCallback):
     # Saving
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.pruner is None or not self.owns_saving:
+        if self.pruner is None or self._zero_guard is None or not self.owns_saving:
             return
+        self._zero_guard.remove_hooks()
+        if self._zero_guard.restore(state) and state.is_world_process_zero:
+            text = "pruned weights may not be zero in the weights that were saved at step %d: use SparseTrainer."
+            logger.error(text, state.global_step)
+        self._forget_early_best(state)
         directory = _checkpoint_folder(args, state)
         if get_communicator().any(directory.is_dir() and state.is_world_process_zero):
             self.save(directory, args.should_save, state.global_step)
@@ -293,15 +329,27 @@ class SparsityCallback(TrainerCallback):
             return
         self._is_training = False
         self._remove_gradient_hook()
+        if self._zero_guard is not None:
+            self._zero_guard.remove_hooks()
+        self.restore_zeros(state)
         unblock_best_metric(state)
         if not self._is_at_final_sparsity(state) and self.pruner.target:
             text = "training ended at step %d, before prune_end (step %d): the target was not reached."
             logger.warning(text, state.global_step, self.schedule.end)
         self._report = self.pruner.report()
+        if self.owns_saving:
+            self.finish(args, state)
+
+    def finish(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Prints the report and writes the files of the output folder. `SparseTrainer` calls this when `on_train_end`
+        of all callbacks and its uploads have ended. All ranks call this."""
+        if self.pruner is None or self._report is None:
+            return
+        if self._zero_guard is not None and self._zero_guard.restore(state):
+            self._report = self.pruner.report()
         if state.is_world_process_zero:
             print(f"\n{self._report}\n", flush=True)
-        if self.owns_saving:
-            self.write_summary(args, state)
+        self.write_summary(args, state)
 
     def write_summary(self, args: TrainingArguments, state: TrainerState) -> None:
         """Writes config and report into the output folder, and plots the sparsity over the steps and by layer. No
@@ -319,6 +367,11 @@ class SparsityCallback(TrainerCallback):
     def _is_at_final_sparsity(self, state: TrainerState) -> bool:
         """Whether the last prune step has happened."""
         return self.pruner is None or state.global_step >= self.schedule.end
+
+
+def _stops_early(state: TrainerState) -> bool:
+    """Whether there is a callback of the kind of `EarlyStoppingCallback`, by the state that it saves."""
+    return "early_stopping_patience" in str(state.stateful_callbacks)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -131,7 +131,7 @@ class SparseTrainerMixin(HubUploadMixin):
             if callback is not None:
                 callback.resume_state = None
         if callback is not None:
-            callback.write_summary(self.args, self.state)
+            callback.finish(self.args, self.state)
         self.finish_pushes()
         return result
 
@@ -173,6 +173,7 @@ class SparseTrainerMixin(HubUploadMixin):
             step = self.state.global_step
             is_checkpoint = _internal_call and output_dir is not None and directory.name == f"checkpoint-{step}"
             unblock_best_metric(self.state)
+            self.sparsity_callback.restore_zeros(self.state)
             if is_checkpoint and self.args.should_save:
                 start_checkpoint(directory)
             self.sparsity_callback.save(directory, self.args.should_save, step if is_checkpoint else None)
@@ -201,10 +202,13 @@ class SparseTrainerMixin(HubUploadMixin):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's `evaluate`. During training, a metric from before the final sparsity never becomes the best."""
+        callback = self.sparsity_callback if self.is_in_train else None
+        if callback is not None:
+            callback.restore_zeros(self.state)
         metrics = super().evaluate(*args, **kwargs)
-        if self.sparsity_callback is not None and self.is_in_train:
+        if callback is not None:
             # After `on_evaluate`, in which callbacks such as early stopping compare with the best metric too.
-            self.sparsity_callback.block_best_metric_until_final(self.args, self.state)
+            callback.block_best_metric_until_final(self.args, self.state)
         return metrics
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:

@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
+from hf_sparse import PruningConfig, SparsityCallback
+
 
 class Checks(TrainerCallback):
     """Calls `check` once, after the first optimizer step."""
@@ -108,4 +110,25 @@ class Tamper(TrainerCallback):
             masks.replace(self.name, mask)
 
 
-SPIES = {"zeros": Zeros, "begin": Begin, "tamper": Tamper}
+class Revive(TrainerCallback):
+    """Changes all selected weights that this rank holds when a step ends or training ends, as averaging callbacks
+    do."""
+
+    def __init__(self, trainer: Trainer, rank: int, result: dict, step: int):
+        self.rank, self.step = rank, step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            for name, weight in model.named_parameters():
+                if is_selected(name):
+                    local(weight, self.rank).add_(1.0)
+
+    on_train_end = on_step_end
+
+
+def prune(trainer: Trainer, rank: int, result: dict, **config) -> SparsityCallback:
+    """Adds pruning to a stock trainer."""
+    return SparsityCallback(PruningConfig(**config))
+
+
+SPIES = {"zeros": Zeros, "begin": Begin, "tamper": Tamper, "revive": Revive, "prune": prune}
