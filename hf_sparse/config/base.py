@@ -88,7 +88,9 @@ class PruningOptions:
     )
     pattern: Pattern | str | None = option(
         'Granularity, what is pruned as one unit: "unstructured" (the default: single weights), "N:M" (2:4 keeps 2 of '
-        'every 4), "RxC" blocks (4x1), "channel" (output rows), "channel:in" (input columns).'
+        'every 4), "RxC" blocks (4x1), "channel" (output rows), "channel:in" (input columns); coupled over weights: '
+        '"neuron" (of feed-forward networks; a multiple of 8 is kept, with "neuron:1" any number), "head" (attention '
+        'heads), "layer".'
     )
     criterion: Criterion | str | None = option(
         "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, in "
@@ -100,7 +102,7 @@ class PruningOptions:
     )
     scope: str | None = option(
         "Ranking scope, the units that compete: row, layer or global. Left out: the criterion's (global, row for "
-        "wanda), or layer for the channel patterns and for an allocation other than uniform."
+        "wanda), or layer for channels, neurons and heads and for an allocation other than uniform."
     )
     allocation: Allocation | str | None = option(
         "Allocation of the target over layers, with scope row or layer: uniform (the default), erdos_renyi, in "
@@ -417,6 +419,8 @@ def _mappings(groups: Any) -> list[Mapping[str, Any]]:
 
 
 def _default_scope(allocation: str, pattern: Pattern, criterion: Criterion | None) -> str:
+    if not pattern.has_layers:
+        return "global"
     if criterion is None or not pattern.has_rows:
         return "layer"
     scope = criterion.default_scope

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
+from ..model.coupling import UnitGroup
 from ..model.layers import PrunableLayer
 from ..patterns import Pattern
 from ..requires import Requires
@@ -35,7 +36,9 @@ class ResolvedGroup:
         on_indivisible: "error" or "skip", for weights that the pattern does not divide.
         keep_zeros: whether zeros that weights have at the start are kept.
         regrow: fraction of kept weights that a prune step exchanges.
-        layers: what is pruned, once the model is known.
+        layers: the weights that are pruned, once the model is known.
+        units: for a coupled pattern the units of the model. The weights that they divide are the `layers`.
+        biases: name -> shape of the biases that belong to `units`, and are pruned with them.
     """
 
     name: str
@@ -54,6 +57,8 @@ class ResolvedGroup:
     keep_zeros: bool = False
     regrow: float = 0.0
     layers: tuple[PrunableLayer, ...] = ()
+    units: tuple[UnitGroup, ...] = ()
+    biases: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def requires(self) -> Requires:
@@ -97,8 +102,13 @@ class ResolvedGroup:
         """The registered name of the allocation."""
         return ALLOCATIONS.name_and_options(self.allocation)[0]
 
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that has a mask, by name: weights, and the biases of coupled units."""
+        return {layer.name: layer.shape for layer in self.layers} | dict(self.biases)
+
     def num_units(self, layer: PrunableLayer) -> int:
-        """Returns the number of units of a layer."""
+        """Returns the number of units of a layer, where units are parts of one."""
         return layer.num_matrices * self.pattern.num_units(layer.matrix_shape)
 
     def with_layers(self, layers: Iterable[PrunableLayer]) -> ResolvedGroup:
@@ -115,6 +125,12 @@ class ResolvedGroup:
                 f"{sorted(sizes)} weights: use scope=layer, or groups of layers with equal units."
             )
         return group
+
+    def with_units(
+        self, units: Sequence[UnitGroup], layers: Iterable[PrunableLayer], biases: Mapping[str, tuple[int, ...]]
+    ) -> ResolvedGroup:
+        """Returns the group with the coupled units of a model, the weights that they divide, and their biases."""
+        return replace(self, units=tuple(units), layers=tuple(layers), biases=dict(biases))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the group as JSON values, with the options of its methods, for reports and cards.

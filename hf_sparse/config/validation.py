@@ -148,11 +148,13 @@ def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[
             f'target_sparsity is {target}, but pattern "{options.pattern}" always gives {implied:g}: leave '
             "target_sparsity out or choose another pattern."
         )
-    if options.scope == "row" and not pattern.has_rows:
+    if not pattern.has_layers:
+        errors += _scope_errors(options)
+    elif options.scope == "row" and not pattern.has_rows:
         errors.append(
             f'scope "row" needs several units in a row, but pattern "{options.pattern}" has one: use scope=layer.'
         )
-    if options.scope == "global" and options.allocation != DEFAULT_ALLOCATION:
+    if pattern.has_layers and options.scope == "global" and options.allocation != DEFAULT_ALLOCATION:
         errors.append(
             f'allocation is "{options.allocation}", but scope "global" distributes nothing over layers: use '
             "scope=layer, or leave one of them out."
@@ -166,6 +168,19 @@ def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[
     if regrow and options.keep_zeros:
         errors.append("regrow restores pruned weights and keep_zeros forbids it: choose one.")
     return errors + _bound_errors(options, target)
+
+
+def _scope_errors(options: SimpleNamespace) -> list[str]:
+    """Returns the errors of options under which a layer is pruned by itself, with units that are whole layers."""
+    errors = []
+    for name, usual in (("scope", "global"), ("allocation", DEFAULT_ALLOCATION)):
+        value = getattr(options, name)
+        if value not in (None, usual):
+            errors.append(
+                f'{name} is "{value}", but with pattern "{options.pattern}" a layer is one unit, so that only layers '
+                f"compete: use {name}={usual}, or leave it out."
+            )
+    return errors
 
 
 def _bound_errors(options: SimpleNamespace, target: float) -> list[str]:

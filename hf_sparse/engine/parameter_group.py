@@ -60,6 +60,21 @@ class ParameterGroup:
         self.statistics: dict[str, GradientStatistic] = {}
 
     @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that has a mask, by name."""
+        return self.options.parameter_shapes
+
+    @property
+    def unit_counts(self) -> list[int]:
+        """The number of units of each layer, or of each group of coupled units."""
+        return [self.options.num_units(layer) for layer in self.layers]
+
+    def keep_zeros(self, shards: Mapping[str, Shard], masks: MaskStore) -> None:
+        """Sets the masks to the zeros that the weights have, on all ranks at once."""
+        for layer in self.layers:
+            masks.replace(layer.name, shards[layer.name].tensor != 0)
+
+    @property
     def requires_gradients(self) -> bool:
         """Whether the criterion sums over gradients."""
         return bool(self.options.requires & Requires.GRADIENTS)
@@ -134,7 +149,25 @@ class ParameterGroup:
             if statistics is None
             else statistics
         )
-        scores = [self._layer_scores(layer, shards[layer.name], masks, known.get(layer.name)) for layer in self.layers]
+        self._update_masks(prune_step, total_steps, ratio, shards, masks, known)
+        if not getattr(self.criterion, "persistent", True):
+            for statistic in self.statistics.values():
+                statistic.restart()
+        return ratio
+
+    def _update_masks(
+        self,
+        prune_step: int,
+        total_steps: int,
+        ratio: float,
+        shards: Mapping[str, Shard],
+        masks: MaskStore,
+        statistics: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Prunes the units that the sparsity `ratio` demands."""
+        scores = [
+            self._layer_scores(layer, shards[layer.name], masks, statistics.get(layer.name)) for layer in self.layers
+        ]
         floors, caps = self._current_bounds(scores, ratio)
         total = self._num_pruned(ratio, floors, caps)
         try:
@@ -152,10 +185,6 @@ class ParameterGroup:
             names = [f'"{layer.name}"' for layer, count in zip(self.layers, counts, strict=True) if count]
             reason = f"scores are nan in {', '.join(names)}" if names else error
             raise ValueError(f'group "{self.name}", criterion "{self.options.criterion_name}": {reason}') from error
-        if not getattr(self.criterion, "persistent", True):
-            for statistic in self.statistics.values():
-                statistic.restart()
-        return ratio
 
     def _warn_without_gradients(self) -> None:
         """Warns of weights without a gradient: they score 0, and are pruned first."""
@@ -194,15 +223,14 @@ class ParameterGroup:
         least = self.options.min_sparsity_per_layer * (ratio / self.target if self.target else 0.0)
         most = min(self.options.max_sparsity_per_layer, self.pattern.max_sparsity)
         floors, caps = [], []
-        for layer, count in zip(self.layers, pruned, strict=True):
-            units = self.options.num_units(layer)
+        for units, count in zip(self.unit_counts, pruned, strict=True):
             floors.append(max(count, int(least * units + 1e-9)))
             caps.append(max(count, math.ceil(most * units - 1e-9)))
         return floors, caps
 
     def _num_pruned(self, ratio: float, floors: list[int], caps: list[int]) -> int:
         """Returns the number of pruned units of all layers at this sparsity."""
-        units = sum(map(self.options.num_units, self.layers))
+        units = sum(self.unit_counts)
         return sum(caps) if ratio >= self.pattern.max_sparsity - 1e-9 else max(round(ratio * units), sum(floors))
 
     def _prunable_by_row(self, scores: list[LayerScores]) -> list[np.ndarray]:

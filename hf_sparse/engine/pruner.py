@@ -25,6 +25,7 @@ from ..distributed import (
 from ..numerics import count_true, gather_counts
 from ..reporting.report import SparsityReport
 from ..statistics import all_finite
+from .coupled_group import new_parameter_group
 from .masks import MaskStore, unpack_mask
 from .parameter_group import ParameterGroup
 from .resolve import resolve_layers
@@ -46,7 +47,7 @@ class Pruner:
 
     Attributes:
         groups: the parameter groups.
-        masks: the mask of each selected weight, as far as this rank holds it.
+        masks: the mask of each selected weight, and of biases that are pruned with them, as far as this rank holds it.
         skipped: names of weights that the pattern does not divide.
 
     Raises:
@@ -70,8 +71,8 @@ class Pruner:
         self.model, self.config = model, config
         self._all_shards, self.communicator = build_shards(dict(model.named_parameters()))
         resolved, self.skipped = resolve_layers(model, config)
-        self.groups = [ParameterGroup(group, self.communicator) for group in resolved]
-        names = [layer.name for group in self.groups for layer in group.layers]
+        self.groups = [new_parameter_group(group, self.communicator) for group in resolved]
+        names = [name for group in resolved for name in group.parameter_shapes]
         self.shards = {name: self._all_shards[name] for name in names}
         self.parameters: dict[str, torch.Tensor] = {name: shard.parameter for name, shard in self.shards.items()}
         self.masks = self._new_masks()
@@ -80,8 +81,8 @@ class Pruner:
         )
         self.refused_observations = 0
         if config.keep_zeros:
-            for name, shard in self.shards.items():
-                self.masks.replace(name, shard.tensor != 0)
+            for group in self.groups:
+                group.keep_zeros(self.shards, self.masks)
 
     def _new_masks(self) -> MaskStore:
         tensors = {name: shard.tensor for name, shard in self.shards.items()}
@@ -225,7 +226,8 @@ class Pruner:
 
     def sparsity(self) -> float:
         """Returns the fraction of zeros among the selected weights, counted in the weights, on all ranks at once."""
-        return float(self._num_zeros(self.shards).sum() / sum(shard.shape.numel() for shard in self.shards.values()))
+        weights = {layer.name: self.shards[layer.name] for group in self.groups for layer in group.layers}
+        return float(self._num_zeros(weights).sum() / sum(shard.shape.numel() for shard in weights.values()))
 
     def _num_zeros(self, shards: Mapping[str, Shard]) -> np.ndarray:
         counts = [count_true(shard.tensor == 0) if shard.is_primary else 0 for shard in shards.values()]

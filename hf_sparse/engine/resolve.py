@@ -9,6 +9,8 @@ from torch import nn
 from ..config import PruningConfigError, ResolvedGroup
 from ..config.base import PruningOptions
 from ..config.validation import training_errors
+from ..distributed import full_shape
+from ..model.coupling import UnitGroup, find_unit_groups
 from ..model.layers import PrunableLayer, find_layers, select_layers
 from ..requires import Requires
 
@@ -33,13 +35,16 @@ def resolve_layers(
     owners: dict[str, str] = {}
     for name, options in config.resolve_groups().items():
         where = f'group "{name}": ' if config.groups else ""
-        layers, problems = select_layers(all_layers, options.targets, options.exclude)
+        units, layers, problems = _select(model, all_layers, options)
         problems += [] if observes_inputs else training_errors(options)
         errors += [where + problem for problem in problems]
         for layer in layers:
             if layer.name in owners:
                 errors.append(f'"{layer.name}" is in the groups "{owners[layer.name]}" and "{name}": narrow one.')
             owners[layer.name] = name
+        if options.pattern.coupled_kind is not None:
+            groups.append(options.with_units(units, layers, _biases(model, units, layers)))
+            continue
         divisible = _divisible(layers, options, where, errors, skipped)
         if divisible and not errors:
             try:
@@ -53,6 +58,47 @@ def resolve_layers(
     if errors:
         raise PruningConfigError(errors)
     return groups, skipped
+
+
+def _select(
+    model: nn.Module, all_layers: Sequence[PrunableLayer], options: ResolvedGroup
+) -> tuple[list[UnitGroup], list[PrunableLayer], list[str]]:
+    """Returns the selected coupled units (none where units are parts of one weight), the selected layers, and errors.
+
+    Coupled units are selected if any of their weights matches `targets` and none matches `exclude`.
+    """
+    kind = options.pattern.coupled_kind
+    if kind is None:
+        return [], *select_layers(all_layers, options.targets, options.exclude)
+    found = find_unit_groups(model, kind)
+    if not found:
+        remedy = 'choose another pattern, such as "channel".'
+        return [], [], [f'pattern "{options.pattern}" finds none of its units in {type(model).__name__}: {remedy}']
+    names = {name for group in found for name in group.parameters}
+    members = [layer for layer in all_layers if layer.name in names]
+    targeted, errors = select_layers(members, options.targets, None)
+    left, more = (members, []) if not options.exclude else select_layers(members, ["*"], options.exclude)
+    targeted_names = {layer.name for layer in targeted}
+    excluded_names = {layer.name for layer in members} - {layer.name for layer in left}
+    units = [
+        group
+        for group in found
+        if not targeted_names.isdisjoint(group.parameters) and excluded_names.isdisjoint(group.parameters)
+    ]
+    errors += more
+    if not units and not errors:
+        errors.append(f"nothing is left to prune: targets={options.targets}, exclude={options.exclude}.")
+    selected = {name for group in units for name in group.parameters}
+    return units, [layer for layer in members if layer.name in selected], errors
+
+
+def _biases(
+    model: nn.Module, units: Sequence[UnitGroup], layers: Sequence[PrunableLayer]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter of coupled units that is not one of their weights."""
+    weights, parameters = {layer.name for layer in layers}, dict(model.named_parameters())
+    names = dict.fromkeys(name for group in units for name in group.parameters if name not in weights)
+    return {name: tuple(full_shape(parameters[name])) for name in names}
 
 
 def _divisible(

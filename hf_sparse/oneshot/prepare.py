@@ -16,6 +16,7 @@ from torch import nn
 from ..calibration.batches import concatenate_batches, count_tokens, is_padded
 from ..config import OneshotConfig, PruningConfigError, ResolvedGroup
 from ..distributed import Communicator, build_shards, get_communicator, is_offloaded, onload
+from ..engine.coupled_group import new_parameter_group
 from ..engine.parameter_group import ParameterGroup
 from ..engine.resolve import resolve_layers
 from ..model.layers import PrunableLayer
@@ -141,7 +142,7 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
     local_batches = batches[communicator.rank :: communicator.world_size]
     if config.forwards == 1 and local_batches:
         local_batches = [concatenate_batches(local_batches)]
-    parameter_groups = [ParameterGroup(group) for group in groups]
+    parameter_groups = [new_parameter_group(group) for group in groups]
     return PreparedRun(model, config, parameter_groups, batches, local_batches, communicator)
 
 

@@ -1,7 +1,17 @@
 """Patterns: the pruning granularity. One file each."""
 
-from . import block, channel, n_of_m, unstructured
+from . import block, channel, coupled, n_of_m, unstructured
 from .base import PATTERNS, Pattern, get_pattern, register_pattern
 
 
-__all__ = ["PATTERNS", "Pattern", "get_pattern", "register_pattern", "block", "channel", "n_of_m", "unstructured"]
+__all__ = [
+    "PATTERNS",
+    "Pattern",
+    "get_pattern",
+    "register_pattern",
+    "block",
+    "channel",
+    "coupled",
+    "n_of_m",
+    "unstructured",
+]

@@ -30,8 +30,13 @@ class Pattern(ABC):
     """A text form, for error messages."""
     has_rows: ClassVar[bool] = True
     """Whether a row holds several units, so that the units of a row can compete with each other."""
+    has_layers: ClassVar[bool] = True
+    """Whether a layer holds several units, so that the units of a layer can compete with each other."""
     flat: ClassVar[bool] = False
     """Whether units are single weights without any arrangement."""
+    coupled_kind: ClassVar[str | None] = None
+    """The kind of `UnitGroup` whose units are pruned, slices of several parameters; None if units are parts of one
+    matrix."""
 
     def __str__(self) -> str:
         """Returns the text form: `example` with this pattern's own numbers."""
@@ -125,8 +130,8 @@ def get_pattern(pattern: str | Pattern) -> Pattern:
         >>> get_pattern("2;4")
         Traceback (most recent call last):
         ...
-        ValueError: unknown pattern "2;4": known are 4x1 (block), channel (channel), channel:in (channel_in), \
-2:4 (n_of_m), unstructured (unstructured). Did you mean "2:4"?
+        ValueError: unknown pattern "2;4": known are 4x1 (block), channel (channel), channel:in (channel_in), head \
+(heads), layer (layers), 2:4 (n_of_m), neuron (neurons), unstructured (unstructured). Did you mean "2:4"?
     """
     if isinstance(pattern, Pattern):
         return pattern
@@ -137,7 +142,7 @@ def get_pattern(pattern: str | Pattern) -> Pattern:
             f'pattern "{pattern}" is a form of {" and of ".join(matches)}: give an instance of one instead.'
         )
     for name, match in matches.items():
-        return members[name](*(int(number) for number in match.groups()))
+        return members[name](*(int(number) for number in match.groups() if number is not None))
     forms = ", ".join(f"{member.example} ({name})" for name, member in members.items())
     hint = nearest(str(pattern), [member.example for member in members.values()])
     raise ValueError(f'unknown pattern "{pattern}": known are {forms}.{hint}')

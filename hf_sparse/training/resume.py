@@ -207,7 +207,7 @@ class ResumeState:
                 config; then each option that differs is named.
         """
         self.verify(step)
-        shapes = {layer.name: list(layer.shape) for group in groups for layer in group.layers}
+        shapes = {name: list(shape) for group in groups for name, shape in group.parameter_shapes.items()}
         options = compared_options(config, schedule)
         for file in self.files:
             self._compare_shapes(file.values["shapes"], shapes)

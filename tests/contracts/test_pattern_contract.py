@@ -1,4 +1,5 @@
-"""The contract of every registered pattern, on matrices (R, P, C)."""
+"""The contract of every registered pattern of one matrix, on matrices (R, P, C). Coupled patterns, whose units are in
+several parameters, are in `test_coupled_contract`."""
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hf_sparse.patterns import PATTERNS, get_pattern
 
 
 # The example of each pattern, and relatives of those that take numbers.
-EXAMPLES = sorted({PATTERNS[name].example for name in PATTERNS.names()} | {"1:4", "3:4", "4:8", "2x2", "1x4", "1x1"})
+MATRIX_PATTERNS = [PATTERNS[name] for name in PATTERNS.names() if PATTERNS[name].coupled_kind is None]
+EXAMPLES = sorted({pattern.example for pattern in MATRIX_PATTERNS} | {"1:4", "3:4", "4:8", "2x2", "1x4", "1x1"})
 SHAPE = (8, 3, 16)
 
 
