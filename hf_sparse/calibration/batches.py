@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,27 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Returns `batch` with every tensor copied to `device`. Always a copy, as a model may write to its inputs."""
+    """Returns `batch` with every tensor copied to `device`. Always a copy, as a model may write to its inputs.
+
+    Tensors in pinned memory are copied without waiting for the device.
+    """
+    return _map_tensors(
+        lambda tensor: tensor.to(device, copy=True, non_blocking=device.type == "cuda" and tensor.is_pinned()), batch
+    )
+
+
+def pin_memory(batch: Any) -> Any:
+    """Returns `batch` with the tensors of the CPU copied to pinned memory, from which CUDA copies faster."""
+    return _map_tensors(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor, batch)
+
+
+def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
     if torch.is_tensor(batch):
-        return batch.to(device, copy=True)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {name: to_device(value, device) for name, value in batch.items()}
+        return {name: _map_tensors(function, value) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(_map_tensors(function, value) for value in batch)
     return batch
 
 

@@ -135,7 +135,8 @@ class LayerPruner:
         solvers = {layer: self.groups[layer.name].options.solver for layer in requests}
         # Solvers that require the Gram matrix come last: its memory can then be freed before the last one solves.
         distinct = sorted(dict.fromkeys(solvers.values()), key=lambda solver: bool(solver.requires & Requires.GRAM))
-        dead_C = observer.statistic.norms == 0
+        dead_C = observer.statistic.squares == 0
+        any_dead = bool(dead_C.any())
         for solver in distinct:
             layers = [layer for layer in requests if solvers[layer] == solver]
             requires_gram = bool(solver.requires & Requires.GRAM)
@@ -145,7 +146,7 @@ class LayerPruner:
             solved = solver.solve_batched([requests[layer] for layer in layers], prepared)
             for layer, (new_RC, mask_RC) in zip(layers, solved, strict=True):
                 weight_RC = requests[layer].weight_RC
-                if requires_gram and bool(dead_C.any()):
+                if requires_gram and any_dead:
                     # Weights of dead inputs have no effect, but those that the mask keeps count as kept.
                     new_RC = torch.where(mask_RC & dead_C, weight_RC, new_RC)
                 errors[layer.name] += _output_error(weight_RC, new_RC, observer.sample)
@@ -182,4 +183,5 @@ def _output_error(old_RC: torch.Tensor, new_RC: torch.Tensor, x_TC: torch.Tensor
     if x_TC is None:
         return np.zeros(2)
     old, new = old_RC.detach().float(), new_RC.float()
-    return np.array([float((x_TC @ (old - new).t()).square().sum()), float((x_TC @ old.t()).square().sum())])
+    squares = [(x_TC @ (old - new).t()).square().sum(), (x_TC @ old.t()).square().sum()]
+    return np.array(torch.stack(squares).tolist())

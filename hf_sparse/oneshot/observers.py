@@ -6,8 +6,8 @@ Shapes: T tokens, I inputs of a weight, E experts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -64,18 +64,32 @@ class InputObserver:
             keep: (...) bool, False for padding; None if all tokens count.
 
         Raises:
-            ValueError: a value is inf or nan, or shapes do not fit.
+            ValueError: a value is inf or nan, or shapes do not fit. Values on an accelerator are checked by `check`.
         """
-        try:
+        with self._named_errors():
             self.statistic.observe(x, keep)
-        except ValueError as error:
-            raise ValueError(f'inputs of "{self.name}": {error}') from error
         size = 0 if self.sample is None else len(self.sample)
         if self.sample is None or size < SAMPLE:
             tokens = x.detach().reshape(-1, x.shape[-1])
             tokens = tokens if keep is None else tokens[keep.reshape(-1).to(x.device)]
             new = tokens[: SAMPLE - size].float()
             self.sample = new.clone() if self.sample is None else torch.cat([self.sample, new])
+
+    def check(self) -> None:
+        """Checks the tokens of all calls.
+
+        Raises:
+            ValueError: a value is inf or nan.
+        """
+        with self._named_errors():
+            self.statistic.check()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f'inputs of "{self.name}": {error}') from error
 
     @property
     def name(self) -> str:
@@ -145,6 +159,8 @@ class InputObservers:
         observer, error = self._observers[key], None
         try:
             observer.observe(x, mask_for_inputs(self.token_masks, x))
+            if self._on_input is not None:
+                observer.check()
         except ValueError as problem:
             if self._on_input is None:
                 raise
@@ -174,13 +190,19 @@ class InputObservers:
 
     def in_order(self) -> list[InputObserver]:
         """Returns the observers of all inputs in an order that is the same on all ranks, whatever their data: experts
-        that no token has reached have one as well."""
+        that no token has reached have one as well.
+
+        Raises:
+            ValueError: an input holds inf or nan.
+        """
         observers = [self._observers[name, None] for name in self._readers]
         for layer in self._experts:
             columns, device = layer.matrix_shape[2], self._model.get_parameter(layer.name).device
             for expert in range(layer.shape[0]):
                 observer = self._observers.get((layer.name, expert))
                 observers.append(observer or self._new_observer([layer], expert, columns, device))
+        for observer in observers:
+            observer.check()
         return observers
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..calibration.batches import call_model, to_device
+from ..calibration.batches import call_model, pin_memory, to_device
 from ..distributed import input_device
 from ..model.evaluation_mode import evaluation_mode
 from ..model.layers import PrunableLayer
@@ -74,6 +74,8 @@ class BlockPipeline:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], storage: str = "cpu"):
         self.model, self.batches, self._storage = model, batches, storage
+        if input_device(model).type == "cuda":
+            self.batches = [pin_memory(batch) for batch in batches]  # each is copied twice for every block
         self._caches: dict[str, ActivationCache] = {}
         """Block list -> outputs of the last block of it that was propagated."""
         self._original_forwards: dict[str, tuple[nn.Module, Any]] = {}

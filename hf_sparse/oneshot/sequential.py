@@ -15,7 +15,7 @@ from ..calibration.batches import token_masks
 from ..distributed import onload
 from ..model.blocks import group_by_block
 from ..model.layers import PrunableLayer
-from ..numerics import count_zeros
+from ..numerics import count_true, gather_counts
 from ..requires import Requires
 from .layerwise import LayerPruner, compute_outliers
 from .observers import InputObserver, InputObservers, fill_unreached, input_norms
@@ -185,7 +185,8 @@ class SequentialPruner:
         """Log the sparsity and the error of each layer, and return a summary of them."""
         if not layers:
             return ""
-        zeros = {name: count_zeros(weight) for name, weight in self._weights(layers).items()}
+        counts = gather_counts([count_true(weight == 0) for weight in self._weights(layers).values()]).tolist()
+        zeros = dict(zip((layer.name for layer in layers), counts, strict=True))
         for layer in layers:
             sparsity = zeros[layer.name] / layer.numel
             logger.info("%s: %.2f%% zero, error %.4f", layer.name, 100 * sparsity, errors[layer.name])

@@ -22,6 +22,10 @@ from ..numerics import ACCELERATOR_CHUNK
 _CHUNK = 256 * 1024
 # Columns of a diagonal block of the Gram matrix that is computed whole, both triangles: smaller products are slower.
 _DIAGONAL_BLOCK = 128
+_ACCELERATOR_DIAGONAL_BLOCK = 2048
+# Whether torch multiplies half-precision matrices into a float32 one on CUDA (2.8 and newer). Products of two such
+# numbers are exact in float32, so that nothing is lost against converting them first, which is ten times slower.
+_HAS_MIXED_PRODUCT = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
 
 
 class _InputStatistic(ABC):
@@ -46,22 +50,38 @@ class _InputStatistic(ABC):
 
         Raises:
             ValueError: a kept token is not finite, or its square overflows; or shapes or dtypes do not fit. Nothing is
-                added then.
+                added then. Values on an accelerator are not checked, as reading the result would wait for it: call
+                `check` after the last batch.
         """
         x_TI = _kept_tokens(x, keep, self.total.shape[-1])
-        squares_I = _sum_of_squares(x_TI)
-        if not bool(torch.isfinite(squares_I).all()):
-            bad = (~torch.isfinite(squares_I)).nonzero()[:, 0]
-            raise ValueError(
-                f"inputs must be finite, but {len(bad)} of {len(squares_I)} (input {int(bad[0])} first) hold inf, nan "
-                "or values whose squares overflow: run the model in bfloat16 or float32, or look for a broken weight."
-            )
+        squares_I = None
+        if x_TI.device.type == "cpu":
+            squares_I = _sum_of_squares(x_TI)
+            _check_finite(squares_I)
         self._add(x_TI, squares_I)
         self.count += len(x_TI)
 
+    def check(self) -> None:
+        """Checks all tokens so far.
+
+        Raises:
+            ValueError: as `observe`.
+        """
+        _check_finite(self.squares)
+
+    @property
     @abstractmethod
-    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor) -> None:
-        """Adds tokens to `total`; `squares_I` are their sums of squares."""
+    def squares(self) -> torch.Tensor:
+        """(I) the sum of squares of each input over all tokens."""
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """(I) the L2 norm of each input over all tokens."""
+        return self.squares.sqrt()
+
+    @abstractmethod
+    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor | None) -> None:
+        """Adds tokens to `total`; `squares_I` are their sums of squares, if these are known."""
 
 
 class InputNorms(_InputStatistic):
@@ -86,13 +106,12 @@ class InputNorms(_InputStatistic):
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((columns,), device)
 
-    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor) -> None:
-        self.total += squares_I
+    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor | None) -> None:
+        self.total += _sum_of_squares(x_TI) if squares_I is None else squares_I
 
     @property
-    def norms(self) -> torch.Tensor:
-        """(I) the L2 norm of each input over all tokens."""
-        return self.total.sqrt()
+    def squares(self) -> torch.Tensor:
+        return self.total
 
 
 class GramMatrix(_InputStatistic):
@@ -121,17 +140,19 @@ class GramMatrix(_InputStatistic):
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((columns, columns), device)
 
-    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor) -> None:
-        _add_lower_gram(self.total, x_TI.float(), 0, len(self.total))
+    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor | None) -> None:
+        if not (x_TI.is_cuda and x_TI.dtype in (torch.bfloat16, torch.float16) and _HAS_MIXED_PRODUCT):
+            x_TI = x_TI.float()
+        smallest = _DIAGONAL_BLOCK if x_TI.device.type == "cpu" else _ACCELERATOR_DIAGONAL_BLOCK
+        _add_lower_gram(self.total, x_TI, 0, len(self.total), smallest)
 
     def matrix(self) -> torch.Tensor:
         """Returns the full symmetric matrix (I, I), a copy."""
         return self.total.tril() + self.total.tril(-1).t()
 
     @property
-    def norms(self) -> torch.Tensor:
-        """(I) the L2 norm of each input over all tokens, as `InputNorms.norms`."""
-        return self.total.diagonal().sqrt()
+    def squares(self) -> torch.Tensor:
+        return self.total.diagonal()
 
 
 def _kept_tokens(x: torch.Tensor, keep: torch.Tensor | None, columns: int) -> torch.Tensor:
@@ -151,8 +172,20 @@ def _kept_tokens(x: torch.Tensor, keep: torch.Tensor | None, columns: int) -> to
     return x_TI[keep.reshape(-1).to(x.device)]
 
 
+def _check_finite(squares_I: torch.Tensor) -> None:
+    if not bool(torch.isfinite(squares_I).all()):
+        bad = (~torch.isfinite(squares_I)).nonzero()[:, 0]
+        raise ValueError(
+            f"inputs must be finite, but {len(bad)} of {len(squares_I)} (input {int(bad[0])} first) hold inf, nan "
+            "or values whose squares overflow: run the model in bfloat16 or float32, or look for a broken weight."
+        )
+
+
 def _sum_of_squares(x_TI: torch.Tensor) -> torch.Tensor:
     """Returns (I) float32."""
+    if x_TI.is_cuda and x_TI.dtype != torch.float64:
+        # Reads the tokens once and writes no squares.
+        return torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
     total = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x_TI.device)
     chunk = _CHUNK if x_TI.device.type == "cpu" else ACCELERATOR_CHUNK
     for part in x_TI.split(max(1, chunk // max(1, x_TI.shape[1]))):
@@ -160,15 +193,23 @@ def _sum_of_squares(x_TI: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _add_lower_gram(total: torch.Tensor, x_TI: torch.Tensor, start: int, stop: int) -> None:
+def _add_lower_gram(total: torch.Tensor, x_TI: torch.Tensor, start: int, stop: int, smallest: int) -> None:
     """Adds x^T x to the diagonal block start:stop of `total`.
 
-    The block is halved recursively: the quarter below the diagonal is one product, and that above is left out.
+    The block is halved recursively down to `smallest`: the quarter below the diagonal is one product, and that above
+    is left out.
     """
-    if stop - start <= _DIAGONAL_BLOCK:
-        total[start:stop, start:stop].addmm_(x_TI[:, start:stop].t(), x_TI[:, start:stop])
+    if stop - start <= smallest:
+        _add_product(total[start:stop, start:stop], x_TI[:, start:stop].t(), x_TI[:, start:stop])
         return
     middle = (start + stop) // 2
-    _add_lower_gram(total, x_TI, start, middle)
-    _add_lower_gram(total, x_TI, middle, stop)
-    total[middle:stop, start:middle].addmm_(x_TI[:, middle:stop].t(), x_TI[:, start:middle])
+    _add_lower_gram(total, x_TI, start, middle, smallest)
+    _add_lower_gram(total, x_TI, middle, stop, smallest)
+    _add_product(total[middle:stop, start:middle], x_TI[:, middle:stop].t(), x_TI[:, start:middle])
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
