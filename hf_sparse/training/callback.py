@@ -215,6 +215,9 @@ class SparsityCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.is_finished and not self.owns_saving:
+            # Nothing was trained: what Trainer logs, evaluates and saves at the end of an epoch is there already.
+            control.should_log = control.should_evaluate = control.should_save = False
         self._guard_saving(control)
 
     def _guard_saving(self, control: TrainerControl) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..files import STATE_FILE, open_tensors, parse_json
 from ..schedulers import PruningSchedule
 from .state_files import (
     FORMAT_VERSION,
+    IN_STEPS,
     METADATA_KEY,
     changed_options,
     checksum,
@@ -31,7 +31,6 @@ from .state_files import (
 
 _FIELDS = {"shapes", "boxes", "counters", "config", "step", "processes", "checksum"}
 _MAX_PROCESSES = 2**31 - 1
-_MAX_DEPTH = 20
 
 
 class CheckpointError(ValueError):
@@ -100,17 +99,8 @@ def _check_description(values: Any, path: Path) -> None:
     processes = values["processes"]
     if not is_count(processes) or not 1 <= processes <= _MAX_PROCESSES:
         raise ValueError(f"its number of processes is {reprlib.repr(processes)}")
-    if not isinstance(values["config"], dict) or _is_deeper_than(_MAX_DEPTH, values):
+    if not isinstance(values["config"], dict):
         raise ValueError(f"its config is {reprlib.repr(values['config'])}")
-
-
-def _is_deeper_than(depth: int, value: Any) -> bool:
-    """Whether lists and objects are nested deeper in a JSON value."""
-    level = [value]
-    for _ in range(depth):
-        items = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
-        level = list(itertools.chain.from_iterable(items))
-    return any(isinstance(item, (dict, list)) for item in level)
 
 
 def _damaged(path: Path, problem: Exception | str) -> CheckpointError:
@@ -178,7 +168,7 @@ class ResumeState:
         for file in self.files:
             if step is not None and file.values["step"] != step:
                 raise CheckpointError(
-                    f"the masks in {self.checkpoint} are of step {file.values['step']}, its weights of step {step}."
+                    f"the masks in {file.path} are of step {file.values['step']}, its weights of step {step}."
                 )
         if self._is_verified:
             return
@@ -210,20 +200,22 @@ class ResumeState:
         shapes = {name: list(shape) for group in groups for name, shape in group.parameter_shapes.items()}
         options = compared_options(config, schedule)
         for file in self.files:
-            self._compare_shapes(file.values["shapes"], shapes)
+            self._compare_shapes(file, shapes)
             changes = changed_options(file.values["config"], options)
             if changes:
                 raise CheckpointError(
-                    f"the pruning config differs from that of {self.checkpoint}: {'; '.join(changes)}. Resume with "
-                    "the saved values, or start a new run from its weights."
+                    f"the pruning config differs from that of {file.path}: {'; '.join(changes)}. Resume with "
+                    f"the saved values, or start a new run from its weights.{_steps_remedy(changes)}"
                 )
 
-    def _compare_shapes(self, saved: dict[str, list[int]], selected: dict[str, list[int]]) -> None:
+    @staticmethod
+    def _compare_shapes(file: StateFile, selected: dict[str, list[int]]) -> None:
+        saved = file.values["shapes"]
         differing = sorted(name for name in saved.keys() | selected.keys() if saved.get(name) != selected.get(name))
         if differing:
             name = differing[0]
             raise CheckpointError(
-                f"the masks in {self.checkpoint} belong to other weights than this run selects: {len(differing)} "
+                f"the masks in {file.path} belong to other weights than this run selects: {len(differing)} "
                 f'differ, such as "{name}" (saved {saved.get(name)}, selected {selected.get(name)}). Use the same '
                 "model, targets and exclude."
             )
@@ -237,7 +229,19 @@ class ResumeState:
         try:
             pruner.load_state_dict(*((file.tensors, file.values) for file in self.files))
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.checkpoint}: {error} Resume from another checkpoint.") from error
+            first, *others = [file.path for file in self.files]
+            where = f"{first} and {len(others)} more" if others else first
+            raise CheckpointError(f"{where}: {error} Resume from another checkpoint.") from error
+
+
+def _steps_remedy(changes: list[str]) -> str:
+    """Returns how to give the saved numbers of steps, if they are among the `changed_options`."""
+    if not any(change.partition(":")[0].endswith(IN_STEPS) for change in changes):
+        return ""
+    return (
+        " prune_start, prune_end and prune_every take these step numbers in place of fractions: a fraction means "
+        "another step where the number of training steps is another one, which must be at least prune_end."
+    )
 
 
 def keep_pruned(previous: Pruner, pruner: Pruner) -> None:

@@ -29,6 +29,11 @@ FORMAT_VERSION = 1
 """Version of that description, to be raised when earlier versions of the package would misread it. A file without a
 version is of version 0, which lacks only the version."""
 
+IN_STEPS = " (steps)"
+"""Ends the names of options that are compared as numbers of optimizer steps, however they were given."""
+
+# Of the text of one option in an error.
+_MAX_LENGTH = 300
 # Options that are compared by their effect instead: the steps of the schedule, and the selected weights.
 _COMPARED_BY_EFFECT = ("prune_start", "prune_end", "prune_every", "targets", "exclude")
 
@@ -111,7 +116,7 @@ def compared_options(config: PruningConfig, schedule: PruningSchedule | None) ->
     options["criterion"] = config.resolve_criterion(SimpleNamespace(**options))
     if schedule is not None:
         steps = {"prune_start": schedule.start, "prune_end": schedule.end, "prune_every": schedule.every}
-        options |= {f"{name} (steps)": value for name, value in steps.items()}
+        options |= {f"{name}{IN_STEPS}": value for name, value in steps.items()}
     return json.loads(json.dumps(options))
 
 
@@ -122,4 +127,13 @@ def changed_options(saved: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     Returns: "name: saved value -> current value" for each option that differs.
     """
     saved = PruningConfig().to_dict() | upgrade_options(saved)
-    return [f"{name}: {saved.get(name)!r} -> {value!r}" for name, value in current.items() if saved.get(name) != value]
+    return [
+        f"{name}: {_shortened(saved.get(name))} -> {_shortened(value)}"
+        for name, value in current.items()
+        if saved.get(name) != value
+    ]
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."

@@ -6,8 +6,8 @@ import shutil
 import traceback
 
 import pytest
-from bounds import Usage
 from file_formats import FORMATS, NEVER_READ
+from helpers.bounds import Usage
 
 import hf_sparse.files
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from bounds import Usage
+from helpers.bounds import Usage
 from mutations import DEPTH, DIGITS
 
 from hf_sparse import OneshotConfig, PruningConfig, PruningConfigError

@@ -29,7 +29,7 @@ from hf_sparse.files import STATE_FILE
 from hf_sparse.training import callback, checkpoint_search, resume, trainer
 from hf_sparse.training.checkpoint_search import newest_complete_checkpoint
 from hf_sparse.training.resume import CheckpointError, ResumeState
-from hf_sparse.training.state_files import changed_options
+from hf_sparse.training.state_files import IN_STEPS, changed_options
 
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -516,10 +516,24 @@ def test_another_number_of_training_steps_is_refused_where_the_schedule_depends_
     refuse(
         tmp_path, tmp_path / "checkpoint-6", r"prune_end \(steps\): 8 -> 16", early=False, **FRACTIONS, max_steps=20
     )
+    takes = "prune_start, prune_end and prune_every take these step numbers in place of fractions"
+    refuse(tmp_path, tmp_path / "checkpoint-6", takes, early=False, **FRACTIONS, max_steps=20)
+    # The remedy works: the numbers on the left sides of the message.
+    steps = {"prune_start": 2, "prune_end": 8, "prune_every": 1}
+    longer = make(tmp_path / "longer", **OPTIONS | steps, max_steps=20)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert longer.state.global_step == 20 and longer.sparsity_callback.pruner.sparsity() == 0.5
 
 
 def test_all_changes_are_named_together(tmp_path, saved):
-    refuse(tmp_path, saved, "target_sparsity.*scope.*regrow", target_sparsity=0.9, scope="global", regrow=0.2)
+    refuse(
+        tmp_path,
+        saved,
+        "target_sparsity.*scope.*regrow.*from its weights.$",
+        target_sparsity=0.9,
+        scope="global",
+        regrow=0.2,
+    )
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -552,7 +566,7 @@ def test_nothing_to_resume_from(tmp_path, nothing):
 
 def test_every_option_is_compared(saved):
     """An option that is added to PruningConfig takes part, without being listed anywhere."""
-    compared = {key.removesuffix(" (steps)") for key in ResumeState(saved).files[0].values["config"]}
+    compared = {key.removesuffix(IN_STEPS) for key in ResumeState(saved).files[0].values["config"]}
     options = {option.name for option in dataclasses.fields(PruningConfig)}
     assert options - compared == {"pruning_config", "targets", "exclude"}  # the recipe's file name; the weights' names
 
