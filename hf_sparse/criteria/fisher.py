@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..statistics import ProductSaliency
 from .base import GradientCriterion, register_criterion
 
 
@@ -27,8 +28,7 @@ class Fisher(GradientCriterion):
     networks and Fisher pruning", 2018, eq. 10.
     """
 
-    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.square(gradient, out=out)
+    saliency = ProductSaliency(weighted=False, function="square")
 
     def score(self, weight: torch.Tensor, statistic: Any) -> torch.Tensor:
         return weight.detach().float().square().mul_(statistic)

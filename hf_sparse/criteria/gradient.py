@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from ..statistics import ProductSaliency
 from .base import GradientCriterion, register_criterion
 
 
@@ -13,6 +12,7 @@ class Gradient(GradientCriterion):
     """Σ |g| over the steps since the last prune step.
 
     Example:
+        >>> import torch
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
         >>> Gradient().saliency(weight, gradient, torch.empty(3))
         tensor([0.5000, 0.5000, 1.0000])
@@ -20,5 +20,4 @@ class Gradient(GradientCriterion):
     Reference: the dense-gradient growth rule of Evci et al., "Rigging the Lottery", 2020, used as a criterion.
     """
 
-    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.abs(gradient, out=out)
+    saliency = ProductSaliency(weighted=False, function="abs")

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from ..statistics import ProductSaliency
 from .base import GradientCriterion, register_criterion
 
 
@@ -13,6 +12,7 @@ class Movement(GradientCriterion):
     """Σ -w·g over all steps: positive for a weight that training moves away from zero.
 
     Example:
+        >>> import torch
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
         >>> Movement().saliency(weight, gradient, torch.empty(3))
         tensor([-0.5000,  1.0000,  3.0000])
@@ -23,5 +23,4 @@ class Movement(GradientCriterion):
 
     persistent = True
 
-    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.mul(weight, gradient, out=out).neg_()
+    saliency = ProductSaliency(weighted=True, function="neg")

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from ..statistics import ProductSaliency
 from .base import GradientCriterion, register_criterion
 
 
@@ -13,6 +12,7 @@ class Snip(GradientCriterion):
     """Σ |w·g| over the steps since the last prune step: the first-order change of the loss when a weight is removed.
 
     Example:
+        >>> import torch
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
         >>> Snip().saliency(weight, gradient, torch.empty(3))
         tensor([0.5000, 1.0000, 3.0000])
@@ -20,5 +20,4 @@ class Snip(GradientCriterion):
     Reference: Lee et al., "SNIP: Single-shot Network Pruning based on Connection Sensitivity", 2019, eq. 5.
     """
 
-    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.mul(weight, gradient, out=out).abs_()
+    saliency = ProductSaliency(weighted=True, function="abs")

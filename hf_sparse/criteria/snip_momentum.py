@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from ..statistics import ProductSaliency
 from .base import GradientCriterion, register_criterion
 
 
@@ -16,6 +15,7 @@ class SnipMomentum(GradientCriterion):
         decay: weight of the earlier steps, from 0 to 1.
 
     Example:
+        >>> import torch
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
         >>> SnipMomentum().saliency(weight, gradient, torch.empty(3))
         tensor([0.5000, 1.0000, 3.0000])
@@ -31,5 +31,4 @@ class SnipMomentum(GradientCriterion):
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is {self.decay}: it must be from 0 to 1, as in 0.9")
 
-    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.mul(weight, gradient, out=out).abs_()
+    saliency = ProductSaliency(weighted=True, function="abs")

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from ..statistics import ProductSaliency
 from .base import GradientCriterion, register_criterion
 
 
@@ -15,6 +14,7 @@ class Taylor(GradientCriterion):
     With constant weights, as in one-shot pruning, it equals `fisher`.
 
     Example:
+        >>> import torch
         >>> weight, gradient = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -1.0])
         >>> Taylor().saliency(weight, gradient, torch.empty(3))
         tensor([0.2500, 1.0000, 9.0000])
@@ -22,5 +22,4 @@ class Taylor(GradientCriterion):
     Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019, eq. 8.
     """
 
-    def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.mul(weight, gradient, out=out).square_()
+    saliency = ProductSaliency(weighted=True, function="square")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
+from ..kernels import has_kernels
 from ..numerics import count_true, gather_counts
 
 
@@ -92,13 +93,22 @@ class MaskStore(Mapping[str, torch.Tensor]):
     @torch.no_grad()
     def enforce(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Sets pruned weights to +0.0 in place. Kept weights and parameters without a mask do not change."""
+        together = []
+        together = []
         for name in parameters.keys() & self._bits.keys():
             weight = parameters[name].detach()
             if not weight.is_contiguous():
                 weight.masked_fill_(self._bits[name].to(weight.device) == 0, 0)
                 continue
+            if has_kernels(weight.device):
+                together.append((weight, self._bits[name].to(weight.device)))
+                continue
             for part, bits in self._parts(name, weight):
                 part.bitwise_and_(bits)
+        if together:
+            from ..kernels.masks import enforce_masks
+
+            enforce_masks(together)
 
     @torch.no_grad()
     def num_revived(self, name: str, weight: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
 from ..selection.threshold import Threshold, find_thresholds
 from ..selection.ties import split_ties
-from ..statistics import GradientStatistic, all_finite
+from ..statistics import GradientStatistic, all_finite, observe_all
 from .masks import MaskStore
 
 
@@ -83,13 +83,15 @@ class ParameterGroup:
         """Adds the gradients of one optimizer step to the statistics. A weight without a gradient adds nothing."""
         if not isinstance(self.criterion, GradientCriterion):
             return
+        observations = []
         for layer in self.layers:
             shard = shards[layer.name]
             weight, gradient = shard.tensor, shard.gradient
             if layer.name not in self.statistics:
                 self.statistics[layer.name] = GradientStatistic(weight, self.criterion.decay)
             if gradient is not None:
-                self.statistics[layer.name].observe(weight, gradient, self.criterion.saliency)
+                observations.append((self.statistics[layer.name], weight, gradient))
+        observe_all(observations, self.criterion.saliency)
 
     def restore(self, name: str, weight: torch.Tensor, total: torch.Tensor, counters: Mapping[str, int]) -> None:
         """Restores the statistic of the weight `name`, the part that this rank holds, from a checkpoint."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..kernels import has_kernels
 from ..numerics import chunk_size, prefers_numpy
 
 
@@ -48,6 +49,10 @@ def keep_n_of_m(scores_GM: torch.Tensor, keep: int) -> torch.Tensor:
     groups, of = scores_GM.shape
     if not 0 <= keep <= of:
         raise ValueError(f"keep must be in 0..{of}, the units of a group, but is {keep}")
+    if has_kernels(scores_GM.device) and scores_GM.numel():
+        from ..kernels import n_of_m
+
+        return n_of_m.keep_n_of_m(scores_GM.detach().contiguous(), keep)
     keep_GM = torch.empty(groups, of, dtype=torch.bool, device=scores_GM.device)
     if not keep_GM.numel():
         return keep_GM

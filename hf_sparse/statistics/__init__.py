@@ -3,8 +3,8 @@
 Statistics of two batches or ranks are combined by adding their totals and counts.
 """
 
-from .gradients import GradientStatistic, all_finite
+from .gradients import GradientStatistic, ProductSaliency, all_finite, observe_all
 from .inputs import GramMatrix, InputNorms
 
 
-__all__ = ["GradientStatistic", "GramMatrix", "InputNorms", "all_finite"]
+__all__ = ["GradientStatistic", "GramMatrix", "InputNorms", "ProductSaliency", "all_finite", "observe_all"]

@@ -21,14 +21,25 @@ def environment():
     os.environ.update(before)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+interprets = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("interpreter", marks=pytest.mark.skipif(not interprets, reason="TRITON_INTERPRET is not 1")),
+        pytest.param("cuda", marks=needs_cuda),
+    ]
+)
 def device(request, monkeypatch):
-    """The CPU, with the code for accelerators, and a GPU."""
-    if request.param == "cpu":
-        monkeypatch.setattr("hf_sparse.numerics.NUMPY_DEVICES", ())
-    else:
+    """The CPU, with the code for accelerators; the CPU with Triton's interpreter for kernels; and a GPU."""
+    if request.param == "cuda":
         torch.cuda.manual_seed_all(0)
-    return torch.device(request.param)
+        return torch.device("cuda")
+    monkeypatch.setattr("hf_sparse.numerics.NUMPY_DEVICES", ())
+    if request.param == "interpreter":
+        monkeypatch.setattr("hf_sparse.kernels.KERNEL_DEVICES", ("cpu",))
+    return torch.device("cpu")
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=needs_cuda)])

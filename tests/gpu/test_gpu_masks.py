@@ -1,6 +1,7 @@
 """Masks on a GPU are those of the CPU, bit for bit."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -58,6 +59,15 @@ def masks(dtype, device, config, steps=3):
     return {name: store[name].cpu() for name in shards}, totals
 
 
+@contextmanager
+def on_cpu():
+    """The code for CPUs, without kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_sparse.numerics.NUMPY_DEVICES", ("cpu",))
+        patch.setattr("hf_sparse.kernels.KERNEL_DEVICES", ())
+        yield
+
+
 def combinations():
     for text in PATTERNS:
         for scope in ("row", "layer", "global"):
@@ -74,8 +84,7 @@ def test_masks_are_those_of_the_cpu(device, criterion, dtype):
         target = get_pattern(pattern).implied_sparsity or 0.6
         kind = OneshotConfig if CRITERIA[criterion].requires & Requires.INPUTS else PruningConfig
         config = kind(target_sparsity=target, criterion=criterion, pattern=pattern, scope=scope)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hf_sparse.numerics.NUMPY_DEVICES", ("cpu",))
+        with on_cpu():
             expected, expected_totals = masks(dtype, "cpu", config)
         found, totals = masks(dtype, device, config)
         counts = {name: int((found[name] != mask).sum()) for name, mask in expected.items()}
@@ -90,8 +99,8 @@ def test_masks_are_those_of_the_cpu(device, criterion, dtype):
 @pytest.mark.parametrize("options", [{}, {"min_sparsity_per_layer": 0.3, "max_sparsity_per_layer": 0.85}], ids=str)
 def test_all_steps_of_a_schedule_are_those_of_the_cpu(device, dtype, options):
     """Observe, update and enforce, with weights and gradients that are the same on both devices."""
-    found = {}
-    for name in ("cpu", str(device)):
+
+    def run(name):
         layers = model(dtype).to(name)
         pruner = Pruner(layers, PruningConfig(target_sparsity=0.8, **options))
         digests = []
@@ -105,8 +114,11 @@ def test_all_steps_of_a_schedule_are_those_of_the_cpu(device, dtype, options):
                     parameter.add_(0.25)
             pruner.enforce()
             digests.append(pruner.masks.digest())
-        found[name] = digests, {name: weight.cpu() for name, weight in layers.state_dict().items()}
-    (expected, weights), (digests, others) = found["cpu"], found[str(device)]
+        return digests, {name: weight.cpu() for name, weight in layers.state_dict().items()}
+
+    with on_cpu():
+        expected, weights = run("cpu")
+    digests, others = run(device)
     assert digests == expected
     assert all(bits_equal(others[name], weight) for name, weight in weights.items())
 
@@ -127,14 +139,15 @@ def test_enforcing_leaves_positive_zeros_and_no_other_change(device, dtype):
         assert bits_equal(tensor, expected)
 
 
-def test_a_gradient_that_is_not_finite_is_refused(device):
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_is_refused(device, bad):
     layers = model(torch.float32).to(device)
     pruner = Pruner(layers, PruningConfig(target_sparsity=0.5))
     for parameter in layers.parameters():
         parameter.grad = torch.full_like(parameter, 1e37)  # finite, but their sum is not
     assert pruner.observe()
     before = {name: statistic.total.clone() for name, statistic in pruner.groups[0].statistics.items()}
-    layers["tall"].weight.grad[3, 4] = torch.inf
+    layers["tall"].weight.grad[3, 4] = bad
     assert not pruner.observe()
     assert all(torch.equal(pruner.groups[0].statistics[name].total, total) for name, total in before.items())
 

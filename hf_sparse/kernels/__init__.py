@@ -1,0 +1,39 @@
+"""Triton kernels for CUDA, where torch would need many kernels or much memory.
+
+Each function here computes, bit for bit, what torch code computes elsewhere. `has_kernels` decides which of both runs:
+without Triton, or where it cannot compile, torch does. Triton comes with builds of torch for CUDA, and is imported
+when the first CUDA tensor is pruned.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+
+
+KERNEL_DEVICES = ("cuda",)
+"""Device types that kernels run on. Tests add the CPU, where Triton's interpreter runs them."""
+
+logger = logging.getLogger(__name__)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels of this room run on `device`."""
+    return device.type in KERNEL_DEVICES and _can_run(device)
+
+
+@lru_cache(maxsize=16)
+def _can_run(device: torch.device) -> bool:
+    """Runs a small kernel. Besides Triton itself, a C compiler may be missing, or the GPU may be too old."""
+    try:
+        from .masks import enforce_masks
+
+        weight = torch.ones(2, device=device)
+        enforce_masks([(weight, torch.tensor([-1, 0], dtype=torch.int8, device=device))])
+        works = weight.tolist() == [1.0, 0.0]
+    except Exception as error:  # whatever a compiler raises: there is another way
+        logger.warning("Triton kernels do not run on %s, so slower torch code does: %s", device, error)
+        works = False
+    return works

@@ -1,0 +1,99 @@
+"""Each Triton kernel computes what torch computes on the CPU, bit for bit: on a GPU, or in Triton's interpreter."""
+
+import pytest
+import torch
+from helpers.tiny import bits_equal
+
+from hf_sparse.kernels import has_kernels
+from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
+from hf_sparse.statistics import GradientStatistic, ProductSaliency, observe_all
+
+
+SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, 1e-41, -1e-41, 1.0, 1.0, -1.0, 3.4e38]
+SIZES = [1, 5, 16, 4096, 10_007]  # below, at and above a block, with and without accesses of 16 bytes
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def device(device):
+    """A device that has kernels."""
+    if not has_kernels(device):
+        if device.type == "cuda":
+            pytest.importorskip("triton")
+            pytest.fail("Triton is installed, but its kernels do not run")
+        pytest.skip("kernels run on CUDA, and on the CPU with TRITON_INTERPRET=1")
+    return device
+
+
+def values(size, dtype=torch.float32, seed=0):
+    """Random numbers with ties and special values."""
+    generator = torch.Generator().manual_seed(seed)
+    tensor = (torch.randn(size + 1, generator=generator, dtype=torch.float64) * 8).round() / 8
+    special = torch.tensor(SPECIAL, dtype=torch.float64)
+    tensor[: len(special)] = special[: size + 1]
+    return tensor[:size].to(dtype)
+
+
+def shifted(tensor, device):
+    """The tensor on the device, at an address that is no multiple of 16 if its size is not."""
+    memory = torch.empty(len(tensor) + 1, dtype=tensor.dtype, device=device)[len(tensor) % 16 != 0 :]
+    return memory[: len(tensor)].copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_are_enforced_and_zeros_counted(device, dtype):
+    from hf_sparse.kernels.masks import count_zeros_of, enforce_masks
+
+    weights = [values(size, dtype, size) for size in SIZES]
+    masks = [torch.rand(size, generator=torch.Generator().manual_seed(size)) < 0.5 for size in SIZES]
+    pairs = [
+        (shifted(weight, device), shifted(mask.to(torch.int8).neg(), device))
+        for weight, mask in zip(weights, masks, strict=True)
+    ]
+    counted = [pairs[0][1], *(weight for weight, _ in pairs), torch.empty(0, device=device)]
+    expected = [int((tensor.cpu() == 0).sum()) for tensor in counted]
+    assert count_zeros_of(counted).tolist() == expected
+    enforce_masks(pairs)
+    for weight, mask, (found, _) in zip(weights, masks, pairs, strict=True):
+        assert bits_equal(found.cpu(), torch.where(mask, weight, torch.zeros((), dtype=dtype)))
+
+
+@pytest.mark.parametrize("function", ["abs", "square", "neg"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtypes", [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32)], ids=str)
+def test_sums_of_saliencies(device, dtypes, weighted, function):
+    saliency = ProductSaliency(weighted, function)
+    decay = 0.9 if device.type == "cuda" else 0.5  # the interpreter rounds twice what a GPU rounds once
+    weights = [values(size, dtypes[0], size).clamp(-2.0, 2.0) for size in SIZES]
+    on_cpu = [GradientStatistic(padded(weight), decay) for weight in weights]
+    found = [GradientStatistic(weight.to(device), decay) for weight in weights]
+    for step in range(3):
+        gradients = [values(size, dtypes[1], size + step + 1).clamp(-3.0, 3.0) for size in SIZES]
+        for statistic, weight, gradient in zip(on_cpu, weights, gradients, strict=True):
+            statistic.observe(padded(weight), padded(gradient), saliency)
+        rows = zip(found, weights, gradients, strict=True)
+        observe_all([(one, shifted(w, device), shifted(g, device)) for one, w, g in rows], saliency)
+        if step == 1:
+            on_cpu[0].restart()
+            found[0].restart()
+    for expected, statistic in zip(on_cpu, found, strict=True):
+        total = statistic.total.cpu()
+        assert bits_equal(total, expected.total[: len(total)]) and statistic.state()[1] == expected.state()[1]
+
+
+def padded(tensor):
+    """So long that a CPU computes all entries with vector instructions, which round as a GPU does."""
+    return torch.nn.functional.pad(tensor, (0, -len(tensor) % 64))
+
+
+@pytest.mark.parametrize("keep, of", [(2, 4), (1, 4), (3, 7), (0, 2), (5, 12)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_n_of_m_masks(device, dtype, keep, of, monkeypatch):
+    for groups in (1, 300, 1001):
+        scores = values(groups * of, dtype, groups).view(groups, of)
+        found = keep_n_of_m(scores.to(device), keep)
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_sparse.kernels.KERNEL_DEVICES", ())
+            patch.setattr("hf_sparse.numerics.NUMPY_DEVICES", ())
+            expected = keep_n_of_m(scores, keep)
+        assert torch.equal(found.cpu(), expected) and bool((found.sum(1) == keep).all())
