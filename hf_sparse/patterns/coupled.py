@@ -38,9 +38,9 @@ class CoupledPattern(Pattern):
     @property
     def deployment_note(self) -> str:
         return (
-            f"Whole {self.unit_name} are zero, in all parameters that they are part of. They can be removed to make a "
-            "smaller dense model; here they are still stored and computed, so size and speed are those of the dense "
-            "model."
+            f"Whole {self.unit_name} are zero, in all parameters that they are part of. Where the config can express "
+            "it, they can be removed to make a smaller dense model; here they are still stored and computed, so size "
+            "and speed are those of the dense model."
         )
 
 
@@ -79,7 +79,7 @@ class Neuron(CoupledPattern):
     def count(self, pruned: float, units: int) -> int:
         if pruned >= units:
             return units
-        multiples = math.floor((units - pruned) / self.multiple_of + 0.5)
+        multiples = math.floor((units - round(pruned)) / self.multiple_of + 0.5)
         return units - min(max(1, multiples) * self.multiple_of, units)
 
 

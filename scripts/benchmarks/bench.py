@@ -6,6 +6,7 @@
     python scripts/benchmarks/bench.py step                 # overhead of a training step
     python scripts/benchmarks/bench.py dist                 # a prune step of sharded weights
     python scripts/benchmarks/bench.py oneshot              # one-shot pruning
+    python scripts/benchmarks/bench.py structured           # a prune step of neurons and heads
 
 Each file describes its measurements; rank and nm are in kernels.py.
 """
@@ -18,6 +19,7 @@ import dist
 import kernels
 import oneshot
 import step
+import structured
 
 
 # Name: summary, options, and function.
@@ -26,7 +28,7 @@ BENCHES = {
     "nm": ("2:4 masks, in reads of the weights.", kernels.add_layer, kernels.nm),
     **{
         name: (module.__doc__.splitlines()[0], module.add_arguments, module.run)
-        for name, module in {"step": step, "dist": dist, "oneshot": oneshot}.items()
+        for name, module in {"step": step, "dist": dist, "oneshot": oneshot, "structured": structured}.items()
     },
 }
 

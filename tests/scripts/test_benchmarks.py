@@ -54,6 +54,14 @@ BENCHES = {
             r"fsdp2 +magnitude row +[1-9]\d* kB +N% +[1-9]\d* kB +[1-9]\d* +N MB +N% +N *",
         ],
     ),
+    "structured": (
+        ["--repeats", "1", "--threads", "1", *SMALL],
+        [
+            rf"{pattern} +{criterion} +1 thread.*: single weights N ms, ratio N [(]N to N[)]"
+            for pattern in ("neuron", "head")
+            for criterion in ("magnitude", "snip_momentum")
+        ],
+    ),
     "oneshot": (
         ["--intermediate", "64", "--vocabulary", "50", "--samples", "2", "--length", "8", *SMALL, *ALONE]
         + ["--methods", "magnitude", "wanda", "sparsegpt 2:4"],
