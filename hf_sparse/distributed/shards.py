@@ -64,6 +64,11 @@ class Shard:
         return None
 
     @property
+    def is_in_state_dict(self) -> bool:
+        """Whether weights are saved from the state dict of their module."""
+        return True
+
+    @property
     def is_primary(self) -> bool:
         """Whether no lower rank holds the same regions. Every entry is counted and sent by its primary rank only."""
         return self.primary_rank == self.rank

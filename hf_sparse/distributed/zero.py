@@ -77,6 +77,10 @@ class ZeroShard(Shard):
         weight = self.parameter.detach()
         return weight if self.has_full_copy and weight.shape == self.shape else None
 
+    @property
+    def is_in_state_dict(self) -> bool:
+        return not hasattr(self.parameter, "ds_id")
+
     def check_storage(self) -> None:
         copies = self.replicas
         if self.full_copy is not None and len(self.local_regions) == 1:

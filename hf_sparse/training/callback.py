@@ -38,10 +38,11 @@ class SparsityCallback(TrainerCallback):
     callbacks have overwritten since are restored before saving, and a warning is logged. Evaluation never prunes, and
     only checkpoints at the final sparsity can become the best checkpoint: early stopping counts from there.
 
-    With a stock Trainer the masks are written in `on_save`, after the weights; a callback that changes weights in
-    `on_train_end` must come before this one; and with `save_strategy="best"` and an `EarlyStoppingCallback` each
-    evaluation before the final sparsity saves a checkpoint. `SparseTrainer` writes the masks before the weights, works
-    with any order of callbacks, and saves none of those: prefer it for runs that are resumed, pushed or stopped early.
+    With a stock Trainer the masks are written in `on_save`, after the weights. A callback that changes weights in
+    `on_train_end`, or at any time under ZeRO-3, must come before this one. With `save_strategy="best"` and an
+    `EarlyStoppingCallback`, each evaluation before the final sparsity saves a checkpoint. `SparseTrainer` writes the
+    masks before the weights, works with any order of callbacks, and saves none of those checkpoints: prefer it for
+    runs that are resumed, pushed or stopped early.
 
     Args:
         config: what to prune. If None, the trainer's arguments must be `SparseTrainingArguments`.
@@ -210,7 +211,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         unblock_best_metric(state)
-        self._guard_saving(control)
+        self._guard_saving(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -218,10 +219,13 @@ class SparsityCallback(TrainerCallback):
         if self.is_finished and not self.owns_saving:
             # Nothing was trained: what Trainer logs, evaluates and saves at the end of an epoch is there already.
             control.should_log = control.should_evaluate = control.should_save = False
-        self._guard_saving(control)
+        self._guard_saving(state, control)
 
-    def _guard_saving(self, control: TrainerControl) -> None:
+    def _guard_saving(self, state: TrainerState, control: TrainerControl) -> None:
+        """Restores zeros before a stock Trainer evaluates or saves: those that are overwritten by now, and with hooks
+        those that callbacks after this one overwrite."""
         if self._zero_guard is not None and self.owns_saving and (control.should_save or control.should_evaluate):
+            self._zero_guard.restore(state)
             self._zero_guard.install_hooks()
 
     def restore_zeros(self, state: TrainerState) -> None:

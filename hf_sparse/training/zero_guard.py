@@ -51,10 +51,10 @@ class ZeroGuard:
 
     def install_hooks(self) -> None:
         """Restores the zeros of each weight whenever its module returns its state dict, until `remove_hooks`: a stock
-        Trainer has no event between other callbacks and saving. On ranks whose state dict nobody reads, nothing
-        happens."""
+        Trainer has no event between other callbacks and saving. Nothing happens on ranks whose state dict nobody
+        reads, nor under ZeRO-3, which collects weights by itself."""
         if not self._hooks:
-            for name in self.pruner.shards:
+            for name in [name for name, shard in self.pruner.shards.items() if shard.is_in_state_dict]:
                 module = self.pruner.model.get_submodule(name.rpartition(".")[0])
                 self._hooks.append(module.register_state_dict_pre_hook(self._hook_for(name)))
 

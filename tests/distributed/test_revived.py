@@ -37,7 +37,7 @@ def test_no_file_has_weights_that_another_callback_brought_back(ranks, tmp_path,
 
 @pytest.mark.parametrize("mode", mode_params("ddp", "fsdp2", "zero2", "zero3"))
 def test_nor_has_a_checkpoint_of_a_stock_trainer(ranks, tmp_path, mode):
-    """But under ZeRO-3, which collects the weights without asking the modules for them, and an error is logged."""
+    """But under ZeRO-3, which collects the weights without asking the modules for them: an error is logged."""
     run = ranks.run(
         mode,
         f"{mode}-revived-stock",
