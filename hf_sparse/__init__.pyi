@@ -22,9 +22,10 @@ from .schedulers import (
     register_scheduler,
 )
 from .solvers import Solver, register_solver
-from .structured.config_fields import shrink_obstacle
+from .structured.obstacles import shrink_obstacle
 from .structured.plan import ShrinkPlan
 from .structured.reduction import ShrinkError
+from .structured.saving import save_shrunk
 from .structured.shrink import plan_shrink, shrink
 from .training.arguments import SparseSeq2SeqTrainingArguments, SparseTrainingArguments
 from .training.callback import SparsityCallback
@@ -78,6 +79,7 @@ __all__ = [
     "register_pattern",
     "register_scheduler",
     "register_solver",
+    "save_shrunk",
     "shrink",
     "shrink_obstacle",
 ]

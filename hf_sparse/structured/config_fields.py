@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model.coupling import UnitGroup, find_unit_groups
+from ..model.coupling import UnitGroup
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class StackFields:
         experts: number of experts.
         per_layer: lists with one entry for each block.
         layer_numbers: lists of numbers of blocks.
+        layer_step: a number n: all blocks but every n-th one belong to `layer_numbers` too.
         pre_norm: whether a block whose weights are zero is the identity, or the config field that says so. After a
             norm on the residual stream (post-norm, as in BERT) it is not.
     """
@@ -45,12 +46,14 @@ class StackFields:
     experts: str | None = None
     per_layer: tuple[str, ...] = ()
     layer_numbers: tuple[str, ...] = ()
+    layer_step: str | None = None
     pre_norm: bool | str = True
 
-    def neurons_of(self, group: UnitGroup) -> str | None:
-        """Returns the field for the width of an FFN."""
+    def size_of(self, group: UnitGroup) -> str:
+        """Returns the field for the number of units in a group of neurons or heads."""
         in_expert = any(part.expert is not None for part in group.slices)
-        return self.expert_neurons if in_expert and self.expert_neurons else self.neurons
+        field = self.heads if group.kind == "head" else self.expert_neurons if in_expert else self.neurons
+        return f"{field or self.neurons}"
 
 
 _POST_NORM = StackFields(pre_norm=False)
@@ -79,7 +82,11 @@ CONFIG_FIELDS: dict[str, tuple[StackFields, ...]] = {
     "qwen3": (_DECODER,),
     "qwen3_moe": (
         replace(
-            _DECODER, expert_neurons="moe_intermediate_size", experts="num_experts", layer_numbers=("mlp_only_layers",)
+            _DECODER,
+            expert_neurons="moe_intermediate_size",
+            experts="num_experts",
+            layer_numbers=("mlp_only_layers",),
+            layer_step="decoder_sparse_step",
         ),
     ),
     "roberta": (_POST_NORM,),
@@ -99,11 +106,14 @@ class Stack:
         path: attributes that lead from the model's config to the section: () for the config itself, ("text_config",)
             for the language model of a model of images and text.
         fields: of the stack.
+        is_listed: whether the model type is in the table. For others the most common names are tried, and a smaller
+            model is built from the config to see whether they mean what they say.
     """
 
     model_type: str
     path: tuple[str, ...]
     fields: StackFields
+    is_listed: bool = True
 
     def section(self, config: Any) -> Any:
         """Returns the section of the model's config."""
@@ -118,7 +128,7 @@ class Stack:
 
 
 def find_stack(model: nn.Module, name: str) -> Stack | None:
-    """Returns the stack around the module `name`; None if the model type is not in the table.
+    """Returns the stack around the module `name`; None if no config belongs to it alone.
 
     Args:
         model: a model of transformers.
@@ -129,7 +139,9 @@ def find_stack(model: nn.Module, name: str) -> Stack | None:
         return None
     path, model_type = section
     parts = name.split(".")
-    for fields in CONFIG_FIELDS.get(model_type, ()):
+    if model_type not in CONFIG_FIELDS:
+        return Stack(model_type, path, _DECODER, is_listed=False)
+    for fields in CONFIG_FIELDS[model_type]:
         if not fields.part or fields.part in parts:
             return Stack(model_type, path, fields)
     return None
@@ -163,54 +175,25 @@ def _sections(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
                 yield from _sections(value, (*path, name))
 
 
-def shrink_obstacle(model: nn.Module, kind: str) -> str | None:
-    """Returns why units of a kind cannot be removed from a model, and what to do instead; None if they can.
-
-    It can be asked before training, of a model on the meta device as well.
-
-    Args:
-        model: a model of transformers.
-        kind: "neuron", "head" or "layer".
-
-    Raises:
-        ValueError: the kind is unknown.
-
-    Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
-        >>> model = BertModel(BertConfig(vocab_size=9, **sizes))
-        >>> print(shrink_obstacle(model, "neuron"))
-        None
-        >>> shrink_obstacle(model, "head")[:75]
-        'the config of a "bert" model has no field for fewer heads of the same size,'
-    """
-    groups = find_unit_groups(model, kind)
-    if not groups:
-        return f"no units of kind {kind} were found in {type(model).__name__}: its structure is not known."
-    for group in groups:
-        if obstacle := group_obstacle(model, group):
-            return obstacle
-    return None
-
-
-def group_obstacle(model: nn.Module, group: UnitGroup) -> str | None:
-    """Returns why the units of one group cannot be removed, and what to do instead; None if they can."""
+def table_obstacle(model: nn.Module, group: UnitGroup) -> str | None:
+    """Returns why the units of a group cannot be removed, as far as the table says, and what to do instead."""
     stack = find_stack(model, group.name)
     if stack is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        return f"no config of {type(model).__name__} belongs to {group.name} alone."
+    if group.kind == "layer" and not stack.is_listed:
         return (
-            f'the fields of the config of a "{model_type}" model are not known, so its units can be zero but not '
-            f"removed. Known are {', '.join(sorted(CONFIG_FIELDS))}."
-        )
-    if group.kind == "head" and stack.fields.heads is None:
-        return (
-            f'the config of a "{stack.model_type}" model has no field for fewer heads of the same size, so heads can '
-            "be zero but not removed. Prune neurons to a quarter instead: about the same speed and quality."
+            f'whether a block of zeros is the identity is not known for "{stack.model_type}" models. Choose the '
+            "blocks to keep with shrink(model, layers=[...])."
         )
     if group.kind == "layer" and not stack.is_pre_norm(getattr(model, "config", None)):
         return (
             f'a "{stack.model_type}" model has norms on its residual stream (post-norm), so a block of zeros is not '
             "the identity and must stay. Choose the blocks to keep with shrink(model, layers=[...]) and fine-tune the "
             "result, or prune neurons."
+        )
+    if group.kind == "head" and stack.fields.heads is None:
+        return (
+            f'the config of a "{stack.model_type}" model has no field for fewer heads of the same size, so heads can '
+            "be zero but not removed. Prune neurons to a quarter instead: about the same speed and quality."
         )
     return None

@@ -6,9 +6,12 @@ from typing import TypeVar
 
 from torch import nn
 
+from .block_removal import LayersToKeep, remove_blocks
 from .build import SmallerModel, check_model
+from .expert_removal import ExpertsToKeep, remove_experts
 from .plan import ShrinkPlan
-from .reduction import ExpertsToKeep, LayersToKeep, Reduction, ShrinkError
+from .reduction import Reduction, ShrinkError
+from .unit_removal import remove_units
 from .verify import verify_shrunk
 
 
@@ -33,7 +36,7 @@ def plan_shrink(
         >>> _ = model.encoder.layer[0].output.dense.weight.data[:, 3:].zero_()
         >>> for change in plan_shrink(model).changes:
         ...     print(change)
-        intermediate_size 16 -> 8: 13 of 16 neurons are zero in each of 1 modules
+        intermediate_size 16 -> 8: 13 of 16 neurons are zero in 1 module
     """
     return _plan(*_reduce(model, layers, experts, multiple_of))
 
@@ -87,11 +90,11 @@ def _reduce(
     if multiple_of < 1:
         raise ShrinkError(f"multiple_of is {multiple_of}: it must be at least 1.")
     check_model(model)
-    reduction = Reduction(model, multiple_of)
-    reduction.remove_blocks(layers)
-    reduction.remove_experts(experts)
-    reduction.remove_units("neuron")
-    reduction.remove_units("head")
+    reduction = Reduction(model)
+    remove_blocks(reduction, layers)
+    remove_experts(reduction, experts)
+    remove_units(reduction, "neuron", multiple_of)
+    remove_units(reduction, "head", multiple_of)
     return reduction, SmallerModel(reduction)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from ..calibration.batches import call_model
 from ..model.evaluation_mode import evaluation_mode
@@ -113,9 +112,10 @@ def _random_audio(config: Any, generator: torch.Generator) -> dict[str, torch.Te
 
 
 def _float_outputs(outputs: Any) -> list[torch.Tensor]:
-    """Returns the floating-point tensors in the outputs of a model, in float64."""
-    leaves = _pytree.tree_leaves(dict(outputs) if hasattr(outputs, "items") else outputs)
-    return [leaf.double() for leaf in leaves if torch.is_tensor(leaf) and leaf.is_floating_point()]
+    """Returns the floating-point outputs of a model in float64, without those of every block, head or expert."""
+    named = dict(outputs) if hasattr(outputs, "items") else dict(enumerate(outputs))
+    tensors = [value for name, value in named.items() if torch.is_tensor(value) and "router" not in f"{name}"]
+    return [tensor.double() for tensor in tensors if tensor.is_floating_point()]
 
 
 @contextmanager

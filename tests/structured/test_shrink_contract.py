@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_sparse.model.coupling import find_unit_groups
-from hf_sparse.structured.config_fields import CONFIG_FIELDS, shrink_obstacle
+from hf_sparse.structured.config_fields import CONFIG_FIELDS
+from hf_sparse.structured.obstacles import shrink_obstacle
 from hf_sparse.structured.shrink import plan_shrink, shrink
 from tests.helpers.model_types import MODEL_TYPES
 
@@ -155,8 +157,6 @@ def test_a_shrunk_model_can_be_trained(name):
 
 
 def test_plain_from_pretrained_opens_them_in_a_process_without_hf_sparse(tmp_path):
-    from safetensors.torch import save_file
-
     folders = {}
     for name, model_type in MODEL_TYPES.items():
         dense = model_type.make()

@@ -1,0 +1,51 @@
+"""Which kinds of units can be removed from a model, asked before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..model.coupling import UnitGroup, find_unit_groups
+from .config_fields import table_obstacle
+from .reduction import Reduction
+from .unit_removal import remove_units
+
+
+def shrink_obstacle(model: nn.Module, kind: str) -> str | None:
+    """Returns why units of a kind cannot be removed from a model, and what to do instead; None if they can.
+
+    It can be asked before training, of models on the meta device and of sharded models as well.
+
+    Args:
+        model: a model of transformers.
+        kind: "neuron", "head" or "layer".
+
+    Raises:
+        ValueError: the kind is unknown.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+        >>> model = BertModel(BertConfig(vocab_size=9, **sizes))
+        >>> print(shrink_obstacle(model, "neuron"))
+        None
+        >>> shrink_obstacle(model, "head")[:75]
+        'the config of a "bert" model has no field for fewer heads of the same size,'
+    """
+    groups = find_unit_groups(model, kind)
+    if not groups:
+        return f"no units of kind {kind} were found in {type(model).__name__}: its structure is not known."
+    for group in groups:
+        if obstacle := table_obstacle(model, group):
+            return obstacle
+    if kind == "layer":
+        return None
+    trial = Reduction(model)
+    remove_units(trial, kind, multiple_of=1, find_zeros=_all_but_one)
+    return None if trial.changes else trial.reasons[0].partition(": ")[2]
+
+
+def _all_but_one(group: UnitGroup, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.arange(group.num_units) > 0
