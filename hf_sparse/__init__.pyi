@@ -3,6 +3,7 @@ from .allocations import Allocation, register_allocation
 from .config import OneshotConfig, PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
 from .engine.pruner import Pruner
+from .export.semi_structured import accelerate_2of4
 from .hub.upload import UploadError
 from .inspection import compare_checkpoints, inspect_checkpoint
 from .integrations.merge_report import MergeReport
@@ -62,6 +63,7 @@ __all__ = [
     "SparsityCallback",
     "SparsityReport",
     "UploadError",
+    "accelerate_2of4",
     "calibration_batches",
     "compare_checkpoints",
     "evaluate_model",

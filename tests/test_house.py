@@ -28,7 +28,7 @@ FLOORS = [
     {"solvers"},
     {"config"},
     {"engine", "hub"},
-    {"integrations", "oneshot", "training"},
+    {"export", "integrations", "oneshot", "training"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}

@@ -57,6 +57,8 @@ PRIVATE_NAMES = {
     "_fsdp_flattened": ("torch", "distributed/fsdp/_common_utils.py", r'FSDP_FLATTENED = "_fsdp_flattened"'),
     "_parameters": ("torch", "nn/modules/module.py", r"\b_parameters: dict\[str, "),
     "_pytree": ("torch", "utils/_pytree.py", r"def tree_map\("),
+    "_cslt_sparse_mm": ("torch", "_C/_VariableFunctions.pyi", r"def _cslt_sparse_mm\("),
+    "_cslt_sparse_mm_search": ("torch", "_C/_VariableFunctions.pyi", r"def _cslt_sparse_mm_search\("),
     "_version": ("torch", "_C/__init__.pyi", r"\b_version: (_int|int)\b"),
 }
 

@@ -11,6 +11,7 @@ A read is the time of one `sum()` of each weight. Times of the GPU are taken wit
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -22,7 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,16 +34,17 @@ import torch
 import transformers
 from accelerate import cpu_offload
 from torch import nn
-from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_sparse import OneshotConfig, Pruner, PruningConfig, prune_oneshot
+from hf_sparse import OneshotConfig, Pruner, PruningConfig, accelerate_2of4, prune_oneshot
 from hf_sparse.numerics import chunk_size
 from hf_sparse.oneshot.layerwise import LayerPruner
 from hf_sparse.oneshot.observers import InputObserver
+from hf_sparse.patterns import get_pattern
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
 from hf_sparse.selection.scores import TensorScores
 from hf_sparse.selection.threshold import find_thresholds
+from hf_sparse.solvers.sparsegpt import SparseGPT
 
 
 MODELS = {
@@ -487,29 +489,51 @@ def measure_upkeep(setup: Setup) -> None:
 
 
 class Phases:
-    """Times the statistics and the solving within a one-shot run."""
+    """The time of the statistics, the solving and the factors within a one-shot run: on a GPU between events, so that
+    nothing waits for it that would not otherwise."""
+
+    METHODS = {
+        "statistics": (InputObserver, "observe"),
+        "solve": (LayerPruner, "prune_layers"),
+        "factors in it": (SparseGPT, "prepare"),
+    }
 
     def __init__(self, on: Device):
-        self.on, self.seconds = on, {"statistics": 0.0, "solve": 0.0}
+        self.on = on
+        self.marks: dict[str, list[tuple]] = {name: [] for name in self.METHODS}
 
-    def timed(self, phase: str, function: Callable) -> Callable:
+    def _now(self) -> object:
+        if not self.on.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _timed(self, phase: str, function: Callable) -> Callable:
         def run(*args, **kwargs):
-            self.on.synchronize()
-            start = time.perf_counter()
+            start = self._now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.on.synchronize()
-                self.seconds[phase] += time.perf_counter() - start
+                self.marks[phase].append((start, self._now()))
 
         return run
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        observe = self.timed("statistics", InputObserver.observe)
-        solve = self.timed("solve", LayerPruner.prune_layers)
-        with patch.object(InputObserver, "observe", observe), patch.object(LayerPruner, "prune_layers", solve):
+        with ExitStack() as stack:
+            for phase, (owner, name) in self.METHODS.items():
+                stack.enter_context(patch.object(owner, name, self._timed(phase, getattr(owner, name))))
             yield
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        self.on.synchronize()
+        if self.on.is_cuda:
+            return {
+                name: sum(start.elapsed_time(end) for start, end in marks) / 1e3 for name, marks in self.marks.items()
+            }
+        return {name: sum(end - start for start, end in marks) for name, marks in self.marks.items()}
 
 
 GOAL_ONESHOT = "at most two forwards + 50%"
@@ -541,7 +565,7 @@ def oneshot(setup: Setup, size: str, methods: list[tuple[str, str]], samples: in
             model.model(input_ids=tokens, use_cache=False)
 
     forward_memory: dict = {}
-    with on.peak(forward_memory, "peak"):
+    with on.peak(forward_memory, "peak"), torch.no_grad():
         model.model(input_ids=device_data[0], use_cache=False)
     one_forward = on.once(forward)
     report.results.update(tokens=samples * length, forward=one_forward, forward_peak=forward_memory["peak"])
@@ -551,6 +575,8 @@ def oneshot(setup: Setup, size: str, methods: list[tuple[str, str]], samples: in
     block = num_bytes(list(model.model.layers[0].parameters()))
     grams = 4 * (3 * config.hidden_size**2 + config.intermediate_size**2)
     cache = samples * length * config.hidden_size * 2
+    if any("sparsegpt" in method for method, _ in methods):
+        build_kernels(setup)
     for method, activations in methods:
         randomize(weights)
         phases, found = Phases(on), report.results.setdefault(f"{method}, {activations}", {})
@@ -578,6 +604,16 @@ def oneshot(setup: Setup, size: str, methods: list[tuple[str, str]], samples: in
         report.write()
 
 
+def build_kernels(setup: Setup) -> None:
+    """Builds the kernels of SparseGPT, which takes time once on a machine."""
+    weight, gram = torch.randn(256, 256, device=setup.on.device), torch.eye(256, device=setup.on.device)
+    start = time.perf_counter()
+    for pattern in ("unstructured", "2:4"):
+        SparseGPT().solve(weight, gram, get_pattern(pattern), 0.5)
+    setup.on.synchronize()
+    setup.report.row("building the kernels of SparseGPT", f"{time.perf_counter() - start:.1f} s")
+
+
 def measure_oneshot_1b(setup: Setup) -> None:
     """One-shot pruning of the 1B model."""
     methods = [("wanda", "cpu"), ("wanda", "device"), ("wanda 2:4", "device")]
@@ -587,7 +623,7 @@ def measure_oneshot_1b(setup: Setup) -> None:
 
 def measure_oneshot_7b(setup: Setup) -> None:
     """One-shot pruning of the 7B model."""
-    oneshot(setup, "7B", [("wanda", "device"), ("sparsegpt", "device"), ("wanda", "cpu")], 128)
+    oneshot(setup, "7B", [("sparsegpt", "device"), ("wanda", "device"), ("wanda", "cpu")], 128)
 
 
 def measure_offload(setup: Setup) -> None:
@@ -620,80 +656,89 @@ SHAPES = {
 
 
 def measure_semi_structured(setup: Setup) -> None:
-    """Speed of torch's 2:4 kernels, per layer."""
-    on, report = setup.on, setup.report
-    tensors = torch.sparse.SparseSemiStructuredTensor
-    shapes = {"64 x 64": (64, 64)} if setup.tiny else SHAPES
+    """Speed of torch's 2:4 kernels, per layer and number of tokens, each with its fastest algorithm."""
+    report, tensors = setup.report, torch.sparse.SparseSemiStructuredTensor
+    shapes, counts = ({"64 x 64": (64, 64)}, (16,)) if setup.tiny else (SHAPES, (16, 256, 4096, 16_384))
     for kernel, cutlass in (("cuSPARSELt", False), ("CUTLASS", True)):
         with patch.object(tensors, "_FORCE_CUTLASS", cutlass):
             for name, (rows, columns) in shapes.items():
-                weight = torch.randn(rows, columns, device=on.device, dtype=torch.bfloat16) * columns**-0.5
-                mask = keep_n_of_m(weight.float().abs().view(-1, 4), 2).view(rows, columns)
-                weight = torch.where(mask, weight, 0.0)
-                try:
-                    packed = torch.sparse.to_sparse_semi_structured(weight)
-                except (RuntimeError, ValueError, NotImplementedError) as error:
-                    report.row(f"{kernel}, {name}", f"refused: {one_line(str(error))}")
-                    continue
-                speeds = [semi_structured_speed(setup, weight, packed, count) for count in (16, 256, 4096, 16_384)]
-                report.results[f"{kernel}, {name}"] = speeds
-                if all("refused" in speed for speed in speeds):  # by the device, whatever the shape
-                    report.row(f"{kernel}, all shapes", speeds[0]["refused"])
+                for graphs in (False, True):
+                    found = [semi_structured_speed(setup, rows, columns, count, graphs) for count in counts]
+                    how = "CUDA graphs" if graphs else "single calls"
+                    report.results[f"{kernel}, {name}, {how}"] = found
+                    values = [f"{each['tokens']}: {each.get('speedup', each.get('refused'))}" for each in found]
+                    if any("speedup" in each for each in found):
+                        report.row(f"{kernel}, {how}, {name}: dense / 2:4 time, by tokens", "; ".join(values))
+                if not any("speedup" in each for each in found):  # by the device, whatever the shape
+                    report.row(f"{kernel}, all shapes", found[0]["refused"])
                     break
-                values = [f"{speed['tokens']}: {speed.get('speedup', speed.get('refused'))}" for speed in speeds]
-                report.row(f"{kernel}, weight {name}: dense / 2:4 time, by tokens", "; ".join(values))
         report.write()
 
 
-def semi_structured_speed(setup: Setup, weight: torch.Tensor, packed: torch.Tensor, tokens: int) -> dict:
-    x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    found: dict = {"tokens": tokens}
+def semi_structured_speed(setup: Setup, rows: int, columns: int, tokens: int, graphs: bool) -> dict:
+    layer = nn.Linear(columns, rows, bias=False, device=setup.on.device, dtype=torch.bfloat16).requires_grad_(False)
+    mask = keep_n_of_m(layer.weight.float().abs().view(-1, 4), 2).view(rows, columns)
+    layer.weight.mul_(mask)
     try:
-        expected, output = linear(x, weight), linear(x, packed)
-        found["error"] = float((output - expected).float().norm() / expected.float().norm())
-        dense = found["dense"] = setup.on.seconds(lambda: linear(x, weight), 10)
-        found["sparse"] = setup.on.seconds(lambda: linear(x, packed), 10)
-        found["speedup"] = f"{dense / found['sparse']:.2f}x"
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        found["refused"] = f"refused: {one_line(str(error))[:80]}"
-    return found
+        (outcome,) = accelerate_2of4(layer, (tokens,), cuda_graphs=graphs, echo=lambda text: None).layers
+    except RuntimeError as error:
+        return {"tokens": tokens, "refused": f"refused: {one_line(str(error))[:80]}"}
+    if not outcome.speeds:
+        return {"tokens": tokens, "refused": one_line(str(outcome.reason))[:90]}
+    (speed,) = outcome.speeds
+    return {"tokens": tokens, "dense": speed.dense, "sparse": speed.sparse, "speedup": f"{speed.speedup:.2f}x"}
 
 
 def measure_semi_structured_model(setup: Setup) -> None:
-    """Speed of the whole 1B model with 2:4 weights."""
-    on, report = setup.on, setup.report
-    model = setup.model("1B")
+    """Speed of the whole 1B model after accelerate_2of4."""
+    report, model = setup.report, setup.model("1B")
     Pruner(model, PruningConfig(pattern="2:4", criterion="magnitude")).update(1, 1)
-    sizes = [(2, 16)] if setup.tiny else [(1, 1), (1, 512), (8, 2048), (64, 1)]
-    inputs = {f"{batch} x {length} tokens": setup.tokens(batch, length).to(on.device) for batch, length in sizes}
+    sizes = [(2, 16)] if setup.tiny else [(64, 1), (1, 512), (8, 2048)]
+    for batch, length in sizes:
+        for graphs in (False, True):
+            how = f"{batch} x {length} tokens, {'CUDA graphs' if graphs else 'single calls'}"
+            try:
+                accelerated_model(setup, copy.deepcopy(model), how, batch, length, graphs)
+            except (RuntimeError, ValueError, NotImplementedError) as problem:
+                report.row("1B: 2:4 kernels", f"refused: {one_line(str(problem))}")
+                if not setup.on.is_cuda:
+                    return
+            setup.on.free()
 
-    @torch.no_grad()
-    def forward(name: str) -> torch.Tensor:
-        return model.model(input_ids=inputs[name], use_cache=False).last_hidden_state
 
-    dense = {name: (on.seconds(lambda name=name: forward(name), 5), forward(name)) for name in inputs}
-    held = on.held()
-    try:
-        for module in model.model.layers.modules():
-            if isinstance(module, nn.Linear):
-                module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(module.weight.detach()), False)
-    except (RuntimeError, ValueError, NotImplementedError) as problem:
-        report.row("1B: 2:4 kernels", f"refused: {one_line(str(problem))}")
-        return
-    on.free()
-    report.results["bytes"] = {"dense": held, "sparse": on.held()}
-    report.row("1B: memory of the weights, dense and 2:4", f"{held / MB:.0f} MB, {on.held() / MB:.0f} MB")
-    for name, (seconds, expected) in dense.items():
-        try:
-            error = float((forward(name) - expected).float().norm() / expected.float().norm())
-            sparse = on.seconds(lambda name=name: forward(name), 5)
-        except (RuntimeError, ValueError, NotImplementedError) as problem:
-            report.row(f"1B, {name}: 2:4 kernels", f"refused: {one_line(str(problem))}")
-            continue
-        report.results[name] = {"dense": seconds, "sparse": sparse, "error": error}
-        report.row(
-            f"1B, {name}: dense / 2:4 time", f"{seconds / sparse:.2f}x ({seconds * 1e3:.1f} ms; error {error:.1e})"
-        )
+@torch.no_grad()
+def accelerated_model(setup: Setup, model: nn.Module, how: str, batch: int, length: int, graphs: bool) -> None:
+    on, report = setup.on, setup.report
+    tokens, held = setup.tokens(batch, length).to(on.device), on.held()
+
+    def forward() -> torch.Tensor:
+        return model.model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def timed() -> tuple[float, torch.Tensor]:
+        if not graphs:
+            return on.seconds(forward, 5), forward()
+        forward()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            output = forward()
+        return on.seconds(graph.replay, 5), output.clone()
+
+    dense, expected = timed()
+    start = time.perf_counter()
+    outcome = accelerate_2of4(model, (batch * length,), cuda_graphs=graphs, echo=lambda text: None)
+    took = time.perf_counter() - start
+    found = report.results[how] = {"dense": dense, "swapped": outcome.swapped, "table": str(outcome), "took": took}
+    text = (
+        f"{outcome.swapped} of {len(outcome.layers)} layers swapped in {took:.1f} s, model dense {dense * 1e3:.1f} ms"
+    )
+    if outcome.swapped:
+        on.free()
+        found["sparse"], output = timed()
+        found["error"] = float((output - expected).float().norm() / expected.float().norm())
+        found["bytes"] = on.held() - held
+        text += f", dense / 2:4 time {dense / found['sparse']:.2f}x (error {found['error']:.1e})"
+    report.row(f"1B, {how}", text)
 
 
 # Name: what measures it, and the most seconds that it may take.
@@ -702,11 +747,11 @@ SECTIONS: dict[str, tuple[Callable[[Setup], None], float]] = {
     "ranking": (measure_ranking, 50),
     "n_of_m": (measure_n_of_m, 20),
     "upkeep": (measure_upkeep, 50),
-    "oneshot_1b": (measure_oneshot_1b, 110),
-    "semi_structured": (measure_semi_structured, 30),
-    "semi_structured_model": (measure_semi_structured_model, 25),
+    "oneshot_1b": (measure_oneshot_1b, 60),
+    "semi_structured": (measure_semi_structured, 45),
+    "semi_structured_model": (measure_semi_structured_model, 30),
     "offload": (measure_offload, 45),
-    "oneshot_7b": (measure_oneshot_7b, 150),
+    "oneshot_7b": (measure_oneshot_7b, 90),
 }
 
 
