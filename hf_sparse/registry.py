@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -49,6 +50,16 @@ def format_name(name: object) -> str:
     return f'"{text}"' if len(text) <= _SHORT.maxstring else f'"{text[: _SHORT.maxstring]}..."'
 
 
+def _check_signature(owner: str, declared: Callable[..., Any], own: Callable[..., Any]) -> None:
+    """Raises a TypeError if a method cannot be called with the positional arguments that its base class declares."""
+    parameters = list(inspect.signature(declared).parameters)
+    try:
+        inspect.signature(own).bind(*parameters)
+    except TypeError as error:
+        call = f"{declared.__name__}({', '.join(parameters[1:])})"
+        raise TypeError(f"{owner}: {declared.__name__} is called as {call}, which it cannot be ({error}).") from error
+
+
 class Registry:
     """The members of one family by name.
 
@@ -76,11 +87,13 @@ class Registry:
         """Returns a decorator that registers a class or function under `name`.
 
         Raises:
-            TypeError: the member is not a complete subclass of the family's base class.
+            TypeError: the name is no text, or the member is not a complete subclass of the family's base class.
             ValueError: `name` is taken by another member, or `check` refuses the member.
         """
 
         def add(member: Any) -> Any:
+            if not (isinstance(name, str) and name):
+                raise TypeError(f"the name of a {self.family} must be text, but is {format_value(name)}.")
             taken = self._members.get(name)
             if taken is member:
                 return member
@@ -105,6 +118,10 @@ class Registry:
             raise TypeError(f'{self.family} "{name}" must be a subclass of {self.base.__name__}, but is {member!r}.')
         if abstract := sorted(getattr(member, "__abstractmethods__", ())):
             raise TypeError(f'{self.family} "{name}" must define {", ".join(abstract)}.')
+        for method in sorted(getattr(self.base, "__abstractmethods__", ())):
+            declared, own = getattr(self.base, method), getattr(member, method)
+            if inspect.isfunction(declared) and inspect.isfunction(own):
+                _check_signature(f'{self.family} "{name}"', declared, own)
 
     def check(self, name: str, member: Any) -> None:
         """Called before a member is registered. Subclasses raise an error when it does not belong here."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar
@@ -15,7 +16,7 @@ from ..criteria import CRITERIA, Criterion
 from ..files import parse_json, write_json
 from ..patterns import Pattern, get_pattern
 from ..plugins import load_installed_plugins
-from ..registry import format_value
+from ..registry import format_name, format_value
 from ..schedulers import OneshotScheduler, Scheduler
 from ..solvers import SOLVERS
 from .options import (
@@ -148,6 +149,9 @@ class PruningOptions:
         self._parse_json(errors)
         errors += self._replace_instances()
         recipe = self.pruning_config
+        if recipe is not None and not isinstance(recipe, (str, PathLike)):
+            errors.append(f"pruning_config is {format_value(recipe)}: it must be the name of a recipe file.")
+            recipe = self.pruning_config = None
         if recipe is not None:
             self._take_recipe(errors)
             self._parse_json(errors)
@@ -167,7 +171,9 @@ class PruningOptions:
             if len(errors) > _MAX_SHOWN:
                 errors.append("The other groups were not checked.")
                 break
-            where = f'group "{name}": ' if self.groups else ""
+            where = f"group {format_name(name)}: " if self.groups else ""
+            if self.groups and not (isinstance(name, str) and name):
+                errors.append(f"{where}the name of a group must be text.")
             if isinstance(options, str):
                 errors.append(where + options)
                 continue
@@ -250,6 +256,8 @@ class PruningOptions:
         Raises:
             PruningConfigError: an unknown option (the nearest known one is named), or any other error.
         """
+        if not isinstance(values, Mapping):
+            raise PruningConfigError([f"a config is a mapping of options to values, but is {format_value(values)}."])
         try:
             values = cls.read_options(values)
         except ValueError as error:

@@ -131,7 +131,10 @@ use scope=layer, or name a criterion, as in criterion="wanda".
 
         Raises:
             PruningConfigError: the config has a schedule, which one-shot pruning cannot follow.
+            TypeError: it is no config.
         """
+        if not isinstance(config, PruningOptions):
+            raise TypeError(f"one-shot pruning takes a OneshotConfig or a PruningConfig, not {format_value(config)}.")
         return config if isinstance(config, cls) else cls.from_dict(PruningConfig.to_dict(config))
 
     def resolve_criterion(self, options: SimpleNamespace) -> str | None:

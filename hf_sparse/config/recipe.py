@@ -145,7 +145,6 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"pruning_config {path} cannot be read: {error}.") from error
     if not isinstance(values, dict):
-        raise ValueError(
-            f"pruning_config {path} must hold options and their values, but holds {type(values).__name__}."
-        )
+        held = "is empty" if values is None else f"holds {type(values).__name__}"
+        raise ValueError(f"pruning_config {path} must hold options and their values, but {held}.")
     return values

@@ -36,6 +36,12 @@ def resolve_layers(
     for name, options in config.resolve_groups().items():
         where = f'group "{name}": ' if config.groups else ""
         units, layers, problems = _select(model, all_layers, options)
+        problems += [
+            f'"{layer.name}" of shape {layer.shape} holds no weights: exclude it, as with exclude=["{layer.module}"].'
+            for layer in layers
+            if not layer.numel
+        ]
+        layers = [layer for layer in layers if layer.numel]
         problems += [] if observes_inputs else training_errors(options)
         errors += [where + problem for problem in problems]
         for layer in layers:

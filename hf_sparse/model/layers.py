@@ -264,7 +264,7 @@ def _matching(
     for pattern in patterns:
         try:
             matches = {layer for layer in layers if _matches(pattern, layer)}
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             errors.append(f'{field}: "{pattern}" is not a regular expression: {error}.')
             continue
         if not matches:

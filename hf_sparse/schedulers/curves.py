@@ -5,12 +5,12 @@ Every curve is non-decreasing in t, with f(0, A) = 0 and f(1, A) = A.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Protocol, TypeVar
 
-from ..registry import Registry
+from ..registry import Registry, format_value
 
 
 CURVES = Registry("sparsity_decay_type")
@@ -31,7 +31,7 @@ def register_curve(name: str) -> Callable[[C], C]:
     """Function decorator: registers a `Curve` as `sparsity_decay_type=name`, in arguments and on the command line.
 
     Raises:
-        TypeError: the function cannot be called as `curve(t, target)`.
+        TypeError: the function cannot be called as `curve(t, target)`, or does not return a number.
         ValueError: another curve has this name.
 
     Example:
@@ -45,12 +45,14 @@ def register_curve(name: str) -> Callable[[C], C]:
 
     def register(curve: C) -> C:
         try:
-            inspect.signature(curve).bind(0.5, 0.5)
-        except TypeError as error:
+            values = [curve(t, 0.5) for t in (0.0, 0.5, 1.0)]
+        except Exception as error:
             raise TypeError(
                 f'curve "{name}" is called as curve(t, target), but {curve!r} cannot be ({error}): define it as '
                 "def curve(t: float, target: float) -> float."
             ) from error
+        if wrong := [value for value in values if not (isinstance(value, Real) and math.isfinite(value))]:
+            raise TypeError(f'curve "{name}" returns {format_value(wrong[0])}: it must return a sparsity, a number.')
         return CURVES.register(name)(curve)
 
     return register

@@ -142,7 +142,7 @@ def test_a_recipe_with_groups(tmp_path):
     [
         ("target_sparsity: [", ["cannot be read"]),
         ("- 1", ["must hold options and their values, but holds list"]),
-        ("", ["must hold options and their values, but holds NoneType"]),
+        ("", ["must hold options and their values, but is empty"]),
         ("!!python/object/apply:os.getcwd []", ["cannot be read: could not determine a constructor"]),
         ("patern: 2:4\nscope: all\n", ['unknown option "patern". Did you mean "pattern"?', 'scope is "all"']),
         ("pruning_config: other.yaml", ['unknown option "pruning_config"']),

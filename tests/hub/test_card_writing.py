@@ -158,6 +158,22 @@ def test_settings_of_an_earlier_version_are_made_from_the_config():
     )
 
 
+@pytest.mark.parametrize("mark", [SECTION_END, SECTION_START, f"```\n{SECTION_END}\n```", f"~~~\n{SECTION_END}"])
+def test_a_command_with_the_marks_of_the_section_is_written_stably(tmp_path, mark):
+    """Written again and again, with text of a person after the section."""
+    values = {"command": f"python run.py \\\n{mark}\n# after\n{mark}"}
+    path = write_card(tmp_path, card(**values))
+    path.write_text(path.read_text(encoding="utf-8") + "\n# Mine\n\nA text.\n", encoding="utf-8")
+    text = write_card(tmp_path, card(**values)).read_text(encoding="utf-8")
+    assert text.count("### Reproduce") == 1 and text.endswith("\n# Mine\n\nA text.\n")
+    assert text.count(values["command"]) == 1
+    for _ in range(2):
+        assert write_card(tmp_path, card(**values)).read_text(encoding="utf-8") == text
+    plain = write_card(tmp_path, card(command="python run.py")).read_text(encoding="utf-8")
+    assert plain.count(SECTION_START) == plain.count(SECTION_END) == 1
+    assert plain.endswith("\n# Mine\n\nA text.\n")
+
+
 def test_markup_in_names_does_not_change_the_structure(tmp_path):
     """The same lines as with plain names, and the same values when the metadata is read back."""
     nasty = NASTY + f"\n{SECTION_END}\n"

@@ -10,16 +10,23 @@ from collections.abc import Iterable
 
 REMOVED = "<removed>"
 
-_TOKEN_PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+# Also where it is glued to a word.
+_TOKEN_PATTERN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # Shorter secrets would match parts of words. Their command-line options are removed by name instead.
 _MIN_SECRET_LENGTH = 8
 
-_SPECIAL_CHARACTERS = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
+_SPECIAL_CHARACTERS = re.compile(
+    r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])"
+    # What makes renderers turn bare addresses into links: https://..., mailto:..., www..., name@host.
+    r"|:(?=//)|(?<=mailto):|(?<=xmpp):|(?<=www)\.|(?<=[\w.+-])@(?=\w)",
+    flags=re.IGNORECASE,
+)
 
 
 def escape(text: object) -> str:
-    """Returns `text` on one line, escaped so that Markdown shows it literally in a paragraph, heading or table cell.
+    """Returns `text` on one line, escaped so that Markdown shows it literally in a paragraph, heading or table cell,
+    without links to the addresses in it.
 
     Example:
         >>> escape("a|b <!-- c --> _d_ e_f")

@@ -23,10 +23,8 @@ SECTION_END = "<!-- hf_sparse: end -->"
 SECTION = "hf_sparse"
 """The key of the chunk from SECTION_START to SECTION_END."""
 
-_SECTION_PATTERN = re.compile(
-    rf"^<!-- hf_sparse: start\b[^\n]*-->\r?\n.*?^{re.escape(SECTION_END)}[ \t]*$(\r?\n)*",
-    flags=re.MULTILINE | re.DOTALL,
-)
+_START_PATTERN = re.compile(r"^<!-- hf_sparse: start\b[^\n]*-->\r?\n", flags=re.MULTILINE)
+_END_PATTERN = re.compile(rf"^{re.escape(SECTION_END)}[ \t]*$(\r?\n)*", flags=re.MULTILINE)
 _HEADING_PATTERN = re.compile(r" {0,3}#{1,6}(\s|$)")
 _FENCE_PATTERN = re.compile(r" {0,3}(`{3,}|~{3,})")
 
@@ -74,10 +72,10 @@ def split_chunks(text: str) -> dict[str, str]:
         >>> split_chunks("a\\n# b\\nc\\n")
         {'': 'a\\n', '# b': '# b\\nc\\n'}
     """
-    section = _SECTION_PATTERN.search(text)
-    parts = list(_split_at_headings(text[: section.start()] if section else text, ""))
+    section = _find_section(text)
+    parts = list(_split_at_headings(text[: section.start] if section else text, ""))
     if section:
-        parts += [(SECTION, section.group()), *_split_at_headings(text[section.end() :], f"after {SECTION}")]
+        parts += [(SECTION, text[section]), *_split_at_headings(text[section.stop :], f"after {SECTION}")]
     chunks: dict[str, str] = {}
     for key, part in parts:
         numbered = (f"{key} ({number})" for number in itertools.count(2))
@@ -85,20 +83,44 @@ def split_chunks(text: str) -> dict[str, str]:
     return chunks
 
 
+def _find_section(text: str) -> slice | None:
+    """Returns where the hf_sparse section is. An end mark in a code block, which shows it, does not end the section,
+    unless there is no other."""
+    start = _START_PATTERN.search(text)
+    if start is None:
+        return None
+    ends = list(_END_PATTERN.finditer(text, start.end()))
+    if not ends:
+        return None
+    lines, position, outside = _lines_with_fences(text[start.end() :]), start.end(), set()
+    for line, is_code in lines:
+        if not is_code:
+            outside.add(position)
+        position += len(line)
+    end = next((end for end in ends if end.start() in outside), ends[0])
+    return slice(start.start(), end.end())
+
+
+def _lines_with_fences(text: str) -> Iterator[tuple[str, bool]]:
+    """Yields each line, and whether it belongs to a code block; the fence that opens one does."""
+    fence: str | None = None
+    for line in text.splitlines(keepends=True):
+        match, is_code = _FENCE_PATTERN.match(line), fence is not None
+        if match and fence is None:
+            fence, is_code = match[1], True
+        elif match and fence and match[1].startswith(fence) and not line.strip().strip(fence[0]):
+            fence = None
+        yield line, is_code
+
+
 def _split_at_headings(text: str, key: str) -> Iterator[tuple[str, str]]:
     """Yields (heading, text) pairs; `key` stands for the heading of the text before the first one."""
     part = ""
-    fence: str | None = None  # of the code block that the line is in
-    for line in text.splitlines(keepends=True):
-        match = _FENCE_PATTERN.match(line)
-        if fence is None and _HEADING_PATTERN.match(line):
+    for line, is_code in _lines_with_fences(text):
+        if not is_code and _HEADING_PATTERN.match(line):
             if part:
                 yield key, part
             key, part = line.strip(), ""
-        elif match and fence is None:
-            fence = match[1]
-        elif match and fence and match[1].startswith(fence) and not line.strip().strip(fence[0]):
-            fence = None
         part += line
     if part:
         yield key, part
