@@ -21,7 +21,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The rooms of the package by floor: an import leads to a lower floor. CONTRIBUTING.md has the same table.
 FLOORS = [
-    {"calibration", "distributed", "files", "kernels", "numerics", "plugins", "registry", "requires"},
+    {
+        "calibration",
+        "distributed",
+        "files",
+        "kernels",
+        "numerics",
+        "optional_packages",
+        "plugins",
+        "registry",
+        "requires",
+    },
     {"methods", "model", "patterns", "reporting", "schedulers", "statistics"},
     {"allocations", "criteria", "evaluation", "inspection", "structured"},
     {"selection"},
@@ -33,7 +43,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}
 METHODS = {"allocations", "criteria", "patterns", "schedulers", "solvers", "statistics"}
-USES_TRANSFORMERS = {"calibration", "evaluation", "hub", "oneshot", "training", "cli"}
+USES_TRANSFORMERS = {"calibration", "evaluation", "export", "hub", "oneshot", "training", "cli"}
 
 
 def room(path):

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .deployment import NumberListCommand, bench, export
+
 
 class _OneLineErrors(TyperGroup):
     """Prints errors that users can correct on one line, with exit code 2. Other errors keep their traceback."""
@@ -174,6 +176,10 @@ def push(
         typer.echo(f"hf-sparse: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(commit.repo_url)
+
+
+app.command()(export)
+app.command(cls=NumberListCommand)(bench)
 
 
 # The options come from dataclasses that need torch, so they are read when the command runs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
 from .report import SparsityReport
@@ -48,6 +48,27 @@ def plot_layers(path: str | Path, report: SparsityReport) -> None:
     axes.set_yticklabels(names, fontsize=7)
     axes.invert_yaxis()
     axes.legend(loc="lower left", fontsize=8)
+    _save(figure, path)
+
+
+def plot_latencies(path: str | Path, latencies: Sequence[Any]) -> None:
+    """Plots the time of each model in each runtime, as a share of the first one's in the first runtime, into a PNG
+    file: one group of bars for each batch size.
+
+    Args:
+        path: the file.
+        latencies: with `model`, `runtime`, `batch_size` and `to_reference`.
+    """
+    batches = sorted({row.batch_size for row in latencies})
+    cases = list(dict.fromkeys((row.runtime, row.model) for row in latencies))
+    figure, axes = _new_figure(1.5 + 0.35 * len(cases) * len(batches), 4)
+    for index, case in enumerate(cases):
+        rows = {row.batch_size: row.to_reference for row in latencies if (row.runtime, row.model) == case}
+        places = [number + (index + 0.5) / (len(cases) + 1) for number in range(len(batches))]
+        axes.bar(places, [rows[batch] for batch in batches], 0.9 / (len(cases) + 1), label=f"{case[0]}: {case[1]}")
+    axes.set(ylabel="time / time of the reference", xticks=[number + 0.45 for number in range(len(batches))])
+    axes.set_xticklabels([f"batch {batch}" for batch in batches])
+    figure.legend(loc="outside upper center", fontsize=7)
     _save(figure, path)
 
 

@@ -1,0 +1,95 @@
+"""The commands that turn a checkpoint into what is run: `export` and `bench`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+
+class NumberListCommand(TyperCommand):
+    """A command whose options of several numbers take them one after the other: `--batch 1 8 32`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeats the name of such an option before each of its numbers, as click expects it."""
+        repeated = {name for param in self.params if param.multiple for name in param.opts}
+        expanded: list[str] = []
+        option = ""
+        for arg in args:
+            if option and arg.isdecimal() and expanded[-1] != option:
+                expanded.append(option)
+            elif not arg.isdecimal():
+                option = arg if arg in repeated else ""
+            expanded.append(arg)
+        return super().parse_args(ctx, expanded)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Checkpoint: a folder or a Hub name.")],
+    output_dir: Annotated[str, typer.Argument(help="Folder to write. Replaced if it exists.")],
+    to: Annotated[str, typer.Option(help="onnx or openvino.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, bf16 (OpenVINO only) or fp16. Left out: float32 weights, computed by OpenVINO in the fastest "
+            "precision of the CPU."
+        ),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize to int8 (OpenVINO, with nncf).")] = False,
+    calibration_file: Annotated[
+        str | None,
+        typer.Option(help="Texts, to quantize and to compare with: .txt, .json, .jsonl, .csv, .tsv or .parquet."),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column with the texts. Left out: text, sentence, or the only text column.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Number of texts.")] = 100,
+    length: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of a text.")] = 128,
+) -> None:
+    """Export a checkpoint to ONNX or OpenVINO, and compare its outputs with those of the checkpoint.
+
+    Needs `pip install "hf_sparse[export]"`. Texts and images of any batch size, texts of any length; a causal language
+    model computes the logits of whole texts, without a cache. Exit codes: 0 exported, 2 it is not possible.
+    """
+    from ..export.workflow import export_model
+
+    agreement = export_model(
+        model, output_dir, to, dtype, int8, calibration_file, text_column, samples=samples, length=length
+    )
+    typer.echo(f"{output_dir}: {agreement}")
+
+
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(help="Checkpoints, and folders written by `export`. The first is the reference.")
+    ],
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. Left out: 1 8 32.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Number of tokens of each text.")] = 128,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="torch, compile, onnx or openvino. Repeat it for several. Left out: torch, and what is installed of "
+            "onnx and openvino."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of threads. Left out: all cores. With 1, CPU time is measured.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="About how long to measure each batch size.")] = 20.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for torch.")] = "cpu",
+    plot: Annotated[str | None, typer.Option(help="PNG file for a figure of the ratios.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure the speed, file size and memory of models side by side.
+
+    The models run in turns, on random inputs, and are compared by ratios of times measured next to each other.
+    """
+    from ..export.benchmark import benchmark_models
+    from ..reporting.plots import plot_latencies
+
+    result = benchmark_models(models, batch or (1, 8, 32), length, runtime, threads, seconds, device)
+    if plot is not None:
+        plot_latencies(plot, result.latencies)
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
