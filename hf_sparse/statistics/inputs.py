@@ -54,6 +54,8 @@ class _InputStatistic(ABC):
                 `check` after the last batch.
         """
         x_TI = _kept_tokens(x, keep, self.total.shape[-1])
+        if not len(x_TI):
+            return
         squares_I = None
         if x_TI.device.type == "cpu":
             squares_I = _sum_of_squares(x_TI)

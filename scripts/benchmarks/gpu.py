@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -44,7 +45,9 @@ from hf_sparse.patterns import get_pattern
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
 from hf_sparse.selection.scores import TensorScores
 from hf_sparse.selection.threshold import find_thresholds
+from hf_sparse.solvers import HessianFactor
 from hf_sparse.solvers.sparsegpt import SparseGPT
+from hf_sparse.statistics import GramMatrix, InputNorms
 
 
 MODELS = {
@@ -267,6 +270,16 @@ class Device:
             "waits": len(waits),
             "kernels": len(kernels),
         }
+
+    def kernels(self, work: Callable[[], object]) -> dict[str, float]:
+        """The milliseconds of each kernel that `work` runs, by the profiler, the longest first."""
+        if not self.is_cuda:
+            return {}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            work()
+            torch.cuda.synchronize()
+        times = {event.key: event.self_device_time_total / 1e3 for event in profiler.key_averages()}
+        return dict(sorted(times.items(), key=lambda item: -item[1])[:12])
 
 
 @dataclass
@@ -614,6 +627,40 @@ def build_kernels(setup: Setup) -> None:
     setup.report.row("building the kernels of SparseGPT", f"{time.perf_counter() - start:.1f} s")
 
 
+def measure_sparsegpt(setup: Setup) -> None:
+    """The parts of SparseGPT: the Gram matrix, its factor, and the blocks of columns of a weight."""
+    on, report = setup.on, setup.report
+    tokens, sizes = (64, [(64, 64)]) if setup.tiny else (16_384, [(16_384, 2048), (2048, 8192), (4096, 11_008)])
+    for rows, columns in sizes:
+        x = torch.randn(tokens, columns, device=on.device, dtype=torch.bfloat16)
+        gram = GramMatrix(columns, on.device)
+        seconds = {"Gram matrix": on.seconds(lambda gram=gram, x=x: gram.observe(x), 3)}
+        norms = InputNorms(columns, on.device)
+        seconds["norms"] = on.seconds(lambda norms=norms, x=x: norms.observe(x), 3)
+        factor = HessianFactor(gram)
+        seconds["factor"] = on.seconds(lambda gram=gram: HessianFactor(gram), 3)
+        weight = torch.randn(rows, columns, device=on.device)
+        mask = weight.abs() > 0.67
+        for name, options in {
+            "given mask": {"mask_RC": mask},
+            "unstructured": {"pattern": get_pattern("unstructured"), "sparsity": 0.5},
+            "2:4": {"pattern": get_pattern("2:4"), "sparsity": 0.5},
+        }.items():
+            solve = partial(SparseGPT().solve, weight, factor, **options)
+            solve()
+            seconds[f"solve, {name}"] = on.seconds(solve, 3)
+            kernels = on.kernels(solve)
+            report.results[f"{rows} x {columns}, {name}: kernels"] = kernels
+            longest = ", ".join(f"{kernel[:40]} {time:.1f} ms" for kernel, time in list(kernels.items())[:4])
+            report.row(f"{rows} x {columns}, {name}: longest kernels", longest)
+        report.results[f"{rows} x {columns}"] = seconds
+        report.row(
+            f"{rows} x {columns}, {tokens} tokens",
+            ", ".join(f"{name} {time * 1e3:.2f} ms" for name, time in seconds.items()),
+        )
+        report.write()
+
+
 def measure_oneshot_1b(setup: Setup) -> None:
     """One-shot pruning of the 1B model."""
     methods = [("wanda", "cpu"), ("wanda", "device"), ("wanda 2:4", "device")]
@@ -747,6 +794,7 @@ SECTIONS: dict[str, tuple[Callable[[Setup], None], float]] = {
     "ranking": (measure_ranking, 50),
     "n_of_m": (measure_n_of_m, 20),
     "upkeep": (measure_upkeep, 50),
+    "sparsegpt": (measure_sparsegpt, 20),
     "oneshot_1b": (measure_oneshot_1b, 60),
     "semi_structured": (measure_semi_structured, 45),
     "semi_structured_model": (measure_semi_structured_model, 30),
