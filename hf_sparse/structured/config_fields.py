@@ -56,26 +56,36 @@ class StackFields:
         return f"{field or self.neurons}"
 
 
+def _both_parts(encoder: StackFields, **decoder: str) -> tuple[StackFields, StackFields]:
+    """Returns the fields of an encoder and of a decoder with some other fields."""
+    return encoder, replace(encoder, part="decoder", **decoder)  # type: ignore[arg-type]
+
+
 _POST_NORM = StackFields(pre_norm=False)
 _DECODER = StackFields(
     heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim", per_layer=("layer_types",)
 )
 _BART = StackFields("encoder", neurons="encoder_ffn_dim", layers="encoder_layers", pre_norm=False)
-_WHISPER = replace(_BART, pre_norm=True)
+_PRE_NORM_BART = replace(_BART, pre_norm=True)
 _T5 = StackFields("encoder", neurons="d_ff", heads="num_heads", head_dim="d_kv", layers="num_layers")
 
 CONFIG_FIELDS: dict[str, tuple[StackFields, ...]] = {
-    "bart": (_BART, replace(_BART, part="decoder", neurons="decoder_ffn_dim", layers="decoder_layers")),
+    "bart": _both_parts(_BART, neurons="decoder_ffn_dim", layers="decoder_layers"),
     "bert": (_POST_NORM,),
     "deberta-v2": (_POST_NORM,),
     "distilbert": (replace(_POST_NORM, neurons="hidden_dim", layers="n_layers"),),
+    "electra": (_POST_NORM,),
+    "gemma": (_DECODER,),
     "gemma2": (_DECODER,),
     "gemma3_text": (_DECODER,),
     "gpt2": (StackFields(neurons="n_inner", layers="n_layer"),),
+    "granite": (_DECODER,),
     "llama": (_DECODER,),
+    "mbart": _both_parts(_PRE_NORM_BART, neurons="decoder_ffn_dim", layers="decoder_layers"),
     "mistral": (_DECODER,),
     "mixtral": (replace(_DECODER, experts="num_local_experts"),),
     "modernbert": (StackFields(per_layer=("layer_types",)),),
+    "mt5": _both_parts(_T5, layers="num_decoder_layers"),
     "opt": (StackFields(neurons="ffn_dim", pre_norm="do_layer_norm_before"),),
     "phi3": (_DECODER,),
     "qwen2": (_DECODER,),
@@ -90,9 +100,11 @@ CONFIG_FIELDS: dict[str, tuple[StackFields, ...]] = {
         ),
     ),
     "roberta": (_POST_NORM,),
-    "t5": (_T5, replace(_T5, part="decoder", layers="num_decoder_layers")),
+    "smollm3": (replace(_DECODER, per_layer=("layer_types", "no_rope_layers")),),
+    "t5": _both_parts(_T5, layers="num_decoder_layers"),
     "vit": (StackFields(heads="num_attention_heads", head_dim="head_dim"),),
-    "whisper": (_WHISPER, replace(_WHISPER, part="decoder", neurons="decoder_ffn_dim", layers="decoder_layers")),
+    "whisper": _both_parts(_PRE_NORM_BART, neurons="decoder_ffn_dim", layers="decoder_layers"),
+    "xlm-roberta": (_POST_NORM,),
 }
 """Model type -> the fields of each of its stacks."""
 
@@ -106,8 +118,7 @@ class Stack:
         path: attributes that lead from the model's config to the section: () for the config itself, ("text_config",)
             for the language model of a model of images and text.
         fields: of the stack.
-        is_listed: whether the model type is in the table. For others the most common names are tried, and a smaller
-            model is built from the config to see whether they mean what they say.
+        is_listed: whether the model type is in the table. For others the fields have the most common names.
     """
 
     model_type: str

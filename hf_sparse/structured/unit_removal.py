@@ -126,7 +126,7 @@ def _reduce(reduction: Reduction, size: _Size, multiple_of: int) -> None:
 
 
 def _apply(reduction: Reduction, size: _Size, after: int) -> bool:
-    """Removes units, and returns whether the config can express it. Of model types in the table it is known to."""
+    """Removes units, and returns whether the config can express it: a model that is built from it has these sizes."""
     config, entries = copy.deepcopy(reduction.config), copy.deepcopy(reduction.entries)
     size.write(after, reduction.config)
     for group, is_zero in size.groups:
@@ -138,13 +138,12 @@ def _apply(reduction: Reduction, size: _Size, after: int) -> bool:
     detail = f"{zeros} of {size.num_units:,} {unit} are zero in {_count(len(size.groups), 'module')}"
     change = SizeChange(size.field, size.num_units * queries, after * queries, detail)
     reduction.changes.append(change)
-    if not size.stack.is_listed:
-        try:
-            SmallerModel(reduction)
-        except ShrinkError:
-            reduction.config, reduction.entries = config, entries
-            reduction.changes.remove(change)
-            return False
+    try:
+        SmallerModel(reduction)
+    except ShrinkError:
+        reduction.config, reduction.entries = config, entries
+        reduction.changes.remove(change)
+        return False
     return True
 
 

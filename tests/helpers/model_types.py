@@ -5,21 +5,23 @@ grouped queries.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers.models.vit import modeling_vit
 
 
+# Older versions of transformers have a module for the encoder, and derive the size of heads from their number.
+IS_OLD_VIT = hasattr(modeling_vit, "ViTEncoder")
 BASE: dict[str, Any] = {
     "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24,
     "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 GROUPED = BASE | {"num_key_value_heads": 2, "head_dim": 8}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-TYPES_OF_BERT = {"type_vocab_size": 2}
 ENCODER_DECODER = {
     "vocab_size": 48, "d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "pad_token_id": 0, "bos_token_id": 1,
@@ -72,7 +74,7 @@ class ModelType:
     inputs: Callable[[], dict[str, torch.Tensor]] = text
     auto: str = "AutoModelForCausalLM"
     stacks: tuple[str, ...] = ("model.layers",)
-    generates: bool = field(default=True)
+    generates: bool = True
 
     def make(self, seed: int = 0, **options: Any) -> nn.Module:
         torch.manual_seed(seed)
@@ -85,6 +87,13 @@ class ModelType:
 
 
 ALL, WITHOUT_HEADS = ("neuron", "head", "layer"), ("neuron", "layer")
+T5 = {
+    "vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_heads": 4, "pad_token_id": 0,
+    "eos_token_id": 2, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+PAIRS_OF_T5 = (ALL, pairs, "AutoModelForSeq2SeqLM", ("encoder.block", "decoder.block"))
+BART = ENCODER_DECODER | {"max_position_embeddings": 40}
+PAIRS_OF_BART = (pairs, "AutoModelForSeq2SeqLM", ("model.encoder.layers", "model.decoder.layers"))
 BERT_LIKE = {"kinds": ("neuron",), "auto": "AutoModelForSequenceClassification", "generates": False}
 MODEL_TYPES = {
     "bert": ModelType(
@@ -92,6 +101,12 @@ MODEL_TYPES = {
     ),
     "roberta": ModelType(
         "RobertaForSequenceClassification", "RobertaConfig", BASE, stacks=("roberta.encoder.layer",), **BERT_LIKE
+    ),
+    "xlm-roberta": ModelType(
+        "XLMRobertaForSequenceClassification", "XLMRobertaConfig", BASE, stacks=("roberta.encoder.layer",), **BERT_LIKE
+    ),
+    "electra": ModelType(
+        "ElectraForSequenceClassification", "ElectraConfig", BASE, stacks=("electra.encoder.layer",), **BERT_LIKE
     ),
     "distilbert": ModelType(
         "DistilBertForSequenceClassification",
@@ -122,10 +137,10 @@ MODEL_TYPES = {
         "ViTConfig",
         {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}
         | {"image_size": 8, "patch_size": 4},
-        ALL,
+        WITHOUT_HEADS if IS_OLD_VIT else ALL,
         images,
         "AutoModelForImageClassification",
-        ("vit.layers",),
+        ("vit.encoder.layer" if IS_OLD_VIT else "vit.layers",),
         generates=False,
     ),
     "gpt2": ModelType(
@@ -153,6 +168,9 @@ MODEL_TYPES = {
     ),
     "qwen3": ModelType("Qwen3ForCausalLM", "Qwen3Config", GROUPED | SLIDING | {"use_sliding_window": True}, ALL),
     "mistral": ModelType("MistralForCausalLM", "MistralConfig", GROUPED | {"sliding_window": 4}, ALL),
+    "granite": ModelType("GraniteForCausalLM", "GraniteConfig", GROUPED, ALL),
+    "smollm3": ModelType("SmolLM3ForCausalLM", "SmolLM3Config", GROUPED | {"no_rope_layers": [1, 1, 0]}, ALL),
+    "gemma": ModelType("GemmaForCausalLM", "GemmaConfig", GROUPED, ALL),
     "gemma2": ModelType("Gemma2ForCausalLM", "Gemma2Config", GROUPED | SLIDING, ALL),
     "gemma3_text": ModelType("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED | SLIDING, ALL),
     "phi3": ModelType("Phi3ForCausalLM", "Phi3Config", BASE | {"num_key_value_heads": 2}, ALL),
@@ -165,25 +183,10 @@ MODEL_TYPES = {
         GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
         ALL,
     ),  # fmt: skip
-    "t5": ModelType(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {"vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_heads": 4}
-        | {"decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"},
-        ALL,
-        pairs,
-        "AutoModelForSeq2SeqLM",
-        ("encoder.block", "decoder.block"),
-    ),
-    "bart": ModelType(
-        "BartForConditionalGeneration",
-        "BartConfig",
-        ENCODER_DECODER | {"max_position_embeddings": 40},
-        ("neuron",),
-        pairs,
-        "AutoModelForSeq2SeqLM",
-        ("model.encoder.layers", "model.decoder.layers"),
-    ),
+    "t5": ModelType("T5ForConditionalGeneration", "T5Config", T5, *PAIRS_OF_T5),
+    "mt5": ModelType("MT5ForConditionalGeneration", "MT5Config", T5, *PAIRS_OF_T5),
+    "bart": ModelType("BartForConditionalGeneration", "BartConfig", BART, ("neuron",), *PAIRS_OF_BART),
+    "mbart": ModelType("MBartForConditionalGeneration", "MBartConfig", BART, WITHOUT_HEADS, *PAIRS_OF_BART),
     "whisper": ModelType(
         "WhisperForConditionalGeneration",
         "WhisperConfig",

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import BertModel, GemmaConfig, GemmaForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from transformers import BertModel, CohereConfig, CohereForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 from hf_sparse.model.coupling import find_unit_groups
 from hf_sparse.structured.obstacles import shrink_obstacle
@@ -163,7 +163,7 @@ def test_what_belongs_to_the_model_is_kept():
 
 
 def test_types_that_are_not_in_the_table_are_tried_by_building():
-    dense = GemmaForCausalLM(GemmaConfig(**GROUPED)).eval()
+    dense = CohereForCausalLM(CohereConfig(**GROUPED)).eval()
     assert [shrink_obstacle(dense, kind) for kind in ("neuron", "head")] == [None, None]
     prune(dense, ("neuron", "head"))
     small = shrink(dense)
