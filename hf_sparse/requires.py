@@ -24,11 +24,13 @@ class Requires(enum.Flag):
     """Sums of a function of weights and gradients over optimizer steps or calibration batches."""
     INPUT_NORMS = enum.auto()
     """The L2 norm of each input feature over all calibration tokens."""
+    INPUT_VARIANCES = enum.auto()
+    """The variance of each input feature over all calibration tokens, weighted by 1/‖y‖² with the layer's output y."""
     GRAM = enum.auto()
     """The Gram matrix X^T X of the inputs over all calibration tokens."""
     OUTLIERS = enum.auto()
     """A ratio of outliers per layer, from the weights and the norms of their inputs in the dense model."""
-    INPUTS = INPUT_NORMS | GRAM | OUTLIERS
+    INPUTS = INPUT_NORMS | INPUT_VARIANCES | GRAM | OUTLIERS
     """Anything that only a calibration pass over the inputs of the weights provides."""
     CALIBRATION_DATA = INPUTS | GRADIENTS
     """Anything that one-shot pruning computes from calibration data."""

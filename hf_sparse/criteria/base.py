@@ -33,8 +33,8 @@ class Criterion(ABC):
 
     requires: ClassVar[Requires] = Requires.NOTHING
     """What `score` gets as `statistic`: nothing (None), `POSITION` (int64), `GRADIENTS` (the sum of
-    `GradientCriterion.saliency`, float32) or `INPUT_NORMS` (the norm of each weight's input, float32, of a shape that
-    broadcasts to the weight's: (C,) for a matrix (R, C))."""
+    `GradientCriterion.saliency`, float32), `INPUT_NORMS` (the norm of each weight's input, float32, of a shape that
+    broadcasts to the weight's: (C,) for a matrix (R, C)) or `INPUT_VARIANCES` (its variance, likewise)."""
     default_scope: ClassVar[str] = "global"
     """The ranking scope of the criterion's paper, where the options name none."""
 
@@ -48,6 +48,37 @@ class Criterion(ABC):
 
         Returns:
             A tensor of the weight's shape: float32, detached, finite where both arguments are.
+        """
+
+
+class UnitCriterion(Criterion):
+    """A criterion that scores whole coupled units from the matrix that reads them, all units of it together.
+
+    One-shot pruning only. Registered with `register_criterion` like any other.
+    """
+
+    requires = Requires.GRAM
+    default_scope = "layer"
+
+    def score(self, weight: torch.Tensor, statistic: torch.Tensor | None) -> torch.Tensor:
+        """Raises TypeError: single weights have no scores of their own."""
+        raise TypeError(f"{type(self).__name__} scores whole units, with `score_units`")
+
+    @abstractmethod
+    def score_units(
+        self, weight_RI: torch.Tensor, gram_II: torch.Tensor, width: int, count: int | None = None
+    ) -> torch.Tensor:
+        """Returns the scores of the units of a matrix.
+
+        Args:
+            weight_RI: the matrix, (R, I), of any floating dtype; not modified.
+            gram_II: the symmetric Gram matrix of its inputs, centered if the layer has a bias; not modified.
+            width: number of adjacent inputs that a unit owns; the matrix has I / width units.
+            count: how many of the units will be pruned: units that are surely kept may have the score inf. If None,
+                scores of different matrices are compared, and all of them must be finite.
+
+        Returns:
+            (I / width) float32.
         """
 
 
@@ -92,6 +123,8 @@ CRITERIA = MethodRegistry(
         Requires.POSITION: Criterion,
         Requires.GRADIENTS: GradientCriterion,
         Requires.INPUT_NORMS: Criterion,
+        Requires.INPUT_VARIANCES: Criterion,
+        Requires.GRAM: UnitCriterion,
     },
 )
 register_criterion = CRITERIA.register

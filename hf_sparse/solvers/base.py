@@ -75,6 +75,10 @@ class Solver(ABC):
 
     updates: ClassVar[bool] = True
     """Whether the solver changes the weights that remain."""
+    prunes_columns: ClassVar[bool] = False
+    """Whether the solver is only efficient where whole columns are pruned."""
+    solves_bias: ClassVar[bool] = False
+    """Whether a request may have the bias as its last column, with a `WeightedGram`."""
 
     @property
     def needs_full_rank(self) -> bool:
