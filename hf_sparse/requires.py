@@ -28,9 +28,11 @@ class Requires(enum.Flag):
     """The variance of each input feature over all calibration tokens, weighted by 1/‖y‖² with the layer's output y."""
     GRAM = enum.auto()
     """The Gram matrix X^T X of the inputs over all calibration tokens."""
+    BLOCK_INFLUENCES = enum.auto()
+    """How much each block changes the direction of its input, over all calibration tokens."""
     OUTLIERS = enum.auto()
     """A ratio of outliers per layer, from the weights and the norms of their inputs in the dense model."""
-    INPUTS = INPUT_NORMS | INPUT_VARIANCES | GRAM | OUTLIERS
+    INPUTS = INPUT_NORMS | INPUT_VARIANCES | GRAM | BLOCK_INFLUENCES | OUTLIERS
     """Anything that only a calibration pass over the inputs of the weights provides."""
     CALIBRATION_DATA = INPUTS | GRADIENTS
     """Anything that one-shot pruning computes from calibration data."""

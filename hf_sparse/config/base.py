@@ -95,8 +95,9 @@ class PruningOptions:
     )
     criterion: Criterion | str | None = option(
         "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, in "
-        "one-shot pruning also wanda, or a registered one. Left out: snip_momentum in training; one-shot wanda, or "
-        "the solver's own selection."
+        "one-shot pruning also wanda, fluctuation and obs (of neurons and heads), block_influence (of layers), or a "
+        "registered one. Left out: snip_momentum in training; one-shot wanda, the solver's own selection, or "
+        "fluctuation for neurons and heads and block_influence for layers."
     )
     criterion_kwargs: dict[str, Any] | str | None = option(
         'Options of the criterion, as JSON: {"decay": 0.95} for snip_momentum.'
@@ -165,7 +166,7 @@ class PruningOptions:
     def _errors(self) -> list[str]:
         """The errors of all groups; those of options that the groups share are reported once."""
         values, type_errors = self._check_types(self._values())
-        shared = option_errors(values, self.resolve_criterion(values))
+        shared = option_errors(values, self.resolve_criterion(values), self.resolve_solver(values))
         errors = type_errors + shared
         for name, options in self._group_values().items():
             if len(errors) > _MAX_SHOWN:
@@ -179,7 +180,7 @@ class PruningOptions:
                 continue
             own, problems = self._check_types(options) if self.groups else (values, [])
             criterion = self.resolve_criterion(own)
-            problems += option_errors(own, criterion)
+            problems += option_errors(own, criterion, self.resolve_solver(own))
             problems = [error for error in problems if error not in type_errors + shared]
             if isinstance(self.groups, Mapping) and self.groups:
                 problems = unknown_options(self.groups[name], "", self.group_options()) + problems
@@ -394,7 +395,7 @@ class PruningOptions:
             name=name,
             pattern=pattern,
             criterion=criterion,
-            solver=SOLVERS.create(getattr(options, "solver", DEFAULT_SOLVER), getattr(options, "solver_kwargs", None)),
+            solver=SOLVERS.create(self.resolve_solver(options), getattr(options, "solver_kwargs", None)),
             scope=options.scope or _default_scope(options.allocation, pattern, criterion),
             allocation=ALLOCATIONS.create(options.allocation, options.allocation_kwargs),
             scheduler=self.resolve_scheduler(options),
@@ -411,6 +412,10 @@ class PruningOptions:
     def resolve_criterion(self, options: SimpleNamespace) -> str | None:
         """Returns the name of the criterion of a group's options; None if the solver selects the pruned units."""
         raise NotImplementedError
+
+    def resolve_solver(self, options: SimpleNamespace) -> str:
+        """Returns the name of the solver of a group's options: training updates the weights itself."""
+        return DEFAULT_SOLVER
 
     def resolve_scheduler(self, options: SimpleNamespace) -> Scheduler:
         """Returns the scheduler of a group's options: one-shot pruning has a single prune step."""

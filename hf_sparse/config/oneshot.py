@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from ..patterns import Pattern
 from ..registry import format_value
 from ..solvers import SOLVERS, Solver
 from .base import PruningOptions, option
 from .options import DEFAULT_SOLVER
 from .pruning import PruningConfig
 from .schedule import ScheduleOptions
-from .validation import choice_error, oneshot_errors
+from .validation import choice_error, oneshot_errors, pattern_of
 
 
 ACTIVATIONS = ("device", "cpu", "disk")
@@ -25,7 +26,8 @@ class OneshotConfig(PruningOptions):
     """What to prune without training, and how.
 
     Without a criterion and a solver the criterion is Wanda. With solver "sparsegpt" alone, SparseGPT selects the
-    pruned weights itself; with both, the criterion selects and SparseGPT updates the remaining weights.
+    pruned weights itself; with both, the criterion selects and SparseGPT updates the remaining weights. Neurons and
+    heads are selected by their fluctuation, and least squares updates the matrices that read them.
 
     Raises:
         PruningConfigError: with every error found.
@@ -44,11 +46,13 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     """
 
     solver: Solver | str | None = option(
-        "Weight update after pruning: none (the default) leaves the remaining weights as they are, sparsegpt updates "
-        "them to compensate, or a registered one."
+        "Weight update after pruning: none leaves the remaining weights as they are, sparsegpt updates them to "
+        "compensate, lstsq those of whole columns and the bias, or a registered one. Left out: lstsq for neurons and "
+        "heads, else none."
     )
     solver_kwargs: dict[str, Any] | str | None = option(
-        'Options of the solver, as JSON: {"dampening": 0.01, "block_size": 128} for sparsegpt.'
+        'Options of the solver, as JSON: {"dampening": 0.01, "block_size": 128} for sparsegpt, {"ridge": 0.1} for '
+        "lstsq."
     )
     layer_sparsity: dict[str, Any] | str | None = option(
         'Sparsity of each layer, as JSON: {"*.q_proj": 0.4, "*.mlp.*": 0.6}; names are globs, or regular expressions '
@@ -61,8 +65,9 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         const=True,
     )
     forwards: int | None = option(
-        "Forward passes per block: 2 (the default) observes the inputs, then propagates through the pruned block; 1 "
-        "does both at once, with all calibration data in one batch, and prunes each layer when its inputs arrive."
+        "Forward passes per block: 2 observes the inputs, then propagates through the pruned block; 1 does both at "
+        "once, with all calibration data in one batch, and prunes each layer when its inputs arrive. Left out: 1 for "
+        "neurons and heads if all batches have one length, else 2."
     )
     activations: str | None = option(
         "Storage of the outputs of blocks: cpu (the default), disk (TMPDIR), or device, where they are computed."
@@ -72,9 +77,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     )
 
     defaults: ClassVar[dict[str, Any]] = PruningOptions.defaults | {
-        "solver": DEFAULT_SOLVER,
         "sequential": True,
-        "forwards": 2,
         "activations": "cpu",
         "on_unreached": "error",
     }
@@ -110,7 +113,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         return []
 
     def more_errors(self, options: SimpleNamespace, criterion: str | None) -> list[str]:
-        return oneshot_errors(options, criterion)
+        return oneshot_errors(options, criterion, self.resolve_solver(options))
 
     @classmethod
     def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -138,5 +141,11 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         return config if isinstance(config, cls) else cls.from_dict(PruningConfig.to_dict(config))
 
     def resolve_criterion(self, options: SimpleNamespace) -> str | None:
-        selects = options.solver in SOLVERS and SOLVERS[options.solver].selects
-        return options.criterion or (None if selects else "wanda")
+        solver, pattern = self.resolve_solver(options), pattern_of(options)
+        selects = solver in SOLVERS and SOLVERS[solver].selects and (pattern is None or pattern.coupled_kind is None)
+        default = Pattern.oneshot_criterion if pattern is None else pattern.oneshot_criterion
+        return options.criterion or (None if selects else default)
+
+    def resolve_solver(self, options: SimpleNamespace) -> str:
+        pattern = pattern_of(options)
+        return options.solver or (DEFAULT_SOLVER if pattern is None else pattern.oneshot_solver)

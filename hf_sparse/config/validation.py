@@ -10,7 +10,7 @@ from typing import Any
 
 from ..allocations import ALLOCATIONS
 from ..criteria import CRITERIA
-from ..patterns import get_pattern
+from ..patterns import Pattern, get_pattern
 from ..registry import format_name, format_value, nearest
 from ..requires import Requires
 from ..schedulers import CURVES, SCHEDULERS
@@ -59,19 +59,31 @@ def target_of(options: SimpleNamespace) -> float | None:
     return get_pattern(options.pattern).implied_sparsity
 
 
-def option_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
-    """Returns the errors of options by themselves: unknown names, invalid method options, numbers out of range."""
-    return _name_errors(options, criterion) + _range_errors(options)
+def option_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
+    """Returns the errors of options by themselves: unknown names, invalid method options, numbers out of range.
+
+    Args:
+        criterion, solver: the names, with defaults filled in; no criterion if the solver selects the pruned units.
+    """
+    return _name_errors(options, criterion, solver) + _range_errors(options)
 
 
-def _name_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
-    errors = []
+def pattern_of(options: SimpleNamespace) -> Pattern | None:
+    """Returns the pattern of the options; None if it is unknown, which is an error of its own."""
+    try:
+        return get_pattern(options.pattern)
+    except ValueError:
+        return None
+
+
+def _name_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
+    errors, defaults = [], {"criterion": criterion, "solver": solver}
     methods = {"criterion": CRITERIA, "solver": SOLVERS, "allocation": ALLOCATIONS}
     for name, registry in methods.items():
         if not hasattr(options, name):
             continue
         value, kwargs = getattr(options, name), getattr(options, f"{name}_kwargs")
-        chosen = criterion if name == "criterion" else value
+        chosen = defaults.get(name, value)
         if chosen is None:
             if kwargs:
                 errors.append(
@@ -212,9 +224,9 @@ def training_errors(group: ResolvedGroup) -> list[str]:
     ]
 
 
-def oneshot_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
+def oneshot_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
     """Returns what one-shot pruning cannot do."""
-    errors = []
+    errors = _coupled_errors(options, criterion, solver)
     if criterion is None and options.scope not in (None, "layer"):
         errors.append(
             f'scope is "{options.scope}", but solver "{options.solver}" selects within a layer: use scope=layer, or '
@@ -229,5 +241,42 @@ def oneshot_errors(options: SimpleNamespace, criterion: str | None) -> list[str]
         errors.append(
             f'criterion "{criterion}" weights later batches more, which has no meaning while weights are constant: '
             'use criterion="snip", or criterion_kwargs={"decay": 1.0}.'
+        )
+    return errors
+
+
+def _coupled_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
+    """Returns the errors of methods that are of coupled units alone, or not of these."""
+    kind, errors = get_pattern(options.pattern).coupled_kind, []
+    requires = Requires.NOTHING if criterion is None else CRITERIA[criterion].requires
+    if kind is None and requires & (Requires.INPUT_VARIANCES | Requires.GRAM):
+        errors.append(
+            f'criterion "{criterion}" scores neurons and heads, not units of pattern "{options.pattern}": use '
+            'pattern="neuron", pattern="head", or criterion="wanda".'
+        )
+    if kind is None and SOLVERS[solver].prunes_columns:
+        errors.append(
+            f'solver "{solver}" updates weights of which whole columns are pruned, not those of pattern '
+            f'"{options.pattern}": use pattern="neuron", pattern="head", or solver="sparsegpt".'
+        )
+    if (requires & Requires.BLOCK_INFLUENCES) and kind != "layer":
+        errors.append(
+            f'criterion "{criterion}" scores whole layers, not units of pattern "{options.pattern}": use '
+            'pattern="layer".'
+        )
+    if kind == "layer" and requires & (Requires.INPUTS ^ Requires.BLOCK_INFLUENCES):
+        errors.append(
+            f'criterion "{criterion}" scores the inputs of single weights, not whole layers: leave it out, or use '
+            'criterion="block_influence" or "magnitude".'
+        )
+    if kind == "layer" and SOLVERS[solver].updates:
+        errors.append(
+            f'solver "{solver}" updates the weights that remain in a matrix, but pattern "{options.pattern}" leaves '
+            'none: use solver="none".'
+        )
+    if kind is not None and ALLOCATIONS[options.allocation].requires & Requires.OUTLIERS:
+        errors.append(
+            f'allocation "{options.allocation}" is of weights by themselves, not of pattern "{options.pattern}": use '
+            'allocation="uniform", which also gives all layers one width.'
         )
     return errors

@@ -1,6 +1,7 @@
 """Importance criteria, one file each. Importing a file here makes its criterion selectable by name."""
 
 from . import (
+    block_influence,
     fisher,
     fluctuation,
     gradient,
@@ -17,16 +18,5 @@ from .base import CRITERIA, Criterion, GradientCriterion, UnitCriterion, registe
 
 
 __all__ = ["CRITERIA", "Criterion", "GradientCriterion", "UnitCriterion", "register_criterion"]
-__all__ += [
-    "fisher",
-    "fluctuation",
-    "gradient",
-    "magnitude",
-    "movement",
-    "obs",
-    "random_scores",
-    "snip",
-    "snip_momentum",
-    "taylor",
-    "wanda",
-]
+__all__ += ["block_influence", "fisher", "fluctuation", "gradient", "magnitude", "movement", "obs"]
+__all__ += ["random_scores", "snip", "snip_momentum", "taylor", "wanda"]

@@ -34,7 +34,8 @@ class Criterion(ABC):
     requires: ClassVar[Requires] = Requires.NOTHING
     """What `score` gets as `statistic`: nothing (None), `POSITION` (int64), `GRADIENTS` (the sum of
     `GradientCriterion.saliency`, float32), `INPUT_NORMS` (the norm of each weight's input, float32, of a shape that
-    broadcasts to the weight's: (C,) for a matrix (R, C)) or `INPUT_VARIANCES` (its variance, likewise)."""
+    broadcasts to the weight's: (C,) for a matrix (R, C)), `INPUT_VARIANCES` (its variance, likewise) or
+    `BLOCK_INFLUENCES` (a number, the same for all weights of a block)."""
     default_scope: ClassVar[str] = "global"
     """The ranking scope of the criterion's paper, where the options name none."""
 
@@ -124,6 +125,7 @@ CRITERIA = MethodRegistry(
         Requires.GRADIENTS: GradientCriterion,
         Requires.INPUT_NORMS: Criterion,
         Requires.INPUT_VARIANCES: Criterion,
+        Requires.BLOCK_INFLUENCES: Criterion,
         Requires.GRAM: UnitCriterion,
     },
 )

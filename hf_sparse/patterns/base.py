@@ -38,6 +38,11 @@ class Pattern(ABC):
     """The kind of `UnitGroup` whose units are pruned, slices of several parameters; None if units are parts of one
     matrix."""
 
+    oneshot_criterion: ClassVar[str] = "wanda"
+    """The criterion of one-shot pruning, where the options name neither one nor a solver that selects."""
+    oneshot_solver: ClassVar[str] = "none"
+    """The solver of one-shot pruning, where the options name none."""
+
     def __str__(self) -> str:
         """Returns the text form: `example` with this pattern's own numbers."""
         numbers = iter(dataclasses.astuple(self)) if dataclasses.is_dataclass(self) else iter(())

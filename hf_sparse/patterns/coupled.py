@@ -18,6 +18,8 @@ class CoupledPattern(Pattern):
     """Base class of patterns whose units are slices of several parameters. They have no shape in a single matrix."""
 
     has_rows = False
+    oneshot_criterion = "fluctuation"
+    oneshot_solver = "lstsq"
     unit_name: ClassVar[str]
     """What the units are, for people, in the plural."""
 
@@ -116,4 +118,6 @@ class Layer(CoupledPattern):
     example = "layer"
     coupled_kind = "layer"
     has_layers = False
+    oneshot_criterion = "block_influence"
+    oneshot_solver = "none"
     unit_name = "layers"

@@ -17,7 +17,7 @@ from .base import PruneRequest, Solver, register_solver
 from .hessian import HessianFactor
 
 
-RIDGE = 0.01
+RIDGE = 0.1
 
 
 @register_solver("lstsq")

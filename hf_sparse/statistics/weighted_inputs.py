@@ -16,7 +16,7 @@ from abc import abstractmethod
 
 import torch
 
-from .inputs import GramMatrix, _InputStatistic
+from .inputs import GramMatrix, _InputStatistic, _sum_of_squares
 
 
 MIN_SQUARED_OUTPUT = 1e-12
@@ -50,16 +50,6 @@ class WeightedInputs(_InputStatistic):
         """(I) the weighted sum of each input."""
 
     @property
-    @abstractmethod
-    def squares(self) -> torch.Tensor:
-        """(I) the weighted sum of squares of each input."""
-
-    @property
-    def norms(self) -> torch.Tensor:
-        """(I) the square root of the weighted sum of squares of each input."""
-        return self.squares.sqrt()
-
-    @property
     def variances(self) -> torch.Tensor:
         """(I) the weighted variance of each input."""
         weight = self.weight.clamp(min=torch.finfo(torch.float32).tiny)
@@ -83,10 +73,10 @@ class WeightedMoments(WeightedInputs):
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((2, columns + 1), device)
 
-    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor) -> None:
+    def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor | None) -> None:
         z_TI = x_TI.float()
         self.total[0].addmv_(z_TI.t(), z_TI[:, -1])
-        self.total[1] += squares_I
+        self.total[1] += _sum_of_squares(z_TI) if squares_I is None else squares_I
 
     @property
     def weight(self) -> torch.Tensor:
@@ -135,6 +125,12 @@ class WeightedGram(WeightedInputs, GramMatrix):
     @property
     def squares(self) -> torch.Tensor:
         return self.total.diagonal()[:-1]
+
+    def without_bias(self) -> GramMatrix:
+        """Returns the Gram matrix of the inputs alone, a view."""
+        gram = GramMatrix(0, self.total.device)
+        gram.total, gram.count = self.total[:-1, :-1], self.count
+        return gram
 
     def matrix_without_bias(self) -> torch.Tensor:
         """Returns the full symmetric matrix (I, I) of the inputs, a copy."""

@@ -5,12 +5,14 @@ import torch
 from torch import nn
 
 from hf_sparse import Pruner, PruningConfig, PruningConfigError, Requires
-from hf_sparse.criteria import CRITERIA, UnitCriterion
+from hf_sparse.criteria import CRITERIA
 from hf_sparse.statistics import InputNorms
 
 
-# Criteria of single weights; those of whole units are tested in tests/criteria.
-NAMES = [name for name in CRITERIA.names() if not issubclass(CRITERIA[name], UnitCriterion)]
+# Criteria of single weights; those of coupled units and of layers are tested in tests/criteria and tests/oneshot.
+NAMES = [
+    name for name in CRITERIA.names() if not CRITERIA[name].requires & (Requires.GRAM | Requires.BLOCK_INFLUENCES)
+]
 
 
 def inputs(criterion, dtype, shape=(6, 1, 8)):

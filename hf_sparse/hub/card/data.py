@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ...config import OneshotConfig, PruningConfig
 from ...config.base import PruningOptions
+from ...config.options import DEFAULT_SOLVER
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_json, write_json
 from ...plugins import loaded_plugins
 from ...reporting.report import SparsityReport, write_report_and_config
@@ -195,7 +196,7 @@ class SparsityCard:
         }
         for name in ("criterion", "scope", "solver"):
             values[name] = _unwrap_single(list(dict.fromkeys(row[name] for row in self.settings if row.get(name))))
-        if values["solver"] == OneshotConfig.defaults["solver"]:
+        if values["solver"] == DEFAULT_SOLVER:
             del values["solver"]
         return {name: value for name, value in values.items() if value is not None} | {"library": "hf_sparse"}
 

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.utils import yaml_dump
 
 from ...config import OneshotConfig, PruningConfig
-from ...config.options import METHODS
+from ...config.options import DEFAULT_SOLVER, METHODS
 from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ...patterns import Pattern, get_pattern
 from ...reporting.report import SparsityReport
@@ -34,7 +34,7 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "criterion": (),
     "scope": (),
     "allocation": (None, OneshotConfig.defaults["allocation"]),
-    "solver": (None, OneshotConfig.defaults["solver"]),
+    "solver": (None, DEFAULT_SOLVER),
     "target": (),
 }
 
