@@ -106,11 +106,15 @@ class ParameterGroup:
         """
         scheduler = self.options.scheduler
         # The seed API says dict; a MaskStore is a mapping that makes each bool mask when it is read.
-        ratio = scheduler.update_sparsity_ratio(self.target, prune_step, total_steps, cast(dict, masks))
+        value: object = scheduler.update_sparsity_ratio(self.target, prune_step, total_steps, cast(dict, masks))
+        try:
+            ratio = float(cast(float, value))
+        except (TypeError, ValueError, RuntimeError):
+            ratio = math.nan
         if not 0 <= ratio <= self.target + 1e-9:
             raise ValueError(
-                f"{type(scheduler).__name__} returns sparsity {ratio} at prune step {prune_step} of {total_steps}: it "
-                f"must be from 0 to the target, {self.target}."
+                f"{type(scheduler).__name__} returns sparsity {value} at prune step {prune_step} of {total_steps}: it "
+                f"must be a number from 0 to the target, {self.target}."
             )
         return ratio
 

@@ -226,8 +226,19 @@ class Pruner:
 
     def sparsity(self) -> float:
         """Returns the fraction of zeros among the selected weights, counted in the weights, on all ranks at once."""
-        weights = {layer.name: self.shards[layer.name] for group in self.groups for layer in group.layers}
+        weights = self._selected_weights
         return float(self._num_zeros(weights).sum() / sum(shard.shape.numel() for shard in weights.values()))
+
+    def masked_sparsity(self) -> float:
+        """Returns the fraction of the selected weights that the masks prune, on all ranks at once."""
+        weights = self._selected_weights
+        counts = [self.masks.pruned(name) if shard.is_primary else 0 for name, shard in weights.items()]
+        pruned = self.communicator.sum_counts(gather_counts(counts)).sum()
+        return float(pruned / sum(shard.shape.numel() for shard in weights.values()))
+
+    @property
+    def _selected_weights(self) -> dict[str, Shard]:
+        return {layer.name: self.shards[layer.name] for group in self.groups for layer in group.layers}
 
     def _num_zeros(self, shards: Mapping[str, Shard]) -> np.ndarray:
         counts = [count_true(shard.tensor == 0) if shard.is_primary else 0 for shard in shards.values()]

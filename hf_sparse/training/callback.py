@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -72,6 +72,7 @@ class SparsityCallback(TrainerCallback):
         self._gradient_hook: Any = None
         self._report: SparsityReport | None = None
         self._zero_guard: ZeroGuard | None = None
+        self._earlier_sparsity = 0.0
 
     @property
     def prunes(self) -> bool:
@@ -149,8 +150,26 @@ class SparsityCallback(TrainerCallback):
         self._remove_gradient_hook()
         if is_deepspeed(kwargs.get("optimizer")):
             self._install_gradient_hook(pruner, kwargs["optimizer"], state)
+        self._earlier_sparsity = self._read_earlier_sparsity(state)
         if not self._is_at_final_sparsity(state):
             clear_best_metric(state)
+
+    def _read_earlier_sparsity(self, state: TrainerState) -> float:
+        """Returns the sparsity from before the first prune step: by the masks, or, once there was a prune step, by the
+        first log. All ranks call this."""
+        pruner = cast(Pruner, self.pruner)
+        if self.schedule.done(state.global_step) == 0:
+            return pruner.masked_sparsity()
+        first = next((log for log in state.log_history if "target_sparsity" in log), None)
+        if first is None:
+            return 0.0
+        scheduled = pruner.scheduled(self.schedule.done(int(first["step"])), self.schedule.total)
+        return first["target_sparsity"] if first["target_sparsity"] > scheduled + 1e-6 else 0.0
+
+    def _target_after(self, prune_step: int) -> float:
+        """Returns the sparsity that is demanded after a prune step: scheduled, but not less than before the first."""
+        scheduled = cast(Pruner, self.pruner).scheduled(prune_step, self.schedule.total)
+        return max(scheduled, self._earlier_sparsity)
 
     def _install_gradient_hook(self, pruner: Pruner, optimizer: Any, state: TrainerState) -> None:
         """Observes gradients when DeepSpeed steps, inside backward: at `on_pre_optimizer_step` they are freed."""
@@ -269,12 +288,13 @@ class SparsityCallback(TrainerCallback):
 
     def sparsity_metrics(self, logs: dict[str, float] | None, state: TrainerState) -> dict[str, float]:
         """Returns what to add to the logs of a training loss: `sparsity`, the fraction of zeros among the selected
-        weights, counted in the weights, and `target_sparsity`, the fraction that the schedule demands at this step.
+        weights, counted in the weights, and `target_sparsity`, the fraction that the schedule demands at this step, or
+        that was pruned before its first step if that is more.
         Returns {} for other logs."""
         if self.pruner is None or not logs or "loss" not in logs or "sparsity" in logs:
             return {}
-        scheduled = self.pruner.scheduled(self.schedule.done(state.global_step), self.schedule.total)
-        return {"sparsity": round(self.pruner.sparsity(), 6), "target_sparsity": round(scheduled, 6)}
+        target = self._target_after(self.schedule.done(state.global_step))
+        return {"sparsity": round(self.pruner.sparsity(), 6), "target_sparsity": round(target, 6)}
 
     # Saving
 
@@ -366,7 +386,9 @@ class SparsityCallback(TrainerCallback):
         directory, pruner, schedule = Path(args.output_dir), self.pruner, self.schedule
         write_report_and_config(directory, self._report, PruningConfig.to_dict(pruner.config))
         prune_steps = {step: schedule.prune_step(step) for step in range(1, state.max_steps + 1)}
-        scheduled = [(step, pruner.scheduled(count, schedule.total)) for step, count in prune_steps.items() if count]
+        scheduled = [(step, self._target_after(count)) for step, count in prune_steps.items() if count]
+        if self._earlier_sparsity:
+            scheduled.insert(0, (0, self._earlier_sparsity))
         logged = [(int(log["step"]), log["sparsity"]) for log in state.log_history if "sparsity" in log]
         plot_schedule(directory / SCHEDULE_PLOT_FILE, scheduled, logged, state.max_steps)
         plot_layers(directory / LAYERS_PLOT_FILE, self._report)

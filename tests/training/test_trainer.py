@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny import SCHEDULE, STEPS, arguments, bert, figures, gpt2, make, same, samples, weights, zeros
@@ -24,11 +25,13 @@ from transformers import (
 from hf_sparse import (
     PruningConfig,
     PruningConfigError,
+    Scheduler,
     SparseSeq2SeqTrainer,
     SparseTrainer,
     SparseTrainerMixin,
     SparseTrainingArguments,
     SparsityCallback,
+    register_scheduler,
 )
 from hf_sparse.training.arguments import SparseSeq2SeqTrainingArguments
 
@@ -238,6 +241,66 @@ def test_sparsity_and_target_are_logged_at_each_logging_step(tmp_path, capsys):
     for name in ("sparsity", "target_sparsity"):
         read = {event.step: event.value for event in events.Scalars(f"train/{name}")}
         assert read == pytest.approx({log["step"]: log[name] for log in logs})
+
+
+@pytest.mark.parametrize("kind", ["second train", "kept zeros", "lower target"])
+def test_the_target_does_not_start_below_what_is_pruned(tmp_path, kind):
+    trainer = make(tmp_path, target_sparsity=0.5, keep_zeros=kind == "kept zeros", scope="layer", **SCHEDULE)
+    if kind == "kept zeros":
+        for weight in trainer.model.bert.parameters():
+            weight.data.view(-1)[::4] = 0
+    else:
+        trainer.train()
+        trainer.args.target_sparsity = 0.3 if kind == "lower target" else 0.75
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    start, end = {"second train": (0.5, 0.75), "kept zeros": (0.25, 0.5), "lower target": (0.5, 0.5)}[kind]
+    assert (logs[0]["target_sparsity"], logs[-1]["target_sparsity"]) == (start, end)
+    for log in logs:
+        assert log["target_sparsity"] == pytest.approx(log["sparsity"], abs=1e-3)
+        assert type(log["target_sparsity"]) is type(log["sparsity"]) is float
+
+
+def test_a_resumed_run_logs_the_target_of_an_uninterrupted_one(tmp_path):
+    options = {"target_sparsity": 0.75, "keep_zeros": True, "save_strategy": "steps", "save_steps": 5, **SCHEDULE}
+    logs = []
+    for resume in (False, True):
+        model = bert()
+        for weight in model.bert.parameters():
+            weight.data.view(-1)[::2] = 0
+        trainer = make(tmp_path, model=model, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resume else None)
+        logs.append([log["target_sparsity"] for log in trainer.state.log_history if "loss" in log])
+    assert logs[0] == logs[1] and logs[0][0] >= 0.5
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor, int])
+def test_figures_are_plain_floats_whatever_a_scheduler_returns(tmp_path, number):
+    @register_scheduler("typed")
+    class Typed(Scheduler):
+        def update_sparsity_ratio(self, aggressive_ratio, current_prune_step, total_prune_steps, masks):
+            return number(aggressive_ratio if current_prune_step == total_prune_steps else 0)
+
+    target = 1 if number is int else 0.5
+    trainer = make(tmp_path, target_sparsity=target, scheduler="typed", scope="layer", **SCHEDULE)
+    trainer.train()
+    trainer.save_state()
+    logs = [log for log in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "loss" in log]
+    assert [log["target_sparsity"] for log in logs] == [0.0] * 7 + [target] * 3
+    for log in trainer.state.log_history:
+        assert all(type(value) in (int, float) for value in log.values())
+        assert "loss" not in log or type(log["target_sparsity"]) is float
+
+
+@pytest.mark.parametrize("value", [None, "half", torch.zeros(2), float("nan"), -0.1])
+def test_a_scheduler_that_returns_no_sparsity_is_named(tmp_path, value):
+    @register_scheduler("wrong")
+    class Wrong(Scheduler):
+        def update_sparsity_ratio(self, aggressive_ratio, current_prune_step, total_prune_steps, masks):
+            return value
+
+    with pytest.raises(ValueError, match="Wrong returns .* at prune step 1 of 4: it must be"):
+        make(tmp_path, target_sparsity=0.5, scheduler="wrong", **SCHEDULE).train()
 
 
 def test_a_stock_trainer_with_the_callback_logs_them_too(tmp_path, capsys):
