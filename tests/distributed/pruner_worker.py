@@ -7,10 +7,12 @@ import itertools
 import os
 import sys
 import traceback
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from helpers.mixed import NAMES, Mixed
+from helpers.model_types import MODEL_TYPES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -19,6 +21,7 @@ from hf_sparse import PruningConfig, Requires
 from hf_sparse.config import PruningConfigError
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.engine.pruner import Pruner
+from hf_sparse.model.coupling import find_unit_groups
 
 
 # Placements of the weights NAMES, by layout. Where the number of rows is odd or below the number of ranks, some ranks
@@ -48,9 +51,35 @@ OTHERS = [
 ]
 
 
-def split(model, layout, mesh):
+# Coupled units: number of the parameter and its dimensions -> placements.
+UNIT_LAYOUTS = {
+    "first": lambda number, ndim: [Shard(0)],
+    "last": lambda number, ndim: [Shard(ndim - 1)],
+    "mixed": lambda number, ndim: [None, [Shard(0)], [Shard(ndim - 1)], [Replicate()]][number % 4],
+}
+# Key-value groups; rows of Conv1D in the second dimension; fused matrices; experts of three dimensions.
+UNIT_MODELS = ("bert", "gpt2", "phi3", "mixtral")
+UNITS = [
+    {"pattern": "neuron", "scope": "global", "criterion": "snip"},
+    {"pattern": "neuron:1", "criterion": "random"},
+    {"pattern": "head", "criterion": "taylor"},
+    {"pattern": "layer", "criterion": "magnitude"},
+    {"pattern": "neuron:1", "criterion": "magnitude", "keep_zeros": True},
+    {"groups": {"ffn": {"pattern": "neuron"}, "attention": {"pattern": "head", "criterion": "fisher"}}},
+]
+
+
+def make_units(name):
+    """A model of one or two blocks. Eighths between -2 and 2, as in `Mixed`."""
+    model, generator = MODEL_TYPES[name].make(num_hidden_layers=2), torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+        parameter.data.copy_(torch.randint(1, 17, parameter.shape, generator=generator) / 8 * signs)
+    return model
+
+
+def split(model, placements, mesh):
     """Replaces weights by DTensors, those without placements stay whole."""
-    placements = dict(zip(NAMES, layout, strict=True))
     for name, parameter in list(model.named_parameters()):
         if placements.get(name) is None:
             continue
@@ -84,22 +113,20 @@ def masks(pruner):
     return found
 
 
-def difference(options, layout, mesh, constant):
+def difference(make, options, layout, mesh, constant):
     """Returns what differs between the two pruners, or None. With `constant`, all weights are equal."""
-    whole, sharded = Mixed(seed=3), Mixed(seed=3)
+    whole, sharded = make(), make()
     for model in (whole, sharded) if constant else ():
         for parameter in model.parameters():
             parameter.data.fill_(1.0)
     if options.get("keep_zeros"):
-        for model in (whole, sharded):
-            for name in NAMES:
-                weight = model.get_parameter(name).data
-                weight[weight.abs() < 0.5] = 0.0
+        for parameter in itertools.chain(whole.parameters(), sharded.parameters()):
+            parameter.data[parameter.abs() < 0.5] = 0.0
     split(sharded, layout, mesh)
     config = PruningConfig(**options)
     pruners = [Pruner(whole, config), Pruner(sharded, config)]
     for prune_step in (1, 2, 3):
-        whole.fake_gradients(prune_step)
+        Mixed.fake_gradients(whole, prune_step)
         give_gradients(sharded, whole)
         for pruner in pruners:
             pruner.observe()
@@ -109,7 +136,7 @@ def difference(options, layout, mesh, constant):
         if pruners[0].sparsity() != pruners[1].sparsity():
             return "sparsities differ"
         expected, found = pruners[0].masks, masks(pruners[1])
-        for name in NAMES:
+        for name in expected:
             if not torch.equal(expected[name], found[name]):
                 return f"masks of {name} differ at prune step {prune_step}"
             local = pruners[1].shards[name].tensor
@@ -120,20 +147,29 @@ def difference(options, layout, mesh, constant):
 
 def cases(world, everything):
     meshes = {name: init_device_mesh("cpu", (world,)) for name in LAYOUTS}
-    layouts = dict(LAYOUTS)
+    layouts = LAYOUTS
     if world == 4:
-        layouts |= GRIDS
+        layouts = LAYOUTS | GRIDS
         meshes |= {name: init_device_mesh("cpu", (2, 2)) for name in GRIDS}
-    turn = itertools.count()
+    layouts = {name: dict(zip(NAMES, layout, strict=True)) for name, layout in layouts.items()}
+    turn, make_mixed = itertools.count(), partial(Mixed, seed=3)
     for layout, pattern, scope in itertools.product(layouts, PATTERNS, SCOPES):
         criteria = [name for name in CRITERIA.names() if not CRITERIA[name].requires & Requires.INPUTS]
         for criterion in criteria if everything else [criteria[next(turn) % len(criteria)]]:
             options = {"pattern": pattern, "scope": scope, "criterion": criterion}
-            yield options, layouts[layout], meshes[layout], layout, False
+            yield make_mixed, options, layouts[layout], meshes[layout], layout, False
         if everything or layout == "mixed":
-            yield options | {"criterion": "magnitude"}, layouts[layout], meshes[layout], layout, True
+            yield make_mixed, options | {"criterion": "magnitude"}, layouts[layout], meshes[layout], layout, True
     for layout, options in itertools.product(layouts if everything else ["second", "mixed"], OTHERS):
-        yield options, layouts[layout], meshes[layout], layout, False
+        yield make_mixed, options, layouts[layout], meshes[layout], layout, False
+    for name, layout in itertools.product(UNIT_MODELS, UNIT_LAYOUTS):
+        model = make_units(name)
+        groups = itertools.chain(*(find_unit_groups(model, kind) for kind in ("neuron", "head", "layer")))
+        parts = enumerate(dict.fromkeys(own for group in groups for own in group.parameters))
+        placements = {own: UNIT_LAYOUTS[layout](number, model.get_parameter(own).ndim) for number, own in parts}
+        for options in UNITS if everything else [UNITS[next(turn) % len(UNITS)]]:
+            make = partial(make_units, name)
+            yield make, options, placements, meshes["first"], f"{name} {layout}", next(turn) % 3 == 0
 
 
 def main():
@@ -144,13 +180,13 @@ def main():
     count = wrong = 0
     everything = "everything" in sys.argv
     turn = itertools.cycle(SIZES)
-    for options, layout, mesh, name, constant in cases(dist.get_world_size(), everything):
-        if ":" not in options["pattern"] or options["pattern"] == "channel:in":
+    for make, options, layout, mesh, name, constant in cases(dist.get_world_size(), everything):
+        if options.get("pattern") not in ("2:4", "1:4"):
             options = options | {"target_sparsity": 0.6}
         try:
             for few, chunk in SIZES if everything else [next(turn)]:
                 bracket._MIN_SAMPLED, numerics.CPU_CHUNK = few, chunk
-                problem = difference(options, layout, mesh, constant)
+                problem = difference(make, options, layout, mesh, constant)
                 count += 1
                 if problem:
                     wrong += 1

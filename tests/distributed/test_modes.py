@@ -23,8 +23,14 @@ METHODS = {
     "blocks": {"pattern": "4x1", "scope": "layer"},
     "rows": {"scope": "row"},
     "channels": {"pattern": "channel"},
+    "units": {
+        "criterion": "snip_momentum",
+        "groups": {"ffn": {"pattern": "neuron:1", "target_sparsity": 0.7}, "attention": {"pattern": "head"}},
+    },
 }
 SELECTED = {"bert": 4992, "llama": 8704}
+# Half of the heads, and 31 of 44 neurons of 2 x 24 weights, or 34 of 48 neurons of 3 x 32.
+ZEROS_OF_UNITS = {"bert": 1152 + 31 * 48, "llama": 2048 + 34 * 96}
 CLASSES = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
 
 
@@ -98,10 +104,9 @@ def _check(runs, mode, method, world=None):
         assert same(weights, expected)
     exported = _exported(output_dir, mode)
     assert same(exported, weights)
-    assert (
-        sum(int((exported[name] == 0).sum()) for name in exported if is_selected(name))
-        == SELECTED[MODES[mode].model] // 2
-    )
+    num_zeros = sum(int((exported[name] == 0).sum()) for name in exported if is_selected(name))
+    model = MODES[mode].model
+    assert num_zeros == (ZEROS_OF_UNITS[model] if "groups" in METHODS[method] else SELECTED[model] // 2)
 
 
 def _exported(output_dir, mode):
@@ -156,9 +161,13 @@ def test_resume_on_up_to_four_ranks(runs4, tmp_path, mode):
     _resume(runs4, tmp_path, mode, [(4, 4), (4, 2), (2, 4), (4, 1), (1, 4)] if MODES[mode].elastic else [(4, 4)])
 
 
-def _resume(runs, tmp_path, mode, worlds):
+def test_neurons_and_heads_resume_on_another_number_of_ranks(runs, tmp_path):
+    _resume(runs, tmp_path, "fsdp2", [(2, 1)], "units")
+
+
+def _resume(runs, tmp_path, mode, worlds, method="snip_momentum"):
     for before, after in worlds:
-        whole, output_dir = runs(mode, "snip_momentum", world=before)
+        whole, output_dir = runs(mode, method, world=before)
         begin = tmp_path / f"begin-{before}-{after}.safetensors"
         resumed = runs.ranks.run(
             mode,
@@ -167,15 +176,16 @@ def _resume(runs, tmp_path, mode, worlds):
             seed=5,
             resume=str(output_dir / "checkpoint-6"),
             spies={"begin": {"path": str(begin)}},
-            options={"target_sparsity": 0.5, **SCHEDULE, **METHODS["snip_momentum"]},
+            options={"target_sparsity": 0.5, **SCHEDULE, **METHODS[method]},
         )
-        _check_initial_zeros(begin, dict(read_masks(output_dir / "checkpoint-6")))
+        masks = dict(read_masks(output_dir / "checkpoint-6"))
+        assert method == "units" or sum(mask.numel() for mask in masks.values()) == SELECTED["bert"]
+        _check_initial_zeros(begin, masks)
         assert same(resumed.weights, whole.weights), (before, after)
 
 
 def _check_initial_zeros(begin, masks):
     weights = load_file(begin)
-    assert sum(mask.numel() for mask in masks.values()) == SELECTED["bert"]
     assert all(torch.equal(weights[name] != 0, mask) for name, mask in masks.items())
 
 
