@@ -93,8 +93,7 @@ class MaskStore(Mapping[str, torch.Tensor]):
     @torch.no_grad()
     def enforce(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Sets pruned weights to +0.0 in place. Kept weights and parameters without a mask do not change."""
-        together = []
-        together = []
+        together: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name in parameters.keys() & self._bits.keys():
             weight = parameters[name].detach()
             if not weight.is_contiguous():

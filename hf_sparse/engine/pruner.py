@@ -157,9 +157,13 @@ class Pruner:
 
     def enforce(self) -> None:
         """Sets pruned weights to +0.0, wherever this rank holds them."""
-        for name in self.shards:
-            for tensor, masks in self._copies(name):
-                masks.enforce({name: tensor})
+        # All layers in one call, which is one kernel on CUDA.
+        self.masks.enforce({name: shard.tensor for name, shard in self.shards.items()})
+        for name, shard in self.shards.items():
+            for replica in shard.replicas:
+                self.masks.enforce({name: replica})
+        copies = {name: self.shards[name].full_copy for name in self._full_masks}
+        self._full_masks.enforce({name: copy for name, copy in copies.items() if copy is not None})
 
     def restore_zeros(self, names: Iterable[str] | None = None) -> int:
         """Sets pruned weights to +0.0 that other code has changed. Where none is changed, weights are only read.
