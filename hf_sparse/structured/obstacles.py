@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from .unit_removal import remove_units
 def shrink_obstacle(model: nn.Module, kind: str) -> str | None:
     """Returns why units of a kind cannot be removed from a model, and what to do instead; None if they can.
 
-    It can be asked before training, of models on the meta device and of sharded models as well.
+    It can be asked before training, of models on the meta device, sharded models and models with adapters of PEFT.
 
     Args:
         model: a model of transformers.
@@ -34,6 +36,8 @@ def shrink_obstacle(model: nn.Module, kind: str) -> str | None:
         >>> shrink_obstacle(model, "head")[:75]
         'the config of a "bert" model has no field for fewer heads of the same size,'
     """
+    if hasattr(model, "get_base_model"):
+        model = _without_adapters(model)
     groups = find_unit_groups(model, kind)
     if not groups:
         return f"no units of kind {kind} were found in {type(model).__name__}: its structure is not known."
@@ -45,6 +49,13 @@ def shrink_obstacle(model: nn.Module, kind: str) -> str | None:
     trial = Reduction(model)
     remove_units(trial, kind, multiple_of=1, find_zeros=_all_but_one)
     return None if trial.changes else trial.reasons[0].partition(": ")[2]
+
+
+def _without_adapters(model: Any) -> nn.Module:
+    """Returns the structure, without weights, that a PEFT model has once its adapters are merged."""
+    base = model.get_base_model()
+    with torch.device("meta"):
+        return type(base)(copy.deepcopy(base.config))
 
 
 def _all_but_one(group: UnitGroup, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:

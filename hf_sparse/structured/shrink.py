@@ -51,9 +51,10 @@ def shrink(
     """Returns a smaller model of the same class, without the units of `model` that are zero. `model` stays unchanged.
 
     Removed are FFN neurons and attention heads (with grouped queries, key-value heads with their query heads) whose
-    columns in the matrix that reads them are zero, and, in pre-norm models, blocks that add nothing to the residual
-    stream. The outputs stay the same. Saved with `save_pretrained`, the result opens with plain `from_pretrained`.
-    The config has one width for all layers, so the layer that uses most units decides; `plan_shrink` says what stays.
+    columns in the matrix that reads them are zero, or that are always zero themselves, and, in pre-norm models, blocks
+    that add nothing to the residual stream. The outputs stay the same. Saved with `save_pretrained` or `save_shrunk`,
+    the result opens with plain `from_pretrained`. The config has one width for all layers, so the layer that uses most
+    units decides; `plan_shrink` says what stays.
 
     Args:
         model: a model of transformers with zeros, pruned by this package or not.

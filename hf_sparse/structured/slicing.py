@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -72,22 +72,36 @@ class KeptEntries:
 
 
 def find_zero_units(group: UnitGroup, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Returns which units (num_units), bool, change nothing: what reads them is zero.
+    """Returns which units (num_units), bool, change nothing in the outputs of the model.
 
-    A whole block changes nothing if all that it adds to the residual stream is zero.
+    These are units with zeros in all that reads them. Heads and the neurons of gated FFNs also change nothing where
+    all that produces them is zero, biases included: their value is zero, as a product with a zero. Without a gate that
+    depends on the activation function. A whole block changes nothing if all that it adds to the residual stream is
+    zero.
 
     Args:
         group: of any kind.
         parameters: by name.
     """
-    is_zero = torch.ones(group.num_units, dtype=torch.bool)
-    for part in group.readers or group.slices:
-        tensor = parameters[part.name].detach()
-        dim = part.dim
+    if not group.readers:
+        return ~_is_used(group, group.slices, parameters)
+    is_zero = ~_is_used(group, group.readers, parameters)
+    producers = [part for part in group.slices if not part.reads]
+    matrices = [part for part in producers if parameters[part.name].ndim - (part.expert is not None) > 1]
+    if group.kind == "head" or len(matrices) > 1:
+        is_zero |= ~_is_used(group, producers, parameters)
+    return is_zero
+
+
+def _is_used(group: UnitGroup, parts: Sequence[UnitSlice], parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns which units (num_units), bool, have an entry that is not zero in any of the slices."""
+    is_used = torch.zeros(group.num_units, dtype=torch.bool)
+    for part in parts:
+        tensor, dim = parameters[part.name].detach(), part.dim
         if part.expert is not None:
             tensor, dim = tensor[part.expert], dim - 1
         others = [other for other in range(tensor.ndim) if other != dim]
-        is_used = (tensor != 0).any(dim=others) if others else tensor != 0
+        nonzero = (tensor != 0).any(dim=others) if others else tensor != 0
         indices = part.indices(torch.arange(group.num_units))
-        is_zero &= ~is_used.cpu()[indices].view(group.num_units, part.width).any(dim=1)
-    return is_zero
+        is_used |= nonzero.cpu()[indices].view(group.num_units, part.width).any(dim=1)
+    return is_used

@@ -64,6 +64,25 @@ def test_a_model_without_zeros_stays_and_one_of_zeros_keeps_a_unit_of_each_size(
     assert (config.num_layers, config.num_decoder_layers, config.d_ff, config.num_heads) == (1, 1, 8, 1)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "mixtral"])
+def test_units_that_are_always_zero_are_removed_though_something_reads_them(name):
+    """Rows of gate and up, or of queries, keys and values. Without a gate, act(0) is not known."""
+    dense = MODEL_TYPES[name].make()
+    with torch.no_grad():
+        for kind in MODEL_TYPES[name].kinds:
+            for group in find_unit_groups(dense, kind) if kind != "layer" else ():
+                units = torch.arange(group.num_units // 2)
+                for part in group.slices:
+                    if not part.reads:
+                        whole = dense.get_parameter(part.name)
+                        whole = whole if part.expert is None else whole[part.expert]
+                        whole.index_fill_(part.dim - (part.expert is not None), part.indices(units), 0)
+    small = shrunk_like(name, dense, multiple_of=4)
+    gated = name != "bert"
+    assert small.config.intermediate_size == (12 if gated else 24)
+    assert small.config.num_attention_heads == (2 if gated else 4)
+
+
 @pytest.mark.parametrize("name", ["t5", "modernbert"])
 def test_a_first_block_with_parameters_of_its_own_stays(name):
     dense = MODEL_TYPES[name].make()
@@ -252,6 +271,7 @@ def test_models_that_cannot_be_shrunk_are_refused():
     adapted = peft.get_peft_model(MODEL_TYPES["llama"].make(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ShrinkError, match=r"adapters of PEFT: merge them first, with hf_sparse.merge_and_unload"):
         plan_shrink(adapted)
+    assert [shrink_obstacle(adapted, kind) for kind in ("neuron", "head", "layer")] == [None] * 3
 
 
 def test_a_language_model_inside_a_model_of_images_and_text_has_its_own_section():
