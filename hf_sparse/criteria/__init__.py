@@ -14,9 +14,9 @@ from . import (
     taylor,
     wanda,
 )
-from .base import CRITERIA, Criterion, GradientCriterion, UnitCriterion, register_criterion
+from .base import CRITERIA, Criterion, GradientCriterion, TensorEntries, UnitCriterion, register_criterion
 
 
-__all__ = ["CRITERIA", "Criterion", "GradientCriterion", "UnitCriterion", "register_criterion"]
+__all__ = ["CRITERIA", "Criterion", "GradientCriterion", "TensorEntries", "UnitCriterion", "register_criterion"]
 __all__ += ["block_influence", "fisher", "fluctuation", "gradient", "magnitude", "movement", "obs"]
 __all__ += ["random_scores", "snip", "snip_momentum", "taylor", "wanda"]

@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..methods import MethodRegistry
 from ..requires import Requires
+
+
+@dataclass(frozen=True)
+class TensorEntries:
+    """The scores of a criterion that are the entries of the weight or of its statistic, or their magnitudes.
+
+    As a value in place of a method `score`, which it computes, it lets kernels read the scores where they are.
+
+    Args:
+        source: the tensor.
+        magnitude: whether the scores are the magnitudes of the entries.
+
+    Example:
+        >>> TensorEntries("weight", magnitude=True)(torch.tensor([0.5, -2.0]), None)
+        tensor([0.5000, 2.0000])
+    """
+
+    source: Literal["weight", "statistic"]
+    magnitude: bool = False
+
+    def __call__(self, weight: torch.Tensor, statistic: torch.Tensor | None) -> torch.Tensor:
+        scores = self.entries(weight, statistic).to(torch.float32, copy=True)
+        return scores.abs_() if self.magnitude else scores
+
+    def entries(self, weight: torch.Tensor, statistic: torch.Tensor | None) -> torch.Tensor:
+        """Returns the tensor, detached."""
+        if self.source == "weight":
+            return weight.detach()
+        if statistic is None:
+            raise ValueError("the scores are those of the statistic, but it is None")
+        return statistic.detach()
 
 
 class Criterion(ABC):
@@ -109,11 +141,7 @@ class GradientCriterion(Criterion):
     def saliency(self, weight: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Writes the saliency of one step into `out` and returns it. All three are float32 and of one shape."""
 
-    def score(self, weight: torch.Tensor, statistic: torch.Tensor | None) -> torch.Tensor:
-        """Returns the sum itself."""
-        if statistic is None:
-            raise ValueError(f"{type(self).__name__} needs the sum of its saliencies, but got None")
-        return statistic.detach().clone()
+    score: Any = TensorEntries("statistic")
 
 
 CRITERIA = MethodRegistry(

@@ -17,6 +17,7 @@ from ..distributed import SINGLE_PROCESS, Communicator, Shard
 from ..model.layers import PrunableLayer
 from ..numerics import gather_counts
 from ..requires import Requires
+from ..selection.apply import apply_thresholds
 from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
 from ..selection.threshold import Threshold, find_thresholds
@@ -306,8 +307,7 @@ class ParameterGroup:
     # Which units
 
     def _apply_thresholds(self, scores: list[LayerScores], thresholds: list[Threshold]) -> None:
-        for layer, threshold in zip(scores, split_ties(scores, thresholds, self.communicator), strict=True):
-            layer.apply_threshold(threshold)
+        apply_thresholds(scores, split_ties(scores, thresholds, self.communicator))
 
     def _prune_rows(self, scores: list[LayerScores], total: int, floors: list[int], caps: list[int]) -> None:
         """Scope row: within a layer every row of units loses equally many, up to whole units."""

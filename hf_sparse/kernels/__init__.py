@@ -9,12 +9,28 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 
 KERNEL_DEVICES = ("cuda",)
 """Device types that kernels run on. Tests add the CPU, where Triton's interpreter runs them."""
+
+
+class StoredScores(NamedTuple):
+    """Scores that kernels read where they are: the entries of a tensor, float32.
+
+    Args:
+        tensor: contiguous, of any floating dtype.
+        magnitude: whether the scores are the magnitudes of the entries.
+        mask_bits: contiguous, int8: where it is 0 the score is -inf. None if there is no mask.
+    """
+
+    tensor: torch.Tensor
+    magnitude: bool = False
+    mask_bits: torch.Tensor | None = None
+
 
 logger = logging.getLogger(__name__)
 

@@ -33,20 +33,21 @@ class TensorTable:
 
     Args:
         rows: (L) tensors, contiguous and with the same number of entries in each row.
+        numbers: (L) further numbers of each row.
 
     Attributes:
-        data: (L, 1 + columns) int64 on the device: number of entries, addresses.
+        data: (L, 1 + columns) int64 on the device: number of entries, addresses, further numbers.
         aligned: whether addresses and numbers of entries are multiples of 16, so that accesses can be 16 bytes wide.
         lengths: (L) numbers of entries.
     """
 
-    def __init__(self, rows: Sequence[Sequence[torch.Tensor]]):
+    def __init__(self, rows: Sequence[Sequence[torch.Tensor]], numbers: Sequence[Sequence[int]] = ()):
         self.lengths = [row[0].numel() for row in rows]
-        numbers = [
-            [length, *(tensor.data_ptr() for tensor in row)] for length, row in zip(self.lengths, rows, strict=True)
-        ]
-        self.aligned = all(number % 16 == 0 for row in numbers for number in row)
-        self.data = to_device(torch.tensor(numbers, dtype=torch.int64), rows[0][0].device)
+        data = [[length, *(each.data_ptr() for each in row)] for length, row in zip(self.lengths, rows, strict=True)]
+        self.aligned = all(number % 16 == 0 for row in data for number in row)
+        for row, more in zip(data, numbers):
+            row.extend(more)
+        self.data = to_device(torch.tensor(data, dtype=torch.int64), rows[0][0].device)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -67,6 +68,12 @@ def address(table, column: tl.constexpr, columns: tl.constexpr, dtype: tl.conste
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def number(table, column: tl.constexpr, columns: tl.constexpr):
+    """Returns the number in a column of this program's row."""
+    return tl.load(table + tl.program_id(1) * (columns + 1) + column + 1)
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def bracket_from_histograms(problem: SelectionProblem, communicator: Communicato
 
     Each pass over the scores narrows the bracket to one bucket of a histogram over the float32 numbers in it.
     """
-    low, high = _to_key(-math.inf), _to_key(math.inf)
+    low, high = to_key(-math.inf), to_key(math.inf)
     num_below = np.zeros_like(problem.sizes)
     few = 2**18 + int(problem.sizes.sum()) // 64
     while True:
@@ -114,7 +114,7 @@ def bracket_from_histograms(problem: SelectionProblem, communicator: Communicato
         num_below = up_to_LB[:, bucket] - counts_LB[:, bucket]
         low, high = low + bucket * width, min(high, low + (bucket + 1) * width - 1)
         if low == high or counts_LB[:, bucket].sum() <= few:
-            return Bracket(_from_key(low), _from_key(high), counts_ends=True)
+            return Bracket(from_key(low), from_key(high), counts_ends=True)
 
 
 def _keys_of(scores: torch.Tensor) -> torch.Tensor:
@@ -123,10 +123,12 @@ def _keys_of(scores: torch.Tensor) -> torch.Tensor:
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
 
 
-def _to_key(value: float) -> int:
+def to_key(value: float) -> int:
+    """Returns the key of a float32 score."""
     bits = int(np.float32(value).view(np.int32))
     return bits ^ (0x7FFFFFFF if bits < 0 else 0)
 
 
-def _from_key(key: int) -> float:
+def from_key(key: int) -> float:
+    """Returns the score of a key."""
     return float(np.int32(key ^ (0x7FFFFFFF if key < 0 else 0)).view(np.float32)) + 0.0

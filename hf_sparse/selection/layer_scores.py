@@ -14,8 +14,9 @@ from operator import itemgetter
 import numpy as np
 import torch
 
-from ..criteria import Criterion
+from ..criteria import Criterion, TensorEntries
 from ..distributed import SINGLE_PROCESS, Communicator, Shard, ShardRegion, Transfer, redistribute
+from ..kernels import StoredScores
 from ..model.layers import PrunableLayer
 from ..numerics import chunk_size, count_true, prefers_numpy
 from ..patterns import Pattern
@@ -131,6 +132,19 @@ class LayerScores:
         self._owned_slices: list[_RowSlice] = []
         if not self._row_blocks:
             self._owned_slices = self._slices(shard.local_regions, *map(shard.local_views, self._tensors()))
+
+    @property
+    def stored(self) -> StoredScores | None:
+        """Where kernels find the scores of a whole layer, and write its mask; None where scores must be computed."""
+        entries = self.criterion.score
+        is_whole = self._communicator.world_size == 1 and len(self.shard.local_regions) == 1
+        if not (isinstance(entries, TensorEntries) and self._is_flat and self._prune_only and is_whole):
+            return None
+        tensor = entries.entries(self.shard.tensor, self._statistic)
+        together = (tensor, self.mask_bits)
+        if tensor.device != self.mask_bits.device or not all(each.is_contiguous() for each in together):
+            return None
+        return StoredScores(tensor, entries.magnitude, self.mask_bits)
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yields the scores of all local units in the order of their position, as 1-D float32 tensors."""

@@ -116,11 +116,16 @@ def gather_scores(
     scores = PackedScores(values, lengths)
     num_nan = scores.count_where(lambda values: values != values)
     if num_nan.any():
-        raise ValueError(
-            f"the scores of layer {layer_indices[int(num_nan.argmax())]} must not be NaN, but some are: check the "
-            "weights, gradients or activations that they are computed from"
-        )
+        raise nan_error(layer_indices[int(num_nan.argmax())])
     return scores
+
+
+def nan_error(layer_index: int) -> ValueError:
+    """Returns the error about a layer whose scores are NaN."""
+    return ValueError(
+        f"the scores of layer {layer_index} must not be NaN, but some are: check the weights, gradients or "
+        "activations that they are computed from"
+    )
 
 
 def _concatenate(parts: Sequence[Array]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..kernels import StoredScores
 from ..numerics import chunk_size
 
 
@@ -32,6 +33,10 @@ class Scores(Protocol):
     @property
     def device(self) -> torch.device:
         """Device of the scores."""
+
+    @property
+    def stored(self) -> StoredScores | None:
+        """Where kernels find the scores in the order of their position; None where they must be computed."""
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yields the scores of all local units in the order of their position, as 1-D float32 tensors.
@@ -62,6 +67,10 @@ class TensorScores:
         self.magnitude = magnitude
         self.numel = self.local_numel = tensor.numel()
         self.device = tensor.device
+
+    @property
+    def stored(self) -> StoredScores | None:
+        return StoredScores(self.tensor, self.magnitude) if self.tensor.is_contiguous() else None
 
     def chunks(self) -> Iterator[torch.Tensor]:
         flat, size = self.tensor.reshape(-1), chunk_size(self.device)

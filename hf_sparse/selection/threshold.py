@@ -27,8 +27,10 @@ import numpy as np
 import torch
 
 from ..distributed import SINGLE_PROCESS, Communicator
+from ..kernels import has_kernels
 from ..numerics import as_fastest_array, gather_counts
 from .bracket import ALL_SCORES, Bracket, bracket_from_histograms, bracket_from_sample, sample_sizes
+from .histogram_search import search_by_histograms
 from .packed_scores import Array, PackedScores, gather_scores
 from .problem import SelectionProblem
 from .scores import Scores
@@ -147,8 +149,9 @@ def find_thresholds(
             thresholds[index] = common.threshold(index, count)
         else:
             bound.append(SelectionProblem.create([layer], count, layer_indices=[index]))
-    # Threads solve one problem each. Ranks solve all problems together, to communicate once for all of them.
-    batches = [[single] for single in bound] if communicator.world_size == 1 else [bound] if bound else []
+    # Threads solve one problem each. Ranks and kernels solve all problems together, to communicate once for all.
+    is_together = communicator.world_size > 1 or _use_kernels(layers, communicator)
+    batches = ([bound] if bound else []) if is_together else [[single] for single in bound]
     with _thread_map(layers, communicator) as thread_map:
         solved = chain.from_iterable(thread_map(partial(search, communicator=communicator), batches))
         for single, result in zip(bound, solved, strict=True):
@@ -192,6 +195,8 @@ def search(problems: Sequence[SelectionProblem], communicator: Communicator) -> 
         ValueError: a score is NaN.
     """
     layers = [layer for problem in problems for layer in problem.layers]
+    if _use_kernels(layers, communicator):
+        return [CommonThreshold(*found) for found in search_by_histograms(problems)]
     indices = [index for problem in problems for index in problem.layer_indices]
     num_layers = [len(problem.layers) for problem in problems]
     min_capacity = 2**18 if len(problems) == 1 else 2**16
@@ -216,6 +221,12 @@ def search(problems: Sequence[SelectionProblem], communicator: Communicator) -> 
                 (solution,) = _solve([problem], [bracket], [unlimited], counts, communicator)
             solutions.append(solution)
     return solutions
+
+
+def _use_kernels(layers: Sequence[Scores], communicator: Communicator) -> bool:
+    """Whether the scores are on one device, and this is the only process that has any."""
+    devices = {layer.device for layer in layers}
+    return communicator.world_size == 1 and len(devices) == 1 and has_kernels(*devices)
 
 
 @contextmanager

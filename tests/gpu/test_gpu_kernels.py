@@ -1,16 +1,21 @@
 """Each Triton kernel computes what torch computes on the CPU, bit for bit: on a GPU, or in Triton's interpreter."""
 
+from contextlib import contextmanager
+
+import numpy as np
 import pytest
 import torch
 from helpers.tiny import bits_equal
 
-from hf_sparse.kernels import has_kernels
+from hf_sparse.kernels import StoredScores, has_kernels
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
+from hf_sparse.selection.scores import TensorScores
+from hf_sparse.selection.threshold import find_thresholds
 from hf_sparse.statistics import GradientStatistic, ProductSaliency, observe_all
 
 
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, 1e-41, -1e-41, 1.0, 1.0, -1.0, 3.4e38]
-SIZES = [1, 5, 16, 4096, 10_007]  # below, at and above a block, with and without accesses of 16 bytes
+SIZES = [1, 5, 16, 4096, 5007]  # below, at and above a block, with and without accesses of 16 bytes
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -23,6 +28,13 @@ def device(device):
             pytest.fail("Triton is installed, but its kernels do not run")
         pytest.skip("kernels run on CUDA, and on the CPU with TRITON_INTERPRET=1")
     return device
+
+
+@contextmanager
+def without_kernels():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_sparse.kernels.KERNEL_DEVICES", ())
+        yield
 
 
 def values(size, dtype=torch.float32, seed=0):
@@ -88,12 +100,70 @@ def padded(tensor):
 
 @pytest.mark.parametrize("keep, of", [(2, 4), (1, 4), (3, 7), (0, 2), (5, 12)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_n_of_m_masks(device, dtype, keep, of, monkeypatch):
+def test_n_of_m_masks(device, dtype, keep, of):
     for groups in (1, 300, 1001):
         scores = values(groups * of, dtype, groups).view(groups, of)
         found = keep_n_of_m(scores.to(device), keep)
-        with monkeypatch.context() as patch:
-            patch.setattr("hf_sparse.kernels.KERNEL_DEVICES", ())
-            patch.setattr("hf_sparse.numerics.NUMPY_DEVICES", ())
+        with without_kernels():
             expected = keep_n_of_m(scores, keep)
         assert torch.equal(found.cpu(), expected) and bool((found.sum(1) == keep).all())
+
+
+def layers_on(device, dtype, magnitude):
+    """Scores of layers of several sizes and scales; one of them is not contiguous, so that its scores are chunks."""
+    tensors = [values(size, dtype, size) * (1 + index / 8) for index, size in enumerate(SIZES)]
+    tensors.append(values(2 * 3000, dtype, 7).view(-1, 2).to(device)[:, 0])
+    return [TensorScores(tensor.to(device), magnitude) for tensor in tensors]
+
+
+@pytest.mark.parametrize("sampled", [500, None], ids=["sample", "no sample"])
+@pytest.mark.parametrize("dtype, magnitude", zip(DTYPES, [True, False, True, False], strict=True), ids=str)
+def test_thresholds_of_histograms(device, dtype, magnitude, sampled, monkeypatch):
+    if sampled:
+        monkeypatch.setattr("hf_sparse.selection.histogram_search._SAMPLED", sampled)
+    on_device, on_cpu = layers_on(device, dtype, magnitude), layers_on("cpu", dtype, magnitude)
+    sizes = np.array([layer.numel for layer in on_cpu])
+    bounds = [(None, None), ((0.3 * sizes).astype(int).tolist(), (0.8 * sizes).astype(int).tolist())]
+    halves = (sizes // 2).tolist()
+    for k in (int(0.35 * sizes.sum()), sum(halves), int(sizes.sum()) - 1):
+        for floors, caps in [*bounds, (halves, halves)]:
+            if sum(floors or [0]) <= k <= sum(caps or sizes):
+                found = find_thresholds(on_device, k, floors, caps)
+                with without_kernels():
+                    assert found == find_thresholds(on_cpu, k, floors, caps)
+
+
+def test_a_sample_that_misleads_is_corrected(device, monkeypatch):
+    monkeypatch.setattr("hf_sparse.selection.histogram_search._SAMPLED", 100)
+    scores = torch.arange(40 * 2048.0).view(40, 2048)
+    scores[0], scores[1:] = -1.0, scores[1:].clone()  # the block that is read has none of the others
+    for k in (2048, 2049, 40 * 2048 - 1):
+        (found,) = find_thresholds([TensorScores(scores.to(device))], k)
+        with without_kernels():
+            assert [found] == find_thresholds([TensorScores(scores)], k)
+
+
+def test_scores_that_are_nan(device):
+    for bad in (torch.nan, -torch.nan):
+        tensors = [torch.randn(5000, device=device) for _ in range(3)]
+        tensors[1][4999] = bad
+        with pytest.raises(ValueError, match="the scores of layer 1 must not be NaN"):
+            find_thresholds([TensorScores(tensor) for tensor in tensors], 7000)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_of_thresholds(device, dtype):
+    from hf_sparse.kernels.scores import ALL_TIES, write_masks
+
+    for size in SIZES:
+        scores = values(size, dtype, size)
+        kept = torch.rand(size, generator=torch.Generator().manual_seed(size)) < 0.7
+        seen = torch.where(kept, scores.float(), -torch.inf)
+        cases = [(1.0, 0), (1.0, 1), (1.0, ALL_TIES), (0.0, min(100, size)), (-torch.inf, 0), (torch.inf, ALL_TIES)]
+        for value, count in cases:
+            ties = (seen == value).nonzero()[:, 0][:count]
+            expected = kept & (seen >= value)
+            expected[ties] = False
+            bits = shifted(kept.to(torch.int8).neg(), device)
+            write_masks([StoredScores(shifted(scores, device), mask_bits=bits)], [value], [count])
+            assert torch.equal(bits.cpu(), expected.to(torch.int8).neg())
