@@ -6,6 +6,7 @@ ValueError that names them.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -60,12 +61,16 @@ def finished_block_file(index: int) -> str:
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
     """Replaces a file atomically: readers see the old content or the new, never a part.
 
+    Temporary files of earlier calls for the same path that were killed are removed.
+
     Args:
         path: the file; missing parent folders are created.
         write: called with the name of a temporary file in the same folder, which is then renamed to `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}-????????{glob.escape(path.suffix)}"):
+        leftover.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     try:

@@ -106,12 +106,14 @@ def values_of(cls, name):
 
 
 def combinations(cls):
-    """Dicts of up to six options of a config, most of them with a target."""
+    """Dicts of up to four options of a config, most of them with a target."""
     names = [name for name in cls.options() if name != "target_sparsity"]
-    options = st.lists(st.sampled_from(names), unique=True, max_size=5).flatmap(
+    options = st.lists(st.sampled_from(names), unique=True, max_size=3).flatmap(
         lambda chosen: st.fixed_dictionaries({name: values_of(cls, name) for name in chosen})
     )
-    target = st.one_of(st.just({}), *[st.sampled_from([{"target_sparsity": share} for share in SHARES])] * 4)
+    target = st.one_of(
+        st.just({}), *[st.sampled_from([{"target_sparsity": share} for share in (0.25, 0.5, 0.5, 0.9, *SHARES)])] * 4
+    )
     return st.builds(lambda first, others: {**first, **others}, target, options)
 
 
