@@ -389,7 +389,9 @@ class SparsityCallback(TrainerCallback):
         scheduled = [(step, self._target_after(count)) for step, count in prune_steps.items() if count]
         if self._earlier_sparsity:
             scheduled.insert(0, (0, self._earlier_sparsity))
-        logged = [(int(log["step"]), log["sparsity"]) for log in state.log_history if "sparsity" in log]
+        # The history of a resumed run comes from a file.
+        logs = [log for log in state.log_history if isinstance(log.get("step"), int)]
+        logged = [(int(log["step"]), log["sparsity"]) for log in logs if isinstance(log.get("sparsity"), float)]
         plot_schedule(directory / SCHEDULE_PLOT_FILE, scheduled, logged, state.max_steps)
         plot_layers(directory / LAYERS_PLOT_FILE, self._report)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import reprlib
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from ..engine.saved_state import is_count
 from ..files import parse_json, read_json, read_weight_index
 from .resume import CheckpointError, ResumeState
 from .state_files import find_state_files
+from .torch_files import is_damaged_archive
 
 
 logger = logging.getLogger(__name__)
@@ -125,8 +127,8 @@ def _find_error_in_files(state: ResumeState, weights_only: bool) -> str | None:
     except CheckpointError:
         opened = set()
     read = [*weights, *masks, *_resume_files(checkpoint, state.world_size)]
-    truncated = [path.name for path in read if path not in opened and _is_truncated(path)]
-    return f"{_first_of(truncated)}: truncated." if truncated else None
+    damaged = [path.name for path in read if path not in opened and _is_damaged(path)]
+    return f"{_first_of(damaged)}: truncated or damaged." if damaged else None
 
 
 def read_step(checkpoint: Path) -> int:
@@ -141,11 +143,12 @@ def read_step(checkpoint: Path) -> int:
         raise ValueError(f"{_STATE} is missing or truncated: saving was interrupted.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{_STATE} is damaged: it must hold an object.")
-    expected = vars(TrainerState())
+    hints = get_type_hints(TrainerState) | {"log_history": list, "stateful_callbacks": dict}
     for name, value in values.items():
-        if name not in expected:
+        if name not in hints:
             raise ValueError(f"{_STATE} is damaged, or of another version of transformers: it has the unknown {name}.")
-        if expected[name] is not None and not _is_of_kind(value, expected[name]):
+        is_period = name in ("logging_steps", "eval_steps", "save_steps")
+        if not _is_of_type(value, hints[name]) or (is_period and value <= 0):
             raise ValueError(f"{_STATE} is damaged: {name} is {reprlib.repr(value)}.")
     if not is_count(values.get("global_step")):
         raise ValueError(f"{_STATE} is damaged: global_step is {reprlib.repr(values.get('global_step'))}.")
@@ -154,11 +157,17 @@ def read_step(checkpoint: Path) -> int:
     return values["global_step"]
 
 
-def _is_of_kind(value: Any, default: Any) -> bool:
-    """Whether a JSON value can replace a default: int and float are of one kind, all others of their own."""
-    if isinstance(default, (int, float)) and not isinstance(default, bool):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, type(default))
+def _is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type. Whole and other numbers are of one type, and finite."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for kind in kinds:
+        kind = get_origin(kind) or kind
+        if kind in (int, float):
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                return True
+        elif isinstance(value, kind):
+            return True
+    return False
 
 
 # In this order: one process or DDP; FSDP, whole and sharded; DeepSpeed.
@@ -230,17 +239,12 @@ def _weight_files(checkpoint: Path) -> list[Path]:
     return [*checkpoint.glob("*model.safetensors"), *checkpoint.glob("*model.bin"), *checkpoint.glob("*fsdp.bin")]
 
 
-def _is_truncated(path: Path) -> bool:
-    """Whether a file of tensors lacks its end."""
+def _is_damaged(path: Path) -> bool:
+    """Whether a file of tensors lacks its end or cannot be opened."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(str(path), framework="pt"):
                 return False
         except (OSError, SafetensorError):
             return True
-    # torch.save writes zip files, whose directory is at the end.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return not any(name.endswith("data.pkl") for name in archive.namelist())
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return True
+    return is_damaged_archive(path)

@@ -17,18 +17,21 @@ from pathlib import Path
 
 import torch
 from helpers.tiny import make
-from mutations import mutate_json_file, mutate_readme, mutate_recipe, mutate_tensor_file
+from mutations import mutate_bytes, mutate_json_file, mutate_readme, mutate_recipe, mutate_tensor_file
 from safetensors.torch import save_file
+from transformers import BertForSequenceClassification, TrainerState
 
 from hf_sparse import OneshotConfig, PruningConfig, PruningConfigError, SparsityReport
+from hf_sparse.engine.pruner import Pruner
 from hf_sparse.files import DENSE_RESULTS_FILE, STATE_FILE
 from hf_sparse.hub.card import SparsityCard, render_card, rewrite_card, write_card
 from hf_sparse.inspection import InspectionError, inspect_checkpoint
 from hf_sparse.oneshot.resume import FinishedSubgraphs, ResumeError
 from hf_sparse.oneshot.run import read_dense_metrics
 from hf_sparse.reporting.report import LayerReport
-from hf_sparse.training.checkpoint_search import find_checkpoint_error
+from hf_sparse.training.checkpoint_search import find_checkpoint_error, newest_complete_checkpoint
 from hf_sparse.training.resume import CheckpointError, ResumeState
+from hf_sparse.training.state_files import checksum
 
 
 @dataclass(frozen=True)
@@ -120,21 +123,35 @@ def read_dense_results(path: Path) -> None:
 _scratch = tempfile.TemporaryDirectory(prefix="hf_sparse_hostile_")
 
 
+# With a checkpoint before the prune step and one after it.
+RUN = {"target_sparsity": 0.5, "criterion": "movement", "prune_start": 2, "prune_end": 2, "max_steps": 3}
+
+
 @functools.cache
 def trained() -> Path:
-    """The checkpoint of a run of three steps, the second of which prunes."""
+    """The folder of a run with the checkpoints of steps 2 and 3, the first of which prunes."""
     folder = Path(_scratch.name)
-    run = make(
-        folder, target_sparsity=0.5, prune_start=2, prune_end=2, max_steps=3, save_strategy="steps", save_steps=3
-    )
-    run.train()
-    return folder / "checkpoint-3"
+    make(folder, **RUN, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    return folder
 
 
-def write_state(folder: Path) -> Path:
-    checkpoint = folder / "checkpoint-3"
-    shutil.copytree(trained(), checkpoint)
-    return checkpoint / STATE_FILE
+def checkpoint_file(name: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        shutil.copytree(trained(), folder / "run")
+        return folder / "run" / "checkpoint-3" / name
+
+    return write
+
+
+def write_index_of_checkpoint(folder: Path) -> Path:
+    path = checkpoint_file("model.safetensors.index.json")(folder)
+    path.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}))
+    return path
+
+
+def seal(tensors: dict[str, torch.Tensor], values: dict) -> None:
+    del values["checksum"]
+    values["checksum"] = checksum(tensors, values)
 
 
 def read_state(path: Path) -> None:
@@ -142,7 +159,24 @@ def read_state(path: Path) -> None:
     state = ResumeState(path.parent)
     if problem := find_checkpoint_error(state):
         raise CheckpointError(f"{path}: {problem}")
-    state.verify()
+    model, config = BertForSequenceClassification.from_pretrained(path.parent), PruningConfig(**pruning_options())
+    pruner = Pruner(model, config)
+    state.validate(pruner.groups, config, config.schedule(RUN["max_steps"]), step=3)
+    state.apply(pruner)
+
+
+def pruning_options() -> dict:
+    return {name: value for name, value in RUN.items() if name != "max_steps"}
+
+
+def find_checkpoint(path: Path) -> None:
+    """As a run that resumes from the newest checkpoint: a damaged one is skipped, whatever is damaged."""
+    found = newest_complete_checkpoint(path.parent.parent).checkpoint
+    assert found == path.parent or found.name == "checkpoint-2"
+    if found == path.parent:
+        TrainerState.load_from_json(str(found / "trainer_state.json"))
+        torch.load(found / "optimizer.pt", weights_only=True)
+        torch.load(found / "scheduler.pt", weights_only=True)
 
 
 FORMATS = (
@@ -213,11 +247,20 @@ FORMATS = (
     FileFormat(
         "state",
         ("STATE_FILE", "STATE_SHARD_PATTERN"),
-        write_state,
+        checkpoint_file(STATE_FILE),
         read_state,
-        mutate_tensor_file("hf_sparse"),
+        mutate_tensor_file("hf_sparse", seal),
         (CheckpointError,),
     ),
+    FileFormat(
+        "found_state", (), checkpoint_file(STATE_FILE), find_checkpoint, mutate_tensor_file("hf_sparse", seal), ()
+    ),
+    FileFormat("found_weights", (), checkpoint_file("model.safetensors"), find_checkpoint, mutate_tensor_file(), ()),
+    FileFormat("found_index", (), write_index_of_checkpoint, find_checkpoint, mutate_json_file, ()),
+    FileFormat("found_config", (), checkpoint_file("config.json"), find_checkpoint, mutate_json_file, ()),
+    FileFormat("trainer_state", (), checkpoint_file("trainer_state.json"), find_checkpoint, mutate_json_file, ()),
+    FileFormat("optimizer", (), checkpoint_file("optimizer.pt"), find_checkpoint, mutate_bytes, ()),
+    FileFormat("lr_scheduler", (), checkpoint_file("scheduler.pt"), find_checkpoint, mutate_bytes, ()),
     FileFormat(
         "dense_results", ("DENSE_RESULTS_FILE",), write_dense_results, read_dense_results, mutate_json_file, ()
     ),

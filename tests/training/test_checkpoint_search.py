@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -97,6 +98,10 @@ DAMAGED = {
     + [json.dumps({"global_step": step}) for step in (None, "10", 10.0, True, [10], -1, 8)]
     + [json.dumps({"global_step": 10, key: 3}) for key in ("log_history", "stateful_callbacks", "unheard_of")]
     + [
+        json.dumps({"global_step": 10} | change)
+        for change in ({"best_metric": {}}, {"save_steps": 0}, {"epoch": True})
+    ]
+    + [
         '{"global_step": 10, "log_history": [1]}',
         '{"global_step": 10, "epoch": "x"}',
         '{"global_step": 1' + "0" * 5_000 + "}",
@@ -120,6 +125,30 @@ def test_whatever_is_wrong_with_a_file_the_checkpoint_before_is_taken(run, caplo
         assert re.fullmatch("resuming from .*checkpoint-8, the newest complete checkpoint.", taken)
         path.unlink() if whole is None else path.write_bytes(whole)
     assert newest(run) == run / "checkpoint-10"
+
+
+def test_an_archive_that_torch_could_not_read_is_noticed(run, monkeypatch):
+    path = run / "checkpoint-10" / "optimizer.pt"
+    data = path.read_bytes()
+    pickle = data.index(b"state") + 2
+    damaged = {
+        "a prefix": b"xxxx" + data,
+        "a suffix": data + b"xxxx",
+        "a changed pickle": data[:pickle] + b"\xff" + data[pickle + 1 :],
+        "several disks": data[:-18] + b"\x01" + data[-17:],
+        "fewer members": data[:-14] + b"\x01" + data[-13:],
+    }
+    for kind, content in damaged.items():
+        path.write_bytes(content)
+        assert find_checkpoint_error(path.parent) == "optimizer.pt: truncated or damaged.", kind
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"x" * 1_000)
+    assert find_checkpoint_error(path.parent)
+    path.write_bytes(data)
+    saved = torch.load(path, weights_only=True)
+    monkeypatch.setattr(torch.serialization, "get_crc32_options", lambda: False)
+    torch.save(saved, path)
+    assert path.read_bytes() != data and find_checkpoint_error(path.parent) is None
 
 
 def test_a_checkpoint_without_its_own_masks_is_skipped(run, caplog):
