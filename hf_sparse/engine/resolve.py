@@ -8,11 +8,13 @@ from torch import nn
 
 from ..config import PruningConfigError, ResolvedGroup
 from ..config.base import PruningOptions
+from ..config.options import DEFAULT_ALLOCATION
 from ..config.validation import training_errors
 from ..distributed import full_shape
 from ..model.coupling import UnitGroup, find_unit_groups
 from ..model.layers import PrunableLayer, find_layers, select_layers
 from ..requires import Requires
+from ..structured.obstacles import selection_obstacle
 
 
 def resolve_layers(
@@ -64,6 +66,16 @@ def resolve_layers(
     if errors:
         raise PruningConfigError(errors)
     return groups, skipped
+
+
+def removal_warnings(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[str]:
+    """Returns for each group whose coupled units `shrink` will not be able to remove why, and what to do instead."""
+    warnings = []
+    for group in groups:
+        uneven = group.scope == "global" or group.allocation_name != DEFAULT_ALLOCATION
+        if group.units and (obstacle := selection_obstacle(model, group.units, uneven)):
+            warnings.append(f'pattern "{group.pattern}" of group "{group.name}": {obstacle}')
+    return warnings
 
 
 def _select(

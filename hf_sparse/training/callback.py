@@ -13,7 +13,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from ..config import PruningConfig
 from ..distributed import get_communicator, is_deepspeed, observe_zero_gradients, raise_on_all_ranks
 from ..engine.pruner import Pruner
-from ..engine.resolve import resolve_layers
+from ..engine.resolve import removal_warnings, resolve_layers
 from ..files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ..hub.upload import hide_token
 from ..reporting.plots import plot_layers, plot_schedule
@@ -103,9 +103,11 @@ class SparsityCallback(TrainerCallback):
                 f"optim={optimizer} keeps a second copy of the weights that pruning cannot reach: use adamw_torch."
             )
         if self.config.prunes and model is not None:
-            _, skipped = resolve_layers(model, self.config)
+            groups, skipped = resolve_layers(model, self.config)
             if skipped:
                 logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(skipped))
+            for warning in removal_warnings(model, groups):
+                logger.warning(warning)
         return self.config
 
     def on_init_end(

@@ -13,9 +13,9 @@ from helpers.model_types import MODEL_TYPES
 from helpers.tiny import SCHEDULE, STEPS, bert, content, make, same, weights
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from hf_sparse import Pruner, PruningConfig, PruningConfigError, Requires
+from hf_sparse import Pruner, PruningConfig, PruningConfigError, Requires, SparsityCallback
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.model.coupling import find_unit_groups
 from hf_sparse.patterns import PATTERNS, get_pattern
@@ -342,3 +342,33 @@ def test_targets_select_units_by_any_of_their_weights():
     pruner = Pruner(model, PruningConfig(targets=["*.intermediate.dense"], exclude=["*.1.output.dense"], **options))
     assert [group.name for group in pruner.groups[0].units] == ["bert.encoder.layer.0", "bert.encoder.layer.2"]
     assert len(pruner.shards) == 6
+
+
+WARNINGS = {
+    "heads_of_bert": (bert, {"pattern": "head"}, 'of group "weights": the config of a "bert" model has no field'),
+    "layers_of_bert": (bert, {"pattern": "layer"}, "a block of zeros is not the identity"),
+    "global": (bert, {"pattern": "neuron", "scope": "global"}, "use scope=layer and allocation=uniform"),
+    "allocation": (bert, {"pattern": "neuron", "allocation": "erdos_renyi"}, "use scope=layer and allocation=uniform"),
+    "some_layers": (
+        lambda: bert(num_hidden_layers=2),
+        {"pattern": "neuron", "exclude": ["*.layer.1.*"]},
+        "1 of 2 modules with neurons are selected, but the config has one size for all of them",
+    ),
+    "other_models": (
+        lambda: nn.ModuleList([nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))]),
+        {"pattern": "neuron"},
+        "no config of ModuleList",
+    ),
+    "neurons": (lambda: bert(num_hidden_layers=2), {"pattern": "neuron"}, None),
+    "key_value_groups": (MODEL_TYPES["llama"].make, {"pattern": "head"}, None),
+    "layers": (MODEL_TYPES["llama"].make, {"pattern": "layer"}, None),
+    "encoder": (MODEL_TYPES["bart"].make, {"pattern": "neuron", "targets": ["re:encoder"]}, None),
+}
+
+
+@pytest.mark.parametrize("case", WARNINGS)
+def test_what_shrink_cannot_remove_is_said_before_training(case, caplog):
+    make_model, options, message = WARNINGS[case]
+    callback = SparsityCallback(PruningConfig(target_sparsity=0.5, **options))
+    callback.check(TrainingArguments("unused", use_cpu=True), make_model())
+    assert (message in caplog.text) if message else not caplog.text
