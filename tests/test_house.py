@@ -25,6 +25,7 @@ FLOORS = [
         "calibration",
         "distributed",
         "files",
+        "import_hooks",
         "kernels",
         "numerics",
         "optional_packages",

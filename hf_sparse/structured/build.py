@@ -53,9 +53,7 @@ class SmallerModel:
         self._first_names = {id(tensor): name for name, tensor in _tensors(self._dense, unique=True)}
         tensors = dict(_tensors(self._dense))
         self._sources = {
-            smaller: tensors[name]
-            for name in tensors
-            if (smaller := _smaller_name(name, reduction.blocks)) is not None
+            smaller: tensors[name] for name in tensors if (smaller := smaller_name(name, reduction.blocks)) is not None
         }
         self._leave_out_modules()
         self._check()
@@ -76,9 +74,11 @@ class SmallerModel:
         remaining = {
             smaller: self._reduction.entries.shape(self._first_names[id(self._sources[smaller])])
             for name in parameters
-            if (smaller := _smaller_name(name, self._reduction.blocks)) is not None
+            if (smaller := smaller_name(name, self._reduction.blocks)) is not None
         }
         wrong = [name for name in {**built, **remaining} if built.get(name) != remaining.get(name)]
+        if self._reduction.is_uneven:
+            wrong = [name for name in wrong if name not in built or name not in remaining]
         if wrong:
             name = wrong[0]
             changes = ", ".join(f"{change.field}={change.after}" for change in self._reduction.changes)
@@ -122,7 +122,7 @@ class SmallerModel:
     def _copy_constants(self) -> None:
         """Copies tensors that a module holds as plain attributes."""
         for name, module in self._dense.named_modules():
-            smaller = _smaller_name(name, self._reduction.blocks)
+            smaller = smaller_name(name, self._reduction.blocks)
             constants = {key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
             if constants and smaller is not None:
                 for key, value in constants.items():
@@ -135,11 +135,11 @@ def _tensors(model: nn.Module, unique: bool = False) -> Iterator[tuple[str, torc
     yield from model.named_buffers(remove_duplicate=unique)
 
 
-def _smaller_name(name: str, blocks: Mapping[str, tuple[int, ...]]) -> str | None:
+def smaller_name(name: str, blocks: Mapping[str, tuple[int, ...]]) -> str | None:
     """Returns the name in the smaller model of a parameter or module; None if its block is removed.
 
     Example:
-        >>> [_smaller_name(f"h.{number}.mlp", {"h": (0, 2)}) for number in range(3)]
+        >>> [smaller_name(f"h.{number}.mlp", {"h": (0, 2)}) for number in range(3)]
         ['h.0.mlp', None, 'h.1.mlp']
     """
     for blocks_name, kept in blocks.items():

@@ -30,6 +30,7 @@ class Reduction:
         blocks: name of a list of blocks -> the numbers of those that stay, where some are removed.
         named_blocks: the blocks that were removed because the caller named others.
         experts: name of the module around experts -> the experts that stay, where some are removed.
+        is_uneven: whether sizes may differ from those of the config.
         changes, reasons: for `ShrinkPlan`.
     """
 
@@ -44,6 +45,7 @@ class Reduction:
         self.blocks: dict[str, tuple[int, ...]] = {}
         self.named_blocks: list[str] = []
         self.experts: dict[str, tuple[int, ...]] = {}
+        self.is_uneven = False
         self.changes: list[SizeChange] = []
         self.reasons: list[str] = []
 

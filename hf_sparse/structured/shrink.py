@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from torch import nn
 
+from ..model.coupling import UnitGroup
 from .block_removal import LayersToKeep, remove_blocks
-from .build import SmallerModel, check_model
+from .build import SmallerModel, check_model, smaller_name
 from .expert_removal import ExpertsToKeep, remove_experts
 from .plan import ShrinkPlan
 from .reduction import Reduction, ShrinkError
+from .uneven import QUANT_METHOD, describe_sizes, remove_units_by_layer, set_head_counts, set_layer_sizes
 from .unit_removal import remove_units
 from .verify import verify_shrunk
 
@@ -23,6 +26,7 @@ def plan_shrink(
     layers: LayersToKeep | None = None,
     experts: ExpertsToKeep | None = None,
     multiple_of: int = 8,
+    heterogeneous: bool = False,
 ) -> ShrinkPlan:
     """Returns what `shrink` with the same arguments would remove, what would stay and why, and the new size.
 
@@ -38,7 +42,8 @@ def plan_shrink(
         ...     print(change)
         intermediate_size 16 -> 8: 13 of 16 neurons are zero in 1 module
     """
-    return _plan(*_reduce(model, layers, experts, multiple_of))
+    reduction, smaller, _ = _reduce(model, layers, experts, multiple_of, heterogeneous)
+    return _plan(reduction, smaller)
 
 
 def shrink(
@@ -46,6 +51,7 @@ def shrink(
     layers: LayersToKeep | None = None,
     experts: ExpertsToKeep | None = None,
     multiple_of: int = 8,
+    heterogeneous: bool = False,
     verify: bool = True,
 ) -> Model:
     """Returns a smaller model of the same class, without the units of `model` that are zero. `model` stays unchanged.
@@ -64,6 +70,9 @@ def shrink(
             The others are removed: the model computes as if the router never chose them.
         multiple_of: FFN widths that change become multiples of it, rounded up. Widths of fused experts are also
             multiples of 16 bytes.
+        heterogeneous: whether every layer may have a size of its own, and all zero units are removed, also those that
+            the config cannot express, such as heads of BERT. A saved model then opens only after
+            `import hf_sparse`; without it, `from_pretrained` fails with an error.
         verify: whether to compare both models on a small random batch.
 
     Raises:
@@ -78,25 +87,52 @@ def shrink(
         >>> shrink(model).encoder.layer[0].intermediate.dense
         Linear(in_features=8, out_features=8, bias=True)
     """
-    reduction, smaller = _reduce(model, layers, experts, multiple_of)
+    reduction, smaller, sizes = _reduce(model, layers, experts, multiple_of, heterogeneous)
     shrunk = smaller.assign()
+    if sizes:
+        _set_sizes(shrunk, sizes, reduction)
     if verify:
         verify_shrunk(model, shrunk, reduction)
     return shrunk  # type: ignore[return-value]
 
 
 def _reduce(
-    model: nn.Module, layers: LayersToKeep | None, experts: ExpertsToKeep | None, multiple_of: int
-) -> tuple[Reduction, SmallerModel]:
+    model: nn.Module,
+    layers: LayersToKeep | None,
+    experts: ExpertsToKeep | None,
+    multiple_of: int,
+    heterogeneous: bool,
+) -> tuple[Reduction, SmallerModel, dict[str, tuple[UnitGroup, int]]]:
     if multiple_of < 1:
         raise ShrinkError(f"multiple_of is {multiple_of}: it must be at least 1.")
     check_model(model)
     reduction = Reduction(model)
     remove_blocks(reduction, layers)
     remove_experts(reduction, experts)
-    remove_units(reduction, "neuron", multiple_of)
-    remove_units(reduction, "head", multiple_of)
-    return reduction, SmallerModel(reduction)
+    sizes: dict[str, tuple[UnitGroup, int]] = {}
+    for kind in ("neuron", "head"):
+        if heterogeneous:
+            sizes |= remove_units_by_layer(reduction, kind, multiple_of)
+        else:
+            remove_units(reduction, kind, multiple_of)
+    reduction.is_uneven = bool(sizes)
+    return reduction, SmallerModel(reduction), sizes
+
+
+def _set_sizes(shrunk: nn.Module, sizes: dict[str, tuple[UnitGroup, int]], reduction: Reduction) -> None:
+    """Sets the sizes that modules hold as attributes, and writes to the config how they differ from it."""
+    set_layer_sizes(shrunk)
+    renamed = {}
+    for name, (group, kept) in sizes.items():
+        slices = [
+            replace(part, name=new)
+            for part in group.slices
+            if (new := smaller_name(part.name, reduction.blocks)) is not None
+        ]
+        renamed[name] = replace(group, slices=tuple(slices)), kept
+    set_head_counts(shrunk, {name: size for name, size in renamed.items() if size[0].kind == "head"})
+    transformer: Any = shrunk
+    transformer.config.quantization_config = {"quant_method": QUANT_METHOD, "version": 1, **describe_sizes(shrunk)}
 
 
 def _plan(reduction: Reduction, smaller: SmallerModel) -> ShrinkPlan:

@@ -74,10 +74,7 @@ def remove_units(reduction: Reduction, kind: str, multiple_of: int, find_zeros: 
     """
     sizes: dict[tuple[tuple[str, ...], str], _Size] = {}
     obstacles: dict[str, int] = {}
-    for group in find_unit_groups(reduction.model, kind):
-        group = replace(group, slices=tuple(part for part in group.slices if not _is_gone(reduction, part)))
-        if not group.slices:
-            continue
+    for group in remaining_groups(reduction, kind):
         is_zero = find_zeros(group, reduction.parameters)
         stack = find_stack(reduction.model, group.name)
         obstacle = table_obstacle(reduction.model, group)
@@ -90,6 +87,16 @@ def remove_units(reduction: Reduction, kind: str, multiple_of: int, find_zeros: 
     for size in sizes.values():
         if size.num_zeros:
             _reduce(reduction, size, multiple_of)
+
+
+def remaining_groups(reduction: Reduction, kind: str) -> list[UnitGroup]:
+    """Returns the groups of units of a kind, without their slices in blocks and experts that are removed."""
+    groups = []
+    for group in find_unit_groups(reduction.model, kind):
+        group = replace(group, slices=tuple(part for part in group.slices if not _is_gone(reduction, part)))
+        if group.slices:
+            groups.append(group)
+    return groups
 
 
 def _is_gone(reduction: Reduction, part: UnitSlice) -> bool:
