@@ -82,6 +82,20 @@ def concatenate_batches(batches: Sequence[Any]) -> Any:
     )
 
 
+def can_concatenate(batches: Sequence[Any]) -> bool:
+    """Returns whether batches have one length, so that `concatenate_batches` accepts them.
+
+    Example:
+        >>> can_concatenate([torch.zeros(2, 3), torch.zeros(1, 3)])
+        True
+    """
+    flat = [_pytree.tree_flatten(_as_dict(batch)) for batch in batches]
+    shapes = [
+        (layout, [leaf.shape[1:] if torch.is_tensor(leaf) else leaf for leaf in leaves]) for leaves, layout in flat
+    ]
+    return all(other == shapes[0] for other in shapes)
+
+
 def _as_dict(batch: Any) -> Any:
     """Turns mappings of other classes (BatchEncoding, UserDict) into a dict, the only one that pytree flattens."""
     return dict(batch) if isinstance(batch, Mapping) else batch

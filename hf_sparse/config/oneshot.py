@@ -128,6 +128,15 @@ use scope=layer, or name a criterion, as in criterion="wanda".
             raise ValueError(f"{where}one-shot pruning has a single prune step and no schedule: remove {names}.")
         return {name: value for name, value in values.items() if name not in schedule}
 
+    @property
+    def prefers_single_forward(self) -> bool:
+        """Whether one forward observes inputs and propagates, if all batches have one length."""
+        if self.forwards is not None:
+            return self.forwards == 1
+        return bool(self.sequential) and all(
+            group.pattern.coupled_kind is not None for group in self.resolve_groups().values() if group.target
+        )
+
     @classmethod
     def of(cls, config: PruningOptions) -> OneshotConfig:
         """Returns a one-shot config with the options of any config.

@@ -16,6 +16,10 @@ from ..schedulers import SCHEDULERS, Scheduler
 from ..solvers import SOLVERS, Solver
 
 
+UNIT_INPUTS = Requires.INPUT_NORMS | Requires.INPUT_VARIANCES | Requires.GRAM
+"""What criteria can require of the inputs of the matrices that read coupled units."""
+
+
 @dataclass(frozen=True)
 class ResolvedGroup:
     """A parameter group: layers that share criterion, pattern, scope, allocation, solver and schedule.
@@ -78,14 +82,40 @@ class ResolvedGroup:
         """Whether one-shot pruning needs the layers' inputs as they are when all earlier blocks are pruned."""
         if not self.target:
             return False
+        if self.units:
+            return not self.selects_units_first or bool(self.solver.requires & Requires.GRAM)
         scored_by_norms = bool(self.requires & Requires.INPUT_NORMS) and not self.ranks_all_layers
         return self.criterion is None or scored_by_norms or bool(self.requires & Requires.GRAM)
 
     @property
     def requires_dense_pass(self) -> bool:
         """Whether one-shot pruning needs the layers' inputs in the dense model, before anything is pruned."""
+        if self.units:
+            return bool(self.target and self._criterion_requires & UNIT_INPUTS) and self.selects_units_first
         ranked_by_norms = bool(self.requires & Requires.INPUT_NORMS) and self.ranks_all_layers
         return ranked_by_norms or bool(self.requires & Requires.OUTLIERS)
+
+    @property
+    def observed_layers(self) -> tuple[PrunableLayer, ...]:
+        """The layers whose inputs are observed, where inputs are: of coupled units those that read them."""
+        readers = {part.name for units in self.units for part in units.readers}
+        return tuple(layer for layer in self.layers if layer.name in readers) if self.units else self.layers
+
+    @property
+    def selects_units_first(self) -> bool:
+        """Whether one-shot pruning selects coupled units in the dense model: because no inputs are needed, because
+        units of all layers compete, or because units are read in several blocks (the heads of T5)."""
+        several = any(len(units.readers) > 1 for units in self.units)
+        return self.ranks_all_layers or several or not self._criterion_requires & UNIT_INPUTS
+
+    @property
+    def scores_units_by_weights(self) -> bool:
+        """Whether the weights alone score coupled units."""
+        return not self._criterion_requires & Requires.CALIBRATION_DATA
+
+    @property
+    def _criterion_requires(self) -> Requires:
+        return Requires.NOTHING if self.criterion is None else self.criterion.requires
 
     @property
     def criterion_name(self) -> str | None:

@@ -67,7 +67,7 @@ class CoupledParameterGroup(ParameterGroup):
                 f'group "{self.name}", criterion "{self.options.criterion_name}": scores are nan in {", ".join(names)}'
             )
         counts = self.num_pruned_by_group(scores, ratio)
-        for group, keep_U in zip(self.units, _keep_masks(scores, sum(counts), counts, counts), strict=True):
+        for group, keep_U in zip(self.units, keep_masks(scores, sum(counts), counts, counts), strict=True):
             prune_units(group, keep_U, shards, bits)
 
     def num_pruned_by_group(self, scores: Sequence[torch.Tensor], ratio: float) -> list[int]:
@@ -85,7 +85,7 @@ class CoupledParameterGroup(ParameterGroup):
             if self.target < 1 and pattern.has_layers:
                 caps = [max(min(cap, size - 1), count) for cap, size, count in zip(caps, sizes, pruned, strict=True)]
             total = min(max(pattern.count(ratio * sum(sizes), sum(sizes)), sum(floors)), sum(caps))
-            wanted = [int((~keep_U).sum()) for keep_U in _keep_masks(scores, total, floors, caps)]
+            wanted = [int((~keep_U).sum()) for keep_U in keep_masks(scores, total, floors, caps)]
         else:
             # Units pruned before do not change the shares of other groups, which would lose their common width.
             shares = self._shares(ratio, *self._bounds([0] * len(sizes), ratio))
@@ -112,7 +112,7 @@ class CoupledParameterGroup(ParameterGroup):
         return {name: masks.bits(name) for name in self.parameter_shapes}
 
 
-def _keep_masks(
+def keep_masks(
     scores: Sequence[torch.Tensor], total: int, floors: Sequence[int], caps: Sequence[int]
 ) -> list[torch.Tensor]:
     """Returns the masks (U) that prune the `total` lowest units within the bounds of each group, ties by position."""

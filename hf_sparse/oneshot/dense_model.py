@@ -11,11 +11,14 @@ from torch import nn
 
 from ..calibration.batches import call_model, to_device, with_labels
 from ..distributed import Communicator, Shard, build_shards, input_device
+from ..engine.coupled_group import CoupledParameterGroup
 from ..engine.masks import MaskStore
 from ..engine.parameter_group import ParameterGroup
+from ..model.coupling import UnitGroup
 from ..model.evaluation_mode import evaluation_mode
 from ..requires import Requires
 from ..statistics import all_finite
+from .unit_scores import UnitMaskGradients
 
 
 def masks_from_dense_model(
@@ -44,8 +47,9 @@ def masks_from_dense_model(
 
 def accumulate_gradients(
     model: nn.Module, groups: Sequence[ParameterGroup], batches: Sequence[Any], communicator: Communicator
-) -> None:
-    """Accumulates the statistics of criteria that require gradients over the batches of all ranks.
+) -> dict[UnitGroup, torch.Tensor]:
+    """Accumulates the statistics of criteria that require gradients over the batches of all ranks: of weights, or of
+    the masks of coupled units.
 
     Args:
         model: its gradients are cleared.
@@ -53,24 +57,32 @@ def accumulate_gradients(
         batches: those of this rank.
         communicator: the ranks.
 
+    Returns:
+        The scores of coupled units.
+
     Raises:
         ValueError: a batch gives no loss, or a gradient is inf or nan.
     """
     groups = [group for group in groups if group.requires_gradients]
+    unit_masks = UnitMaskGradients(model, [group for group in groups if isinstance(group, CoupledParameterGroup)])
+    groups = [group for group in groups if not group.options.units]
     shards, _ = build_shards(dict(model.named_parameters()))
     error = None
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad(), unit_masks:
         try:
             for index, batch in enumerate(batches):
                 _observe_gradients(model, groups, shards, batch, index)
+                unit_masks.step()
         except Exception as exception:  # of any kind: the other ranks must not wait for this one
             error = exception
         finally:
             model.zero_grad(set_to_none=True)
     communicator.raise_together(error)
-    for statistic in (statistic for group in groups for statistic in group.statistics.values()):
+    statistics = [statistic for group in groups for statistic in group.statistics.values()]
+    for statistic in (*statistics, *unit_masks.statistics.values()):
         communicator.all_reduce(statistic.total)
         statistic.count = int(communicator.sum_counts(np.array([statistic.count]))[0])
+    return unit_masks.scores()
 
 
 def _observe_gradients(

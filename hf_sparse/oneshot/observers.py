@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..calibration.batches import mask_for_inputs
 from ..model.layers import PrunableLayer
-from ..statistics import GramMatrix, InputNorms
+from ..statistics import GramMatrix, InputNorms, WeightedGram, WeightedInputs, WeightedMoments
 from .pipeline import stop_forward
+from .unit_scores import UnitReader
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ _MATMULS: set[Callable] = {nn.functional.linear, torch.matmul, torch.mm, torch.b
 _MATMULS |= {getattr(torch.Tensor, name) for name in ("matmul", "__matmul__", "mm", "bmm")}
 
 
+InputStatistic = InputNorms | GramMatrix | WeightedInputs
+
+
 class InputObserver:
     """Accumulates the statistic of one input.
 
@@ -37,16 +41,23 @@ class InputObserver:
         statistic: the sums over tokens.
         layers: the layers that read this input.
         expert: which matrix of a layer with several reads it; None for other layers.
+        outputs: computes the outputs for inputs, for a statistic that is weighted by them.
     """
 
-    def __init__(self, statistic: InputNorms | GramMatrix, layers: list[PrunableLayer], expert: int | None = None):
-        self._statistic: InputNorms | GramMatrix | None = statistic
-        self.layers, self.expert = layers, expert
+    def __init__(
+        self,
+        statistic: InputStatistic,
+        layers: list[PrunableLayer],
+        expert: int | None = None,
+        outputs: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
+        self._statistic: InputStatistic | None = statistic
+        self.layers, self.expert, self._outputs = layers, expert, outputs
         self.sample: torch.Tensor | None = None
         """(T, I) the first tokens, float32."""
 
     @property
-    def statistic(self) -> InputNorms | GramMatrix:
+    def statistic(self) -> InputStatistic:
         """The sums over tokens, until they are released."""
         if self._statistic is None:
             raise RuntimeError(f'the statistic of the inputs of "{self.name}" has been released')
@@ -67,7 +78,10 @@ class InputObserver:
             ValueError: a value is inf or nan, or shapes do not fit. Values on an accelerator are checked by `check`.
         """
         with self._named_errors():
-            self.statistic.observe(x, keep)
+            if isinstance(self.statistic, WeightedInputs) and self._outputs is not None:
+                self.statistic.observe_outputs(x, self._outputs(x), keep)
+            else:
+                self.statistic.observe(x, keep)
         size = 0 if self.sample is None else len(self.sample)
         if self.sample is None or size < SAMPLE:
             tokens = x.detach().reshape(-1, x.shape[-1])
@@ -106,6 +120,8 @@ class InputObservers:
         shared_inputs: see `ModelTrace`.
         gram_layers: the layers that need a Gram matrix of their inputs; for the others norms suffice.
         last_module: the module at whose input the forward ends; None to let it run.
+        unit_readers: the layers that read coupled units, by name and expert, with what computes their outputs: their
+            statistics are weighted.
         on_input: called after each call of a layer, while the forward waits, with the observer and the error of its
             input, if there was one. For a forward that runs all batches as one.
     """
@@ -118,14 +134,17 @@ class InputObservers:
         gram_layers: Collection[PrunableLayer],
         last_module: str | None = None,
         on_input: Callable[[InputObserver, ValueError | None], None] | None = None,
+        unit_readers: Mapping[tuple[str, int | None], UnitReader] | None = None,
     ):
-        self._model, self._gram_layers = model, gram_layers
+        self._model, self._gram_layers, self._unit_readers = model, gram_layers, unit_readers or {}
         self._last_module, self._on_input = last_module, on_input
         self._readers: dict[str, list[PrunableLayer]] = {}
         """Module -> the layers that share its input."""
         self._experts = [layer for layer in layers if layer.expert_dim is not None]
         for layer in (layer for layer in layers if layer.expert_dim is None):
-            self._readers.setdefault(shared_inputs[layer.module], []).append(layer)
+            # A statistic that is weighted by outputs is not shared.
+            weighted = (layer.name, None) in self._unit_readers
+            self._readers.setdefault(layer.module if weighted else shared_inputs[layer.module], []).append(layer)
         self._observers: dict[tuple[str, int | None], InputObserver] = {}
         self.token_masks: list[torch.Tensor] = []
         """Which tokens of the current batch count, see `token_masks` in calibration/batches.py."""
@@ -171,8 +190,12 @@ class InputObservers:
     def _new_observer(
         self, layers: list[PrunableLayer], expert: int | None, columns: int, device: torch.device
     ) -> InputObserver:
-        statistic = GramMatrix if any(layer in self._gram_layers for layer in layers) else InputNorms
-        return InputObserver(statistic(columns, device), layers, expert)
+        has_gram = any(layer in self._gram_layers for layer in layers)
+        reader = self._unit_readers.get((layers[0].name, expert))
+        if reader is not None:
+            weighted = WeightedGram(columns, device) if has_gram else WeightedMoments(columns, device)
+            return InputObserver(weighted, layers, expert, reader.outputs(self._model))
+        return InputObserver(GramMatrix(columns, device) if has_gram else InputNorms(columns, device), layers, expert)
 
     def observe_matmul(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """Observes `x` if `weight` is a view of an expert's matrix, or of those of all experts."""
@@ -250,10 +273,7 @@ def fill_unreached(observers: Sequence[InputObserver], on_unreached: str) -> Non
     levels = [_mean_square_of_others(observer, observers) for observer in unreached]
     for observer, level in zip(unreached, levels, strict=True):
         logger.warning('no token reaches "%s": it is pruned by magnitude.', observer.name)
-        total = observer.statistic.total
-        is_gram = isinstance(observer.statistic, GramMatrix)
-        total.copy_(level * (torch.eye(len(total)) if is_gram else torch.ones(len(total))))
-        observer.statistic.count = len(total)
+        observer.statistic.set_equal_squares(level)
 
 
 def _mean_square_of_others(observer: InputObserver, observers: Sequence[InputObserver]) -> float:

@@ -6,15 +6,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..calibration.batches import count_tokens
 from ..config import OneshotConfig, PruningConfig
+from ..engine.coupled_group import CoupledParameterGroup
 from ..engine.parameter_group import ParameterGroup
+from ..model.coupling import UnitGroup
+from ..model.layers import PrunableLayer
 from ..reporting.tables import format_table
 from ..requires import Requires
 from .costs import Costs, estimate_costs
 from .prepare import PreparedRun, prepare_run
+from .unit_selection import select_units
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def plan_oneshot(
             shape=layer.shape,
             pattern=str(group.pattern),
             num_weights=layer.numel,
-            num_units=group.options.num_units(layer),
+            num_units=_num_units(group, layer),
             num_pruned=num_pruned.get(layer.name),
             subgraph=subgraph_of.get(layer.name),
         )
@@ -107,8 +112,32 @@ def plan_oneshot(
 
 def _num_pruned(run: PreparedRun, group: ParameterGroup) -> dict[str, int]:
     """The number of units of each layer that will be zero, as far as it is known in advance."""
+    if isinstance(group, CoupledParameterGroup):
+        counts = _unit_counts(run, group)
+        return {
+            layer.name: sum(counts[units] for units in _units_of(group, layer)) for layer in group.layers if counts
+        }
     if not group.target:
         return run.num_locked(group) or dict.fromkeys((layer.name for layer in group.layers), 0)
     if group.options.ranks_all_layers or group.options.requires & Requires.OUTLIERS:
         return {}
     return group.prune_counts(run.num_locked(group), {})
+
+
+def _num_units(group: ParameterGroup, layer: PrunableLayer) -> int:
+    """The number of units of a layer, or of the coupled units that have a part in it."""
+    if not isinstance(group, CoupledParameterGroup):
+        return group.options.num_units(layer)
+    return sum(units.num_units for units in _units_of(group, layer))
+
+
+def _units_of(group: CoupledParameterGroup, layer: PrunableLayer) -> list[UnitGroup]:
+    return [units for units in group.units if layer.name in units.parameters]
+
+
+def _unit_counts(run: PreparedRun, group: CoupledParameterGroup) -> dict[UnitGroup, int]:
+    """The number of coupled units to prune, where scope layer decides it; else nothing."""
+    if not group.target or group.options.ranks_all_layers:
+        return {}
+    zeros = {units: torch.zeros(units.num_units) for units in group.units}
+    return select_units(run.model, [group], zeros).counts

@@ -13,15 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.batches import concatenate_batches, count_tokens, is_padded
+from ..calibration.batches import can_concatenate, concatenate_batches, count_tokens, is_padded
 from ..config import OneshotConfig, PruningConfigError, ResolvedGroup
 from ..distributed import Communicator, build_shards, get_communicator, is_offloaded, onload
-from ..engine.coupled_group import new_parameter_group
+from ..engine.coupled_group import CoupledParameterGroup, new_parameter_group
 from ..engine.parameter_group import ParameterGroup
 from ..engine.resolve import resolve_layers
 from ..model.layers import PrunableLayer
 from ..requires import Requires
 from .tracing import ModelTrace, trace_model
+from .unit_scores import UnitReader, find_unit_readers
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class PreparedRun:
         batches: all calibration batches.
         local_batches: those of this rank; of a single forward, concatenated to one batch.
         communicator: the ranks that share the calibration data.
+        single_forward: whether layers are pruned during the forward that observes their inputs.
     """
 
     model: nn.Module
@@ -46,11 +48,17 @@ class PreparedRun:
     batches: Sequence[Any]
     local_batches: Sequence[Any]
     communicator: Communicator
+    single_forward: bool = False
 
-    @property
-    def single_forward(self) -> bool:
-        """Whether layers are pruned during the forward that observes their inputs."""
-        return self.config.forwards == 1
+    @cached_property
+    def unit_groups(self) -> list[CoupledParameterGroup]:
+        """The groups of coupled units that are pruned."""
+        return [group for group in self.groups if isinstance(group, CoupledParameterGroup) and group.target]
+
+    @cached_property
+    def unit_readers(self) -> dict[tuple[str, int | None], UnitReader]:
+        """The matrices that read coupled units, by the name of the weight and the number of the expert or None."""
+        return find_unit_readers(self.unit_groups)
 
     @cached_property
     def group_of(self) -> dict[str, ParameterGroup]:
@@ -60,17 +68,28 @@ class PreparedRun:
     @property
     def calibrated_layers(self) -> list[PrunableLayer]:
         """The layers that are pruned block by block, after their inputs have been observed."""
-        return [layer for group in self.groups if group.options.requires_calibration for layer in group.layers]
+        return [
+            layer
+            for group in self.groups
+            if group.options.requires_calibration
+            for layer in group.options.observed_layers
+        ]
 
     @property
     def dense_pass_layers(self) -> list[PrunableLayer]:
         """The layers whose inputs are observed in the dense model, before anything is pruned."""
-        return [layer for group in self.groups if group.options.requires_dense_pass for layer in group.layers]
+        return [
+            layer
+            for group in self.groups
+            if group.options.requires_dense_pass
+            for layer in group.options.observed_layers
+        ]
 
     @property
     def dense_ranked_groups(self) -> list[ParameterGroup]:
-        """The groups whose masks are selected in the dense model, for all their layers together."""
-        return [group for group in self.groups if group.target and group.options.ranks_all_layers]
+        """The groups of layers whose masks are selected in the dense model, for all their layers together."""
+        groups = (group for group in self.groups if not group.options.units)
+        return [group for group in groups if group.target and group.options.ranks_all_layers]
 
     def layers_requiring(self, requirement: Requires) -> set[PrunableLayer]:
         """Returns the layers of the groups with this requirement."""
@@ -98,7 +117,7 @@ class PreparedRun:
     def num_locked(self, group: ParameterGroup) -> dict[str, int]:
         """Returns the number of units of each layer that are zero and stay so, with `keep_zeros`; else nothing."""
         counts: dict[str, int] = {}
-        if not group.options.keep_zeros:
+        if not group.options.keep_zeros or group.options.units:
             return counts
         for layer in group.layers:
             with onload(self.model.get_submodule(layer.module)):
@@ -110,7 +129,7 @@ class PreparedRun:
         layer to its outlier ratio, where the allocation requires it."""
         counts: dict[str, int] = {}
         for group in self.groups:
-            if group.target and not group.options.ranks_all_layers:
+            if group.target and not group.options.ranks_all_layers and not group.options.units:
                 counts |= group.prune_counts(self.num_locked(group), outliers)
         return counts
 
@@ -132,7 +151,10 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
         errors.append("there is nothing to prune: give target_sparsity, or a pattern that implies it.")
     errors += _data_errors(groups, batches, communicator.world_size)
     observed = [group for group in groups if group.requires_calibration or group.requires_dense_pass]
-    errors += _layer_errors([layer for group in observed for layer in group.layers], config, batches)
+    observed_layers = [layer for group in observed for layer in group.observed_layers]
+    single_forward = _is_single_forward(config, groups, observed_layers, batches)
+    errors += _layer_errors(observed_layers, config, batches)
+    errors += _unit_gradient_errors(groups)
     errors += _offload_errors(groups, config) if offloaded else []
     errors += _rank_errors(groups, batches)
     if errors:
@@ -140,10 +162,38 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
     if skipped:
         logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(skipped))
     local_batches = batches[communicator.rank :: communicator.world_size]
-    if config.forwards == 1 and local_batches:
+    if single_forward and local_batches:
         local_batches = [concatenate_batches(local_batches)]
     parameter_groups = [new_parameter_group(group) for group in groups]
-    return PreparedRun(model, config, parameter_groups, batches, local_batches, communicator)
+    return PreparedRun(model, config, parameter_groups, batches, local_batches, communicator, single_forward)
+
+
+def _is_single_forward(
+    config: OneshotConfig, groups: Sequence[ResolvedGroup], layers: Sequence[PrunableLayer], batches: Sequence[Any]
+) -> bool:
+    """Whether one forward observes inputs and propagates: where the config says so, and by default for coupled units,
+    unless fused experts or batches of different lengths rule it out."""
+    if config.forwards is not None:
+        return config.forwards == 1
+    coupled = all(group.units for group in groups if group.target)
+    if not (coupled and config.sequential) or any(layer.expert_dim is not None for layer in layers):
+        return False
+    return bool(batches) and can_concatenate(batches)
+
+
+def _unit_gradient_errors(groups: Sequence[ResolvedGroup]) -> list[str]:
+    experts = [
+        (group, layer)
+        for group in groups
+        if group.units and group.requires & Requires.GRADIENTS
+        for layer in group.observed_layers
+        if layer.expert_dim is not None
+    ]
+    return [
+        f'criterion "{group.criterion_name}" needs gradients of unit masks, which are not observed in fused experts '
+        f'such as "{layer.module}": use criterion="fluctuation".'
+        for group, layer in experts[:1]
+    ]
 
 
 def method_requiring_data(group: ResolvedGroup) -> str | None:
@@ -216,6 +266,12 @@ def _offload_errors(groups: Sequence[ResolvedGroup], config: OneshotConfig) -> l
                 f'criterion "{group.criterion_name}" needs gradients, but some weights are offloaded: use '
                 'criterion="wanda", or a device that holds the model.'
             )
+        elif group.target and group.units and (group.keep_zeros or group.scores_units_by_weights):
+            reason = "keep_zeros" if group.keep_zeros else f'criterion "{group.criterion_name}"'
+            errors.append(
+                f'{reason} needs all weights of units at once, but some are offloaded: use criterion="fluctuation" '
+                "without keep_zeros, or a device that holds the model."
+            )
         elif group.target and group.ranks_all_layers:
             errors.append('scope "global" needs all weights at once, but some are offloaded: use scope=layer.')
     if not config.sequential:
@@ -226,7 +282,7 @@ def _offload_errors(groups: Sequence[ResolvedGroup], config: OneshotConfig) -> l
 def _rank_errors(groups: Sequence[ResolvedGroup], batches: Sequence[Any]) -> list[str]:
     """With too few tokens for a Gram matrix of full rank: an error without damping, a warning with it."""
     groups = [group for group in groups if group.requires & Requires.GRAM]
-    layers = [layer for group in groups for layer in group.layers if layer.expert_dim is None]
+    layers = [layer for group in groups for layer in group.observed_layers if layer.expert_dim is None]
     tokens = sum(count_tokens(batch) for batch in batches)
     deficient = [layer for layer in layers if layer.matrix_shape[2] > tokens > 0]
     if not deficient:

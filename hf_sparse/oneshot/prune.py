@@ -19,11 +19,14 @@ from ..config import OneshotConfig, PruningConfig
 from ..distributed import iter_parameters, onload, raise_on_all_ranks
 from ..numerics import count_zeros
 from ..reporting.report import SparsityReport
+from .block_influence import score_blocks
 from .dense_model import accumulate_gradients, masks_from_dense_model
 from .layerwise import LayerPruner
 from .prepare import PreparedRun, prepare_run
 from .resume import FinishedSubgraphs, ResumeError, run_digest
 from .sequential import SequentialPruner
+from .unit_pruner import UnitPruner
+from .unit_selection import select_units
 
 
 def prune_oneshot(
@@ -70,9 +73,12 @@ def prune_oneshot(
     finished = None if state_dir is None else _open_finished(run, state_dir)
     trace = run.trace()
     sequential = None if trace is None else SequentialPruner(run, trace)
-    norms, outliers = ({}, {}) if sequential is None else sequential.dense_calibration_pass()
+    norms, outliers, unit_scores = ({}, {}, {}) if sequential is None else sequential.dense_calibration_pass()
     if any(group.requires_gradients for group in run.groups):
-        accumulate_gradients(model, run.groups, run.local_batches, run.communicator)
+        unit_scores |= accumulate_gradients(model, run.groups, run.local_batches, run.communicator)
+    unit_scores |= score_blocks(model, run.unit_groups, run.local_batches, run.communicator)
+    selection = select_units(model, run.unit_groups, unit_scores)
+    unit_pruner = UnitPruner(model, run.unit_groups, selection, str(run.config.on_unreached))
     layer_pruner = LayerPruner(
         groups=run.group_of,
         prune_counts=run.prune_counts(outliers),
@@ -80,12 +86,17 @@ def prune_oneshot(
         on_unreached=str(run.config.on_unreached),
     )
     calibrated = set(run.calibrated_layers)
-    for layer in (layer for group in run.groups for layer in group.layers if layer not in calibrated):
+    for unit_group in run.unit_groups:
+        if not unit_group.options.requires_calibration:
+            with torch.no_grad():
+                unit_pruner.prune_selected(unit_group)
+    groups = [group for group in run.groups if not group.options.units]
+    for layer in (layer for group in groups for layer in group.layers if layer not in calibrated):
         with onload(model.get_submodule(layer.module)), torch.no_grad():
             layer_pruner.prune_without_inputs(layer, model.get_parameter(layer.name))
     errors: Mapping[str, float] = {}
     if sequential is not None and calibrated:
-        errors = sequential.prune(layer_pruner, finished, progress)
+        errors = sequential.prune(layer_pruner, unit_pruner, finished, progress)
     return _report(run, errors)
 
 

@@ -197,7 +197,7 @@ class _CheckpointRun:
             args.length,
             args.batch_size,
             per_row=args.per_row,
-            same_length=self._config.forwards == 1,
+            same_length=self._config.prefers_single_forward,
             text_column=args.text_column,
             label_column=args.label_column,
         )

@@ -13,16 +13,21 @@ from tqdm.auto import tqdm
 
 from ..calibration.batches import token_masks
 from ..distributed import onload
-from ..model.blocks import group_by_block
+from ..engine.coupled_group import CoupledParameterGroup
+from ..model.blocks import group_by_block, is_within
+from ..model.coupling import UnitGroup
 from ..model.layers import PrunableLayer
 from ..numerics import count_true, gather_counts
 from ..requires import Requires
+from ..statistics import WeightedInputs
 from .layerwise import LayerPruner, compute_outliers
 from .observers import InputObserver, InputObservers, fill_unreached, input_norms
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
 from .resume import FinishedSubgraphs
 from .tracing import ModelTrace
+from .unit_pruner import UnitPruner
+from .unit_scores import score_by_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -38,39 +43,64 @@ class SequentialPruner:
         model_config = getattr(run.model, "config", None)
         self._is_encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
 
-    def dense_calibration_pass(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    def dense_calibration_pass(
+        self,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[UnitGroup, torch.Tensor]]:
         """Observes inputs in the dense model.
 
         Returns:
             The norms of each layer's inputs, of a shape that broadcasts to the weight's, for groups ranked in the
-            dense model; and the outlier ratio of each layer, for groups whose allocation requires it.
+            dense model; the outlier ratio of each layer, for groups whose allocation requires it; and the scores of
+            coupled units that are selected in the dense model.
         """
+        scores: dict[UnitGroup, torch.Tensor] = {}
         norms: dict[str, torch.Tensor] = {}
         outliers: dict[str, float] = {}
         observed = set(self._run.dense_pass_layers)
         if not observed:
-            return norms, outliers
+            return norms, outliers, scores
         ranked = {layer for group in self._run.dense_ranked_groups for layer in group.layers}
         allocated_by_outliers = self._run.layers_requiring(Requires.OUTLIERS)
+        unit_groups = [group for group in self._run.unit_groups if group.options.requires_dense_pass]
+        readers = {layer for group in unit_groups for layer in group.options.observed_layers}
+        gram_groups = [group for group in unit_groups if _criterion_requires(group) & Requires.GRAM]
+        gram_layers = {layer for group in gram_groups for layer in group.options.observed_layers}
         with self._pipeline() as pipeline:
             for subgraph in self._trace.subgraphs:
                 layers = [layer for layer in subgraph.layers if layer in observed]
                 propagate = subgraph is not self._trace.subgraphs[-1]
                 with self._onload(subgraph):
-                    observers = self._calibrate(pipeline, subgraph, layers, set(), propagate)
+                    observers = self._calibrate(pipeline, subgraph, layers, gram_layers, propagate)
                     fill_unreached(observers, str(self._run.config.on_unreached))
                     norms |= {layer.name: input_norms(layer, observers) for layer in layers if layer in ranked}
                     allocated = [layer for layer in layers if layer in allocated_by_outliers]
                     for block in group_by_block(self._model, allocated):
                         outliers |= compute_outliers(self._run.group_of, observers, block, self._weights(block))
-        return norms, outliers
+                    self._add_unit_scores(scores, [o for o in observers if not readers.isdisjoint(o.layers)])
+        return norms, outliers, scores
+
+    def _add_unit_scores(self, scores: dict[UnitGroup, torch.Tensor], observers: Sequence[InputObserver]) -> None:
+        """Add the scores that coupled units have in the matrices of these observers."""
+        for observer in observers:
+            reader, statistic = self._run.unit_readers[observer.layers[0].name, observer.expert], observer.statistic
+            if reader.group.criterion is None or not isinstance(statistic, WeightedInputs):
+                raise TypeError(f'the inputs of "{observer.name}" have no weighted statistic')
+            weight_RC = reader.matrix(self._model.get_parameter(reader.layer.name).detach())
+            has_bias = reader.bias(self._model) is not None
+            new = score_by_inputs(reader.group.criterion, weight_RC, statistic, reader.part.width, has_bias, None)
+            scores[reader.units] = scores[reader.units] + new if reader.units in scores else new
 
     def prune(
-        self, layer_pruner: LayerPruner, finished: FinishedSubgraphs | None, show_progress: bool
+        self,
+        layer_pruner: LayerPruner,
+        unit_pruner: UnitPruner,
+        finished: FinishedSubgraphs | None,
+        show_progress: bool,
     ) -> dict[str, float]:
         """Prunes the layers whose inputs are observed, in place. Reads subgraphs that an earlier run has `finished`
         and adds those of this run. Returns the relative squared error of each layer's outputs."""
         errors: dict[str, float] = {}
+        pruners = layer_pruner, unit_pruner
         subgraphs, calibrated = self._trace.subgraphs, set(self._run.calibrated_layers)
         hide_bar = not show_progress or self._communicator.rank > 0
         with self._pipeline() as pipeline, tqdm(subgraphs, disable=hide_bar) as bar:
@@ -81,16 +111,16 @@ class SequentialPruner:
                 with self._onload(subgraph):
                     if finished is not None and number < finished.count:
                         weights, new_errors = finished.read(number)
-                        for name, weight in self._weights(layers).items():
+                        for name, weight in self._changed_parameters(subgraph, layers).items():
                             weight.copy_(weights[name])
                     elif self._run.single_forward:
-                        new_errors = self._prune_during_forward(pipeline, subgraph, layers, layer_pruner, propagate)
+                        new_errors = self._prune_during_forward(pipeline, subgraph, layers, pruners, propagate)
                     else:
                         observers = self._calibrate(pipeline, subgraph, layers, self._gram_layers)
-                        new_errors = layer_pruner.prune_layers(observers, self._weights(layers))
-                    self._check_same_zeros(layers)
+                        new_errors = self._prune_observed(observers, subgraph, *pruners)
+                    self._check_same_zeros(self._changed_parameters(subgraph, layers))
                     if finished is not None and number >= finished.count:
-                        finished.write(number, self._weights(layers), new_errors)
+                        finished.write(number, self._changed_parameters(subgraph, layers), new_errors)
                     if propagate and not pipeline.is_propagated(subgraph):
                         pipeline.propagate(subgraph)
                     bar.set_postfix_str(self._report_progress(layers, new_errors))
@@ -112,7 +142,10 @@ class SequentialPruner:
         error, observed = None, []
         can_stop = len(layers) == len(subgraph.layers) and not propagate
         last_module = self._trace.last_module.get(subgraph.name) if can_stop else None
-        with InputObservers(self._model, layers, self._trace.shared_inputs, gram_layers, last_module) as observers:
+        shared_inputs, readers = self._trace.shared_inputs, self._run.unit_readers
+        with InputObservers(
+            self._model, layers, shared_inputs, gram_layers, last_module, unit_readers=readers
+        ) as observers:
 
             def set_token_masks(index: int) -> None:
                 observers.token_masks = token_masks(self._run.local_batches[index], self._is_encoder_decoder)
@@ -132,7 +165,7 @@ class SequentialPruner:
         pipeline: BlockPipeline,
         subgraph: Subgraph,
         layers: Sequence[PrunableLayer],
-        layer_pruner: LayerPruner,
+        pruners: tuple[LayerPruner, UnitPruner],
         propagate: bool,
     ) -> dict[str, float]:
         """Run all batches at once and prune each layer when it is called, before it computes its output."""
@@ -145,11 +178,17 @@ class SequentialPruner:
             self._communicator.raise_together(observer_error)
             others_wait = True
             self._all_reduce([observer])
-            errors.update(layer_pruner.prune_layers([observer], self._weights(observer.layers)))
+            errors.update(self._prune_observed([observer], subgraph, *pruners))
 
         last_module = None if propagate else self._trace.last_module.get(subgraph.name)
         with InputObservers(
-            self._model, layers, self._trace.shared_inputs, self._gram_layers, last_module, prune_readers
+            self._model,
+            layers,
+            self._trace.shared_inputs,
+            self._gram_layers,
+            last_module,
+            prune_readers,
+            self._run.unit_readers,
         ) as observers:
             observers.token_masks = token_masks(self._run.local_batches[0], self._is_encoder_decoder)
             try:
@@ -161,6 +200,32 @@ class SequentialPruner:
         self._communicator.raise_together(error)
         return errors
 
+    def _prune_observed(
+        self,
+        observers: Sequence[InputObserver],
+        subgraph: Subgraph,
+        layer_pruner: LayerPruner,
+        unit_pruner: UnitPruner,
+    ) -> dict[str, float]:
+        """Prune what the observers belong to: layers by themselves, and coupled units."""
+        of_units = [o for o in observers if (o.layers[0].name, o.expert) in self._run.unit_readers]
+        of_layers = [observer for observer in observers if observer not in of_units]
+        layers = list(dict.fromkeys(layer for observer in of_layers for layer in observer.layers))
+        errors = layer_pruner.prune_layers(of_layers, self._weights(layers)) if of_layers else {}
+        if of_units:
+            errors |= unit_pruner.prune_observed(of_units, subgraph.name if subgraph.is_block else None)
+        return errors
+
+    def _changed_parameters(self, subgraph: Subgraph, layers: Sequence[PrunableLayer]) -> dict[str, torch.Tensor]:
+        """The parameters that pruning these layers changes, with those of the coupled units that they read."""
+        names = [layer.name for layer in layers]
+        for reader in self._run.unit_readers.values():
+            if reader.layer in layers:
+                parts = [name for name in reader.units.parameters if is_within(name, subgraph.name)]
+                bias = reader.bias_name(self._model)
+                names += (parts if subgraph.is_block else reader.units.parameters) + ([bias] if bias else [])
+        return {name: self._model.get_parameter(name).detach() for name in dict.fromkeys(names)}
+
     def _all_reduce(self, observers: Sequence[InputObserver]) -> None:
         statistics = [observer.statistic for observer in observers]
         counts = np.array([statistic.count for statistic in statistics], dtype=np.int64)
@@ -168,13 +233,13 @@ class SequentialPruner:
             self._communicator.all_reduce(statistic.total)
             statistic.count = count
 
-    def _check_same_zeros(self, layers: Sequence[PrunableLayer]) -> None:
+    def _check_same_zeros(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Check that all ranks have pruned the same weights."""
-        if self._communicator.world_size == 1 or not layers:
+        if self._communicator.world_size == 1 or not parameters:
             return
-        checksums = [zlib.crc32((weight != 0).cpu().numpy().tobytes()) for weight in self._weights(layers).values()]
+        checksums = [zlib.crc32((weight != 0).cpu().numpy().tobytes()) for weight in parameters.values()]
         by_rank = torch.stack(self._communicator.all_gather(torch.tensor(checksums, dtype=torch.int64)))
-        differing = [layer.name for layer, column in zip(layers, by_rank.t()) if len(column.unique()) > 1]
+        differing = [name for name, column in zip(parameters, by_rank.t()) if len(column.unique()) > 1]
         if differing:
             raise RuntimeError(
                 f'ranks have pruned different weights of "{differing[0]}": load the same model on every rank, and '
@@ -206,3 +271,7 @@ class SequentialPruner:
             for name in subgraph.modules:
                 stack.enter_context(onload(self._model.get_submodule(name)))
             yield
+
+
+def _criterion_requires(group: CoupledParameterGroup) -> Requires:
+    return Requires.NOTHING if group.criterion is None else group.criterion.requires

@@ -82,6 +82,10 @@ class _InputStatistic(ABC):
         return self.squares.sqrt()
 
     @abstractmethod
+    def set_equal_squares(self, level: float) -> None:
+        """Replaces the sums by those of independent inputs, each with the sum of squares `level`."""
+
+    @abstractmethod
     def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor | None) -> None:
         """Adds tokens to `total`; `squares_I` are their sums of squares, if these are known."""
 
@@ -107,6 +111,10 @@ class InputNorms(_InputStatistic):
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((columns,), device)
+
+    def set_equal_squares(self, level: float) -> None:
+        self.total.fill_(level)
+        self.count = len(self.total)
 
     def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor | None) -> None:
         self.total += _sum_of_squares(x_TI) if squares_I is None else squares_I
@@ -141,6 +149,10 @@ class GramMatrix(_InputStatistic):
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((columns, columns), device)
+
+    def set_equal_squares(self, level: float) -> None:
+        self.total.zero_().fill_diagonal_(level)
+        self.count = len(self.total)
 
     def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor | None) -> None:
         if not (x_TI.is_cuda and x_TI.dtype in (torch.bfloat16, torch.float16) and _HAS_MIXED_PRODUCT):

@@ -73,6 +73,12 @@ class WeightedMoments(WeightedInputs):
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((2, columns + 1), device)
 
+    def set_equal_squares(self, level: float) -> None:
+        self.total.zero_()
+        self.total[0, -1] = level
+        self.total[1] = level
+        self.count = self.total.shape[1]
+
     def _add(self, x_TI: torch.Tensor, squares_I: torch.Tensor | None) -> None:
         z_TI = x_TI.float()
         self.total[0].addmv_(z_TI.t(), z_TI[:, -1])
