@@ -48,10 +48,12 @@ def score_blocks(
     communicator.all_reduce(totals)
     counts = communicator.sum_counts(np.array([observer.counts[units.name] for units in blocks], dtype=np.int64))
     influences = totals / torch.from_numpy(counts).clamp(min=1)
-    criteria = {units: group.criterion for group in groups for units in group.units}
+    statistics = dict(zip(blocks, influences.float(), strict=True))
     return {
-        units: criteria[units].score(torch.ones(1), influence.float())
-        for units, influence in zip(blocks, influences, strict=True)
+        units: group.criterion.score(torch.ones(1), statistics[units])
+        for group in groups
+        if group.criterion is not None
+        for units in group.units
     }
 
 

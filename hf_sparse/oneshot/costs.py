@@ -23,6 +23,7 @@ from .observers import SAMPLE
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
 from .tracing import ModelTrace
+from .unit_scores import UnitReader
 
 
 RANKING_OPERATIONS = 1000
@@ -100,6 +101,8 @@ class _SharedInput:
         gram: whether its statistic is a Gram matrix.
         experts: the number of inputs, one for each expert; 1 for other layers.
         token_share: the share of the tokens that reaches each expert.
+        weighted: whether outputs are computed again to weight the tokens.
+        greedy: whether the criterion removes units one after the other.
     """
 
     subgraph: str
@@ -108,6 +111,8 @@ class _SharedInput:
     gram: bool
     experts: int = 1
     token_share: float = 1.0
+    weighted: bool = False
+    greedy: bool = False
 
     @property
     def statistics_bytes(self) -> int:
@@ -124,7 +129,10 @@ class _SharedInput:
     def operations(self, tokens: float) -> tuple[float, float]:
         """Multiply-adds of its statistic (half a square) and of pruning (Cholesky factor, elimination, ranking)."""
         statistic = tokens * self.token_share * self.columns * (self.columns if self.gram else _NORM_OPERATIONS)
+        statistic += tokens * self.token_share * self.columns * self.rows * self.weighted
         solving = self.columns**3 / 3 + self.rows * self.columns**2 if self.gram else 0.0
+        # Of the greedy removal an inverse, and the products that update it and the weights.
+        solving += self.greedy * self.columns**2 * (2 * self.columns + self.rows)
         ranking = RANKING_OPERATIONS * self.rows * self.columns
         return self.experts * statistic, self.experts * (solving + ranking)
 
@@ -209,19 +217,28 @@ def _shared_inputs(run: PreparedRun, trace: ModelTrace) -> list[_SharedInput]:
     inputs = []
     for subgraph in trace.subgraphs:
         readers: dict[str, list[PrunableLayer]] = {}
+        units = {name: reader for (name, _), reader in run.unit_readers.items()}
         for layer in subgraph.layers:
             if layer.expert_dim is None:
-                readers.setdefault(trace.shared_inputs[layer.module], []).append(layer)
+                first = layer.module if layer.name in units else trace.shared_inputs[layer.module]
+                readers.setdefault(first, []).append(layer)
                 continue
             rows, _, columns = layer.matrix_shape
             experts = layer.shape[0]
             share = min(1.0, experts_per_token / experts)
-            inputs.append(_SharedInput(subgraph.name, columns, rows, layer in gram_layers, experts, share))
+            kinds = _unit_costs(units.get(layer.name))
+            inputs.append(_SharedInput(subgraph.name, columns, rows, layer in gram_layers, experts, share, *kinds))
         for layers in readers.values():
             rows = sum(layer.matrix_shape[0] for layer in layers)
             gram = not gram_layers.isdisjoint(layers)
-            inputs.append(_SharedInput(subgraph.name, layers[0].matrix_shape[2], rows, gram))
+            kinds = _unit_costs(units.get(layers[0].name))
+            inputs.append(_SharedInput(subgraph.name, layers[0].matrix_shape[2], rows, gram, 1, 1.0, *kinds))
     return inputs
+
+
+def _unit_costs(reader: UnitReader | None) -> tuple[bool, bool]:
+    """Whether the inputs of a layer are weighted by its outputs, and whether its units are removed greedily."""
+    return reader is not None, reader is not None and bool(reader.criterion.requires & Requires.GRAM)
 
 
 def _forward_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_blocks: float) -> float:

@@ -83,11 +83,11 @@ class SequentialPruner:
         """Add the scores that coupled units have in the matrices of these observers."""
         for observer in observers:
             reader, statistic = self._run.unit_readers[observer.layers[0].name, observer.expert], observer.statistic
-            if reader.group.criterion is None or not isinstance(statistic, WeightedInputs):
+            if not isinstance(statistic, WeightedInputs):
                 raise TypeError(f'the inputs of "{observer.name}" have no weighted statistic')
             weight_RC = reader.matrix(self._model.get_parameter(reader.layer.name).detach())
             has_bias = reader.bias(self._model) is not None
-            new = score_by_inputs(reader.group.criterion, weight_RC, statistic, reader.part.width, has_bias, None)
+            new = score_by_inputs(reader.criterion, weight_RC, statistic, reader.part.width, has_bias, None)
             scores[reader.units] = scores[reader.units] + new if reader.units in scores else new
 
     def prune(

@@ -84,7 +84,7 @@ class UnitPruner:
         self._zero({units: self._selection.keep[units] for units in group.units}, None)
 
     def _select(self, reader: UnitReader, weight_RC: torch.Tensor, statistic: WeightedInputs) -> torch.Tensor:
-        criterion, count = reader.group.criterion, self._selection.counts[reader.units]
+        criterion, count = reader.criterion, self._selection.counts[reader.units]
         has_bias = reader.bias(self._model) is not None
         scores_U = score_by_inputs(criterion, weight_RC, statistic, reader.part.width, has_bias, count)
         if bool(scores_U.isnan().any()):

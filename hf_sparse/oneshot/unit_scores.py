@@ -37,6 +37,13 @@ class UnitReader:
     part: UnitSlice
     layer: PrunableLayer
 
+    @property
+    def criterion(self) -> Criterion:
+        """The criterion of the units, which no solver selects."""
+        if self.group.criterion is None:
+            raise ValueError(f'group "{self.group.name}" has no criterion')
+        return self.group.criterion
+
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the matrix (R, C), a view of the weight."""
         return self.layer.matrices(weight)[self.part.expert or 0][:, 0]
@@ -156,25 +163,25 @@ class UnitMaskGradients:
             ValueError: a gradient is inf or nan.
         """
         gradients: dict[UnitGroup, torch.Tensor] = {}
-        criteria: dict[UnitGroup, GradientCriterion] = {}
+        criteria = {reader.units: reader.criterion for reader in self._readers.values()}
         for key, masks in self._masks.items():
             reader = self._readers[key]
-            for mask in (mask for mask in masks if mask.grad is not None):
-                grad_BU = mask.grad.float().flatten(0, -2).view(-1, reader.units.num_units, reader.part.width).sum(2)
+            for gradient in (mask.grad for mask in masks if mask.grad is not None):
+                grad_BU = gradient.float().flatten(0, -2).view(-1, reader.units.num_units, reader.part.width).sum(2)
                 total = gradients.get(reader.units)
                 gradients[reader.units] = grad_BU if total is None else total + grad_BU
-                criteria[reader.units] = reader.group.criterion
         self._masks.clear()
         for units, grad_BU in gradients.items():
             if not bool(torch.isfinite(grad_BU).all()):
                 raise ValueError(f'gradients of the units of "{units.name}" are inf or nan')
-            for gradient_U in grad_BU.cpu():
-                ones = torch.ones_like(gradient_U)
-                self.statistics[units].observe(ones, gradient_U, criteria[units].saliency)
+            criterion = criteria[units]
+            if isinstance(criterion, GradientCriterion):
+                for gradient_U in grad_BU.cpu():
+                    self.statistics[units].observe(torch.ones_like(gradient_U), gradient_U, criterion.saliency)
 
     def scores(self) -> dict[UnitGroup, torch.Tensor]:
         """Returns the scores (U) of the units of each group of units."""
-        criteria = {reader.units: reader.group.criterion for reader in self._readers.values()}
+        criteria = {reader.units: reader.criterion for reader in self._readers.values()}
         return {
             units: criteria[units].score(torch.ones_like(statistic.total), statistic.total)
             for units, statistic in self.statistics.items()

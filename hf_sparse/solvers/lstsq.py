@@ -99,7 +99,7 @@ class LeastSquares(Solver):
             change_SR = _change_of_kept(old_RC[rows, :num_inputs], gram_CC, kept_C, self.ridge)
             if change_SR is not None:
                 new_RC[rows[:, None], kept_C.nonzero()[:, 0]] += change_SR.t()
-        if has_bias:
+        if has_bias and isinstance(statistic, WeightedGram):
             lost_RC = old_RC[:, :-1] - new_RC[:, :-1]
             new_RC[:, -1] += (lost_RC @ statistic.sums) / statistic.weight
             new_RC[:, -1].mul_(kept_RC[:, -1])

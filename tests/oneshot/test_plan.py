@@ -115,7 +115,7 @@ def test_time_grows_with_the_data_and_the_forwards():
     trace = run.trace()
     # Three blocks: two of them twice, the last once; five times up to the first block.
     assert costs._forward_seconds(run, trace, 3.0, 1.0) == pytest.approx(5 * 1.0 + 5 * 1.0)
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, forwards=1))
+    run = dataclasses.replace(run, single_forward=True)
     assert costs._forward_seconds(run, trace, 3.0, 1.0) == pytest.approx(3.0 + 3 * 1.0)
     small, large = (costs._SharedInput("block", 64, 32, gram=True).operations(tokens) for tokens in (1000, 3000))
     assert large[0] == 3 * small[0] == 3 * 1000 * 64 * 64 and large[1] == small[1]

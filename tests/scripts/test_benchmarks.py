@@ -5,6 +5,7 @@ import re
 
 import pytest
 from helpers.scripts import SCRIPTS
+from helpers.tiny_texts import bert_tokenizer, classifier, save, texts, write_rows
 
 
 ALONE = ["--repeats", "1", "--threads", "1"]
@@ -102,6 +103,19 @@ def test_the_benchmark_prints_its_rows(bench, capsys, monkeypatch, name):
     monkeypatch.setattr(bench.oneshot, "check", lambda: None)
     bench.main([name, *options])
     last_lines(capsys.readouterr().out, patterns)
+
+
+def test_the_quality_of_structured_pruning_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+    structured_quality = importlib.import_module("structured_quality")
+    model = save(tmp_path / "model", classifier(), bert_tokenizer())
+    data = write_rows(tmp_path / "texts.json", [{"sentence": text} for text in texts(12)])
+    methods = ["fluctuation+bias", "default", "obs+lstsq"]
+    options = ["--rows", "both 50%", "--min_words", "3", "--methods", *methods]
+    structured_quality.main([model, data, data, *options])
+    number = r"-?[\d.]+"
+    rows = [rf"both 50% +{re.escape(name)} +{number} +1.\d\d passes +\d+ factors +{number} s" for name in methods]
+    last_lines(capsys.readouterr().out, rows)
 
 
 def test_no_benchmark_is_left_out(bench):
