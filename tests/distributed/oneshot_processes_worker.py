@@ -31,8 +31,16 @@ RUNS = {
     "fisher and sparsegpt": {"criterion": "fisher", "solver": "sparsegpt"},
     "one forward": {"forwards": 1, "solver": "sparsegpt"},
     "magnitude": {"criterion": "magnitude"},
+    "neurons": {"pattern": "neuron:1", "target_sparsity": 0.5},
+    "neurons by obs, two forwards": {"pattern": "neuron:1", "target_sparsity": 0.5, "criterion": "obs", "forwards": 2},
+    "heads by their masks": {"pattern": "head", "target_sparsity": 0.5, "criterion": "taylor"},
+    "layers": {"pattern": "layer", "target_sparsity": 0.5},
 }
-FAMILIES = {"llama": [*RUNS], "t5": ["wanda", "sparsegpt", "owl"], "qwen3_moe": ["wanda", "owl"]}
+FAMILIES = {
+    "llama": [*RUNS],
+    "t5": ["wanda", "sparsegpt", "owl", "neurons"],
+    "qwen3_moe": ["wanda", "owl", "neurons"],
+}
 
 
 def prune(model, batches, folder=None, **options):

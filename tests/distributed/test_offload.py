@@ -54,6 +54,7 @@ def offloaded(way, folder, **options):
         {"target_sparsity": 0.5, "criterion": "magnitude", "scope": "layer"},
         {"target_sparsity": 0.5, "forwards": 1, "solver": "sparsegpt"},
         {"target_sparsity": 0.5, "allocation": "owl", "keep_zeros": True},
+        {"target_sparsity": 0.5, "pattern": "neuron"},
     ],
     ids=str,
 )
