@@ -43,7 +43,7 @@ END
 echo "== tests"
 workers=()
 $python -c "import xdist" 2>/dev/null && workers=(-n 4 --dist loadfile)
-timeout 150 "$python" -m pytest tests/gpu -q -rfE -p no:cacheprovider -k "not cpu" --durations 8 "${workers[@]}" \
+timeout 200 "$python" -m pytest tests/gpu -q -rfE -p no:cacheprovider -k "not [cpu" --durations 8 "${workers[@]}" \
     2>&1 | tee "$out/tests.log"
 failed=${PIPESTATUS[0]}
 

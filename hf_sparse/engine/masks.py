@@ -9,7 +9,7 @@ weights and of one byte per weight.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -143,6 +143,22 @@ class MaskStore(Mapping[str, torch.Tensor]):
         """Returns a digest of all masks, independent of their order."""
         numbers = sorted(self.digest_of(name) for name in self._bits)
         return hashlib.blake2b(str(numbers).encode(), digest_size=16).hexdigest()
+
+
+def zero_counts(tensors: Sequence[torch.Tensor | None]) -> np.ndarray:
+    """Returns the number of zeros (-0.0 too) of each tensor, int64, and 0 for None; waits for a device once.
+
+    Example:
+        >>> zero_counts([torch.tensor([0.0, 2.0]), None, torch.tensor([0, -1, 0], dtype=torch.int8)])
+        array([1, 0, 2])
+    """
+    given = [tensor.detach() for tensor in tensors if tensor is not None]
+    if given and len({tensor.device for tensor in given}) == 1 and has_kernels(given[0].device):
+        from ..kernels.masks import count_zeros_of
+
+        counts = iter(count_zeros_of([tensor.contiguous() for tensor in given]).tolist())
+        return np.array([0 if tensor is None else next(counts) for tensor in tensors], dtype=np.int64)
+    return gather_counts([0 if tensor is None else count_true(tensor.detach() == 0) for tensor in tensors])
 
 
 def unpack_mask(packed: torch.Tensor, numel: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..selection.layer_scores import LayerScores
 from ..selection.threshold import Threshold, find_thresholds
 from ..selection.ties import split_ties
 from ..statistics import GradientStatistic, all_finite, observe_all
-from .masks import MaskStore
+from .masks import MaskStore, zero_counts
 
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,11 @@ class ParameterGroup:
 
     def _current_bounds(self, scores: list[LayerScores], ratio: float) -> tuple[list[int], list[int]]:
         """Returns the fewest and the most pruned units of each layer at this sparsity, given those pruned before."""
-        pruned = self.communicator.sum_counts(gather_counts([layer.num_pruned() for layer in scores])).tolist()
+        if all(layer.unit_size == 1 for layer in scores):
+            counts = zero_counts([layer.mask_bits if layer.shard.is_primary else None for layer in scores])
+        else:
+            counts = gather_counts([layer.num_pruned() for layer in scores])
+        pruned = self.communicator.sum_counts(counts).tolist()
         floors, caps = self._bounds(pruned, ratio)
         if self.pattern.max_sparsity < 1:
             caps = [int(room.sum()) for room in self._prunable_by_row(scores)]

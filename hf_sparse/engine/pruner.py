@@ -22,11 +22,10 @@ from ..distributed import (
     load_local_part,
     redistribute,
 )
-from ..numerics import count_true, gather_counts
 from ..reporting.report import SparsityReport
 from ..statistics import all_finite
 from .coupled_group import new_parameter_group
-from .masks import MaskStore, unpack_mask
+from .masks import MaskStore, unpack_mask, zero_counts
 from .parameter_group import ParameterGroup
 from .resolve import resolve_layers
 from .saved_state import check_saved_state
@@ -236,8 +235,8 @@ class Pruner:
     def masked_sparsity(self) -> float:
         """Returns the fraction of the selected weights that the masks prune, on all ranks at once."""
         weights = self._selected_weights
-        counts = [self.masks.pruned(name) if shard.is_primary else 0 for name, shard in weights.items()]
-        pruned = self.communicator.sum_counts(gather_counts(counts)).sum()
+        bits = [self.masks.bits(name) if shard.is_primary else None for name, shard in weights.items()]
+        pruned = self.communicator.sum_counts(zero_counts(bits)).sum()
         return float(pruned / sum(shard.shape.numel() for shard in weights.values()))
 
     @property
@@ -245,8 +244,8 @@ class Pruner:
         return {layer.name: self.shards[layer.name] for group in self.groups for layer in group.layers}
 
     def _num_zeros(self, shards: Mapping[str, Shard]) -> np.ndarray:
-        counts = [count_true(shard.tensor == 0) if shard.is_primary else 0 for shard in shards.values()]
-        return self.communicator.sum_counts(gather_counts(counts))
+        tensors = [shard.tensor if shard.is_primary else None for shard in shards.values()]
+        return self.communicator.sum_counts(zero_counts(tensors))
 
     def report(self) -> SparsityReport:
         """Returns the sparsity of the model, counted in the weights, on all ranks at once."""

@@ -36,8 +36,11 @@ logger = logging.getLogger(__name__)
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels of this room run on `device`."""
-    return device.type in KERNEL_DEVICES and _can_run(device)
+    """Whether the kernels of this room run on `device`. On CUDA it must be the current device, which Triton launches
+    on."""
+    if device.type not in KERNEL_DEVICES or (device.type == "cuda" and device.index != torch.cuda.current_device()):
+        return False
+    return _can_run(device)
 
 
 @lru_cache(maxsize=16)

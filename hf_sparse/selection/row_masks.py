@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels import has_kernels
 from ..numerics import chunk_size, prefers_numpy
+
+
+_NAN = (
+    "scores must not be NaN, but a row has some: check the weights, gradients or activations that they are computed "
+    "from"
+)
 
 
 def keep_mask_by_row(scores_RU: torch.Tensor, k_R: torch.Tensor | int) -> torch.Tensor:
@@ -29,18 +36,25 @@ def keep_mask_by_row(scores_RU: torch.Tensor, k_R: torch.Tensor | int) -> torch.
                 [False,  True,  True]])
     """
     rows, units = scores_RU.shape
-    k_R = torch.as_tensor(k_R, device=scores_RU.device).expand(rows)
+    k_R = torch.as_tensor(k_R).expand(rows)  # checked where it is: on the CPU that waits for no device
     if rows and not (0 <= int(k_R.min()) and int(k_R.max()) <= units):
         raise ValueError(f"k must be in 0..{units}, the units of a row, but is {int(k_R.min())}..{int(k_R.max())}")
+    k_R = k_R.to(scores_RU.device)
+    if rows and has_kernels(scores_RU.device):
+        from ..kernels import rows as kernel
+
+        if 0 < units <= kernel.MAX_UNITS:
+            scores = scores_RU.detach().float().contiguous()
+            keep_RU, has_nan = kernel.keep_mask_by_row(scores, k_R.contiguous())
+            if has_nan:
+                raise ValueError(_NAN)
+            return keep_RU
     keep_RU = torch.empty(rows, units, dtype=torch.bool, device=scores_RU.device)
     step = max(1, chunk_size(scores_RU.device) // max(1, units))
     for start in range(0, rows if units else 0, step):
         scores, k = scores_RU[start : start + step].detach().float(), k_R[start : start + step]
         if torch.isnan(scores.amax()):
-            raise ValueError(
-                "scores must not be NaN, but a row has some: check the weights, gradients or activations that they "
-                "are computed from"
-            )
+            raise ValueError(_NAN)
         value = _kth_values(scores, k)[:, None]
         kept = torch.gt(scores, value, out=keep_RU[start : start + step])
         num_ties_kept = units - k - kept.sum(1)  # of the units equal to the value, the last ones by position

@@ -9,6 +9,7 @@ from helpers.tiny import bits_equal
 
 from hf_sparse.kernels import StoredScores, has_kernels
 from hf_sparse.patterns.n_of_m_kernel import keep_n_of_m
+from hf_sparse.selection.row_masks import keep_mask_by_row
 from hf_sparse.selection.scores import TensorScores
 from hf_sparse.selection.threshold import find_thresholds
 from hf_sparse.statistics import GradientStatistic, ProductSaliency, observe_all
@@ -167,3 +168,15 @@ def test_masks_of_thresholds(device, dtype):
             bits = shifted(kept.to(torch.int8).neg(), device)
             write_masks([StoredScores(shifted(scores, device), mask_bits=bits)], [value], [count])
             assert torch.equal(bits.cpu(), expected.to(torch.int8).neg())
+
+
+@pytest.mark.parametrize("units", [1, 5, 300, 1000])
+def test_masks_by_row(device, units):
+    scores = values(6 * units, seed=units).view(6, units)
+    for k in (units // 3, torch.arange(6) * units // 5):
+        found = keep_mask_by_row(scores.to(device), k)
+        with without_kernels():
+            assert torch.equal(found.cpu(), keep_mask_by_row(scores, k))
+    scores[4, units // 2] = torch.nan
+    with pytest.raises(ValueError, match="must not be NaN"):
+        keep_mask_by_row(scores.to(device), 1)
