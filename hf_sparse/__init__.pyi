@@ -4,6 +4,7 @@ from .config import OneshotConfig, PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
 from .engine.pruner import Pruner
 from .export.semi_structured import accelerate_2of4
+from .hub.shrinking import shrink_checkpoint
 from .hub.upload import UploadError
 from .inspection import compare_checkpoints, inspect_checkpoint
 from .integrations.merge_report import MergeReport
@@ -83,5 +84,6 @@ __all__ = [
     "register_solver",
     "save_shrunk",
     "shrink",
+    "shrink_checkpoint",
     "shrink_obstacle",
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .deployment import NumberListCommand, bench, export
+from .deployment import NumberListCommand, bench, export, shrink
 
 
 class _OneLineErrors(TyperGroup):
@@ -119,6 +119,10 @@ def card(
         str | None,
         typer.Option(help="Repository that the model will be uploaded to. Edits made to the card there are kept."),
     ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="Output of `bench --json` in which this folder was measured: the card shows the times."),
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Rewrite the model card of a pruned model from the files beside its weights.
@@ -129,7 +133,7 @@ def card(
     from ..hub.card import rewrite_card
 
     _load_plugins(plugin)
-    typer.echo(rewrite_card(directory, repo))
+    typer.echo(rewrite_card(directory, repo, benchmark=benchmark))
 
 
 @app.command()
@@ -178,6 +182,7 @@ def push(
     typer.echo(commit.repo_url)
 
 
+app.command()(shrink)
 app.command()(export)
 app.command(cls=NumberListCommand)(bench)
 

@@ -1,4 +1,4 @@
-"""The commands that turn a checkpoint into what is run: `export` and `bench`."""
+"""The commands that turn a checkpoint into what is run: `shrink`, `export` and `bench`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,79 @@ class NumberListCommand(TyperCommand):
                 option = arg if arg in repeated else ""
             expanded.append(arg)
         return super().parse_args(ctx, expanded)
+
+
+def shrink(
+    model: Annotated[str, typer.Argument(help="Checkpoint with zeros: a folder or a Hub name.")],
+    output_dir: Annotated[str, typer.Argument(help="Folder to write. Replaced if it exists.")],
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NUMBERS",
+            help="Layers to keep, as in 0,1,4,5: the others are removed, zero or not. Of encoder-decoder models "
+            "encoder=0,1,5, and decoder=... in a second --layers. Left out: only layers that are zero are removed.",
+        ),
+    ] = None,
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NUMBERS",
+            help="Experts to keep in every layer, as in 0,2,3; those of layer 4 alone with 4=0,2,3. Repeat it for "
+            "several layers.",
+        ),
+    ] = None,
+    multiple_of: Annotated[
+        int, typer.Option(min=1, help="Widths of feed-forward networks that change become multiples of it.")
+    ] = 8,
+    heterogeneous: Annotated[
+        bool,
+        typer.Option(
+            "--heterogeneous",
+            help="Give each layer the size that it uses. The model then opens only after `import hf_sparse`.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be removed, and write nothing.")
+    ] = False,
+) -> None:
+    """Remove the neurons, attention heads and layers of a checkpoint that are zero: a smaller model, same outputs.
+
+    The result opens with plain `from_pretrained`, and has a model card. Exit codes: 0 success, 2 it is not possible,
+    or nothing can be removed.
+    """
+    from ..hub.shrinking import shrink_checkpoint
+
+    shrink_checkpoint(
+        model,
+        output_dir,
+        _numbers_to_keep(layers, "layers"),
+        _numbers_to_keep(experts, "experts"),
+        multiple_of,
+        heterogeneous,
+        dry_run,
+        echo=typer.echo,
+    )
+
+
+def _numbers_to_keep(texts: list[str] | None, option: str) -> Any:
+    """Returns the numbers in "0,1", or in ["encoder=0,1", "decoder=0"] under their names; None for no text.
+
+    Example:
+        >>> _numbers_to_keep(["0,1"], "layers"), _numbers_to_keep(["encoder=0", "decoder=0,1"], "layers")
+        ([0, 1], {'encoder': [0], 'decoder': [0, 1]})
+    """
+    chosen: dict[str | int, list[int]] = {}
+    for text in texts or ():
+        name, _, numbers = text.rpartition("=")
+        if not all(number.strip().isdecimal() for number in numbers.split(",")):
+            raise ValueError(f'--{option} is "{text}": write numbers with commas, as in --{option} 0,1,4,5.')
+        key = int(name) if name.isdecimal() else name
+        if key in chosen:
+            raise ValueError(f'--{option} gives "{name or text}" twice: write all numbers in one, as in 0,1,4,5.')
+        chosen[key] = [int(number) for number in numbers.split(",")]
+    if "" in chosen and len(chosen) > 1:
+        raise ValueError(f"--{option} is {', '.join(texts or ())}: give one list, or a name for each of several.")
+    return chosen[""] if "" in chosen else chosen or None
 
 
 def export(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..files import SHRINK_FILE, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class ShrinkPlan:
         layers: name of each list of blocks from which blocks are removed -> the numbers of those that stay.
         parameters: number of parameters before and after.
         num_bytes: size of the weights before and after, in bytes: that of the file, but for its header.
+        heterogeneous: whether layers get sizes that the config cannot express.
 
     Example:
         >>> change = SizeChange("intermediate_size", 1536, 768, "768 to 1,000 of 1,536 neurons are zero")
@@ -50,6 +56,45 @@ class ShrinkPlan:
     layers: dict[str, tuple[int, ...]]
     parameters: tuple[int, int]
     num_bytes: tuple[int, int]
+    heterogeneous: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ShrinkPlan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a value is missing or of another type.
+        """
+        if wrong := [name for name, is_valid in _IS_VALID.items() if not is_valid(values.get(name))]:
+            raise ValueError(f"{', '.join(wrong)} cannot be used")
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        given |= {"changes": tuple(SizeChange(**change) for change in values["changes"])}
+        given |= {"layers": {name: tuple(numbers) for name, numbers in given.pop("layers").items()}}
+        return cls(**{name: given[name] for name in _IS_VALID})
+
+    def save(self, directory: str | Path) -> None:
+        """Writes pruning_shrink.json, which `load` reads, into the folder of the smaller model."""
+        write_json(Path(directory) / SHRINK_FILE, self.to_dict())
+
+    @classmethod
+    def load(cls, directory: str | Path) -> ShrinkPlan | None:
+        """Reads pruning_shrink.json; None if the folder has none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = Path(directory) / SHRINK_FILE
+        if not path.is_file():
+            return None
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}. Remove it.") from error
 
     def __str__(self) -> str:
         before, after = self.parameters
@@ -60,3 +105,33 @@ class ShrinkPlan:
         if self.kept:
             lines += ["zero, but kept:", *(f"  {reason}" for reason in self.kept)]
         return "\n".join(lines)
+
+
+def _is_change(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {field.name for field in fields(SizeChange)}
+        and _are_counts([value["before"], value["after"]])
+        and isinstance(value["field"], str)
+        and isinstance(value["detail"], str)
+    )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _are_two_counts(values: Any) -> bool:
+    return _are_counts(values) and len(values) == 2
+
+
+# Whether a value of JSON can be that of each field of `ShrinkPlan`.
+_IS_VALID: dict[str, Callable[[Any], bool]] = {
+    "model_class": lambda value: isinstance(value, str),
+    "changes": lambda values: isinstance(values, (list, tuple)) and all(map(_is_change, values)),
+    "kept": lambda values: isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values),
+    "layers": lambda value: isinstance(value, dict) and all(map(_are_counts, value.values())),
+    "parameters": _are_two_counts,
+    "num_bytes": _are_two_counts,
+    "heterogeneous": lambda value: isinstance(value, bool),
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..files import write_folder_atomically
 
 
 # What tokenizers, processors, chat templates and SentenceTransformers save beside a model.
-_COMPANIONS = (
+COMPANION_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.spm", "*.bpe",
     "spiece.model", "sentencepiece*.model", "normalizer.json", "chat_template*", "additional_chat_templates",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
@@ -23,7 +23,12 @@ _COMPANIONS = (
 _MODULES_FILE = "modules.json"
 
 
-def save_shrunk(model: nn.Module, directory: str | Path, source: str | Path | None = None) -> None:
+def save_shrunk(
+    model: nn.Module,
+    directory: str | Path,
+    source: str | Path | None = None,
+    write_more: Callable[[Path], object] | None = None,
+) -> None:
     """Writes a model to a folder that plain `from_pretrained` opens: config, safetensors, generation config.
 
     The folder is complete or absent: it is written beside `directory` and then renamed, and what `directory` held
@@ -34,6 +39,7 @@ def save_shrunk(model: nn.Module, directory: str | Path, source: str | Path | No
         directory: the new folder.
         source: local folder of the model that was shrunk. Its tokenizer and processor files are copied, and those of
             a SentenceTransformer.
+        write_more: called with the new folder before it is renamed, to write further files into it.
 
     Raises:
         FileNotFoundError: `source` is no folder.
@@ -59,6 +65,8 @@ def save_shrunk(model: nn.Module, directory: str | Path, source: str | Path | No
         for path in companions:
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, folder / path.name)
+        if write_more is not None:
+            write_more(folder)
 
     write_folder_atomically(directory, write)
 
@@ -66,7 +74,7 @@ def save_shrunk(model: nn.Module, directory: str | Path, source: str | Path | No
 def find_companions(source: Path) -> Iterator[Path]:
     """Yields the files and folders of a model's folder that its tokenizer, processor and pooling need."""
     for path in source.iterdir():
-        if any(fnmatch.fnmatch(path.name, pattern) for pattern in _COMPANIONS):
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANION_FILES):
             yield path
     if (source / _MODULES_FILE).is_file():
         for path in source.iterdir():  # the modules after the transformer: "1_Pooling"

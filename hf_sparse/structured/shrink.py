@@ -144,4 +144,5 @@ def _plan(reduction: Reduction, smaller: SmallerModel) -> ShrinkPlan:
         dict(reduction.blocks),
         parameters,
         num_bytes,
+        reduction.is_uneven,
     )

@@ -29,6 +29,7 @@ from hf_sparse.inspection import InspectionError, inspect_checkpoint
 from hf_sparse.oneshot.resume import FinishedSubgraphs, ResumeError
 from hf_sparse.oneshot.run import read_dense_metrics
 from hf_sparse.reporting.report import LayerReport
+from hf_sparse.structured.plan import ShrinkPlan, SizeChange
 from hf_sparse.training.checkpoint_search import find_checkpoint_error, newest_complete_checkpoint
 from hf_sparse.training.resume import CheckpointError, ResumeState
 from hf_sparse.training.state_files import checksum
@@ -82,7 +83,14 @@ def write_model(folder: Path) -> Path:
     weight[:, :2] = 0
     save_file({"a.weight": weight}, folder / "model.safetensors", {"format": "pt"})
     report = SparsityReport((LayerReport("a.weight", "weights", "unstructured", (4, 4), 16, 8),), 16, 8, 0.5)
-    write_card(folder, SparsityCard("my-model", report, PruningConfig(target_sparsity=0.5).to_dict()))
+    change = SizeChange("intermediate_size", 8, 4, "4 of 8 neurons are zero")
+    shrunk = ShrinkPlan(
+        "BertModel", (change,), ("1 head: it must stay",), {"layer": (0, 1)}, (32, 16), (128, 64), True
+    )
+    row = {"runtime": "torch", "batch_size": 1, "median": 0.5, "ratio": 0.5, "low": 0.4, "high": 0.6, "reference": 1.0}
+    latency = {"reference": "dense", "length": 128, "clock": "wall time", "rows": [row]}
+    config = PruningConfig(target_sparsity=0.5).to_dict()
+    write_card(folder, SparsityCard("my-model", report, config, shrunk=shrunk, latency=latency))
     return folder
 
 
@@ -216,6 +224,14 @@ FORMATS = (
         "card",
         ("CARD_FILE",),
         model_file("pruning_card.json"),
+        lambda path: str(render_card(SparsityCard.load(path.parent))),
+        mutate_json_file,
+        (ValueError,),
+    ),
+    FileFormat(
+        "shrink",
+        ("SHRINK_FILE",),
+        model_file("pruning_shrink.json"),
         lambda path: str(render_card(SparsityCard.load(path.parent))),
         mutate_json_file,
         (ValueError,),

@@ -20,12 +20,14 @@ from huggingface_hub.utils import validate_repo_id
 from ...config import OneshotConfig, PruningConfig
 from ...config.base import PruningOptions
 from ...config.options import DEFAULT_SOLVER
-from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_json, write_json
+from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, SHRINK_FILE, read_json, write_json
 from ...plugins import loaded_plugins
 from ...reporting.report import SparsityReport, write_report_and_config
 from ...schedulers import PruningSchedule
+from ...structured.plan import ShrinkPlan
 from ..auto_classes import auto_class
 from .escaping import remove_secrets
+from .latency import is_latency
 
 
 # Endings of the names of values that `evaluate` and `predict` return beside the metrics.
@@ -37,7 +39,7 @@ _SPLITS = ("eval", "test")
 class SparsityCard:
     """The contents of a model card: what was pruned and how, and the metrics of the pruned and the dense model.
 
-    The report and the config are saved in files of their own, all other fields in pruning_card.json.
+    The report, the config and what was removed are saved in files of their own, all other fields in pruning_card.json.
 
     Args:
         model_name: title of the card.
@@ -58,6 +60,8 @@ class SparsityCard:
         auto_class: the class of transformers whose `from_pretrained` opens the model; None if there is none.
         adapter: whether the saved files are a PEFT adapter, without the pruned weights.
         plugins: names of the plug-ins that the run has loaded.
+        shrunk: what was removed from the model, if it was made smaller; the report is that of the smaller model.
+        latency: measured times, as `read_latency` returns them.
         written: metadata and text digests of the card as it was generated last, see `CardVersion.base`.
 
     Example:
@@ -90,6 +94,9 @@ class SparsityCard:
     plugins: list[str] = field(default_factory=loaded_plugins)
     version: str = field(default_factory=lambda: importlib.import_module("hf_sparse").__version__)
 
+    shrunk: ShrinkPlan | None = None
+    latency: dict[str, Any] | None = None
+
     written: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,10 +113,17 @@ class SparsityCard:
     # Files
 
     def save(self, directory: str | Path, secrets: Iterable[str | None] = ()) -> None:
-        """Writes report, config and pruning_card.json, which `load` reads, the latter without the `secrets`."""
+        """Writes the files that `load` reads; pruning_card.json without the `secrets`."""
         directory = Path(directory)
         write_report_and_config(directory, self.report, self.config)
-        stored = json.dumps({name: getattr(self, name) for name in _STORED_FIELDS}, ensure_ascii=False)
+        if self.shrunk is not None:
+            self.shrunk.save(directory)
+        else:
+            (directory / SHRINK_FILE).unlink(missing_ok=True)
+        values = {name: getattr(self, name) for name in _STORED_FIELDS}
+        if self.latency is None:
+            del values["latency"]
+        stored = json.dumps(values, ensure_ascii=False)
         write_json(directory / CARD_FILE, json.loads(remove_secrets(stored, secrets)))
 
     @classmethod
@@ -130,6 +144,7 @@ class SparsityCard:
                 f"{error.filename} does not exist: a card is generated from the files that pruning writes beside the "
                 f"weights, {REPORT_FILE} and {CONFIG_FILE}."
             ) from error
+        shrunk = ShrinkPlan.load(directory)
         if (directory / CARD_FILE).is_file():
             stored = read_json(directory / CARD_FILE)
         else:
@@ -144,7 +159,7 @@ class SparsityCard:
         if wrong := [name for name, value in values.items() if not _is_valid_field(name, value)]:
             raise ValueError(f"{directory / CARD_FILE} is damaged: {', '.join(wrong)} cannot be used.")
         try:
-            card = cls(report=report, config=config, **values)
+            card = cls(report=report, config=config, shrunk=shrunk, **values)
             card.hub_metadata()
             if card.max_steps is not None and not card.oneshot:
                 card.schedule(card.max_steps)
@@ -168,11 +183,23 @@ class SparsityCard:
         """The distinct patterns of the selected weights."""
         return list(dict.fromkeys(layer.pattern for layer in self.report.layers))
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model was made smaller and has no selected weights that are zero."""
+        return self.shrunk is not None and not self.report.zeros
+
+    @property
+    def is_heterogeneous(self) -> bool:
+        """Whether the model opens only after `import hf_sparse`."""
+        return self.shrunk is not None and self.shrunk.heterogeneous
+
     def hub_metadata(self) -> dict[str, Any]:
         """Returns the metadata of the card: `metadata`, tags, metrics, and the sparsity."""
         values = copy.deepcopy(self.metadata)
         values.setdefault("library_name", "transformers")
-        values["tags"] = list(dict.fromkeys([*_as_list(values.get("tags")), "sparse", "pruned", *self.patterns]))
+        kinds = ["pruned"] if self.is_dense else ["sparse", "pruned"]
+        kinds += [] if self.shrunk is None else ["shrunk"]
+        values["tags"] = list(dict.fromkeys([*_as_list(values.get("tags")), *kinds, *self.patterns]))
         results = self._eval_results()
         if results:
             names = [*_as_list(values.get("metrics")), *(result.metric_type for result in results)]
@@ -198,6 +225,8 @@ class SparsityCard:
             values[name] = _unwrap_single(list(dict.fromkeys(row[name] for row in self.settings if row.get(name))))
         if values["solver"] == DEFAULT_SOLVER:
             del values["solver"]
+        if self.shrunk is not None:
+            values["parameter_count_before"] = self.shrunk.parameters[0]
         return {name: value for name, value in values.items() if value is not None} | {"library": "hf_sparse"}
 
     def _eval_results(self) -> list[EvalResult]:
@@ -225,7 +254,7 @@ class SparsityCard:
         return results
 
 
-_STORED_FIELDS = tuple(item.name for item in fields(SparsityCard) if item.name not in ("report", "config"))
+_STORED_FIELDS = tuple(item.name for item in fields(SparsityCard) if item.name not in ("report", "config", "shrunk"))
 
 
 def _is_valid_field(name: str, value: Any) -> bool:
@@ -236,6 +265,8 @@ def _is_valid_field(name: str, value: Any) -> bool:
         return all(map(_is_setting, value))
     if name == "dataset" and value is not None:
         return isinstance(value.get("type"), str) and isinstance(value.get("name"), str)
+    if name == "latency":
+        return value is None or is_latency(value)
     if name == "written":
         return all(isinstance(part, dict) for part in value.values())
     return True

@@ -15,8 +15,10 @@ from ...patterns import Pattern, get_pattern
 from ...reporting.report import SparsityReport
 from ...reporting.tables import format_markdown_table, format_sparsity
 from ...schedulers import CURVES, SCHEDULERS
+from ...structured.plan import ShrinkPlan
 from .data import SparsityCard, select_metrics
 from .escaping import code_block, escape
+from .latency import latency_table
 from .merge import SECTION_END, SECTION_START
 
 
@@ -24,6 +26,11 @@ IMAGES = {
     SCHEDULE_PLOT_FILE: "Sparsity of the selected weights over the optimizer steps",
     LAYERS_PLOT_FILE: "Sparsity of each selected weight",
 }
+
+HETEROGENEOUS_NOTICE = (
+    "**This model opens after `import hf_sparse`** (`pip install hf_sparse`), because its layers have sizes that its "
+    "config cannot express. Without it, `from_pretrained` fails with an error."
+)
 
 _STORED_DENSE = "Zeros are stored like other values: the weight files are as large as those of the dense model."
 
@@ -51,11 +58,18 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
         "introduction": _introduction(card),
         "start": SECTION_START,
         "end": SECTION_END,
+        "size": _size(card.shrunk) if card.shrunk is not None else None,
+        "latency": latency_table(card.latency) if card.latency is not None else None,
+        "is_sparse": not card.is_dense and bool(report.layers),
         "totals": format_markdown_table(("parameters", "zeros", "total", "sparsity"), totals, text_columns=1),
         "layer_count": len(report.layers),
-        "settings": _settings_table(card.settings),
+        "settings": _settings_table(card.settings) if report.layers else None,
         "method": _method(card),
-        "images": [{"text": IMAGES[name], "file": name} for name in IMAGES if name in images],
+        "images": [
+            {"text": text, "file": name}
+            for name, text in IMAGES.items()
+            if name in images and not (card.is_dense and name == LAYERS_PLOT_FILE)
+        ],
         "layers": _layer_table(report),
         "has_errors": _has_errors(report),
         "evaluation": _metric_table(card),
@@ -67,15 +81,35 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
         "processes": f", on {card.processes} processes" if card.processes > 1 else "",
         "command": code_block(card.command, "bash") if card.command else None,
         "options": _options(card.config, card.oneshot),
-        "limits": [*_limits(card.patterns), _STORED_DENSE],
+        "limits": [*_limits(card)],
     }
 
 
 def _introduction(card: SparsityCard) -> str:
-    base = card.metadata.get("base_model")
+    base, kind = card.metadata.get("base_model"), "sparse" if card.shrunk is None else "smaller"
     if not base:
-        return "A sparse model, pruned with hf_sparse."
-    return f"A sparse version of {escape(', '.join(base) if isinstance(base, list) else base)}, pruned with hf_sparse."
+        sentence = f"A {kind} model, pruned with hf_sparse."
+    else:
+        names = escape(", ".join(base) if isinstance(base, list) else base)
+        sentence = f"A {kind} version of {names}, pruned with hf_sparse."
+    return f"{HETEROGENEOUS_NOTICE}\n\n{sentence}" if card.is_heterogeneous else sentence
+
+
+def _size(shrunk: ShrinkPlan) -> str:
+    """What was removed, and the size before and after."""
+    rows = []
+    for name, (before, after), unit in (
+        ("parameters", shrunk.parameters, 1),
+        ("weights, MB", shrunk.num_bytes, 1e6),
+    ):
+        sizes = (f"{size / unit:,.1f}" if unit > 1 else f"{size:,}" for size in (before, after))
+        rows.append((name, *sizes, f"{after / before:.1%}" if before else "-"))
+    table = format_markdown_table(("", "before", "after", "ratio"), rows, text_columns=1)
+    removed = (
+        f"- {escape(change.field)}, from {change.before:,} to {change.after:,}: {escape(change.detail)}"
+        for change in shrunk.changes
+    )
+    return "\n".join([table, "", "Removed:", "", *removed])
 
 
 def _layer_table(report: SparsityReport) -> str:
@@ -171,16 +205,17 @@ def _metric_table(card: SparsityCard) -> str:
     sparse, dense = select_metrics(card.metrics), select_metrics(card.dense_metrics)
     if not sparse:
         return ""
+    column = "sparse" if card.shrunk is None else "smaller"
     if not dense:
         rows = ([escape(name), _format_number(value)] for name, value in sparse.items())
-        return format_markdown_table(("metric", "sparse"), rows, text_columns=1)
+        return format_markdown_table(("metric", column), rows, text_columns=1)
     rows = (
         [escape(name), _format_number(dense[name]), _format_number(value), f"{value - dense[name]:+.4f}"]
         if name in dense
         else [escape(name), "-", _format_number(value), "-"]
         for name, value in sparse.items()
     )
-    return format_markdown_table(("metric", "dense", "sparse", "difference"), rows, text_columns=1)
+    return format_markdown_table(("metric", "dense", column, "difference"), rows, text_columns=1)
 
 
 def _format_number(value: float) -> str:
@@ -196,7 +231,10 @@ def _loading(card: SparsityCard) -> str:
         return "Load it with the model class that it was trained with; hf_sparse is not needed."
     name = card.auto_class
     path = json.dumps(card.repo_id or f"path/to/{card.model_name}", ensure_ascii=False)
-    code = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({path})  # no hf_sparse needed"
+    if card.is_heterogeneous:
+        code = f"import hf_sparse\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained({path})"
+    else:
+        code = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({path})  # no hf_sparse needed"
     return code_block(code, "python")
 
 
@@ -220,8 +258,24 @@ def _options(config: dict[str, Any], oneshot: bool) -> str:
     return code_block(yaml_dump(given, sort_keys=False) if given else "{}", "yaml")
 
 
-def _limits(patterns: Sequence[str]) -> Iterator[str]:
-    """Yields the note on speed and size of each pattern."""
-    for text in patterns:
-        note = getattr(_find_pattern(text), "deployment_note", None)
-        yield note or f"No kernels for pattern {escape(text)} are known: no speed-up is claimed."
+def _limits(card: SparsityCard) -> Iterator[str]:
+    """Yields the notes on speed and size: of each pattern, and of what was removed."""
+    if card.shrunk is not None:
+        for reason in card.shrunk.kept:
+            yield f"Zero, but not removed: {escape(reason)}"
+        if card.latency is None:
+            yield (
+                "The speed of this model was not measured: `hf-sparse bench DENSE THIS --json > bench.json` measures "
+                "it, and `hf-sparse card THIS --benchmark bench.json` adds it here."
+            )
+        if not card.report.zeros:
+            return
+    for text in card.patterns:
+        pattern = _find_pattern(text)
+        if card.shrunk is not None and getattr(pattern, "coupled_kind", None) is not None:
+            continue
+        yield (
+            getattr(pattern, "deployment_note", None)
+            or f"No kernels for pattern {escape(text)} are known: no speed-up is claimed."
+        )
+    yield _STORED_DENSE

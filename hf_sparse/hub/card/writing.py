@@ -30,8 +30,9 @@ from ...numerics import count_zeros
 from ...reporting.report import SparsityReport
 from .data import SparsityCard
 from .escaping import remove_secrets
+from .latency import read_latency
 from .merge import SECTION, chunk_digests, merge_metadata, merge_text, replace_section, split_chunks
-from .section import IMAGES, template_values
+from .section import HETEROGENEOUS_NOTICE, IMAGES, template_values
 
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,8 @@ def write_card(
     metadata, to_merge, digests = card.hub_metadata(), existing, None
     if enclosing_card is not None:
         text = replace_section(parse_card(enclosing_card).text, section)
+        if card.is_heterogeneous:
+            text = _TITLE.sub(lambda title: f"{title[0]}\n{HETEROGENEOUS_NOTICE}\n", text, count=1)
     elif existing:
         # The text around the section is not generated again: it is that of the existing card.
         *to_merge, last = existing
@@ -155,6 +158,7 @@ def parse_card(text: str) -> ModelCard:
         ) from error
 
 
+_TITLE = re.compile(r"^# .*\n", flags=re.MULTILINE)
 _METADATA_BLOCK = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(?:\r\n|\n|$)", flags=re.DOTALL)
 
 
@@ -163,22 +167,30 @@ def has_card_files(directory: str | Path) -> bool:
     return all((Path(directory) / name).is_file() for name in (CARD_FILE, REPORT_FILE, CONFIG_FILE))
 
 
-def rewrite_card(directory: str | Path, repo_id: str | None = None, token: str | None = None) -> Path:
+def rewrite_card(
+    directory: str | Path,
+    repo_id: str | None = None,
+    token: str | None = None,
+    benchmark: str | Path | None = None,
+) -> Path:
     """Generates the card of a saved model again from the files beside it, with the zeros that its weights have now.
 
     Args:
         directory: folder of the saved model.
         repo_id: repository that it will be uploaded to; edits in the card there are kept.
         token: access token for the repository.
+        benchmark: output of `hf-sparse bench --json` with this folder, whose times the card shows from now on.
 
     Returns: the path of README.md.
 
     Raises:
-        FileNotFoundError: the report or the config is missing.
+        FileNotFoundError: the report, the config or the benchmark is missing.
         ValueError: a file is damaged.
     """
     card = SparsityCard.load(directory)
     card = replace(card, report=recount_zeros(directory, card.report), repo_id=repo_id or card.repo_id)
+    if benchmark is not None:
+        card = replace(card, latency=read_latency(benchmark, directory))
     local = CardVersion.read(Path(directory) / README_FILE, Path(directory) / CARD_FILE)
     remote = download_card(repo_id, token) if repo_id else None
     versions = (remote if remote is not None and remote.is_generated else None, local)
