@@ -143,8 +143,8 @@ def bench(
     runtime: Annotated[
         list[str] | None,
         typer.Option(
-            help="torch, compile, onnx or openvino. Repeat it for several. Left out: torch, and what is installed of "
-            "onnx and openvino."
+            help="torch, compile, onnx, openvino, or generate (32 tokens in torch). Repeat it for several. Left out: "
+            "torch, and what is installed of onnx and openvino."
         ),
     ] = None,
     threads: Annotated[

@@ -31,6 +31,7 @@ from .runtimes import (
     PACKAGES,
     Runtime,
     exported_runtime,
+    generation_runtime,
     installed_runtimes,
     onnx_runtime,
     open_exported,
@@ -131,8 +132,9 @@ def benchmark_models(
             runtime. The first is what the others are compared with.
         batch_sizes: numbers of texts or images in a batch.
         length: number of tokens of each text.
-        runtimes: of "torch", "compile" (`torch.compile`), "onnx" (ONNX Runtime) and "openvino"; checkpoints are
-            exported as needed. None for torch and what is installed of the last two.
+        runtimes: of "torch", "compile" (`torch.compile`), "onnx" (ONNX Runtime) and "openvino", for one forward, for
+            which checkpoints are exported as needed, and "generate", for 32 new tokens in torch after texts of
+            `length` tokens. None for torch and what is installed of onnx and openvino.
         threads: number of threads; None for all cores. With one thread CPU time is measured, which other processes
             on the machine disturb less, else wall time.
         seconds: about how long to measure each batch size. At least 5 rounds are run.
@@ -210,6 +212,8 @@ def _open(
             elif runtime == "openvino":
                 to_openvino(model.float(), path / OPENVINO_FILE)
                 cases.append((name, runtime, openvino_runtime(path / OPENVINO_FILE, threads)))
+            elif runtime == "generate":
+                cases.append((name, runtime, generation_runtime(model)))
             else:
                 cases.append((name, runtime, torch_runtime(model, compiled=runtime == "compile")))
     return cases

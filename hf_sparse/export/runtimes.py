@@ -19,15 +19,18 @@ Runtime = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 PACKAGES = {
     "torch": (),
     "compile": (),
+    "generate": (),
     "onnx": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino", "onnx", "onnxscript"),
 }
 """Name of a runtime -> the packages that it needs besides torch."""
+NEW_TOKENS = 32
+"""Tokens that the runtime "generate" adds to each text."""
 
 
 def installed_runtimes() -> list[str]:
-    """Returns the names of the runtimes whose packages are installed."""
-    return [name for name, packages in PACKAGES.items() if has_packages(*packages)]
+    """Returns the names of the runtimes of one forward whose packages are installed."""
+    return [name for name, packages in PACKAGES.items() if has_packages(*packages) and name != "generate"]
 
 
 def torch_runtime(model: PreTrainedModel, compiled: bool = False) -> Runtime:
@@ -50,6 +53,31 @@ def torch_runtime(model: PreTrainedModel, compiled: bool = False) -> Runtime:
         if device.type != "cpu":
             torch.cuda.synchronize(device)
         return output
+
+    return run
+
+
+def generation_runtime(model: PreTrainedModel) -> Runtime:
+    """Returns greedy generation by a causal language model as a function: `NEW_TOKENS` tokens after each text.
+
+    Raises:
+        ValueError: the model cannot generate, or, when called, its positions do not suffice.
+    """
+    generator: Any = model
+    if not model.can_generate():
+        raise ValueError(f'{type(model).__name__} cannot generate text: leave out the runtime "generate".')
+
+    def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        length = moved["input_ids"].shape[1] + NEW_TOKENS
+        if length > getattr(model.config, "max_position_embeddings", length):
+            raise ValueError(
+                f"{length - NEW_TOKENS} tokens and {NEW_TOKENS} new ones are more than the model's "
+                f"{model.config.max_position_embeddings} positions: choose a smaller length."
+            )
+        return generator.generate(
+            **moved, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        ).cpu()
 
     return run
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sparse.cli.app import app
 from hf_sparse.export import benchmark
@@ -38,6 +39,18 @@ def test_a_larger_model_is_slower(models, capsys, tmp_path):
     assert all(1 < row["low"] <= row["ratio"] <= row["high"] for row in rows[1::2])
 
 
+def test_generation_is_measured_of_models_that_generate(models, tmp_path):
+    config = GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=40)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    options = {"batch_sizes": (1,), "length": 4, "runtimes": ["generate"], "seconds": 0}
+    result = benchmark.benchmark_models([str(tmp_path / "gpt2")], **options)
+    assert result.latencies[0].runtime == "generate" and "generate" in str(result)
+    with pytest.raises(ValueError, match="9 tokens and 32 new ones are more than the model's 40 positions"):
+        benchmark.benchmark_models([str(tmp_path / "gpt2")], **options | {"length": 9})
+    with pytest.raises(ValueError, match="BertForSequenceClassification cannot generate text"):
+        benchmark.benchmark_models(models[:1], **options)
+
+
 def test_ratios_are_medians_of_neighbouring_times():
     times = {("a", "torch"): [1.0, 2.0, 10.0], ("b", "torch"): [0.5, 1.0, 6.0], ("b", "onnx"): [0.25, 0.5, 3.0]}
     a, b, onnx = benchmark._compare(times, batch_size=1)
@@ -51,7 +64,10 @@ def test_ratios_are_medians_of_neighbouring_times():
     ("options", "message"),
     [
         ({"models": ["a", "a"]}, "named twice"),
-        ({"runtimes": ["tensorrt"]}, 'runtime is "tensorrt": it must be one of torch, compile, onnx, openvino'),
+        (
+            {"runtimes": ["tensorrt"]},
+            'runtime is "tensorrt": it must be one of torch, compile, generate, onnx, openvino',
+        ),
         ({"batch_sizes": [0]}, r"batch is \[0\]"),
         ({"runtimes": ["onnx"], "device": "cuda"}, "measured on the CPU only"),
     ],
