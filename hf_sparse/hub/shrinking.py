@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,9 @@ from ..structured.shrink import plan_shrink, shrink
 from .auto_classes import auto_class
 from .card import SparsityCard, write_card
 from .loading import load_model
+
+
+_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 
 
 def shrink_checkpoint(
@@ -81,6 +85,43 @@ def shrink_checkpoint(
         write_card(folder, replace(card, model_name=Path(output_dir).resolve().name))
 
     save_shrunk(small, output_dir, source, write_files)
+    return plan
+
+
+def shrink_folder(directory: str | Path, model_class: Any, heterogeneous: bool = False) -> ShrinkPlan:
+    """Replaces the model in a folder by a smaller one, with its report: `shrink` for what a trainer has saved.
+
+    If it fails, the folder is unchanged. Other files in it stay.
+
+    Args:
+        directory: folder with weights, config and, where a trainer pruned, pruning_report.json.
+        model_class: whose `from_pretrained` opens it.
+        heterogeneous: as in `shrink`.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        ShrinkError: it cannot be shrunk, or there is nothing to remove.
+    """
+    directory = Path(directory)
+    dense = model_class.from_pretrained(directory, dtype="auto").eval()
+    plan = plan_shrink(dense, heterogeneous=heterogeneous)
+    require_changes(plan)
+    small: Any = shrink(dense, heterogeneous=heterogeneous)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".shrunk-") as temporary:
+        small.save_pretrained(temporary)
+        plan.save(temporary)
+        if (directory / REPORT_FILE).is_file():
+            shrunk_report(SparsityReport.load(directory / REPORT_FILE), small, plan).save(
+                Path(temporary) / REPORT_FILE
+            )
+        new = {path.name: path for path in Path(temporary).iterdir()}
+        for path in [path for pattern in _WEIGHT_FILES for path in directory.glob(pattern)]:
+            if path.name not in new:
+                path.unlink()
+        for name, path in new.items():
+            path.replace(directory / name)
     return plan
 
 

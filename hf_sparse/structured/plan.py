@@ -71,7 +71,9 @@ class ShrinkPlan:
         """
         if wrong := [name for name, is_valid in _IS_VALID.items() if not is_valid(values.get(name))]:
             raise ValueError(f"{', '.join(wrong)} cannot be used")
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        given: dict[str, Any] = dict(values)
+        for name in ("kept", "parameters", "num_bytes"):
+            given[name] = tuple(given[name])
         given |= {"changes": tuple(SizeChange(**change) for change in values["changes"])}
         given |= {"layers": {name: tuple(numbers) for name, numbers in given.pop("layers").items()}}
         return cls(**{name: given[name] for name in _IS_VALID})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from ..config import PruningConfig
+from ..config import PruningConfig, PruningConfigError
 from ..config.base import PruningOptions
 
 
@@ -29,6 +29,21 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
         (0.8, 5e-05)
     """
 
+    shrink: bool = field(
+        default=False,
+        metadata={
+            "help": "Save the final model without the neurons, heads and layers that were pruned: smaller and faster, "
+            "with the same outputs. Checkpoints keep their size, so that runs can be resumed."
+        },
+    )
+    heterogeneous: bool = field(
+        default=False,
+        metadata={
+            "help": "With shrink: each layer gets a size of its own, which the config cannot express. The saved model "
+            "then opens only after `import hf_sparse`."
+        },
+    )
+
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "groups", "criterion_kwargs", "allocation_kwargs"]
 
     # Both parents have these methods. Those of TrainingArguments show every field and hide tokens.
@@ -37,6 +52,8 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         PruningConfig.__post_init__(self)
+        if self.heterogeneous and not self.shrink:
+            raise PruningConfigError(["heterogeneous needs shrink: set shrink=True, or leave heterogeneous out."])
         super(PruningOptions, self).__post_init__()
 
     def mark_as_read(self) -> None:

@@ -136,6 +136,8 @@ class SparsityCallback(TrainerCallback):
             return
         if self.owns_saving and args.push_to_hub and "checkpoint" in HubStrategy(args.hub_strategy).value:
             logger.warning("a stock Trainer uploads checkpoints before their masks are written: use SparseTrainer.")
+        if self.owns_saving and getattr(args, "shrink", False):
+            raise ValueError("shrink needs SparseTrainer: a stock Trainer saves the whole model. Or leave shrink out.")
         if self.owns_saving and self.is_finished:
             logger.warning("the run is finished, and a stock Trainer may train one more step: use SparseTrainer.")
         self.schedule = config.schedule(state.max_steps)

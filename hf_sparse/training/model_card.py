@@ -31,6 +31,7 @@ from ..hub.card.command import command_line
 from ..hub.card.escaping import escape
 from ..inspection import InspectionError
 from ..reporting.report import SparsityReport
+from ..structured.plan import ShrinkPlan
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class TrainerWithMetrics(Protocol):
     model: Any
     accelerator: Any
     hub_model_id: str | None
+    is_output_shrunk: bool
     dense_metrics: dict[str, float]
     saved_metrics: dict[str, float]
 
@@ -204,15 +206,18 @@ def _sparsity_card(
         command=command_line(),
         auto_class=None if is_adapter else auto_class(type(model).__name__),
         adapter=is_adapter,
+        shrunk=ShrinkPlan.load(str(trainer.args.output_dir)) if trainer.is_output_shrunk else None,
     )
 
 
 def _current_report(trainer: TrainerWithMetrics, pruner: Pruner) -> SparsityReport:
     """Counts zeros in the weights of the model or, since with several ranks the other ones do not take part, in the
     saved files."""
+    directory = Path(str(trainer.args.output_dir))
+    if trainer.is_output_shrunk:
+        return SparsityReport.load(directory / REPORT_FILE)
     if trainer.args.world_size == 1:
         return pruner.report()
-    directory = Path(str(trainer.args.output_dir))
     saved = SparsityReport.load(directory / REPORT_FILE)
     try:
         return recount_zeros(directory, saved)

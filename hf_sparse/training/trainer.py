@@ -21,6 +21,7 @@ from .callback import GIVEN_TWICE, SparsityCallback
 from .checkpoint_search import find_checkpoint_error, newest_complete_checkpoint, read_step
 from .model_card import write_trainer_card
 from .resume import CheckpointError, ResumeState
+from .shrinking import ShrinkMixin, check_shrink
 from .state_files import start_checkpoint
 from .uploads import HubUploadMixin
 
@@ -28,7 +29,7 @@ from .uploads import HubUploadMixin
 logger = logging.getLogger(__name__)
 
 
-class SparseTrainerMixin(HubUploadMixin):
+class SparseTrainerMixin(ShrinkMixin, HubUploadMixin):
     """Adds pruning to any Trainer: `class MyTrainer(SparseTrainerMixin, SomeTrainer)`. It keeps that trainer's
     signature.
 
@@ -55,6 +56,10 @@ class SparseTrainerMixin(HubUploadMixin):
     def _prunes(self) -> bool:
         return self.sparsity_callback is not None and self.sparsity_callback.prunes
 
+    @property
+    def _shrinks_by_default(self) -> bool:
+        return getattr(self.args, "shrink", False)
+
     def _set_up_pruning(self) -> None:
         """Finds the callback that prunes, and checks what it needs once there is something to prune: callbacks and
         arguments may change until training begins."""
@@ -62,6 +67,9 @@ class SparseTrainerMixin(HubUploadMixin):
         if self._prunes and not self._is_set_up:
             self._check_deepspeed_export()
             self._warn_if_not_sharded()
+            if self._shrinks_by_default:
+                config = cast(PruningConfig, cast(SparsityCallback, self.sparsity_callback).config)
+                check_shrink(cast(nn.Module, self.model), config, getattr(self.args, "heterogeneous", False))
             self._is_set_up = True
 
     def _warn_if_not_sharded(self) -> None:
@@ -118,8 +126,10 @@ class SparseTrainerMixin(HubUploadMixin):
             CheckpointError: the checkpoint is incomplete, or its masks are missing, damaged, of other weights or of
                 another pruning config. This is found before training starts.
         """
-        self.saved_metrics = {}
+        self.saved_metrics, self.is_output_shrunk = {}, False
         self._set_up_pruning()
+        if self._shrinks_by_default and not self._prunes:
+            raise ValueError('shrink is set, but nothing is pruned: add pattern="neuron" and target_sparsity=0.5.')
         callback = self.sparsity_callback
         if callback is not None and callback.prunes:
             state = self._open_checkpoint(callback, resume_from_checkpoint) if resume_from_checkpoint else None
@@ -162,29 +172,51 @@ class SparseTrainerMixin(HubUploadMixin):
             state.validate(groups, config, step=read_step(state.checkpoint))
         return state
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(
+        self,
+        output_dir: str | None = None,
+        _internal_call: bool = False,
+        shrink: bool | None = None,
+        heterogeneous: bool | None = None,
+    ) -> None:
         """Trainer's `save_model`, with the pruning files written first, so that an upload includes them.
 
         With `push_to_hub=True` Trainer uploads what it saved. If that fails, the model is saved nevertheless, the log
         has the reason and the remedy, and the run continues.
+
+        Args:
+            output_dir: folder to write. None for that of the arguments.
+            shrink: whether to write a smaller model, without the neurons, heads and layers that are zero. The model of
+                the trainer stays as it is. None: as the arguments say, once training has ended.
+            heterogeneous: whether layers of the smaller model may get different sizes. None: as the arguments say.
+
+        Raises:
+            ShrinkError: the model cannot be made smaller. It is saved as it is.
         """
-        if self._prunes and self.sparsity_callback is not None:
-            directory = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-            step = self.state.global_step
-            is_checkpoint = _internal_call and output_dir is not None and directory.name == f"checkpoint-{step}"
-            unblock_best_metric(self.state)
-            self.sparsity_callback.restore_zeros(self.state)
-            if is_checkpoint and self.args.should_save:
-                start_checkpoint(directory)
-            self.sparsity_callback.save(directory, self.args.should_save, step if is_checkpoint else None)
-            if self.is_fsdp_enabled and not is_checkpoint:
+        directory = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        is_checkpoint = self._write_pruning_files(directory, _internal_call and output_dir is not None)
+        with self._shrinking(shrink, heterogeneous, directory):
+            if self._prunes and self.is_fsdp_enabled and not is_checkpoint:
                 if "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
                     # Trainer would save sharded weights, which from_pretrained cannot open.
                     self._save(str(directory), state_dict=self.accelerator.get_state_dict(self.model))
-        try:
-            super().save_model(output_dir, _internal_call)
-        except UploadError as error:
-            logger.error("%s", error)
+            try:
+                super().save_model(output_dir, _internal_call)
+            except UploadError as error:
+                logger.error("%s", error)
+
+    def _write_pruning_files(self, directory: Path, may_be_checkpoint: bool) -> bool:
+        """Writes what is saved beside the weights. Returns whether the folder is a checkpoint of this step."""
+        if not self._prunes or self.sparsity_callback is None:
+            return False
+        step = self.state.global_step
+        is_checkpoint = may_be_checkpoint and directory.name == f"checkpoint-{step}"
+        unblock_best_metric(self.state)
+        self.sparsity_callback.restore_zeros(self.state)
+        if is_checkpoint and self.args.should_save:
+            start_checkpoint(directory)
+        self.sparsity_callback.save(directory, self.args.should_save, step if is_checkpoint else None)
+        return is_checkpoint
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Trainer's, followed by a barrier: the main rank writes `trainer_state.json`, which marks a checkpoint as

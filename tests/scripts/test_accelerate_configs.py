@@ -94,7 +94,7 @@ SIGNS = {
 }
 
 
-def launch(name, tiny_bert, folder) -> Path:
+def launch(name, tiny_bert, folder, *more) -> Path:
     """Runs run_glue.py on two processes, in eight steps."""
     train = write_rows(folder / "train.csv", sentiment_rows(24))
     out = folder / "out"
@@ -105,7 +105,7 @@ def launch(name, tiny_bert, folder) -> Path:
     options += ["--model_name_or_path", tiny_bert, "--task_name", "sst2", "--train_file", train, "--do_train"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[name])]
     environment = {"PYTHONPATH": str(SCRIPTS.parent), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    command += ["--main_process_port", "0", *script, *options, "--max_seq_length", "16"]
+    command += ["--main_process_port", "0", *script, *options, "--max_seq_length", "16", *more]
     done = run_launcher(command, os.environ | environment | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-6000:]
     assert "was requested, but" not in done.stderr + done.stdout
@@ -129,3 +129,16 @@ def test_it_launches_and_prunes_to_the_target(name, tiny_bert, tmp_path):
     zeros, total = zero_fraction(state, is_encoder_matrix)
     assert zeros == total // 2 == read_json(out / "pruning_report.json")["selected_zeros"]
     assert not any(torch.signbit(weight[weight == 0]).any() for weight in state.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_final_model_is_smaller(name, tiny_bert, tmp_path):
+    if name in DEEPSPEED:
+        pytest.importorskip("deepspeed")
+    out = launch(name, tiny_bert, tmp_path, "--pattern", "neuron", "--shrink")
+    model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert model.config.intermediate_size == 16 and not any(info.values())
+    assert "- intermediate_size, from 32 to 16:" in (out / "README.md").read_text()
+    # The checkpoint has all 32 neurons, or they are in files of the trainer's own.
+    assert not (out / "checkpoint-8" / "pruning_shrink.json").exists()

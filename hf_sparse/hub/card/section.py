@@ -68,7 +68,7 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
         "images": [
             {"text": text, "file": name}
             for name, text in IMAGES.items()
-            if name in images and not (card.is_dense and name == LAYERS_PLOT_FILE)
+            if name in images and (card.shrunk is None or name != LAYERS_PLOT_FILE)  # of the model before
         ],
         "layers": _layer_table(report),
         "has_errors": _has_errors(report),
@@ -278,4 +278,4 @@ def _limits(card: SparsityCard) -> Iterator[str]:
             getattr(pattern, "deployment_note", None)
             or f"No kernels for pattern {escape(text)} are known: no speed-up is claimed."
         )
-    yield _STORED_DENSE
+    yield _STORED_DENSE if card.shrunk is None else "The zeros that are left are stored like other values."
