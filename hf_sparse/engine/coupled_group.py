@@ -46,21 +46,23 @@ class CoupledParameterGroup(ParameterGroup):
         for name, shard in biases.items():
             masks.replace(name, masks[name] | (shard.tensor != 0))
 
-    def _update_masks(
+    def prune(
         self,
         prune_step: int,
         total_steps: int,
-        ratio: float,
         shards: Mapping[str, Shard],
         masks: MaskStore,
-        statistics: Mapping[str, torch.Tensor],
-    ) -> None:
+        statistics: Mapping[str, torch.Tensor] | None = None,
+    ) -> float:
+        if not self.target:
+            return 0.0  # Only the zeros that the weights had at the start are kept.
+        ratio, known = self._start_prune_step(prune_step, total_steps, masks, statistics)
         if self.criterion is None:
             raise ValueError(
                 f'group "{self.name}" has no criterion: solver "{self.options.solver_name}" selects the units'
             )
         bits = self._bits(masks)
-        scores = score_units(self.units, self.criterion, self._weights(shards), bits, statistics, self.communicator)
+        scores = score_units(self.units, self.criterion, self._weights(shards), bits, known, self.communicator)
         names = [f'"{group.name}"' for group, score_U in zip(self.units, scores, strict=True) if score_U.isnan().any()]
         if names:
             raise ValueError(
@@ -69,6 +71,8 @@ class CoupledParameterGroup(ParameterGroup):
         counts = self.num_pruned_by_group(scores, ratio)
         for group, keep_U in zip(self.units, keep_masks(scores, sum(counts), counts, counts), strict=True):
             prune_units(group, keep_U, shards, bits)
+        self._restart_statistics()
+        return ratio
 
     def num_pruned_by_group(self, scores: Sequence[torch.Tensor], ratio: float) -> list[int]:
         """Returns how many units of each group of units to prune, with those that are pruned already.

@@ -148,33 +148,8 @@ class ParameterGroup:
         """
         if not self.target:
             return 0.0  # Only the zeros that the weights had at the start are kept.
-        ratio = self.ratio(prune_step, total_steps, masks)
-        if prune_step == 1:
-            self._warn_without_gradients()
-        known = (
-            {name: statistic.total for name, statistic in self.statistics.items()}
-            if statistics is None
-            else statistics
-        )
-        self._update_masks(prune_step, total_steps, ratio, shards, masks, known)
-        if not getattr(self.criterion, "persistent", True):
-            for statistic in self.statistics.values():
-                statistic.restart()
-        return ratio
-
-    def _update_masks(
-        self,
-        prune_step: int,
-        total_steps: int,
-        ratio: float,
-        shards: Mapping[str, Shard],
-        masks: MaskStore,
-        statistics: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Prunes the units that the sparsity `ratio` demands."""
-        scores = [
-            self._layer_scores(layer, shards[layer.name], masks, statistics.get(layer.name)) for layer in self.layers
-        ]
+        ratio, known = self._start_prune_step(prune_step, total_steps, masks, statistics)
+        scores = [self._layer_scores(layer, shards[layer.name], masks, known.get(layer.name)) for layer in self.layers]
         floors, caps = self._current_bounds(scores, ratio)
         total = self._num_pruned(ratio, floors, caps)
         try:
@@ -192,6 +167,25 @@ class ParameterGroup:
             names = [f'"{layer.name}"' for layer, count in zip(self.layers, counts, strict=True) if count]
             reason = f"scores are nan in {', '.join(names)}" if names else error
             raise ValueError(f'group "{self.name}", criterion "{self.options.criterion_name}": {reason}') from error
+        self._restart_statistics()
+        return ratio
+
+    def _start_prune_step(
+        self, prune_step: int, total_steps: int, masks: MaskStore, statistics: Mapping[str, torch.Tensor] | None
+    ) -> tuple[float, Mapping[str, torch.Tensor]]:
+        """Returns the scheduled sparsity, and what the criterion requires, by layer name."""
+        ratio = self.ratio(prune_step, total_steps, masks)
+        if prune_step == 1:
+            self._warn_without_gradients()
+        if statistics is None:
+            statistics = {name: statistic.total for name, statistic in self.statistics.items()}
+        return ratio, statistics
+
+    def _restart_statistics(self) -> None:
+        """Restarts the sums that a prune step has used, where the criterion does not keep them."""
+        if not getattr(self.criterion, "persistent", True):
+            for statistic in self.statistics.values():
+                statistic.restart()
 
     def _warn_without_gradients(self) -> None:
         """Warns of weights without a gradient: they score 0, and are pruned first."""

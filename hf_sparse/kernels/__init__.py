@@ -18,18 +18,25 @@ KERNEL_DEVICES = ("cuda",)
 """Device types that kernels run on. Tests add the CPU, where Triton's interpreter runs them."""
 
 
+GROUP_SIZES = (2, 4, 8)
+"""Values of M for which kernels compute the scores of N:M: powers of two, so that no group lies in two blocks."""
+
+
 class StoredScores(NamedTuple):
-    """Scores that kernels read where they are: the entries of a tensor, float32.
+    """Scores that kernels read, or compute, where they are: the entries of a tensor, float32.
 
     Args:
         tensor: contiguous, of any floating dtype.
         magnitude: whether the scores are the magnitudes of the entries.
         mask_bits: contiguous, int8: where it is 0 the score is -inf. None if there is no mask.
+        n_of_m: (N, M), if the scores of the N highest of every M adjacent entries are +inf instead, the later of equal
+            ones, unless they are masked or NaN. M is one of `GROUP_SIZES`.
     """
 
     tensor: torch.Tensor
     magnitude: bool = False
     mask_bits: torch.Tensor | None = None
+    n_of_m: tuple[int, int] = (0, 1)
 
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import StoredScores
+from .n_of_m import is_kept
 from .tensor_table import BLOCK, FLOATS, TensorTable, address, length_of, number, to_device
 
 
@@ -84,7 +85,7 @@ def _tables(scores: Sequence[StoredScores], numbers: Sequence[tuple[int, ...]]) 
     kinds: dict[tuple, list[int]] = {}
     for index, stored in enumerate(scores):
         if stored.tensor.numel():
-            kind = FLOATS[stored.tensor.dtype], stored.magnitude, stored.mask_bits is not None
+            kind = FLOATS[stored.tensor.dtype], stored.magnitude, stored.mask_bits is not None, *stored.n_of_m
             kinds.setdefault(kind, []).append(index)
     for kind, same in kinds.items():
         rows = [(scores[index].tensor, scores[index].mask_bits) for index in same]
@@ -96,13 +97,41 @@ def _tables(scores: Sequence[StoredScores], numbers: Sequence[tuple[int, ...]]) 
 
 
 @triton.jit
-def _load_scores(tensor, bits, at, inside, magnitude: tl.constexpr, masked: tl.constexpr):
-    scores = tl.load(tensor + at, mask=inside, other=0).to(tl.float32)
+def _load_scores(
+    tensor,
+    bits,
+    inside,
+    magnitude: tl.constexpr,
+    masked: tl.constexpr,
+    keep: tl.constexpr,
+    of: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    places = tl.arange(0, BLOCK)
+    scores = tl.load(tensor + places, mask=inside, other=0).to(tl.float32)
     if magnitude:
         scores = tl.abs(scores)
+    pruned = tl.zeros((BLOCK,), dtype=tl.int1)
     if masked:
-        scores = tl.where(tl.load(bits + at, mask=inside, other=0) == 0, float("-inf"), scores)
+        pruned = tl.load(bits + places, mask=inside, other=0) == 0
+        scores = tl.where(pruned, float("-inf"), scores)
+    if keep:
+        protected = is_kept(scores, keep, of, BLOCK) & (scores == scores) & (pruned == 0)
+        scores = tl.where(protected, float("inf"), scores)
     return scores
+
+
+@triton.jit
+def _sum_of_four(flags, BLOCK: tl.constexpr):
+    """Adds neighbours, which one thread has: fewer registers for sums over the blocks of a program."""
+    return tl.sum(tl.reshape(flags.to(tl.int32), (BLOCK // 4, 4)), 1)
+
+
+@triton.jit
+def _add_to_bucket(buckets, key, number, is_counted, low, high, shift):
+    bucket = (key - low).to(tl.uint32, bitcast=True) >> shift  # a difference of two int32 may need 32 bits
+    is_counted &= (key >= low) & (key <= high)
+    tl.atomic_add(buckets + bucket, number.to(tl.int64), mask=is_counted, sem="relaxed")
 
 
 @triton.jit
@@ -114,6 +143,8 @@ def _count_keys(
     dtype: tl.constexpr,
     magnitude: tl.constexpr,
     masked: tl.constexpr,
+    keep: tl.constexpr,
+    of: tl.constexpr,
     dropped_bits: tl.constexpr,
     width: tl.constexpr,
     aligned: tl.constexpr,
@@ -128,21 +159,31 @@ def _count_keys(
     shift = tl.load(ranges + layer * 3 + 2).to(tl.uint32)
     counts += layer * width
     places = tl.arange(0, BLOCK)
+    below = tl.zeros((BLOCK // 4,), dtype=tl.int32)
+    nan, lowest, zero, highest = below, below, below, below
     ones = tl.full((BLOCK,), 1, dtype=tl.int64)
-    below = tl.zeros((BLOCK,), dtype=tl.int32)
-    nan = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(tl.program_id(0) * BLOCK * stride, length, tl.num_programs(0) * BLOCK * stride):
         inside = places < length - start
-        scores = _load_scores(tensor + start, bits + start, places, inside, magnitude, masked)
+        scores = _load_scores(tensor + start, bits + start, inside, magnitude, masked, keep, of, BLOCK)
         word = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)  # one key for 0.0 and -0.0
         key = (word ^ ((word >> 31) & 0x7FFFFFFF)) >> dropped_bits
-        nan += (inside & (scores != scores)).to(tl.int32)
-        below += (inside & (key < low)).to(tl.int32)
-        bucket = (key - low).to(tl.uint32, bitcast=True) >> shift  # a difference of two int32 may need 32 bits
-        counted = inside & (key >= low) & (key <= high)
-        tl.atomic_add(counts + 2 + bucket, ones, mask=counted, sem="relaxed")
+        nan += _sum_of_four(inside & (scores != scores), BLOCK)
+        below += _sum_of_four(inside & (key < low), BLOCK)
+        # Scores of pruned and protected weights, and zeros, are so many that their atomic additions would queue.
+        is_lowest, is_zero, is_highest = scores == float("-inf"), scores == 0, scores == float("inf")
+        lowest += _sum_of_four(inside & is_lowest, BLOCK)
+        zero += _sum_of_four(inside & is_zero, BLOCK)
+        highest += _sum_of_four(inside & is_highest, BLOCK)
+        rare = inside & ~(is_lowest | is_zero | is_highest)
+        _add_to_bucket(counts + 2, key, ones, rare, low, high, shift)
     tl.atomic_add(counts, tl.sum(below, 0).to(tl.int64), sem="relaxed")
     tl.atomic_add(counts + 1, tl.sum(nan, 0).to(tl.int64), sem="relaxed")
+    minus_infinity = tl.full((), -0x7F800001, dtype=tl.int32) >> dropped_bits
+    infinity = tl.full((), 0x7F800000, dtype=tl.int32) >> dropped_bits
+    num_lowest, num_zero, num_highest = tl.sum(lowest, 0), tl.sum(zero, 0), tl.sum(highest, 0)
+    _add_to_bucket(counts + 2, minus_infinity, num_lowest, num_lowest > 0, low, high, shift)
+    _add_to_bucket(counts + 2, tl.full((), 0, dtype=tl.int32), num_zero, num_zero > 0, low, high, shift)
+    _add_to_bucket(counts + 2, infinity, num_highest, num_highest > 0, low, high, shift)
 
 
 @triton.jit
@@ -153,6 +194,8 @@ def _count_ties(
     dtype: tl.constexpr,
     magnitude: tl.constexpr,
     masked: tl.constexpr,
+    keep: tl.constexpr,
+    of: tl.constexpr,
     aligned: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -164,7 +207,7 @@ def _count_ties(
     places = tl.arange(0, BLOCK)
     for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
         inside = places < length - start
-        scores = _load_scores(tensor + start, bits + start, places, inside, magnitude, masked)
+        scores = _load_scores(tensor + start, bits + start, inside, magnitude, masked, keep, of, BLOCK)
         tl.store(ties + start // BLOCK, tl.sum((inside & (scores == value)).to(tl.int32), 0))
 
 
@@ -177,6 +220,8 @@ def _write_masks(
     dtype: tl.constexpr,
     magnitude: tl.constexpr,
     masked: tl.constexpr,
+    keep: tl.constexpr,
+    of: tl.constexpr,
     some_ties: tl.constexpr,
     aligned: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -192,7 +237,7 @@ def _write_masks(
     places = tl.arange(0, BLOCK)
     for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
         inside = places < length - start
-        scores = _load_scores(tensor + start, bits + start, places, inside, magnitude, masked)
+        scores = _load_scores(tensor + start, bits + start, inside, magnitude, masked, keep, of, BLOCK)
         is_tie = inside & (scores == value)
         if some_ties:
             earlier = tl.load(before + start // BLOCK) - first

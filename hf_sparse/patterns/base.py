@@ -54,6 +54,11 @@ class Pattern(ABC):
         return 1.0
 
     @property
+    def n_of_m(self) -> tuple[int, int]:
+        """(N, M), if units are single weights, and the N highest of every M adjacent inputs are protected."""
+        return 0, 1
+
+    @property
     def implied_sparsity(self) -> float | None:
         """The only target that the pattern supports, or None where any target is possible."""
         return None

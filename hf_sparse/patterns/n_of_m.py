@@ -42,6 +42,10 @@ class NOfM(Pattern):
         return 1.0 - self.keep / self.of
 
     @property
+    def n_of_m(self) -> tuple[int, int]:
+        return self.keep, self.of
+
+    @property
     def implied_sparsity(self) -> float | None:
         return self.max_sparsity
 

@@ -16,7 +16,7 @@ import torch
 
 from ..criteria import Criterion, TensorEntries
 from ..distributed import SINGLE_PROCESS, Communicator, Shard, ShardRegion, Transfer, redistribute
-from ..kernels import StoredScores
+from ..kernels import GROUP_SIZES, StoredScores
 from ..model.layers import PrunableLayer
 from ..numerics import chunk_size, count_true, prefers_numpy
 from ..patterns import Pattern
@@ -109,7 +109,7 @@ class LayerScores:
         self._prune_only, self._communicator = prune_only, communicator
         self.device = mask_bits.device
         # Single weights may compete in any layout of the parameter, without a view of its matrices.
-        self._is_flat = pattern.flat and not by_row
+        self._is_flat, self._by_row = pattern.flat and not by_row, by_row
         self._position_salt = zlib.crc32(layer.name.encode()) << 31  # makes positions unique over layers
         rows, _, columns = layer.matrix_shape
         self._unit_rows = pattern.unit_rows(rows)
@@ -138,13 +138,20 @@ class LayerScores:
         """Where kernels find the scores of a whole layer, and write its mask; None where scores must be computed."""
         entries = self.criterion.score
         is_whole = self._communicator.world_size == 1 and len(self.shard.local_regions) == 1
-        if not (isinstance(entries, TensorEntries) and self._is_flat and self._prune_only and is_whole):
+        if not (isinstance(entries, TensorEntries) and self._prune_only and is_whole):
             return None
+        n_of_m = self.pattern.n_of_m
+        if not self._is_flat:
+            # Adjacent inputs must be adjacent entries.
+            has_groups = n_of_m[0] > 0 and n_of_m[1] in GROUP_SIZES and not self._by_row
+            views = [part.weight for part in self._owned_slices]
+            if not (has_groups and all(view.shape[1] == 1 and view.is_contiguous() for view in views)):
+                return None
         tensor = entries.entries(self.shard.tensor, self._statistic)
         together = (tensor, self.mask_bits)
         if tensor.device != self.mask_bits.device or not all(each.is_contiguous() for each in together):
             return None
-        return StoredScores(tensor, entries.magnitude, self.mask_bits)
+        return StoredScores(tensor, entries.magnitude, self.mask_bits, n_of_m)
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yields the scores of all local units in the order of their position, as 1-D float32 tensors."""
