@@ -30,6 +30,7 @@ import hf_sparse.cli.app
 from hf_sparse import OneshotConfig, Pruner, PruningConfig, SparseTrainingArguments, load_plugin
 from hf_sparse.allocations import ALLOCATIONS
 from hf_sparse.criteria import CRITERIA
+from hf_sparse.export import benchmark
 from hf_sparse.solvers import SOLVERS
 
 
@@ -91,7 +92,8 @@ def test_the_card_command_writes_the_card_again(workplace):
     model = AutoModelForSequenceClassification.from_pretrained("path/to/model")
     config = PruningConfig(pattern="2:4", criterion="magnitude")
     report = Pruner(model, config).update(1, 1)
-    (command,) = [line for line in "\n".join(blocks("bash")).splitlines() if line.startswith("hf-sparse card")]
+    lines = [line for line in "\n".join(blocks("bash")).splitlines() if line.startswith("hf-sparse card")]
+    (command,) = [line for line in lines if "--benchmark" not in line]
     _, word, folder = shlex.split(command)
     model.save_pretrained(folder)
     report.save(f"{folder}/pruning_report.json")
@@ -105,7 +107,8 @@ def test_the_card_command_writes_the_card_again(workplace):
 def commands() -> list[str]:
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
     lines = [line for line in joined.splitlines() if "scripts/run_" in line]
-    return [line for line in lines if "path/to/llm" not in line and "pruned" not in shlex.split(line)]
+    others = {"path/to/llm", "pruned", "--shrink"}
+    return [line for line in lines if not others & set(shlex.split(line))]
 
 
 # Arguments of the Python interpreter for each program of the README, on a free port.
@@ -144,6 +147,37 @@ def test_shell_commands_run(workplace, command, hub):
     assert ("user/pruned" in hub.repos) == ("--push_to_hub" in words)
     if "--push_to_hub" in words:
         assert hub.repos["user/pruned"].files["model.safetensors"] == (output / "model.safetensors").read_bytes()
+
+
+def test_models_get_smaller(workplace, monkeypatch):
+    """The commands of the first section in their order, on models of six layers."""
+    model = BertForSequenceClassification(BertConfig.from_pretrained("path/to/model", num_hidden_layers=6))
+    model.save_pretrained("path/to/model")
+    Pruner(model, PruningConfig(pattern="neuron", target_sparsity=0.5, criterion="magnitude")).update(1, 1)
+    model.save_pretrained("pruned")
+    monkeypatch.setattr(benchmark, "_measure_size", lambda name, *args: benchmark.ModelSize(name, 1, 1, None))
+    section = README.split("## Smaller and faster models")[1].split("\n## ")[0]
+    shell = "\n".join(re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)).replace("\\\n", " ")
+    training, *lines = filter(None, shell.splitlines())
+    extra = ["--max_steps", "6", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"]
+    done = run_launcher([sys.executable, *shlex.split(training)[1:], *extra], os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in lines:
+        _, *words = shlex.split(line.partition(" > ")[0])
+        if words[0] == "export" and not importlib.util.find_spec("openvino"):
+            continue
+        small = ["--runtime", "torch", "--seconds", "0"] if words[0] == "bench" else []
+        result = CliRunner().invoke(hf_sparse.cli.app.app, [*words, *small])
+        assert result.exit_code == 0, (line, result.output, result.exception)
+        if ">" in line:
+            Path(line.split()[-1]).write_text(result.stdout)
+    configs = {name: AutoModelForSequenceClassification.from_pretrained(name).config for name in SMALLER}
+    assert [config.intermediate_size for config in configs.values()] == [8, 8, 16]
+    assert [config.num_hidden_layers for config in configs.values()] == [6, 6, 3]
+    assert "## Speed" in Path("small/README.md").read_text()
+
+
+SMALLER = ("small", "small-pruned", "three-layers")
 
 
 def test_checkpoints_are_inspected(workplace, capsys):
@@ -254,6 +288,20 @@ def test_the_table_of_modes_is_what_is_tested():
             assert rows[row]["checkpoint and resume"].startswith(resume if mode.checkpoints else "none"), row
             assert mode.load is None or f"DistributedConfig({mode.load}=2)" in rows[row]["how to enable it"], row
             assert rows[row]["tested"] == ("CPU" if mode.kind == "NO" else "CPU, 2 to 4 processes")
+
+
+def test_the_table_of_training_arguments_is_the_dataclass():
+    inherited = {option.name for parent in (TrainingArguments, PruningConfig) for option in dataclasses.fields(parent)}
+    for option in dataclasses.fields(SparseTrainingArguments):
+        if option.name not in inherited:
+            assert f"| `{option.name}` | `{option.default}` | {option.metadata['help']} |" in README
+
+
+def test_the_recipes_that_it_names_are_valid():
+    names = re.findall(r"scripts/recipes/\w+\.yaml", README)
+    assert sorted(set(names)) == [f"scripts/recipes/{path.name}" for path in (ROOT / "scripts/recipes").iterdir()]
+    for name in names:
+        assert PruningConfig.from_file(ROOT / name).resolve_groups()
 
 
 def test_no_default_of_training_arguments_is_changed():

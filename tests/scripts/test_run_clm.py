@@ -162,6 +162,27 @@ def test_a_pruned_gpt2_has_its_zeros(tiny_gpt2, tmp_path, text):
     assert zeros == round(0.5 * total) and total > 0
 
 
+def test_the_final_llama_has_fewer_heads_and_generates_the_same(tiny_llama, tmp_path, text):
+    out = tmp_path / "out"
+    parts = [
+        "--train_file",
+        text,
+        "--do_train",
+        "--do_eval",
+        "--pattern",
+        "head",
+        "--target_sparsity",
+        "0.5",
+        "--shrink",
+    ]
+    run_clm.main(arguments(tiny_llama, out, *parts, max_steps=6, save_strategy="steps", save_steps=6))
+    small, trained = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, out / "checkpoint-6"))
+    assert (small.config.num_attention_heads, trained.config.num_attention_heads) == (1, 2)
+    prompt = torch.tensor([[3, 4, 5]])
+    texts = [model.generate(prompt, max_new_tokens=8, do_sample=False) for model in (small, trained)]
+    assert torch.equal(*texts)
+
+
 def test_the_script_prunes_a_llama(tiny_llama, tmp_path, text):
     """Runs the script in a process, with a .json file of arguments."""
     content = {

@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from glue_labels import GLUE_LABELS, Labels, find_labels
 from glue_metrics import GLUE_METRICS
 from helpers.scripts import (
+    SCRIPTS,
     is_encoder_matrix,
     read_json,
     run_script,
@@ -18,7 +19,7 @@ from helpers.scripts import (
     zero_fraction,
 )
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 
 # The tiny checkpoint has a head for two labels.
@@ -75,6 +76,33 @@ def test_the_card_compares_with_a_dense_run_and_names_the_base(tiny_bert, tmp_pa
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert f"| eval_accuracy | 0.7500 | {measured:.4f} | {measured - 0.75:+.4f} |" in card.text
     assert card.data.base_model == "user/base" and tiny_bert not in str(card)
+
+
+def test_the_recipe_for_half_the_latency_gives_a_smaller_model(tiny_bert, tmp_path, files):
+    """Evaluated and predicted by the model with zeros, whose outputs are the same."""
+    out, recipe = tmp_path / "out", str(SCRIPTS / "recipes" / "half_latency.yaml")
+    test_file = write_rows(tmp_path / "test.tsv", sentiment_rows(6))
+    parts = [
+        "--test_file",
+        test_file,
+        "--do_train",
+        "--do_eval",
+        "--do_predict",
+        "--pruning_config",
+        recipe,
+        "--shrink",
+    ]
+    run_glue.main(arguments(tiny_bert, out, *files, *parts, max_steps=6, save_strategy="steps", save_steps=6))
+    small = AutoModelForSequenceClassification.from_pretrained(out)
+    assert small.config.intermediate_size == 8  # of 32
+    trained = AutoModelForSequenceClassification.from_pretrained(out / "checkpoint-6")
+    assert trained.config.intermediate_size == 32
+    batch = AutoTokenizer.from_pretrained(out)([row["sentence"] for row in sentiment_rows(6)], return_tensors="pt")
+    expected, found = (model(**batch).logits for model in (trained, small))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert predictions(out / "predict_results.txt") == [str(label.item()) for label in found.argmax(1)]
+    accuracy = read_json(out / "eval_results.json")["eval_accuracy"]
+    assert f"| eval_accuracy | {accuracy:.4f} |" in (out / "README.md").read_text()
 
 
 def test_own_text_labels_and_a_test_file_without_labels(tiny_bert, tmp_path):
