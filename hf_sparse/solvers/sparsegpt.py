@@ -148,21 +148,24 @@ def _solve_stack(
     columns = requests[0].weight_RC.shape[1]
     block = min(BLOCK_SIZE, max(STRIP_SIZE, columns // 8)) if block is None else block
     block = -(-block // width) * width
-    select_block, select_strip = None, None
+    select_block, select_strip, counts = None, None, []
     if pattern is not None and pattern.max_sparsity < 1:
         select_strip = partial(_select, pattern, masked)
     elif pattern is not None:
-        select_block = _block_selector(requests, pattern, block)
+        counts = [_prune_counts(request, pattern, block) for request in requests]
+        select_block = _block_selector(requests, pattern, block, counts)
     kernels = _kernels(weight_CR.device) if weight_CR.is_cuda and like.dtype == torch.float32 else None
     group = pattern if isinstance(pattern, NOfM) else None
+    heights = [len(request.weight_RC) for request in requests]
     if kernels is not None and block <= kernels.MAX_BLOCK and (select_strip is None or group is not None):
+        if pattern is not None and pattern.flat:
+            select_block = kernels.LowestScores(heights, counts, weight_CR.device)
         kernels.eliminate(weight_CR, kept_CR, like, block, select_block, group)
     else:
         strip = STRIP_SIZE if select_strip is None else width
         _eliminate(weight_CR, kept_CR, like, block, strip, select_block, select_strip)
     if not bool(torch.isfinite(weight_CR).all()):
         raise ValueError("the solution holds inf or nan: check the weight for values that are far too large")
-    heights = [len(request.weight_RC) for request in requests]
     return [
         (_unstack(weight, request.weight_RC.dtype, request.weight_RC), _unstack(kept, torch.bool, request.weight_RC))
         for request, weight, kept in zip(requests, weight_CR.split(heights, 1), kept_CR.split(heights, 1), strict=True)
@@ -242,16 +245,16 @@ def _eliminate(
         weight_CR[here] = updated_BR
 
 
-def _block_selector(requests: Sequence[PruneRequest], pattern: Pattern, block: int) -> Callable:
-    """Returns a function that selects the pruned units in a block of columns, for each weight of a stack."""
-    starts = range(0, requests[0].weight_RC.shape[1], block)
-    counts = [dict(zip(starts, _prune_counts(request, pattern, block), strict=True)) for request in requests]
+def _block_selector(
+    requests: Sequence[PruneRequest], pattern: Pattern, block: int, counts: Sequence[Sequence[int]]
+) -> Callable:
+    """Returns a function that selects the pruned units in a block of columns, `counts` of each weight of a stack."""
     heights = [len(request.weight_RC) for request in requests]
 
     def select(scores_BR: torch.Tensor, kept_BR: torch.Tensor, start: int) -> None:
         parts = zip(requests, counts, scores_BR.split(heights, 1), kept_BR.split(heights, 1), strict=True)
         for request, count, scores, kept in parts:
-            _select(pattern, request.mask_RC is not None, scores, kept, count[start])
+            _select(pattern, request.mask_RC is not None, scores, kept, count[start // block])
 
     return select
 

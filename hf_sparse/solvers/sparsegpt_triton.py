@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..patterns.n_of_m import NOfM
+from .sparsegpt_select_triton import LowestScores
 
 
 MAX_BLOCK = 256
@@ -135,7 +136,7 @@ def eliminate(
     kept_CR: torch.Tensor,
     upper_CC: torch.Tensor,
     block: int,
-    select_block: Callable[[torch.Tensor, torch.Tensor, int], None] | None = None,
+    select_block: Callable[[torch.Tensor, torch.Tensor, int], None] | LowestScores | None = None,
     group: NOfM | None = None,
 ) -> None:
     """Overwrites `weight_CR` with the solution and `kept_CR` with the selected mask.
@@ -145,7 +146,8 @@ def eliminate(
         kept_CR: bool, contiguous.
         upper_CC: R of `HessianFactor`, float32.
         block: columns that are eliminated together, at most `MAX_BLOCK`; with `group` a multiple of its size.
-        select_block: clears pruned weights in a block of the mask, from its scores (B, R) and its first column.
+        select_block: clears pruned weights in a block of the mask, from its scores (B, R) and its first column; or
+            prunes the lowest scores.
         group: keep N of every M columns instead.
     """
     columns, rows = weight_CR.shape
@@ -161,9 +163,11 @@ def eliminate(
             if start > first:
                 changed_BR = torch.addmm(changed_BR, upper_CC[first:start, here].t(), change_CR[first:start])
             updated_BR = torch.addmm(weight_CR[here], inverse_t_BB, changed_BR)
-            if select_block is not None:
-                select_block((updated_BR * scale_B[:, None]).square_(), kept_CR[here], start)
             kept_BR = kept_CR[here].view(torch.uint8)
+            if isinstance(select_block, LowestScores):
+                select_block.prune(updated_BR, kept_BR, scale_B, start // block)
+            elif select_block is not None:
+                select_block((updated_BR * scale_B[:, None]).square_(), kept_CR[here], start)
             _launch((updated_BR, kept_BR, inverse_t_BB, scale_B, weight_CR[here], change_CR[here]), group)
         if last < columns:
             change_CR[last:].addmm_(upper_CC[first:last, last:].t(), change_CR[first:last])

@@ -619,7 +619,8 @@ def oneshot(setup: Setup, size: str, methods: list[tuple[str, str]], samples: in
 
 def build_kernels(setup: Setup) -> None:
     """Builds the kernels of SparseGPT, which takes time once on a machine."""
-    weight, gram = torch.randn(256, 256, device=setup.on.device), torch.eye(256, device=setup.on.device)
+    size = 256 if setup.tiny else 1024  # from 1024 inputs on blocks are as wide as in larger weights
+    weight, gram = torch.randn(size, size, device=setup.on.device), torch.eye(size, device=setup.on.device)
     start = time.perf_counter()
     for pattern in ("unstructured", "2:4"):
         SparseGPT().solve(weight, gram, get_pattern(pattern), 0.5)

@@ -170,6 +170,26 @@ def test_masks_of_thresholds(device, dtype):
             assert torch.equal(bits.cpu(), expected.to(torch.int8).neg())
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_lowest_scores_of_a_stack(device, masked):
+    from hf_sparse.solvers.sparsegpt_select_triton import LowestScores
+
+    heights, size = [5, 70, 33], 24
+    updated, scale = (values(size * sum(heights)) / 4).view(size, -1).clamp(-9, 9), values(size, seed=1).abs() + 0.5
+    kept = values(updated.numel(), seed=2).view(size, -1) > -0.5 if masked else updated == updated
+    scores = (updated * scale.clamp(max=4)[:, None]).square().masked_fill(~kept, -torch.inf)
+    parts = scores.split(heights, 1)
+    counts = [[max(int(share * part.numel()), int((part < 0).sum())) for part in parts] for share in (0, 0.3, 0.8, 1)]
+    lowest = LowestScores(heights, list(zip(*counts, strict=True)), device)
+    for block, numbers in enumerate(counts):
+        found = kept.to(device).to(torch.uint8)
+        lowest.prune(updated.to(device), found, scale.clamp(max=4).to(device), block)
+        for part, count, found_part, before in zip(parts, numbers, found.split(heights, 1), kept.split(heights, 1)):
+            flat = torch.ones(part.numel(), dtype=torch.bool)
+            flat[part.t().reshape(-1).sort(stable=True)[1][:count]] = False
+            assert torch.equal(found_part.cpu() != 0, flat.view(-1, size).t() & before)
+
+
 @pytest.mark.parametrize("units", [1, 5, 300, 1000])
 def test_masks_by_row(device, units):
     scores = values(6 * units, seed=units).view(6, units)
