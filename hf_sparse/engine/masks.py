@@ -94,16 +94,17 @@ class MaskStore(Mapping[str, torch.Tensor]):
     def enforce(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Sets pruned weights to +0.0 in place. Kept weights and parameters without a mask do not change."""
         together: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name in parameters.keys() & self._bits.keys():
-            weight = parameters[name].detach()
+        names = parameters.keys() & self._bits.keys()
+        kernel_devices = {device for device in {parameters[name].device for name in names} if has_kernels(device)}
+        for name in names:
+            weight = parameters[name]
             if not weight.is_contiguous():
-                weight.masked_fill_(self._bits[name].to(weight.device) == 0, 0)
-                continue
-            if has_kernels(weight.device):
+                weight.detach().masked_fill_(self._bits[name].to(weight.device) == 0, 0)
+            elif weight.device in kernel_devices:
                 together.append((weight, self._bits[name].to(weight.device)))
-                continue
-            for part, bits in self._parts(name, weight):
-                part.bitwise_and_(bits)
+            else:
+                for part, bits in self._parts(name, weight.detach()):
+                    part.bitwise_and_(bits)
         if together:
             from ..kernels.masks import enforce_masks
 

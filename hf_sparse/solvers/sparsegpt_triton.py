@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..kernels.lowest_scores import LowestScores
 from ..patterns.n_of_m import NOfM
-from .sparsegpt_select_triton import LowestScores
 
 
 MAX_BLOCK = 256

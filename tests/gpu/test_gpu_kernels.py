@@ -172,7 +172,7 @@ def test_masks_of_thresholds(device, dtype):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 def test_lowest_scores_of_a_stack(device, masked):
-    from hf_sparse.solvers.sparsegpt_select_triton import LowestScores
+    from hf_sparse.kernels.lowest_scores import LowestScores
 
     heights, size = [5, 70, 33], 24
     updated, scale = (values(size * sum(heights)) / 4).view(size, -1).clamp(-9, 9), values(size, seed=1).abs() + 0.5

@@ -1,4 +1,4 @@
-"""The selection of SparseGPT on GPUs: the lowest scores of each weight of a stack, in a block of columns.
+"""Kernels for the selection of SparseGPT: the lowest scores of each weight of a stack, in a block of columns.
 
 The key of a score (x_j / U_jj)² is the bits of its float32, which are in the order of scores, plus 1; it is 0 where a
 weight is pruned already. The k-th lowest key is found digit by digit, from histograms that the host does not wait for.
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..kernels.tensor_table import to_device
+from .tensor_table import to_device
 
 
 _ROWS = 32  # of a tile
