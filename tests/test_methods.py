@@ -14,11 +14,18 @@ from hf_sparse.solvers.sparsegpt import SparseGPT
 
 
 OPTIONS = {
-    "criterion": {"snip_momentum": {"decay": 1.0}},
+    "criterion": {"snip_momentum": {"decay": 1.0}, "obs": {"ridge": 0.2, "columns_at_once": 4}},
     "allocation": {"owl": {"m": 3.0, "lambda_": 0.2}},
-    "solver": {"sparsegpt": {"dampening": 0.1, "block_size": 64}},
+    "solver": {"sparsegpt": {"dampening": 0.1, "block_size": 64}, "lstsq": {"ridge": 0.2}},
 }
 """A valid value that is not the default, of every option of the methods of hf_sparse."""
+# Methods of coupled units, and what they are used with.
+WITH = {
+    "block_influence": {"pattern": "layer"},
+    "fluctuation": {"pattern": "neuron", "scope": "layer"},
+    "obs": {"pattern": "neuron", "scope": "layer"},
+    "lstsq": {"pattern": "neuron", "scope": "layer"},
+}
 NAMED = [
     (family, name, OPTIONS[family].get(name, {})) for family, registry in METHODS.items() for name in registry.names()
 ]
@@ -46,7 +53,7 @@ def test_an_instance_is_its_name_and_options(family, name, kwargs, tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         instance.other = 1
 
-    target = {"target_sparsity": 0.5, "scope": "layer"}
+    target = {"target_sparsity": 0.5} | WITH.get(name, {"scope": "layer"})
     by_name = OneshotConfig(**target, **{family: name, f"{family}_kwargs": kwargs or None})
     by_instance = OneshotConfig(**target, **{family: instance})
     in_group = OneshotConfig(**target, groups={"a": {family: instance}})

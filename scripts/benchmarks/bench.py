@@ -8,7 +8,7 @@
     python scripts/benchmarks/bench.py oneshot              # one-shot pruning
     python scripts/benchmarks/bench.py structured           # a prune step of neurons and heads
 
-Each file describes its measurements; rank and nm are in kernels.py.
+Each file describes its measurements; rank and nm are in ranking.py.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from __future__ import annotations
 import argparse
 
 import dist
-import kernels
 import oneshot
+import ranking
 import step
 import structured
 
 
 # Name: summary, options, and function.
 BENCHES = {
-    "rank": ("Exact selection, in reads of the weights.", kernels.add_arguments, kernels.rank),
-    "nm": ("2:4 masks, in reads of the weights.", kernels.add_layer, kernels.nm),
+    "rank": ("Exact selection, in reads of the weights.", ranking.add_arguments, ranking.rank),
+    "nm": ("2:4 masks, in reads of the weights.", ranking.add_layer, ranking.nm),
     **{
         name: (module.__doc__.splitlines()[0], module.add_arguments, module.run)
         for name, module in {"step": step, "dist": dist, "oneshot": oneshot, "structured": structured}.items()
