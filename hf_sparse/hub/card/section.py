@@ -80,7 +80,7 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
         "version": escape(card.version),
         "processes": f", on {card.processes} processes" if card.processes > 1 else "",
         "command": code_block(card.command, "bash") if card.command else None,
-        "options": _options(card.config, card.oneshot),
+        "options": _options(card),
         "limits": [*_limits(card)],
     }
 
@@ -251,9 +251,12 @@ def _fine_tuning(card: SparsityCard) -> str:
     return code_block(code, "python")
 
 
-def _options(config: dict[str, Any], oneshot: bool) -> str:
+def _options(card: SparsityCard) -> str:
     """Returns a recipe file with the options that differ from their defaults."""
-    defaults = (OneshotConfig if oneshot else PruningConfig)().to_dict()
+    config, defaults = card.config, (OneshotConfig if card.oneshot else PruningConfig)().to_dict()
+    if card.oneshot and not any(getattr(_find_pattern(text), "coupled_kind", None) for text in card.patterns):
+        # What leaving it out means here. Version 0.1.0 wrote it into every file.
+        defaults["forwards"] = config.get("forwards") if config.get("forwards") == 2 else None
     given = {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
     return code_block(yaml_dump(given, sort_keys=False) if given else "{}", "yaml")
 
