@@ -71,8 +71,8 @@ def shrink(
         multiple_of: FFN widths that change become multiples of it, rounded up. Widths of fused experts are also
             multiples of 16 bytes.
         heterogeneous: whether every layer may have a size of its own, and all zero units are removed, also those that
-            the config cannot express, such as heads of BERT. A saved model then opens only after
-            `import hf_sparse`; without it, `from_pretrained` fails with an error.
+            the config cannot express, such as heads of BERT, where that makes the model smaller. A saved model then
+            opens only after `import hf_sparse`; without it, `from_pretrained` fails with an error.
         verify: whether to compare both models on a small random batch.
 
     Raises:
@@ -116,7 +116,12 @@ def _reduce(
         else:
             remove_units(reduction, kind, multiple_of)
     reduction.is_uneven = bool(sizes)
-    return reduction, SmallerModel(reduction), sizes
+    smaller = SmallerModel(reduction)
+    if sizes:
+        plain = _reduce(model, layers, experts, multiple_of, heterogeneous=False)
+        if plain[1].count() == smaller.count():  # All layers have one size, which the config can express.
+            return plain
+    return reduction, smaller, sizes
 
 
 def _set_sizes(shrunk: nn.Module, sizes: dict[str, tuple[UnitGroup, int]], reduction: Reduction) -> None:

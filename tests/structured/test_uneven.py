@@ -56,6 +56,15 @@ def test_each_layer_keeps_what_it_uses(name, tmp_path):
     assert hf_sparse.plan_shrink(model, heterogeneous=True).kept == ()
 
 
+def test_sizes_that_the_config_can_express_stay_plain():
+    model = ARCHITECTURES["bert"].model()
+    with torch.no_grad():
+        for block in model.bert.encoder.layer:
+            block.output.dense.weight[:, :8] = 0
+    shrunk = hf_sparse.shrink(model, heterogeneous=True)
+    assert shrunk.config.intermediate_size == 16 and not hasattr(shrunk.config, "quantization_config")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A classifier with layers of different sizes, and a tokenizer."""
