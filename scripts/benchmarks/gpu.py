@@ -37,7 +37,7 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_sparse import OneshotConfig, Pruner, PruningConfig, accelerate_2of4, prune_oneshot
+from hf_sparse import OneshotConfig, Pruner, PruningConfig, accelerate_2of4, prune_oneshot, shrink
 from hf_sparse.numerics import chunk_size
 from hf_sparse.oneshot.layerwise import LayerPruner
 from hf_sparse.oneshot.observers import InputObserver
@@ -82,12 +82,12 @@ MODELS = {
 MB = 1e6
 NOTES = (
     "Weights are random (a model from its config): sparsities and speeds are those of any weights, errors are not.",
-    "Not measured: the speed of models that are physically smaller, which the package cannot make yet.",
 )
 
 
 # What the table of the main figures has, as patterns of names of rows.
 SUMMARY = (
+    "1B, half of neurons and KV groups removed, 8 x 2048*",
     "copy on the device*",
     "exact global selection, 50%",
     "exact global selection, 50%: peak*",
@@ -737,6 +737,27 @@ def semi_structured_speed(setup: Setup, rows: int, columns: int, tokens: int, gr
     return {"tokens": tokens, "dense": speed.dense, "sparse": speed.sparse, "speedup": f"{speed.speedup:.2f}x"}
 
 
+@torch.no_grad()
+def measure_shrunk_model(setup: Setup) -> None:
+    """Speed of the 1B model without half of its neurons and key-value groups, which are removed."""
+    on, report, dense = setup.on, setup.report, setup.model("1B")
+    groups = {"neurons": {"pattern": "neuron"}, "heads": {"pattern": "head"}}
+    Pruner(dense, PruningConfig(target_sparsity=0.5, criterion="magnitude", groups=groups)).update(1, 1)
+    start = time.perf_counter()
+    small = shrink(dense)
+    report.row("1B: shrinking, with a comparison of outputs", f"{time.perf_counter() - start:.1f} s")
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (dense, small)]
+    report.row("1B: parameters, dense and shrunk", f"{sizes[0] / 1e6:.0f}M, {sizes[1] / 1e6:.0f}M")
+    for batch, length in [(2, 16)] if setup.tiny else [(64, 1), (1, 512), (8, 2048)]:
+        ids = setup.tokens(batch, length).to(on.device)
+        times = [on.seconds(lambda model=model: model(ids, use_cache=False)) for model in (dense, small)]
+        report.results[f"shrunk {batch} x {length}"] = times
+        report.row(
+            f"1B, half of neurons and KV groups removed, {batch} x {length} tokens",
+            f"{times[1] / times[0]:.2f} of the dense time ({times[1] * 1e3:.1f} ms)",
+        )
+
+
 def measure_semi_structured_model(setup: Setup) -> None:
     """Speed of the whole 1B model after accelerate_2of4."""
     report, model = setup.report, setup.model("1B")
@@ -799,6 +820,7 @@ SECTIONS: dict[str, tuple[Callable[[Setup], None], float]] = {
     "oneshot_1b": (measure_oneshot_1b, 60),
     "semi_structured": (measure_semi_structured, 45),
     "semi_structured_model": (measure_semi_structured_model, 30),
+    "shrunk_model": (measure_shrunk_model, 30),
     "offload": (measure_offload, 45),
     "oneshot_7b": (measure_oneshot_7b, 90),
 }
