@@ -45,7 +45,9 @@ logger = logging.getLogger(__name__)
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels of this room run on `device`. On CUDA it must be the current device, which Triton launches
     on."""
-    if device.type not in KERNEL_DEVICES or (device.type == "cuda" and device.index != torch.cuda.current_device()):
+    if device.type not in KERNEL_DEVICES:
+        return False
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         return False
     return _can_run(device)
 

@@ -87,7 +87,7 @@ NOTES = (
 
 # What the table of the main figures has, as patterns of names of rows.
 SUMMARY = (
-    "1B, half of neurons and KV groups removed, 8 x 2048*",
+    "1B, half of neurons*",
     "copy on the device*",
     "exact global selection, 50%",
     "exact global selection, 50%: peak*",

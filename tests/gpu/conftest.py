@@ -14,11 +14,13 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.fixture(autouse=True)
 def environment():
-    """Trainer and accelerate set variables for FSDP, which programs that other tests start would inherit."""
-    before = dict(os.environ)
+    """Trainer and accelerate set variables for FSDP, which programs that other tests start would inherit, and TF32 for
+    compiled models, which would make products of float32 coarser."""
+    before, allows_tf32 = dict(os.environ), torch.backends.cuda.matmul.allow_tf32
     yield
     os.environ.clear()
     os.environ.update(before)
+    torch.backends.cuda.matmul.allow_tf32 = allows_tf32
 
 
 interprets = os.environ.get("TRITON_INTERPRET") == "1"
