@@ -205,14 +205,14 @@ def test_configs_work_or_are_refused(options, others):
 
 
 @pytest.mark.slow
-@many(1_500)
+@many(400)
 @given(options=combinations(OneshotConfig))
 def test_many_oneshot_options_work_or_are_refused(options):
     check_oneshot(options)
 
 
 @pytest.mark.slow
-@many(600)
+@many(200)
 @given(options=combinations(PruningConfig))
 def test_many_training_options_work_or_are_refused(options, tmp_path):
     check_training(options, tmp_path)

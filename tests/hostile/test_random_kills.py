@@ -109,9 +109,9 @@ def test_oneshot_pruning_killed_at_random_events_ends_the_same(processes, tmp_pa
 
 @pytest.mark.slow
 def test_training_killed_at_many_random_events_ends_the_same(processes, tmp_path):
-    check_training(processes, tmp_path, range(100, 150))
+    check_training(processes, tmp_path, range(100, 120))
 
 
 @pytest.mark.slow
 def test_oneshot_pruning_killed_at_many_random_events_ends_the_same(processes, tmp_path):
-    check_oneshot(processes, tmp_path, range(100, 150))
+    check_oneshot(processes, tmp_path, range(100, 120))
