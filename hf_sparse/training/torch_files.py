@@ -33,7 +33,11 @@ def is_damaged_archive(path: Path) -> bool:
                     # A checksum of 0 means that torch.serialization.set_crc32_options(False) is in force.
                     if member.file_size <= _MAX_CHECKED and member.CRC:
                         opened.read()
-            odd = [member for member in members if member.compress_type or member.volume or member.comment]
+            odd = [
+                member
+                for member in members
+                if member.compress_type or member.volume or member.comment or member.compress_size != member.file_size
+            ]
             if odd or not _is_whole_directory(path, archive.start_dir, len(members)):
                 return True
             return not any(member.filename.endswith("/data.pkl") for member in members)

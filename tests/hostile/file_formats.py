@@ -158,7 +158,7 @@ def write_index_of_checkpoint(folder: Path) -> Path:
 
 
 def seal(tensors: dict[str, torch.Tensor], values: dict) -> None:
-    del values["checksum"]
+    values.pop("checksum", None)
     values["checksum"] = checksum(tensors, values)
 
 

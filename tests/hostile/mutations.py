@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -54,13 +55,13 @@ def mutate_json(value: Any, chance: random.Random) -> str:
         container, key = chance.choice(list(places(root)))
         action = chance.random()
         if action < 0.6 or container is root:
-            container[key] = chance.choice(VALUES)
+            container[key] = copy.deepcopy(chance.choice(VALUES))
         elif action < 0.8:
             del container[key]
         elif isinstance(container, dict):
             container[chance.choice(("x", "", "@", f"{key} ", *container))] = container.pop(key)
         else:
-            container.insert(0, container[key])
+            container.insert(0, copy.deepcopy(container[key]))
     text = to_text(root[0])
     return repeat_a_key(text, chance) if chance.random() < 0.1 else text
 
@@ -147,7 +148,7 @@ def mutate_tensor_file(key: str | None = None, seal: Seal | None = None) -> Call
                 values = json.loads(text)
                 seal(tensors, values)
                 text = json.dumps(values)
-            except (ValueError, TypeError, RecursionError):
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 pass  # nothing that could have a checksum
         return save(tensors, {"format": "pt", key: text.encode("utf-8", errors="replace").decode()})
 
