@@ -57,12 +57,10 @@ class CoupledParameterGroup(ParameterGroup):
         if not self.target:
             return 0.0  # Only the zeros that the weights had at the start are kept.
         ratio, known = self._start_prune_step(prune_step, total_steps, masks, statistics)
-        if self.criterion is None:
-            raise ValueError(
-                f'group "{self.name}" has no criterion: solver "{self.options.solver_name}" selects the units'
-            )
         bits = self._bits(masks)
-        scores = score_units(self.units, self.criterion, self._weights(shards), bits, known, self.communicator)
+        scores = score_units(
+            self.units, self.required_criterion, self._weights(shards), bits, known, self.communicator
+        )
         names = [f'"{group.name}"' for group, score_U in zip(self.units, scores, strict=True) if score_U.isnan().any()]
         if names:
             raise ValueError(

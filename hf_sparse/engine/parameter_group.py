@@ -80,6 +80,19 @@ class ParameterGroup:
         """Whether the criterion sums over gradients."""
         return bool(self.options.requires & Requires.GRADIENTS)
 
+    @property
+    def required_criterion(self) -> Criterion:
+        """The criterion of a group that is pruned by scores.
+
+        Raises:
+            ValueError: the solver selects the pruned units.
+        """
+        if self.criterion is None:
+            raise ValueError(
+                f'group "{self.name}" has no criterion: solver "{self.options.solver_name}" selects the units'
+            )
+        return self.criterion
+
     def observe(self, shards: Mapping[str, Shard]) -> None:
         """Adds the gradients of one optimizer step to the statistics. A weight without a gradient adds nothing."""
         if not isinstance(self.criterion, GradientCriterion):
@@ -202,12 +215,9 @@ class ParameterGroup:
     def _layer_scores(
         self, layer: PrunableLayer, shard: Shard, masks: MaskStore, statistic: torch.Tensor | None
     ) -> LayerScores:
-        if self.criterion is None:
-            raise ValueError(
-                f'group "{self.name}" has no criterion: solver "{self.options.solver_name}" selects the units'
-            )
         bits, by_row = masks.bits(layer.name), self.scope == "row"
-        return LayerScores(layer, self.criterion, self.pattern, shard, bits, statistic, by_row, self.communicator)
+        rest = shard, bits, statistic, by_row, self.communicator
+        return LayerScores(layer, self.required_criterion, self.pattern, *rest)
 
     # The number of units to prune in each layer
 

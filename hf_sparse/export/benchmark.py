@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import string
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 
 from ..hub.loading import load_model
 from ..optional_packages import require
@@ -40,6 +42,7 @@ from .runtimes import (
 )
 
 
+_LABELS = string.ascii_uppercase
 _WARM_UP, _MIN_ROUNDS, _MAX_ROUNDS = 2, 5, 200
 
 
@@ -98,7 +101,7 @@ class BenchmarkResult:
         return asdict(self)
 
     def __str__(self) -> str:
-        labels = dict(zip((size.name for size in self.sizes), "ABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False))
+        labels = dict(zip((size.name for size in self.sizes), _LABELS, strict=False))
         sizes = [("", "model", "parameters", "file MB", "peak MB")]
         for size in self.sizes:
             parameters = "" if size.parameters is None else f"{size.parameters:,}"
@@ -168,6 +171,8 @@ def benchmark_models(
 def _check(models: Sequence[str], batch_sizes: Sequence[int], runtimes: Sequence[str] | None, device: str) -> None:
     if len(set(models)) != len(models):
         raise ValueError("a model is named twice: name each once.")
+    if len(models) > len(_LABELS):
+        raise ValueError(f"{len(models)} models are too many for one table: name at most {len(_LABELS)}.")
     for name in runtimes or ():
         if name not in PACKAGES:
             raise ValueError(f'runtime is "{name}": it must be one of {", ".join(PACKAGES)}.')
@@ -255,7 +260,8 @@ def _compare(times: dict[tuple[str, str], list[float]], batch_size: int) -> list
 
 
 def _measure_size(model: str, batch_size: int, length: int, device: str) -> ModelSize:
-    folder = Path(model)
+    # The files of a model on the Hub are in the cache since it was loaded.
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
     files = [file for ending in ("safetensors", "bin", "onnx", "data") for file in folder.glob(f"*.{ending}")]
     file_size = sum(file.stat().st_size for file in files if file.name != "training_args.bin")
     if exported_runtime(model):

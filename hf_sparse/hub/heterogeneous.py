@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..structured.uneven import QUANT_METHOD, apply_sizes
+from ..structured.uneven import QUANT_METHOD, SIZES_VERSION, apply_sizes
 
 
 class HeterogeneousConfig(QuantizationConfigMixin):
@@ -24,9 +24,13 @@ class HeterogeneousConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, shapes: dict[str, list[int]], attributes: dict[str, dict[str, int]], version: int = 1, **_: Any
+        self,
+        shapes: dict[str, list[int]],
+        attributes: dict[str, dict[str, int]],
+        version: int = SIZES_VERSION,
+        **_: Any,
     ):
-        if version != 1:
+        if version != SIZES_VERSION:
             raise ValueError(f"the sizes of this model are of version {version}: it needs a newer hf_sparse.")
         if not isinstance(shapes, dict) or not isinstance(attributes, dict):
             raise ValueError(f'"quantization_config" in config.json is damaged: {type(shapes)}, {type(attributes)}.')

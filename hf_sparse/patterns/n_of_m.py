@@ -43,6 +43,7 @@ class NOfM(Pattern):
 
     @property
     def n_of_m(self) -> tuple[int, int]:
+        """(N, M): the N highest scores of every M adjacent inputs are kept."""
         return self.keep, self.of
 
     @property

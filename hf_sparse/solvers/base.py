@@ -59,6 +59,19 @@ class PruneRequest:
             if not 0 <= self.sparsity <= most + 1e-9:
                 raise ValueError(f"sparsity is {self.sparsity}: it must be from 0 to {most:g} with {self.pattern}")
 
+    def required_mask(self, solver: str) -> torch.Tensor:
+        """Returns the mask, for a solver that selects no units.
+
+        Args:
+            solver: its registered name.
+
+        Raises:
+            ValueError: there is no mask, or a sparsity to select units for.
+        """
+        if self.mask_RC is None or self.sparsity is not None:
+            raise ValueError(f'solver "{solver}" selects no units itself: give it a mask, made by a criterion')
+        return self.mask_RC
+
 
 class Solver(ABC):
     """Computes the weights that remain after pruning.

@@ -73,13 +73,12 @@ class LeastSquares(Solver):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         solved = []
         for request in requests:
-            if request.mask_RC is None or request.sparsity is not None:
-                raise ValueError('solver "lstsq" selects no units itself: give it a mask, made by a criterion')
+            mask_RC = request.required_mask("lstsq")
             columns, inputs = request.weight_RC.shape[1], len(statistic.total)
             allowed = (inputs - 1, inputs) if isinstance(statistic, WeightedGram) else (inputs,)
             if columns not in allowed:
                 raise ValueError(f"the weight has {columns} inputs, but the Gram matrix is of {allowed[0]}")
-            solved.append((self._solve(request.weight_RC, request.mask_RC, statistic), request.mask_RC.clone()))
+            solved.append((self._solve(request.weight_RC, mask_RC, statistic), mask_RC.clone()))
         return solved
 
     def _solve(self, weight_RC: torch.Tensor, mask_RC: torch.Tensor, statistic: GramMatrix) -> torch.Tensor:

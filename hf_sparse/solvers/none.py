@@ -26,7 +26,6 @@ class NoUpdate(Solver):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         solved = []
         for request in requests:
-            if request.mask_RC is None or request.sparsity is not None:
-                raise ValueError('solver "none" selects no units itself: give it a mask, made by a criterion')
-            solved.append((torch.where(request.mask_RC, request.weight_RC.detach(), 0.0), request.mask_RC.clone()))
+            mask_RC = request.required_mask("none")
+            solved.append((torch.where(mask_RC, request.weight_RC.detach(), 0.0), mask_RC.clone()))
         return solved

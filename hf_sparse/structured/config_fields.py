@@ -187,7 +187,10 @@ def _sections(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def table_obstacle(model: nn.Module, group: UnitGroup) -> str | None:
-    """Returns why the units of a group cannot be removed, as far as the table says, and what to do instead."""
+    """Returns why units of a group cannot be removed, by what `CONFIG_FIELDS` says of the model type, and the remedy.
+
+    Returns: None if the table names no obstacle, also for model types that it does not have.
+    """
     stack = find_stack(model, group.name)
     if stack is None:
         return f"no config of {type(model).__name__} belongs to {group.name} alone."

@@ -13,7 +13,14 @@ from .build import SmallerModel, check_model, smaller_name
 from .expert_removal import ExpertsToKeep, remove_experts
 from .plan import ShrinkPlan
 from .reduction import Reduction, ShrinkError
-from .uneven import QUANT_METHOD, describe_sizes, remove_units_by_layer, set_head_counts, set_layer_sizes
+from .uneven import (
+    QUANT_METHOD,
+    SIZES_VERSION,
+    describe_sizes,
+    remove_units_by_layer,
+    set_head_counts,
+    set_layer_sizes,
+)
 from .unit_removal import remove_units
 from .verify import verify_shrunk
 
@@ -137,7 +144,11 @@ def _set_sizes(shrunk: nn.Module, sizes: dict[str, tuple[UnitGroup, int]], reduc
         renamed[name] = replace(group, slices=tuple(slices)), kept
     set_head_counts(shrunk, {name: size for name, size in renamed.items() if size[0].kind == "head"})
     transformer: Any = shrunk
-    transformer.config.quantization_config = {"quant_method": QUANT_METHOD, "version": 1, **describe_sizes(shrunk)}
+    transformer.config.quantization_config = {
+        "quant_method": QUANT_METHOD,
+        "version": SIZES_VERSION,
+        **describe_sizes(shrunk),
+    }
 
 
 def _plan(reduction: Reduction, smaller: SmallerModel) -> ShrinkPlan:

@@ -25,6 +25,9 @@ QUANT_METHOD = "hf_sparse"
 """What `quantization_config` in config.json names: transformers then asks for a quantizer of this name, and refuses to
 load the model where there is none."""
 
+SIZES_VERSION = 1
+"""Version of what `describe_sizes` returns, in config.json."""
+
 _HEADS = ("num_attention_heads", "num_heads", "n_heads")
 _KV_HEADS = ("num_key_value_heads",)
 _ALL_HEADS_SIZE = ("all_head_size", "inner_dim", "split_size")
@@ -92,7 +95,7 @@ def set_head_counts(model: nn.Module, sizes: Mapping[str, tuple[UnitGroup, int]]
 
 
 def describe_sizes(model: nn.Module) -> dict[str, Any]:
-    """Returns how a model differs in size from one that is built from its config.
+    """Returns how a model differs in size from one that is built from its config, for `apply_sizes`.
 
     Returns:
         "shapes": name of each parameter of another shape -> its shape; "attributes": name of each module -> its
