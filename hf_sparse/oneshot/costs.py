@@ -6,8 +6,9 @@ Shapes: T tokens, C inputs of a weight, R rows of all weights that share an inpu
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..distributed import input_device
 from ..model.evaluation_mode import evaluation_mode
 from ..model.layers import PrunableLayer
 from ..requires import Requires
+from ..solvers import Solver
 from .observers import SAMPLE
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
@@ -99,6 +101,7 @@ class _SharedInput:
         columns: C.
         rows: R.
         gram: whether its statistic is a Gram matrix.
+        solver_rows: the solvers, and for each the rows of its weights.
         experts: the number of inputs, one for each expert; 1 for other layers.
         token_share: the share of the tokens that reaches each expert.
         weighted: whether outputs are computed again to weight the tokens.
@@ -109,6 +112,7 @@ class _SharedInput:
     columns: int
     rows: int
     gram: bool
+    solver_rows: Mapping[Solver, int] = field(default_factory=dict)
     experts: int = 1
     token_share: float = 1.0
     weighted: bool = False
@@ -127,10 +131,13 @@ class _SharedInput:
         return 2 * self.columns * self.rows
 
     def operations(self, tokens: float) -> tuple[float, float]:
-        """Multiply-adds of its statistic (half a square) and of pruning (Cholesky factor, elimination, ranking)."""
+        """Multiply-adds of its statistic (half a square) and of pruning (solving, ranking)."""
         statistic = tokens * self.token_share * self.columns * (self.columns if self.gram else _NORM_OPERATIONS)
         statistic += tokens * self.token_share * self.columns * self.rows * self.weighted
-        solving = self.columns**3 / 3 + self.rows * self.columns**2 if self.gram else 0.0
+        solving = sum(
+            solver.factor_operations(self.columns) + solver.operations(rows, self.columns)
+            for solver, rows in self.solver_rows.items()
+        )
         # Of the greedy removal an inverse, and the products that update it and the weights.
         solving += self.greedy * self.columns**2 * (2 * self.columns + self.rows)
         ranking = RANKING_OPERATIONS * self.rows * self.columns
@@ -227,13 +234,24 @@ def _shared_inputs(run: PreparedRun, trace: ModelTrace) -> list[_SharedInput]:
             experts = layer.shape[0]
             share = min(1.0, experts_per_token / experts)
             kinds = _unit_costs(units.get(layer.name))
-            inputs.append(_SharedInput(subgraph.name, columns, rows, layer in gram_layers, experts, share, *kinds))
+            solvers = _solver_rows(run, [layer])
+            inputs.append(
+                _SharedInput(subgraph.name, columns, rows, layer in gram_layers, solvers, experts, share, *kinds)
+            )
         for layers in readers.values():
             rows = sum(layer.matrix_shape[0] for layer in layers)
             gram = not gram_layers.isdisjoint(layers)
-            kinds = _unit_costs(units.get(layers[0].name))
-            inputs.append(_SharedInput(subgraph.name, layers[0].matrix_shape[2], rows, gram, 1, 1.0, *kinds))
+            kinds, columns = _unit_costs(units.get(layers[0].name)), layers[0].matrix_shape[2]
+            inputs.append(_SharedInput(subgraph.name, columns, rows, gram, _solver_rows(run, layers), 1, 1.0, *kinds))
     return inputs
+
+
+def _solver_rows(run: PreparedRun, layers: Sequence[PrunableLayer]) -> dict[Solver, int]:
+    """The solvers of layers that share an input, and for each the rows of its weights."""
+    rows: Counter[Solver] = Counter()
+    for layer in layers:
+        rows[run.group_of[layer.name].options.solver] += layer.matrix_shape[0]
+    return dict(rows)
 
 
 def _unit_costs(reader: UnitReader | None) -> tuple[bool, bool]:

@@ -102,6 +102,16 @@ class Solver(ABC):
         """Returns what `solve_batched` takes as `statistic` for all weights with this input, computed once."""
         return gram
 
+    def factor_operations(self, columns: int) -> float:
+        """Returns the number of multiply-adds of `prepare`, for plans: by default those of a Cholesky factor if the
+        Gram matrix is required."""
+        return columns**3 / 3 if self.requires & Requires.GRAM else 0.0
+
+    def operations(self, rows: int, columns: int) -> float:
+        """Returns the number of multiply-adds of `solve_batched` for matrices of so many rows together, for plans: by
+        default those of a product with a factor if the Gram matrix is required."""
+        return float(rows * columns**2) if self.requires & Requires.GRAM else 0.0
+
     def solve(
         self,
         weight_RC: torch.Tensor,

@@ -68,6 +68,13 @@ class LeastSquares(Solver):
     def needs_full_rank(self) -> bool:
         return self.ridge == 0
 
+    def factor_operations(self, columns: int) -> float:
+        return 0.0
+
+    def operations(self, rows: int, columns: int) -> float:
+        # One factor for whole columns, which is that of the kept inputs: at most all.
+        return columns**3 / 3 + rows * columns**2
+
     def solve_batched(
         self, requests: Sequence[PruneRequest], statistic: Any = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -128,3 +128,14 @@ def test_output_energy_is_the_sum_over_tokens():
     gram = GramMatrix(9)
     gram.observe(x)
     assert output_energy(weight, gram) == pytest.approx(float((x @ weight.t()).square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SOLVERS.names())
+def test_the_operations_of_plans_are_finite_and_grow_with_the_matrix(name):
+    solver = SOLVERS.create(name)
+    small, wide, high = (
+        solver.factor_operations(columns) + solver.operations(rows, columns)
+        for rows, columns in ((8, 16), (8, 32), (16, 16))
+    )
+    assert 0 <= small <= high <= wide < float("inf")
+    assert (small < high) == solver.updates

@@ -10,6 +10,8 @@ from helpers.tiny_texts import WORDS, llama
 from hf_sparse import OneshotConfig, PruningConfigError, plan_oneshot, prune_oneshot
 from hf_sparse.oneshot import costs
 from hf_sparse.oneshot.prepare import prepare_run
+from hf_sparse.solvers.none import NoUpdate
+from hf_sparse.solvers.sparsegpt import SparseGPT
 
 
 BATCHES = [
@@ -119,6 +121,19 @@ def test_time_grows_with_the_data_and_the_forwards():
     assert costs._forward_seconds(run, trace, 3.0, 1.0) == pytest.approx(3.0 + 3 * 1.0)
     small, large = (costs._SharedInput("block", 64, 32, gram=True).operations(tokens) for tokens in (1000, 3000))
     assert large[0] == 3 * small[0] == 3 * 1000 * 64 * 64 and large[1] == small[1]
+
+
+def test_the_operations_of_a_solver_are_counted_once_per_input(monkeypatch):
+    """Query, key and value share a factor, and so do gate and up; the other two have their own."""
+    monkeypatch.setattr(SparseGPT, "factor_operations", lambda self, columns: 1e6 * columns)
+    monkeypatch.setattr(SparseGPT, "operations", lambda self, rows, columns: 1e9 * rows)
+    shapes = [(3 * 16, 16), (16, 16), (2 * 32, 16), (16, 32)]
+    for solver, factors in ((SparseGPT(), 1), (NoUpdate(), 0)):
+        run = prepare_run(llama(1), BATCHES, OneshotConfig(target_sparsity=0.5, solver=solver, criterion="wanda"))
+        found = [shared.operations(0)[1] for shared in costs._shared_inputs(run, run.trace())]
+        ranking = [costs.RANKING_OPERATIONS * rows * columns for rows, columns in shapes]
+        solving = [factors * (1e6 * columns + 1e9 * rows) for rows, columns in shapes]
+        assert found == [sum(both) for both in zip(ranking, solving, strict=True)]
 
 
 def test_a_plan_raises_the_errors_of_a_run():

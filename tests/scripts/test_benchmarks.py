@@ -118,6 +118,37 @@ def test_the_quality_of_structured_pruning_is_printed(tmp_path, capsys, monkeypa
     last_lines(capsys.readouterr().out, rows)
 
 
+def test_the_quality_of_methods_is_measured_once_per_row(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+    quality = importlib.import_module("oneshot_quality")
+    model = save(tmp_path / "model", classifier(), bert_tokenizer())
+    rows = [{"sentence": text, "label": number % 2} for number, text in enumerate(texts(12))]
+    files = [write_rows(tmp_path / name, rows) for name in ("train.json", "dev.json", "test.json")]
+    options = ["--samples", "8", "--length", "8", "--output", str(tmp_path / "rows.jsonl")]
+    options += ["--part", 'layer={"scope": "layer"}', "--methods", "magnitude", "wanda+layer"]
+    quality.main([model, *files, "--targets", "25%", *options])
+    number = r"[\d.]+"
+    printed = [
+        rf"\| {t} \| {m} \|( {number} \|){{4}} {s} \|"
+        for t, m, s in (
+            ("25%", "magnitude", "25.00%"),
+            (r"25%", r"wanda\+layer", "25.00%"),
+            ("2:4", "magnitude", "50.00%"),
+            ("2:4", r"wanda\+layer", "50.00%"),
+        )
+    ]
+    last_lines(capsys.readouterr().out, printed[:2])
+    stored = (tmp_path / "rows.jsonl").read_text()
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"target": ')  # cut off
+    quality.main([model, *files, "--targets", "25%", "2:4", *options])
+    last_lines(capsys.readouterr().out, printed)
+    assert (tmp_path / "rows.jsonl").read_text().startswith(stored)
+    assert len(quality.read_rows(tmp_path / "rows.jsonl")) == 4
+    with pytest.raises(SystemExit, match='"wande" is no part of a method: known are magnitude'):
+        quality.main([model, *files, "--methods", "wande"])
+
+
 def test_no_benchmark_is_left_out(bench):
     assert BENCHES.keys() == bench.BENCHES.keys()
 
