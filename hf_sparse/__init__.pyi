@@ -1,8 +1,11 @@
 # The public names and where they come from: type checkers read this, and __init__.py does.
 from .allocations import Allocation, register_allocation
+from .calibration.masking import mask_tokens
+from .calibration.text_batches import evaluation_batches
 from .config import OneshotConfig, PruningConfig, PruningConfigError
 from .criteria import Criterion, GradientCriterion, register_criterion
 from .engine.pruner import Pruner
+from .evaluation import reference_outputs
 from .export.semi_structured import accelerate_2of4
 from .hub.shrinking import shrink_checkpoint
 from .hub.upload import UploadError
@@ -68,14 +71,17 @@ __all__ = [
     "calibration_batches",
     "compare_checkpoints",
     "evaluate_model",
+    "evaluation_batches",
     "get_scheduler",
     "inspect_checkpoint",
     "load_plugin",
+    "mask_tokens",
     "merge_and_unload",
     "merged_adapter",
     "plan_oneshot",
     "plan_shrink",
     "prune_oneshot",
+    "reference_outputs",
     "register_allocation",
     "register_criterion",
     "register_curve",

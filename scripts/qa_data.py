@@ -1,10 +1,11 @@
 """Reads questions in the SQuAD formats and splits their contexts into overlapping windows."""
 
-import json
 from pathlib import Path
 
 from _data import TABLE_FILES, check_columns, check_files, load_files
 from datasets import Dataset, DatasetDict
+
+from hf_sparse.calibration.questions import answer_tokens, no_answer_position, parse_answers, read_wrapped_rows
 
 
 def load_qa_files(files: dict[str, str | None], cache_dir: str | None = None) -> DatasetDict:
@@ -14,7 +15,7 @@ def load_qa_files(files: dict[str, str | None], cache_dir: str | None = None) ->
     """
     splits = DatasetDict()
     for split, path in check_files(files, TABLE_FILES).items():
-        rows = _wrapped_rows(path) if path.suffix.lower() == ".json" else None
+        rows = read_wrapped_rows(path) if path.suffix.lower() == ".json" else None
         if rows is None:
             dataset = load_files({split: str(path)}, cache_dir=cache_dir)[split]
         elif rows:
@@ -27,53 +28,11 @@ def load_qa_files(files: dict[str, str | None], cache_dir: str | None = None) ->
     return splits
 
 
-def _wrapped_rows(path: Path) -> list[dict] | None:
-    """Returns the rows under "data" of a JSON file, or None if the file is a plain list or JSON lines."""
-    with open(path, encoding="utf-8") as file:
-        if '"data"' not in file.read(4096):
-            return None
-        file.seek(0)
-        try:
-            content = json.load(file)
-        except json.JSONDecodeError:
-            return None
-    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        return None
-    data = content["data"]
-    return flatten_squad(data) if data and "paragraphs" in data[0] else data
-
-
-def flatten_squad(articles: list[dict]) -> list[dict]:
-    """Returns one row per question from the nested articles and paragraphs of SQuAD."""
-    rows = []
-    for article in articles:
-        for paragraph in article["paragraphs"]:
-            for question in paragraph["qas"]:
-                answers = question.get("answers", [])
-                rows.append(
-                    {
-                        "id": question["id"],
-                        "title": article.get("title", ""),
-                        "context": paragraph["context"],
-                        "question": question["question"],
-                        "answers": {
-                            "text": [answer["text"] for answer in answers],
-                            "answer_start": [answer["answer_start"] for answer in answers],
-                        },
-                    }
-                )
-    return rows
-
-
 def _parse_answers(text: str, path: Path) -> dict:
     try:
-        answers = json.loads(text)
-        return {"text": list(answers["text"]), "answer_start": [int(start) for start in answers["answer_start"]]}
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f'"{path}": the answers {text!r} are not JSON of the form {{"text": [...], "answer_start": [...]}}. '
-            "Write them so, or use a .json, .jsonl or .parquet file."
-        ) from error
+        return parse_answers(text)
+    except ValueError as error:
+        raise ValueError(f'"{path}": {error}') from error
 
 
 def check_questions(dataset: Dataset, split: str, may_be_unanswerable: bool) -> Dataset:
@@ -113,45 +72,24 @@ class Windows:
         pair = [[question.lstrip() for question in rows["question"]], rows["context"]]
         return self.tokenizer(*(pair if self.context_index == 1 else pair[::-1]), **self.options)
 
-    def null_index(self, input_ids: list[int]) -> int:
-        """Returns the position of the token for "no answer": the class token if there is one, else the first token."""
-        token = self.tokenizer.cls_token_id
-        return input_ids.index(token) if token in input_ids else 0
-
     def for_training(self, rows) -> dict:
         """Returns windows with the first and last token of the answer, or the no-answer token if it lies outside."""
         encoded = self.encode(rows)
         del encoded["offset_mapping"]
         starts, ends = [], []
         for window, row in enumerate(encoded.pop("overflow_to_sample_mapping")):
-            span = self.answer_tokens(encoded, window, rows["answers"][row], rows["context"][row])
-            first, last = span or (self.null_index(encoded["input_ids"][window]),) * 2
+            span = answer_tokens(encoded, window, rows["answers"][row], rows["context"][row], self.context_index)
+            first, last = span or (no_answer_position(self.tokenizer, encoded["input_ids"][window]),) * 2
             starts.append(first)
             ends.append(last)
         return dict(encoded) | {"start_positions": starts, "end_positions": ends}
-
-    def answer_tokens(self, encoded, window: int, answers: dict, context: str) -> tuple[int, int] | None:
-        """Returns the tokens of the first and last character of the first answer, or None if outside this window."""
-        if not answers["text"]:
-            return None
-        first = answers["answer_start"][0]
-        end = first + len(answers["text"][0])
-        # A space belongs to no token in most tokenizers.
-        while first < end and context[first : first + 1].isspace():
-            first += 1
-        while end > first and context[end - 1 : end].isspace():
-            end -= 1
-        if not 0 <= first < end <= len(context):
-            return None
-        tokens = [encoded.char_to_token(window, character, self.context_index) for character in (first, end - 1)]
-        return None if None in tokens else tuple(tokens)
 
     def for_evaluation(self, rows) -> dict:
         """Returns windows with the columns of `postprocess`; offsets outside the context are None."""
         encoded = self.encode(rows)
         samples = encoded.pop("overflow_to_sample_mapping")
         encoded["example_id"] = [rows["id"][row] for row in samples]
-        encoded["null_index"] = [self.null_index(ids) for ids in encoded["input_ids"]]
+        encoded["null_index"] = [no_answer_position(self.tokenizer, ids) for ids in encoded["input_ids"]]
         encoded["offset_mapping"] = [
             [
                 offset if sequence == self.context_index else None

@@ -7,7 +7,7 @@ Other models get rows: each is one text or one pair of texts, padded to the long
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from torch import nn
 
 from .batches import is_causal_lm
 from .data_files import format_names
-from .labels import LabelReader
-from .text_tables import find_text_columns, is_dataset, is_text, to_table
+from .masking import is_masked_lm, mask_token_id, mask_tokens
+from .rows import row_encoder
+from .text_tables import is_dataset, is_text, to_table
 
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def calibration_batches(
         seed: of the draw.
         text_column: the column of the texts, or both columns of pairs, also as "first,second". If None: "text",
             "sentence", or the only column of strings.
-        label_column: the column of a classifier's labels, or of an encoder-decoder's target texts. If None: "label"
-            or "labels", for classifiers.
+        label_column: the column of the labels or of an encoder-decoder's target texts, as in `evaluation_batches`.
         per_row: make each text a row of its own for causal language models as well.
         same_length: pad all batches to one length, as `forwards=1` needs.
 
@@ -88,6 +88,44 @@ def calibration_batches(
     return reader.sample(data, samples, seed)
 
 
+def evaluation_batches(
+    data: Dataset | Iterable[Any],
+    tokenizer: Any,
+    model: nn.Module,
+    *,
+    length: int,
+    samples: int | None = None,
+    batch_size: int = 8,
+    text_column: str | Sequence[str] | None = None,
+    label_column: str | None = None,
+    per_row: bool = False,
+) -> list[dict[str, torch.Tensor]]:
+    """Makes the batches of `evaluate_model` from texts: all of them in order, or the first `samples`.
+
+    Args:
+        data, tokenizer, model, length, batch_size, text_column, per_row: as in `calibration_batches`.
+        samples: the largest number of blocks or rows.
+        label_column: the column of the labels: of classifiers (None for "label" or "labels"), one for each word of
+            token classifiers, whose texts are lists of words ("labels", "label", "ner_tags" or "tags"), answers as in
+            SQuAD ("answers"), or target texts. Masked language models need none: `mask_tokens` makes them.
+
+    Raises:
+        ValueError: as `calibration_batches`, and if the tokenizer of a masked language model has no mask token.
+
+    Example:
+        >>> from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+        >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "once"]
+        >>> tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+        >>> sizes = {"hidden_size": 4, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 4}
+        >>> model = BertForMaskedLM(BertConfig(vocab_size=6, **sizes))
+        >>> (batch,) = evaluation_batches(["once"], tokenizer, model, length=5)
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[2, 4, 3]], [[-100, 5, -100]])
+    """
+    reader = TextReader(tokenizer, model, length, batch_size, text_column, label_column, per_row)
+    return reader.first(data, samples)
+
+
 class TextReader:
     """Makes batches from texts. The arguments are those of `calibration_batches`."""
 
@@ -108,7 +146,7 @@ class TextReader:
         self.per_row = per_row or not is_causal_lm(model)
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # any id will do, as padding is masked
         self._pad_token_id = next(token for token in candidates if token is not None)
-        self._labels = LabelReader(tokenizer, model, length)
+        self._rows, self._is_masked_lm = row_encoder(tokenizer, model, length), is_masked_lm(model)
         for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}: it must be {least} or more.")
@@ -138,34 +176,29 @@ class TextReader:
         return self._make_batches(drawn)
 
     def first(self, data: Dataset | Iterable[Any], limit: int | None = None) -> list[dict[str, torch.Tensor]]:
-        """Makes batches of the first `limit` blocks or rows of the data, of all if `limit` is None."""
+        """Makes batches of the first `limit` blocks or rows of the data, of all if `limit` is None.
+
+        They are to evaluate on: a masked language model gets masked tokens, with `labels`.
+        """
+        if self._is_masked_lm:
+            mask_token_id(self._tokenizer)  # raises if there is none, before the work
         rows = self._read_table(data)
         samples = (self._tokenize_rows if self.per_row else self._cut_blocks)(rows, range(len(rows)), limit)
         if not samples:
             unit = "row with text" if self.per_row else f"block of {self._length} tokens"
             raise ValueError(f"the {len(rows)} rows do not give one {unit}: give more text, or a smaller length.")
-        return self._make_batches(samples)
+        batches = self._make_batches(samples)
+        return mask_tokens(batches, self._tokenizer) if self._is_masked_lm else batches
 
     def _read_table(self, data: Dataset | Iterable[Any]) -> Dataset:
         """Returns a table of the columns of texts and labels, and stores their names."""
         rows, known_columns = (data, None) if is_dataset(data) else to_table(list(data))
-        self._text_columns = find_text_columns(rows, self._requested_text_column or known_columns)
-        if not self.per_row and len(self._text_columns) > 1:
-            raise ValueError(
-                f"pairs of texts ({format_names(self._text_columns)}) are not cut into blocks: name one text_column."
-            )
-        self._label_column = self._labels.find_column(rows, self._requested_label_column) if self.per_row else None
-        return rows.select_columns([*self._text_columns, *([self._label_column] if self._label_column else [])])
-
-    def _texts_of(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """Returns the text or pair of texts of a row, None if the first is empty."""
-        texts = tuple(row[name] for name in self._text_columns)
-        for text in texts:
-            if text is not None and not isinstance(text, str):
-                raise ValueError(
-                    f"a row of column {format_names(self._text_columns)} holds {text!r}: it must be text."
-                )
-        return tuple(text or "" for text in texts) if (texts[0] or "").strip() else None
+        text_column = self._requested_text_column or known_columns
+        columns = self._rows.choose_columns(rows, text_column, self._requested_label_column, self.per_row)
+        if not self.per_row and len(self._rows.text_columns) > 1:
+            names = format_names(self._rows.text_columns)
+            raise ValueError(f"pairs of texts ({names}) are not cut into blocks: name one text_column.")
+        return rows.select_columns(columns)
 
     def _tokenize_rows(self, rows: Dataset, indices: Sequence[int], limit: int | None) -> list[dict[str, Any]]:
         """Tokenizes the first `limit` rows with text, in the order of `indices`."""
@@ -173,12 +206,8 @@ class TextReader:
         for row in rows if isinstance(indices, range) else rows.select(indices):
             if len(samples) == limit:
                 break
-            texts = self._texts_of(row)
-            if texts is not None:
-                sample = dict(self._tokenizer(*texts, truncation=True, max_length=self._length))
-                sample.setdefault("attention_mask", [1] * len(sample["input_ids"]))
-                if self._label_column is not None:
-                    sample["labels"] = self._labels.read(row[self._label_column])
+            sample = self._rows.encode(row)
+            if sample is not None:
                 samples.append(sample)
         return samples
 
@@ -210,7 +239,7 @@ class TextReader:
     def _token_ids(self, rows: Dataset, indices: Sequence[int]) -> Iterator[list[int]]:
         remaining = iter(indices)
         while chunk := list(islice(remaining, _CHUNK)):
-            texts = [texts[0] for texts in map(self._texts_of, rows.select(chunk)) if texts is not None]
+            texts = [texts[0] for texts in map(self._rows.texts_of, rows.select(chunk)) if texts is not None]
             if texts:
                 # verbose=False: no warning about texts longer than the model's limit, as they are cut into blocks.
                 yield from self._tokenizer(texts, verbose=False)["input_ids"]
@@ -228,13 +257,18 @@ class TextReader:
         """Stacks samples to tensors, padded to `width` or to the longest of them."""
         labels = [sample.pop("labels") for sample in samples if "labels" in sample]
         width = width or max(len(sample["input_ids"]) for sample in samples)
+        columns = {name: [sample[name] for sample in samples] for name in samples[0]}
         batch = {
-            name: torch.tensor([sample[name] + [0] * (width - len(sample[name])) for sample in samples])
-            for name in samples[0]
+            name: torch.tensor([row + [0] * (width - len(row)) for row in values] if _are_lists(values) else values)
+            for name, values in columns.items()
         }
         if self.per_row:
             batch["input_ids"].masked_fill_(~batch["attention_mask"].bool(), self._pad_token_id)
-        return batch | ({"labels": self._labels.stack(labels)} if labels else {})
+        return batch | ({"labels": self._rows.stack_labels(labels, width)} if labels else {})
+
+
+def _are_lists(values: list[Any]) -> bool:
+    return isinstance(values[0], list)
 
 
 def max_positions(model: nn.Module, tokenizer: Any) -> int | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from .data_files import TABLE_FILES, format_names, import_datasets, load_files, load_from_hub
+from .questions import read_wrapped_rows
 
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ def load_texts(
     """Loads a table of texts from a file or from the Hub.
 
     Args:
-        file: .txt (one text per line), .json, .jsonl, .csv, .tsv or .parquet.
+        file: .txt (one text per line), .json, .jsonl, .csv, .tsv or .parquet. A .json file may hold {"data": [rows]},
+            or the nested paragraphs of SQuAD.
         dataset_name, dataset_config_name, split: of a data set on the Hub, in place of a file.
         streaming: read the first `MAX_STREAMED_ROWS` rows of the data set without downloading the others.
         cache_dir: folder of downloads and prepared data.
@@ -41,6 +44,8 @@ def load_texts(
     remedy = f"--{purpose}_file"
     if file is not None and dataset_name is None:
         options = {"keep_linebreaks": True} if str(file).lower().endswith(".txt") else {}
+        if str(file).lower().endswith(".json") and Path(file).is_file() and (wrapped := read_wrapped_rows(Path(file))):
+            return import_datasets().Dataset.from_list(wrapped)
         return load_files({purpose: file}, (*TABLE_FILES, "txt"), cache_dir, **options)[purpose]
     if dataset_name is None or file is not None:
         raise ValueError(

@@ -33,12 +33,14 @@ class OneshotArguments:
     streaming: bool = option(False, "Download only the first 10,000 rows of the split.")
     text_column: str | None = option(
         None,
-        'Column with the texts, or "first,second" for text pairs. Left out: text, sentence, or the only text column.',
+        'Column with the texts, or "first,second" for text pairs. Left out: text, sentence, or the only text column; '
+        "tokens, with lists of words, and question,context for models that read these.",
     )
     label_column: str | None = option(
         None,
-        "Column with the labels of a classifier or the target texts of an encoder-decoder model. Left out: label or "
-        "labels, for classifiers.",
+        "Column with the labels of a classifier, the labels of words, the answers to questions, or the target texts "
+        "of an encoder-decoder model. Left out: label or labels; for words also ner_tags or tags; for questions "
+        "answers, as in SQuAD.",
     )
     samples: int = option(128, "Number of calibration samples (blocks or rows), drawn from the whole data.")
     length: int = option(
@@ -53,7 +55,10 @@ class OneshotArguments:
     seed: int = option(0, "Random seed of the choice of samples.")
 
     eval: bool = option(
-        False, "Evaluate before and after pruning: perplexity of a causal language model, or accuracy of a classifier."
+        False,
+        "Evaluate before and after pruning: perplexity of a language model, accuracy or F1 of a classifier, "
+        "correlation of a regression model, exact match and F1 of answers to questions; of a model without a task "
+        "head the cosine similarity of its embeddings to those of the dense model.",
     )
     validation_file: str | None = option(None, "Evaluation texts: a file in one of the formats above.")
     validation_split: str = option("validation", "Evaluation split of the dataset, if there is no validation file.")

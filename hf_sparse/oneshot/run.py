@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from ..calibration.batches import count_tokens
+from ..calibration.data_files import BUILDERS, extension
 from ..calibration.text_batches import TextReader
 from ..calibration.text_tables import load_texts
 from ..config import OneshotConfig
 from ..distributed import get_communicator, init_distributed, raise_on_all_ranks
-from ..evaluation import evaluate_model, metric_for
+from ..evaluation import evaluate_model, metric_for, reference_outputs
 from ..files import (
     DENSE_RESULTS_FILE,
     LAYERS_PLOT_FILE,
@@ -43,11 +44,20 @@ logger = logging.getLogger(__name__)
 # The Hub's name of the task of each Auto class.
 _TASKS = {
     "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModel": "feature-extraction",
 }
+
+# Tasks of metrics that are no task of a whole model on the Hub any more.
+_NO_PIPELINE = ("text2text-generation",)
+
+# The main inputs of models that cannot read texts.
+_OTHER_INPUTS = ("pixel_values", "input_values", "input_features")
 
 # The arguments that the metrics of the dense model depend on. A continued run reuses metrics if these are the same.
 _EVALUATION_ARGUMENTS = (
@@ -123,10 +133,12 @@ class _CheckpointRun:
         eval_batches = self._reader.first(self._eval_texts, args.max_eval_samples) if args.eval else []
         batches = self._calibration_batches()
         self.echo_finished("continuing")
-        dense_metrics = self._evaluate_dense(eval_batches) if eval_batches else {}
+        # Computed again in a run that continues: until it is pruned again, the model is the dense one.
+        reference = reference_outputs(self._model, eval_batches) if eval_batches else None
+        dense_metrics = self._evaluate_dense(eval_batches, reference) if eval_batches else {}
         report = prune_oneshot(self._model, batches, self._config, state_dir=args.unfinished_dir)
         self._echo(str(report))
-        sparse_metrics = evaluate_model(self._model, eval_batches) if eval_batches else {}
+        sparse_metrics = evaluate_model(self._model, eval_batches, reference) if eval_batches else {}
         if eval_batches:
             self._echo(f"before: {_format_metrics(dense_metrics)}\nafter:  {_format_metrics(sparse_metrics)}")
         with raise_on_all_ranks(Exception):
@@ -178,6 +190,11 @@ class _CheckpointRun:
         )
         if args.eval:
             metric_for(self._model)  # raises if the model cannot be evaluated
+        if args.reads_texts and (inputs := getattr(self._model, "main_input_name", None)) in _OTHER_INPUTS:
+            raise ValueError(
+                f"{type(self._model).__name__} reads {inputs}, not texts: leave eval and the calibration data out, or "
+                "pass batches to prune_oneshot and evaluate_model in Python."
+            )
         options = args.hub_options()
         if args.tokenizer_name is not None:
             options["revision"] = "main"
@@ -219,14 +236,16 @@ class _CheckpointRun:
         self._echo(f"calibration data: {_format_calibration(self._calibration_info)} (--samples, --length, --seed)")
         return batches
 
-    def _evaluate_dense(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    def _evaluate_dense(
+        self, batches: list[dict[str, torch.Tensor]], reference: list[torch.Tensor] | None
+    ) -> dict[str, float]:
         """Evaluate the model before it is pruned, or read the metrics of the run that is continued."""
         arguments = {name: getattr(self._args, name) for name in _EVALUATION_ARGUMENTS}
         path = self._args.unfinished_dir / DENSE_RESULTS_FILE
         metrics = read_dense_metrics(path, arguments) if self._is_main else None
         if self._communicator.any(metrics is not None):
             return metrics or {}
-        metrics = evaluate_model(self._model, batches)
+        metrics = evaluate_model(self._model, batches, reference)
         if self._is_main:
             write_json(path, {"asked": arguments, "metrics": metrics})
         self._echo(f"before pruning: {_format_metrics(metrics)}")
@@ -259,16 +278,17 @@ class _CheckpointRun:
         model_class = auto_class(type(self._model).__name__)
         task = _TASKS.get(model_class or "")
         metadata: dict[str, Any] = {"base_model": args.model_name_or_path}
-        metadata |= {"datasets": [args.dataset_name]} if args.dataset_name else {}
-        metadata |= {"pipeline_tag": task} if task else {}
-        eval_dataset = None if args.validation_file or not sparse_metrics else args.dataset_name
+        # The Hub refuses a card with a folder as data set, and a local path may be private.
+        is_on_hub = args.dataset_name and not Path(args.dataset_name).is_dir()
+        metadata |= {"datasets": [args.dataset_name]} if is_on_hub else {}
+        metadata |= {"pipeline_tag": task} if task and task not in _NO_PIPELINE else {}
         return SparsityCard(
             model_name=args.output_path.resolve().name,
             report=report,
             config=self._config.to_dict(),
             metadata=metadata,
             task=task,
-            dataset={"type": eval_dataset, "name": eval_dataset} if eval_dataset else None,
+            dataset=_evaluation_dataset(args) if sparse_metrics else None,
             dense_metrics=_card_metrics(dense_metrics),
             metrics=_card_metrics(sparse_metrics),
             calibration=_format_calibration(self._calibration_info) if self._calibration_info else None,
@@ -277,6 +297,22 @@ class _CheckpointRun:
             auto_class=model_class,
             oneshot=True,
         )
+
+
+def _evaluation_dataset(arguments: OneshotArguments) -> dict[str, Any]:
+    """The evaluation data as the Hub's metadata name them: a data set of the Hub, or a file without its folder.
+
+    Example:
+        >>> _evaluation_dataset(OneshotArguments("model", "out", eval=True, validation_file="data/dev.jsonl"))
+        {'type': 'json', 'name': 'dev'}
+    """
+    if arguments.validation_file:
+        path = Path(arguments.validation_file)
+        return {"type": BUILDERS[extension(path)][0], "name": path.stem}
+    name = str(arguments.dataset_name)
+    name = Path(name).resolve().name if Path(name).is_dir() else name
+    values = {"type": name, "name": name, "config": arguments.dataset_config_name, "split": arguments.validation_split}
+    return {key: value for key, value in values.items() if value}
 
 
 def _card_metrics(metrics: dict[str, float]) -> dict[str, float]:

@@ -114,7 +114,7 @@ def test_all_formats_give_the_same_rows(tmp_path):
         (["--train_file", "no.json", "--do_train"], FileNotFoundError, 'train file "no.json" does not exist'),
         (["--train_file", "{rows}", "--do_eval"], ValueError, "Pass --validation_file"),
         (["--train_file", "{bare}", "--do_train"], ValueError, 'the train split has no column "answers"'),
-        (["--train_file", "{csv}", "--do_train"], ValueError, "are not JSON of the form"),
+        (["--train_file", "{csv}", "--do_train"], ValueError, "rows.csv\": a row has the answers 'in oslo'"),
         (["--train_file", "{rows}", "--do_train", "--doc_stride", "24"], ValueError, "less than the window of 24"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -33,6 +34,14 @@ from .latency import is_latency
 # Endings of the names of values that `evaluate` and `predict` return beside the metrics.
 _NOT_METRICS = ("runtime", "per_second", "samples", "time", "epoch", "step")
 _SPLITS = ("eval", "test")
+
+# Names of metrics for readers, where they are not those of the Hub with spaces.
+_METRIC_NAMES = {
+    "cosine": "Cosine similarity to the dense model",
+    "mse": "Mean squared error",
+    "pearsonr": "Pearson correlation",
+    "spearmanr": "Spearman correlation",
+}
 
 
 @dataclass
@@ -237,7 +246,7 @@ class SparsityCard:
         for name, value in select_metrics(self.metrics).items():
             split, _, metric = name.partition("_")
             split, metric = (split, metric) if split in _SPLITS else ("eval", name)
-            if metric == "loss":
+            if metric == "loss" or not math.isfinite(value):
                 continue
             result = EvalResult(
                 task_type=self.task,
@@ -248,7 +257,7 @@ class SparsityCard:
                 dataset_args=self.dataset.get("args"),
                 metric_type=metric,
                 metric_value=value,
-                metric_name=metric.replace("_", " ").capitalize(),
+                metric_name=_METRIC_NAMES.get(metric, metric.replace("_", " ").capitalize()),
             )
             results.append(result)
         return results

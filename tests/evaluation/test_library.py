@@ -1,4 +1,4 @@
-"""Perplexity and accuracy, against the model called by hand."""
+"""Perplexity and accuracy of texts, against the model called by hand, and the evaluate library."""
 
 import math
 import sys
@@ -7,7 +7,6 @@ import types
 import pytest
 import torch
 from helpers.tiny_texts import bert_tokenizer, classifier, llama, word_tokenizer
-from transformers import BertForMaskedLM
 
 from hf_sparse.calibration.text_batches import TextReader
 from hf_sparse.evaluation import accuracy, evaluate_model
@@ -55,16 +54,3 @@ def test_accuracy_is_computed_by_the_evaluate_library_where_it_can_be_loaded(mon
     assert calls == [("accuracy",)]
     monkeypatch.setitem(sys.modules, "evaluate", None)
     assert evaluate_model(classifier(), batches) == by_library
-
-
-def test_other_models_are_refused():
-    with pytest.raises(
-        ValueError, match="BertForMaskedLM cannot be evaluated: perplexity is of causal language models"
-    ):
-        evaluate_model(BertForMaskedLM(classifier().config), [])
-    with pytest.raises(ValueError, match="accuracy of classifiers with one label"):
-        evaluate_model(classifier(problem_type="multi_label_classification"), [])
-    with pytest.raises(ValueError, match="name the label_column"):
-        evaluate_model(classifier(), TextReader(bert_tokenizer(), classifier(), length=9).first(["good"]))
-    with pytest.raises(ValueError, match="nothing to evaluate on"):
-        evaluate_model(llama(), [])
