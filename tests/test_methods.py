@@ -14,7 +14,7 @@ from hf_sparse.solvers.sparsegpt import SparseGPT
 
 
 OPTIONS = {
-    "criterion": {"snip_momentum": {"decay": 1.0}, "obs": {"ridge": 0.2, "columns_at_once": 4}},
+    "criterion": {"snip_momentum": {"decay": 1.0}, "obs": {"ridge": 0.2, "columns_at_once": 4}, "ria": {"alpha": 1.0}},
     "allocation": {"owl": {"m": 3.0, "lambda_": 0.2}},
     "solver": {"sparsegpt": {"dampening": 0.1, "block_size": 64}, "lstsq": {"ridge": 0.2}},
 }

@@ -95,16 +95,16 @@ class PruningOptions:
     )
     criterion: Criterion | str | None = option(
         "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, in "
-        "one-shot pruning also wanda, fluctuation and obs (of neurons and heads), block_influence (of layers), or a "
-        "registered one. Left out: snip_momentum in training; one-shot wanda, the solver's own selection, or "
+        "one-shot pruning also wanda, ria, fluctuation and obs (of neurons and heads), block_influence (of layers), "
+        "or a registered one. Left out: snip_momentum in training; one-shot wanda, the solver's own selection, or "
         "fluctuation for neurons and heads and block_influence for layers."
     )
     criterion_kwargs: dict[str, Any] | str | None = option(
-        'Options of the criterion, as JSON: {"decay": 0.95} for snip_momentum.'
+        'Options of the criterion, as JSON: {"decay": 0.95} for snip_momentum, {"alpha": 0.5} for ria.'
     )
     scope: str | None = option(
         "Ranking scope, the units that compete: row, layer or global. Left out: the criterion's (global, row for "
-        "wanda), or layer for channels, neurons and heads and for an allocation other than uniform."
+        "wanda, layer for ria), or layer for channels, neurons and heads and for an allocation other than uniform."
     )
     allocation: Allocation | str | None = option(
         "Allocation of the target over layers, with scope row or layer: uniform (the default), erdos_renyi, in "

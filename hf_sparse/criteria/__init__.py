@@ -9,6 +9,7 @@ from . import (
     movement,
     obs,
     random_scores,
+    ria,
     snip,
     snip_momentum,
     taylor,
@@ -19,4 +20,4 @@ from .base import CRITERIA, Criterion, GradientCriterion, TensorEntries, UnitCri
 
 __all__ = ["CRITERIA", "Criterion", "GradientCriterion", "TensorEntries", "UnitCriterion", "register_criterion"]
 __all__ += ["block_influence", "fisher", "fluctuation", "gradient", "magnitude", "movement", "obs"]
-__all__ += ["random_scores", "snip", "snip_momentum", "taylor", "wanda"]
+__all__ += ["random_scores", "ria", "snip", "snip_momentum", "taylor", "wanda"]

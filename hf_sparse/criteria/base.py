@@ -47,8 +47,9 @@ class Criterion(ABC):
     """An importance criterion: one score per weight; higher scores are kept.
 
     A criterion is elementwise: `score` is called with any part of a weight, of any shape, and the same part of its
-    statistic. A subclass is registered with `register_criterion`; when it is a frozen dataclass, its fields are its
-    options (`criterion_kwargs`).
+    statistic. What depends on whole rows or columns of a matrix goes into the statistic, by `prepare_statistic`. A
+    subclass is registered with `register_criterion`; when it is a frozen dataclass, its fields are its options
+    (`criterion_kwargs`).
 
     Example:
         >>> from dataclasses import dataclass
@@ -65,11 +66,28 @@ class Criterion(ABC):
 
     requires: ClassVar[Requires] = Requires.NOTHING
     """What `score` gets as `statistic`: nothing (None), `POSITION` (int64), `GRADIENTS` (the sum of
-    `GradientCriterion.saliency`, float32), `INPUT_NORMS` (the norm of each weight's input, float32, of a shape that
-    broadcasts to the weight's: (C,) for a matrix (R, C)), `INPUT_VARIANCES` (its variance, likewise) or
+    `GradientCriterion.saliency`, float32), `INPUT_NORMS` (the norm of each weight's input, or what `prepare_statistic`
+    makes of it, float32, of a shape that broadcasts to the weight's), `INPUT_VARIANCES` (its variance, likewise) or
     `BLOCK_INFLUENCES` (a number, the same for all weights of a block)."""
     default_scope: ClassVar[str] = "global"
     """The ranking scope of the criterion's paper, where the options name none."""
+
+    def prepare_statistic(self, weight_RC: torch.Tensor, norms_C: torch.Tensor) -> torch.Tensor:
+        """Returns what `score` gets as `statistic`, for a criterion that requires norms or variances of inputs.
+
+        Args:
+            weight_RC: the whole matrix, of any floating dtype; not modified.
+            norms_C: the norms (or variances) of its inputs, float32; not modified.
+
+        Returns:
+            float32, of shape (C,), as here, where it is the second argument, or (R, C).
+        """
+        return norms_C
+
+    @property
+    def prepares_statistic(self) -> bool:
+        """Whether `prepare_statistic` may return a value for each weight."""
+        return type(self).prepare_statistic is not Criterion.prepare_statistic
 
     @abstractmethod
     def score(self, weight: torch.Tensor, statistic: torch.Tensor | None) -> torch.Tensor:

@@ -287,10 +287,11 @@ def _largest_block_bytes(model: nn.Module, subgraphs: Sequence[Subgraph]) -> int
 
 
 def _model_wide_bytes(run: PreparedRun) -> int:
-    """Gradients, a float32 statistic for each weight scored by them, and masks as int8 and as bool."""
+    """Gradients, a float32 statistic for each weight whose criterion has one, and masks as int8 and as bool."""
     groups = [group for group in run.groups if group.requires_gradients]
     total = sum(weight.nbytes for weight in run.model.parameters()) if groups else 0
-    total += sum(_FLOAT_BYTES * layer.numel for group in groups for layer in group.layers)
+    prepared = [group for group in run.dense_ranked_groups if group.required_criterion.prepares_statistic]
+    total += sum(_FLOAT_BYTES * layer.numel for group in groups + prepared for layer in group.layers)
     return total + sum(2 * layer.numel for group in run.dense_ranked_groups for layer in group.layers)
 
 

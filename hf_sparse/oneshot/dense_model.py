@@ -22,12 +22,12 @@ from .unit_scores import UnitMaskGradients
 
 
 def masks_from_dense_model(
-    model: nn.Module, groups: Sequence[ParameterGroup], norms: Mapping[str, torch.Tensor]
+    model: nn.Module, groups: Sequence[ParameterGroup], input_statistics: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Returns masks (bool, of the weight's shape) for groups with scope global. The weights are not changed.
 
-    `norms` maps the name of a layer to the norms of its inputs, of a shape that broadcasts to the weight's, where the
-    criterion requires them.
+    `input_statistics` maps the name of a layer to what its criterion requires of its inputs, of a shape that
+    broadcasts to the weight's, where it requires anything.
     """
     shards, _ = build_shards(dict(model.named_parameters()))
     masks: dict[str, torch.Tensor] = {}
@@ -39,7 +39,7 @@ def masks_from_dense_model(
                 store.replace(name, shards[name].tensor != 0)
         statistics = None
         if group.options.requires & Requires.INPUT_NORMS:
-            statistics = {name: norms[name].expand(shards[name].shape) for name in names}
+            statistics = {name: input_statistics[name].expand(shards[name].shape) for name in names}
         group.prune(1, 1, shards, store, statistics)
         masks |= {name: store.bits(name).neg_().view(torch.bool) for name in names}  # without a copy
     return masks

@@ -21,7 +21,7 @@ from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
 from ..solvers import PruneRequest, Solver
 from ..statistics import GramMatrix
-from .observers import InputObserver, fill_unreached, input_norms
+from .observers import InputObserver, criterion_statistic, fill_unreached, input_norms
 
 
 @dataclass
@@ -104,7 +104,7 @@ class LayerPruner:
             bits.copy_(locked).neg_()
         statistic = None
         if group.criterion.requires & Requires.INPUT_NORMS:
-            statistic = input_norms(layer, observers).expand(layer.shape)
+            statistic = criterion_statistic(group.criterion, layer, weight, observers).expand(layer.shape)
         elif group.criterion.requires & Requires.GRADIENTS:
             statistic = group.statistics[layer.name].total
         scores = LayerScores(

@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..calibration.batches import mask_for_inputs
+from ..criteria import Criterion
 from ..model.layers import PrunableLayer
 from ..statistics import GramMatrix, InputNorms, WeightedGram, WeightedInputs, WeightedMoments
 from .pipeline import stop_forward
@@ -249,6 +250,22 @@ def input_norms(layer: PrunableLayer, observers: Sequence[InputObserver]) -> tor
     per_matrix = [observer.statistic.norms for observer in observers if layer in observer.layers]
     norms = torch.stack(per_matrix) if layer.expert_dim is not None else per_matrix[0]
     return norms.unsqueeze(layer.row_dim)
+
+
+def criterion_statistic(
+    criterion: Criterion, layer: PrunableLayer, weight: torch.Tensor, observers: Sequence[InputObserver]
+) -> torch.Tensor:
+    """Returns what a criterion that requires norms of inputs gets as the statistic of a layer, of a shape that
+    broadcasts to the weight's."""
+    norms = input_norms(layer, observers)
+    by_matrix = zip(layer.matrices(weight), layer.matrices(norms.expand(layer.shape)), strict=True)
+    prepared = [criterion.prepare_statistic(matrix[:, 0], norm[0, 0]) for matrix, norm in by_matrix]
+    if prepared[0].ndim == 1:
+        return torch.stack(prepared).view(norms.shape)
+    statistic = torch.empty(layer.shape, device=weight.device)
+    for matrix, values in zip(layer.matrices(statistic), prepared, strict=True):
+        matrix[:, 0] = values
+    return statistic
 
 
 def fill_unreached(observers: Sequence[InputObserver], on_unreached: str) -> None:

@@ -73,7 +73,7 @@ def prune_oneshot(
     finished = None if state_dir is None else _open_finished(run, state_dir)
     trace = run.trace()
     sequential = None if trace is None else SequentialPruner(run, trace)
-    norms, outliers, unit_scores = ({}, {}, {}) if sequential is None else sequential.dense_calibration_pass()
+    statistics, outliers, unit_scores = ({}, {}, {}) if sequential is None else sequential.dense_calibration_pass()
     if any(group.requires_gradients for group in run.groups):
         unit_scores |= accumulate_gradients(model, run.groups, run.local_batches, run.communicator)
     unit_scores |= score_blocks(model, run.unit_groups, run.local_batches, run.communicator)
@@ -82,7 +82,7 @@ def prune_oneshot(
     layer_pruner = LayerPruner(
         groups=run.group_of,
         prune_counts=run.prune_counts(outliers),
-        masks=masks_from_dense_model(model, run.dense_ranked_groups, norms) if run.dense_ranked_groups else {},
+        masks=masks_from_dense_model(model, run.dense_ranked_groups, statistics) if run.dense_ranked_groups else {},
         on_unreached=str(run.config.on_unreached),
     )
     calibrated = set(run.calibrated_layers)

@@ -21,7 +21,7 @@ from ..numerics import count_true, gather_counts
 from ..requires import Requires
 from ..statistics import WeightedInputs
 from .layerwise import LayerPruner, compute_outliers
-from .observers import InputObserver, InputObservers, fill_unreached, input_norms
+from .observers import InputObserver, InputObservers, criterion_statistic, fill_unreached
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
 from .resume import FinishedSubgraphs
@@ -49,16 +49,16 @@ class SequentialPruner:
         """Observes inputs in the dense model.
 
         Returns:
-            The norms of each layer's inputs, of a shape that broadcasts to the weight's, for groups ranked in the
+            What the criterion requires of each layer's inputs, see `criterion_statistic`, for groups ranked in the
             dense model; the outlier ratio of each layer, for groups whose allocation requires it; and the scores of
             coupled units that are selected in the dense model.
         """
         scores: dict[UnitGroup, torch.Tensor] = {}
-        norms: dict[str, torch.Tensor] = {}
+        statistics: dict[str, torch.Tensor] = {}
         outliers: dict[str, float] = {}
         observed = set(self._run.dense_pass_layers)
         if not observed:
-            return norms, outliers, scores
+            return statistics, outliers, scores
         ranked = {layer for group in self._run.dense_ranked_groups for layer in group.layers}
         allocated_by_outliers = self._run.layers_requiring(Requires.OUTLIERS)
         unit_groups = [group for group in self._run.unit_groups if group.options.requires_dense_pass]
@@ -72,12 +72,23 @@ class SequentialPruner:
                 with self._onload(subgraph):
                     observers = self._calibrate(pipeline, subgraph, layers, gram_layers, propagate)
                     fill_unreached(observers, str(self._run.config.on_unreached))
-                    norms |= {layer.name: input_norms(layer, observers) for layer in layers if layer in ranked}
+                    scored = [layer for layer in layers if layer in ranked]
+                    statistics |= self._criterion_statistics(scored, observers)
                     allocated = [layer for layer in layers if layer in allocated_by_outliers]
                     for block in group_by_block(self._model, allocated):
                         outliers |= compute_outliers(self._run.group_of, observers, block, self._weights(block))
                     self._add_unit_scores(scores, [o for o in observers if not readers.isdisjoint(o.layers)])
-        return norms, outliers, scores
+        return statistics, outliers, scores
+
+    def _criterion_statistics(
+        self, layers: Sequence[PrunableLayer], observers: Sequence[InputObserver]
+    ) -> dict[str, torch.Tensor]:
+        """What the criteria of layers require of their inputs, by the name of the layer."""
+        criteria = {layer: self._run.group_of[layer.name].required_criterion for layer in layers}
+        weights = self._weights(layers)
+        return {
+            layer.name: criterion_statistic(criteria[layer], layer, weights[layer.name], observers) for layer in layers
+        }
 
     def _add_unit_scores(self, scores: dict[UnitGroup, torch.Tensor], observers: Sequence[InputObserver]) -> None:
         """Add the scores that coupled units have in the matrices of these observers."""

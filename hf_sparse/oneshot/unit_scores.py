@@ -108,7 +108,8 @@ def score_by_inputs(
         gram_CC = statistic.centered_matrix() if has_bias else statistic.matrix_without_bias()
         return criterion.score_units(weight_RC, gram_CC, width, count).float().cpu()
     values_C = statistic.variances if criterion.requires & Requires.INPUT_VARIANCES else statistic.norms
-    scores_RC = criterion.score(weight_RC, values_C.to(weight_RC.device))
+    statistic_RC = criterion.prepare_statistic(weight_RC, values_C.to(weight_RC.device))
+    scores_RC = criterion.score(weight_RC, statistic_RC)
     return scores_RC.sum(0, dtype=torch.float64).view(-1, width).sum(1).float().cpu()
 
 

@@ -25,7 +25,8 @@ def inputs(criterion, dtype, shape=(6, 1, 8)):
     if criterion.requires & Requires.INPUTS:
         norms = InputNorms(shape[-1])
         norms.observe(torch.randn(20, shape[-1], generator=generator))
-        return weight, norms.norms.expand(shape)
+        matrix = weight.reshape(-1, shape[-1])
+        return weight, criterion.prepare_statistic(matrix, norms.norms).expand(matrix.shape).reshape(shape)
     gradient = torch.randn(shape, generator=generator)
     return weight, criterion.saliency(weight.float(), gradient, torch.empty(shape))
 
@@ -78,8 +79,19 @@ INPUTS = [name for name in CRITERIA.names() if CRITERIA[name].requires & Require
 def test_norms_of_inputs_are_one_for_each_column(name):
     criterion = CRITERIA.create(name)
     weight, statistic = inputs(criterion, torch.float32, (6, 8))
-    scores = criterion.score(weight, statistic[0])
-    assert torch.equal(scores, criterion.score(weight, statistic)) and scores.shape == weight.shape
+    prepared = criterion.prepare_statistic(weight, torch.rand(8))
+    scores = criterion.score(weight, prepared)
+    assert torch.equal(scores, criterion.score(weight, prepared.expand(6, 8))) and scores.shape == weight.shape
+
+
+@pytest.mark.parametrize("name", [name for name in INPUTS if name in NAMES])
+def test_the_statistic_follows_the_order_of_rows_and_columns(name):
+    criterion = CRITERIA.create(name)
+    weight, _ = inputs(criterion, torch.float32, (6, 8))
+    norms, rows, columns = torch.rand(8), torch.randperm(6), torch.randperm(8)
+    whole = criterion.prepare_statistic(weight, norms).expand(6, 8)
+    part = criterion.prepare_statistic(weight[rows][:, columns], norms[columns]).expand(6, 8)
+    assert torch.allclose(part, whole[rows][:, columns], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", INPUTS)

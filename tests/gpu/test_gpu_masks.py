@@ -53,7 +53,10 @@ def masks(dtype, device, config, steps=3):
             group.observe(shards)
     elif resolved.requires & Requires.INPUT_NORMS:
         norms = {name: gradients(9, torch.float32)[name].abs().sum(0) for name in SHAPES}
-        statistics = {f"{name}.weight": norm.to(device).expand(SHAPES[name]) for name, norm in norms.items()}
+        statistics = {}
+        for name, norm in norms.items():
+            prepared = resolved.criterion.prepare_statistic(layers[name].weight, norm.to(device))
+            statistics[f"{name}.weight"] = prepared.expand(SHAPES[name])
     group.prune(1, 1, shards, store, statistics)
     totals = {name: statistic.total.cpu() for name, statistic in group.statistics.items()}
     return {name: store[name].cpu() for name in shards}, totals
