@@ -64,31 +64,8 @@ class MethodRegistry(Registry):
         Raises:
             ValueError: the name or an option is unknown, or a value is of the wrong type or out of range.
         """
-        member, options = self[name], options or {}
-        fields = {field.name: field for field in _option_fields(member)}
-        for option in options:
-            if option not in fields:
-                known = f"known are {', '.join(fields)}" if fields else "it has none"
-                raise ValueError(
-                    f'{self.family} "{name}" has no option {format_name(option)}: {known}.{nearest(option, fields)}'
-                )
-        missing = [option for option, field in fields.items() if _is_required(field) and option not in options]
-        if missing:
-            raise ValueError(
-                f'{self.family} "{name}" has no default for {", ".join(missing)}: give {self.family}_kwargs.'
-            )
-        hints = typing.get_type_hints(member) if fields else {}
-        values = {option: _from_json(value, hints[option]) for option, value in options.items()}
-        for option, value in values.items():
-            if not _is_instance(value, hints[option]):
-                raise ValueError(
-                    f'option "{option}" of {self.family} "{name}" is {format_value(value)}: it must be '
-                    f"{type_name(hints[option])}."
-                )
-        try:
-            return member(**values)
-        except ValueError as error:
-            raise ValueError(f'{self.family} "{name}": {error}') from error
+        described = f'{self.family} "{name}"'
+        return create_from_options(self[name], options or {}, described, f"{self.family}_kwargs")
 
     def name_and_options(self, method: Any) -> tuple[str, dict[str, Any]]:
         """Returns the name under which the class of `method` is registered, and its options that differ from their
@@ -106,6 +83,39 @@ class MethodRegistry(Registry):
         changed = {option: value for option, (value, default) in values.items() if value != default}
         # As they are read from JSON.
         return name, {option: list(value) if isinstance(value, tuple) else value for option, value in changed.items()}
+
+
+def create_from_options(member: type, options: Mapping[str, Any], described: str, argument: str) -> Any:
+    """Returns an instance of a class whose dataclass fields are its options; those left out have their defaults.
+
+    Args:
+        member: the class.
+        options: JSON values, by name.
+        described: the words for the class in error messages.
+        argument: the name of the argument that holds the options.
+
+    Raises:
+        ValueError: an option is unknown, or a value is missing, of the wrong type or out of range.
+    """
+    fields = {field.name: field for field in _option_fields(member)}
+    for option in options:
+        if option not in fields:
+            known = f"known are {', '.join(fields)}" if fields else "it has none"
+            raise ValueError(f"{described} has no option {format_name(option)}: {known}.{nearest(option, fields)}")
+    missing = [option for option, field in fields.items() if _is_required(field) and option not in options]
+    if missing:
+        raise ValueError(f"{described} has no default for {', '.join(missing)}: give {argument}.")
+    hints = typing.get_type_hints(member) if fields else {}
+    values = {option: _from_json(value, hints[option]) for option, value in options.items()}
+    for option, value in values.items():
+        if not _is_instance(value, hints[option]):
+            raise ValueError(
+                f'option "{option}" of {described} is {format_value(value)}: it must be {type_name(hints[option])}.'
+            )
+    try:
+        return member(**values)
+    except ValueError as error:
+        raise ValueError(f"{described}: {error}") from error
 
 
 def type_name(hint: Any) -> str:

@@ -49,11 +49,31 @@ def first_row(batch: Any) -> Any:
         >>> first_row({"input_ids": torch.tensor([[1, 2], [3, 4]]), "labels": torch.tensor([0, 1])})
         {'input_ids': tensor([[1, 2]]), 'labels': tensor([0])}
     """
-    leaves, layout = _pytree.tree_flatten(_as_dict(batch))
-    num_rows = {len(leaf) if leaf.ndim else 0 for leaf in leaves if torch.is_tensor(leaf)}
-    if len(num_rows) != 1 or 0 in num_rows:
-        return batch
-    return _pytree.tree_unflatten([leaf[:1] if torch.is_tensor(leaf) else leaf for leaf in leaves], layout)
+    return batch if num_rows(batch) is None else slice_rows(batch, 0, 1)
+
+
+def num_rows(batch: Any) -> int | None:
+    """Returns the number of rows of a batch; None if it has none, or if its tensors differ in their number.
+
+    Example:
+        >>> num_rows({"input_ids": torch.ones(3, 5), "labels": torch.ones(3)})
+        3
+        >>> num_rows((torch.ones(3, 5), torch.ones(2)))
+    """
+    leaves = _pytree.tree_leaves(_as_dict(batch))
+    counts = {len(leaf) if leaf.ndim else 0 for leaf in leaves if torch.is_tensor(leaf)}
+    return counts.pop() or None if len(counts) == 1 else None
+
+
+def slice_rows(batch: Any, start: int, stop: int) -> Any:
+    """Returns the rows from `start` up to `stop` of a batch whose tensors have the same number of rows.
+
+    Example:
+        >>> slice_rows({"input_ids": torch.tensor([[1, 2], [3, 4], [5, 6]])}, 1, 3)
+        {'input_ids': tensor([[3, 4],
+                [5, 6]])}
+    """
+    return _pytree.tree_map(lambda leaf: leaf[start:stop] if torch.is_tensor(leaf) else leaf, _as_dict(batch))
 
 
 def concatenate_batches(batches: Sequence[Any]) -> Any:

@@ -4,6 +4,7 @@ from .base import PruningConfigError
 from .oneshot import OneshotConfig
 from .options import merge_group_options, upgrade_options
 from .pruning import PruningConfig
+from .reconstruction import Reconstruction
 from .resolved import ResolvedGroup
 
 
@@ -11,6 +12,7 @@ __all__ = [
     "OneshotConfig",
     "PruningConfig",
     "PruningConfigError",
+    "Reconstruction",
     "ResolvedGroup",
     "merge_group_options",
     "upgrade_options",

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from ..methods import create_from_options
 from ..patterns import Pattern
 from ..registry import format_value
 from ..solvers import SOLVERS, Solver
-from .base import PruningOptions, option
+from .base import FLAG, PruningOptions, option
 from .options import DEFAULT_SOLVER
 from .pruning import PruningConfig
+from .reconstruction import Reconstruction
 from .schedule import ScheduleOptions
 from .validation import choice_error, oneshot_errors, pattern_of
 
@@ -67,10 +69,18 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     forwards: int | None = option(
         "Forward passes per block: 2 observes the inputs, then propagates through the pruned block; 1 does both at "
         "once, with all calibration data in one batch, and prunes each layer when its inputs arrive. Left out: 1 for "
-        "neurons and heads if all batches have one length, else 2."
+        "neurons and heads if all batches have one length, without reconstruct; else 2."
     )
     activations: str | None = option(
         "Storage of the outputs of blocks: cpu (the default), disk (TMPDIR), or device, where they are computed."
+    )
+    reconstruct: bool | None = option(
+        "Tune the remaining weights, biases and norms of each block after pruning, so that its outputs on the "
+        "calibration data are those of the dense model. Takes several times as long.",
+        **FLAG,
+    )
+    reconstruct_kwargs: dict[str, Any] | str | None = option(
+        'Options of reconstruct, as JSON: {"steps": 300, "samples": 16, "holdout": 0.125, "learning_rate": 0.01}.'
     )
     on_unreached: str | None = option(
         "Experts that no calibration token reaches: error (the default), or magnitude to prune them by magnitude."
@@ -79,6 +89,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     defaults: ClassVar[dict[str, Any]] = PruningOptions.defaults | {
         "sequential": True,
         "activations": "cpu",
+        "reconstruct": False,
         "on_unreached": "error",
     }
     run_options: ClassVar[tuple[str, ...]] = (
@@ -87,6 +98,8 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         "sequential",
         "forwards",
         "activations",
+        "reconstruct",
+        "reconstruct_kwargs",
         "on_unreached",
     )
 
@@ -97,9 +110,38 @@ use scope=layer, or name a criterion, as in criterion="wanda".
             errors.append(f"forwards is {format_value(self.forwards)}: it must be 1 or 2.")
         if self.forwards == 1 and self.sequential is False:
             errors.append("forwards=1 prunes while data passes through, and sequential=False does not: choose one.")
+        errors += self._reconstruct_errors()
         choices = {"activations": ACTIVATIONS, "on_unreached": ON_UNREACHED}
         found = (choice_error(name, getattr(self, name), allowed) for name, allowed in choices.items())
         return errors + [error for error in found if error]
+
+    def _reconstruct_errors(self) -> list[str]:
+        """The errors of options that are reconstruct's own, or do not go with it."""
+        if not self.reconstruct:
+            given = format_value(self.reconstruct_kwargs)
+            unused = f"reconstruct_kwargs is {given}, but reconstruct is off: turn it on, or leave them out."
+            return [unused] if self.reconstruct_kwargs else []
+        errors = []
+        if self.sequential is False:
+            errors.append("reconstruct tunes block by block, and sequential=False does not: choose one.")
+        if self.forwards == 1:
+            errors.append("reconstruct tunes a block between two forwards: use forwards=2, or leave it out.")
+        try:
+            self.reconstruction  # noqa: B018 - raises if an option is invalid
+        except ValueError as error:
+            errors.append(f"reconstruct_kwargs: {error}.")
+        except TypeError:
+            pass  # reported as an option of the wrong type
+        return errors
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """The options of reconstruct; None if it is off."""
+        if not self.reconstruct:
+            return None
+        if not isinstance(self.reconstruct_kwargs or {}, Mapping):
+            raise TypeError(f"reconstruct_kwargs is {format_value(self.reconstruct_kwargs)}: it must be a mapping.")
+        return create_from_options(Reconstruction, self.reconstruct_kwargs or {}, "reconstruct", "reconstruct_kwargs")
 
     def _take_layer_sparsity(self) -> list[str]:
         """Replaces each entry by a group."""
@@ -131,7 +173,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     @property
     def prefers_single_forward(self) -> bool:
         """Whether one forward observes inputs and propagates, if all batches have one length."""
-        if self.forwards is not None:
+        if self.forwards is not None or self.reconstruct:
             return self.forwards == 1
         return bool(self.sequential) and all(
             group.pattern.coupled_kind is not None for group in self.resolve_groups().values() if group.target

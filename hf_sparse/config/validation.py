@@ -274,6 +274,11 @@ def _coupled_errors(options: SimpleNamespace, criterion: str | None, solver: str
             f'solver "{solver}" updates the weights that remain in a matrix, but pattern "{options.pattern}" leaves '
             'none: use solver="none".'
         )
+    if kind == "layer" and options.reconstruct:
+        errors.append(
+            f'reconstruct tunes the weights that remain in a block, but pattern "{options.pattern}" may leave none: '
+            "leave reconstruct out."
+        )
     if kind is not None and ALLOCATIONS[options.allocation].requires & Requires.OUTLIERS:
         errors.append(
             f'allocation "{options.allocation}" is of weights by themselves, not of pattern "{options.pattern}": use '

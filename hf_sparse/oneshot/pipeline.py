@@ -3,13 +3,16 @@
 The model's own forward is run for every step: blocks that are finished return their cached outputs, and the forward is
 stopped after the last block that is needed. Attention masks, position embeddings and whatever else the model passes to
 its blocks are therefore right without knowledge of its architecture.
+
+A pipeline can hold several streams, each with finished blocks and cached outputs of its own: those of the pruned
+model, and beside them those of the dense one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -53,10 +56,19 @@ class Subgraph:
         return (self.name,) if self.is_block else tuple(dict.fromkeys(layer.module for layer in self.layers))
 
 
+@dataclass
+class _Stream:
+    """Finished blocks, and the outputs of the last one of each block list for every batch."""
+
+    finished: set[str] = field(default_factory=set)
+    caches: dict[str, ActivationCache] = field(default_factory=dict)
+
+
 class BlockPipeline:
     """Runs a model over calibration batches, subgraph by subgraph.
 
-    A context manager: inside, the model is in evaluation mode, without gradients and without a key-value cache.
+    A context manager: inside, the model is in evaluation mode, without gradients and without a key-value cache. It
+    begins in the stream of the model as it is.
 
     Args:
         model: any module.
@@ -76,8 +88,7 @@ class BlockPipeline:
         self.model, self.batches, self._storage = model, batches, storage
         if input_device(model).type == "cuda":
             self.batches = [pin_memory(batch) for batch in batches]  # each is copied twice for every block
-        self._caches: dict[str, ActivationCache] = {}
-        """Block list -> outputs of the last block of it that was propagated."""
+        self._stream, self._streams = _Stream(), dict[str, _Stream]()
         self._original_forwards: dict[str, tuple[nn.Module, Any]] = {}
         self._batch_index = 0
         self._cached_outputs: dict[str, Any] = {}
@@ -101,8 +112,18 @@ class BlockPipeline:
             else:
                 module.forward = original
         self._original_forwards.clear()
-        self._caches.clear()
+        self._stream = _Stream()
+        self._streams.clear()
         self._cached_outputs.clear()
+
+    @contextmanager
+    def stream(self, name: str) -> Iterator[None]:
+        """Context in which the pipeline runs and propagates in another stream, which begins empty."""
+        before, self._stream = self._stream, self._streams.setdefault(name, _Stream())
+        try:
+            yield
+        finally:
+            self._stream = before
 
     def forward(self, index: int) -> Any:
         """Runs the model on batch `index`. Returns its output, or None if a hook ended the forward early."""
@@ -127,9 +148,9 @@ class BlockPipeline:
         block_list = subgraph.block_list
         if block_list is None:
             raise ValueError(f'"{subgraph.name}" is not a block, so its outputs cannot be cached')
-        if block_list not in self._caches:
-            self._caches[block_list] = ActivationCache(self._storage)
-        cache = self._caches[block_list]
+        if block_list not in self._stream.caches:
+            self._stream.caches[block_list] = ActivationCache(self._storage)
+        cache = self._stream.caches[block_list]
         self._overwritten_list = block_list  # a block's outputs replace its inputs in the cache
         try:
             for index in range(len(self.batches)):
@@ -137,23 +158,42 @@ class BlockPipeline:
                 cache[index] = self.block_output(subgraph.name, index)
         finally:
             self._overwritten_list = None
-        module = self.model.get_submodule(subgraph.name)
-        self._original_forwards[subgraph.name] = module, module.__dict__.get("forward")
-        module.forward = lambda *args, **kwargs: self._cached_output(block_list)
+        self._stream.finished.add(subgraph.name)
+        self._replace_forward(subgraph.name, block_list)
 
-    def block_output(self, block: str, index: int) -> Any:
-        """Returns the output of a block for batch `index`.
+    def _replace_forward(self, block: str, block_list: str) -> None:
+        """Make a block return its cached outputs in the streams in which it is finished."""
+        if block in self._original_forwards:
+            return
+        module = self.model.get_submodule(block)
+        compute = module.forward
+        self._original_forwards[block] = module, module.__dict__.get("forward")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._cached_output(block_list) if block in self._stream.finished else compute(*args, **kwargs)
+
+        module.forward = forward  # type: ignore[method-assign]
+
+    def cached_output(self, subgraph: Subgraph, index: int) -> Any:
+        """Returns the output for batch `index` of the last block of this list that was propagated."""
+        return self._stream.caches[subgraph.block_list or ""][index]
+
+    def block_output(self, block: str, index: int, gradients: bool = False) -> Any:
+        """Returns the output of a block for batch `index`, with `gradients` as a function of the block's parameters.
 
         Raises:
             ValueError: the model does not call the block for this batch.
         """
-        outputs = []
+        outputs, module = [], self.model.get_submodule(block)
 
         def capture(module: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
             outputs.append(output)
             raise StopForward
 
-        with self.model.get_submodule(block).register_forward_hook(capture):
+        with module.register_forward_hook(capture), ExitStack() as context:
+            if gradients:
+                context.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # restores it at the end
+                context.enter_context(module.register_forward_pre_hook(_enable_gradients))
             self.forward(index)
         if not outputs:
             raise ValueError(f'a forward on calibration batch {index} does not reach the block "{block}".')
@@ -162,14 +202,14 @@ class BlockPipeline:
     def _cached_output(self, block_list: str) -> Any:
         """The cached output for the current batch, read once however many finished blocks of the list return it."""
         if block_list not in self._cached_outputs:
-            cache, index = self._caches[block_list], self._batch_index
+            cache, index = self._stream.caches[block_list], self._batch_index
             overwritten = block_list == self._overwritten_list
             self._cached_outputs[block_list] = cache.pop(index) if overwritten else cache[index]
         return self._cached_outputs[block_list]
 
     def is_propagated(self, subgraph: Subgraph) -> bool:
         """Whether the block returns cached outputs."""
-        return subgraph.name in self._original_forwards
+        return subgraph.name in self._stream.finished
 
     def run_until(self, subgraph: Subgraph, before_batch: Callable[[int], None] = lambda index: None) -> None:
         """Runs every batch up to the end of a subgraph and discards the outputs."""
@@ -182,6 +222,11 @@ class BlockPipeline:
             for index in range(len(self.batches)):
                 before_batch(index)
                 self.forward(index)
+
+
+def _enable_gradients(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook: what the model computes from here on is recorded for gradients."""
+    torch.set_grad_enabled(True)
 
 
 def stop_forward(module: nn.Module, *arguments: Any) -> NoReturn:

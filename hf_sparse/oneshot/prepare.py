@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..calibration.batches import can_concatenate, concatenate_batches, count_tokens, is_padded
@@ -21,7 +22,8 @@ from ..engine.parameter_group import ParameterGroup
 from ..engine.resolve import resolve_layers
 from ..model.layers import PrunableLayer
 from ..requires import Requires
-from .tracing import ModelTrace, trace_model
+from .tracing import BlocksError, ModelTrace, trace_model
+from .tuning_samples import TuningSamples
 from .unit_scores import UnitReader, find_unit_readers
 
 
@@ -40,6 +42,8 @@ class PreparedRun:
         local_batches: those of this rank; of a single forward, concatenated to one batch.
         communicator: the ranks that share the calibration data.
         single_forward: whether layers are pruned during the forward that observes their inputs.
+        samples: with block reconstruction, the batches of all ranks and what they are used for. The local batches are
+            then those of this rank.
     """
 
     model: nn.Module
@@ -49,6 +53,14 @@ class PreparedRun:
     local_batches: Sequence[Any]
     communicator: Communicator
     single_forward: bool = False
+    samples: TuningSamples | None = None
+
+    @property
+    def whole_batches(self) -> Sequence[Any]:
+        """The batches of this rank, as they were given: the mean loss of a batch depends on what is in it."""
+        if self.samples is None:
+            return self.local_batches
+        return self.batches[self.communicator.rank :: self.communicator.world_size]
 
     @cached_property
     def unit_groups(self) -> list[CoupledParameterGroup]:
@@ -74,6 +86,14 @@ class PreparedRun:
             if group.options.requires_calibration
             for layer in group.options.observed_layers
         ]
+
+    @property
+    def reconstructed_layers(self) -> list[PrunableLayer]:
+        """With block reconstruction the layers that are pruned, block by block, whether their inputs are observed or
+        not."""
+        if self.samples is None:
+            return []
+        return [layer for group in self.groups if group.target for layer in group.layers]
 
     @property
     def dense_pass_layers(self) -> list[PrunableLayer]:
@@ -102,10 +122,16 @@ class PreparedRun:
         Raises:
             ValueError: see `trace_model`; or `forwards=1` would prune a layer before all its inputs are observed.
         """
-        layers = list(dict.fromkeys([*self.dense_pass_layers, *self.calibrated_layers]))
+        layers = list(dict.fromkeys([*self.dense_pass_layers, *self.calibrated_layers, *self.reconstructed_layers]))
         if not layers:
             return None
-        trace = trace_model(self.model, layers, self.batches[0], bool(self.config.sequential))
+        try:
+            trace = trace_model(self.model, layers, self.batches[0], bool(self.config.sequential))
+        except BlocksError as error:
+            if self.samples is not None:
+                remedy = "reconstruct needs blocks: leave it out and use sequential=False."
+                raise ValueError(f"{error.problem} {remedy}") from error
+            raise
         repeated = [layer.module for layer in self.calibrated_layers if layer.module in trace.repeated]
         if repeated and self.single_forward:
             raise ValueError(
@@ -149,23 +175,32 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
     errors = []
     if not any(group.target for group in groups):
         errors.append("there is nothing to prune: give target_sparsity, or a pattern that implies it.")
-    errors += _data_errors(groups, batches, communicator.world_size)
+    pieces, samples = batches, None
+    if config.reconstruction is not None and batches:
+        try:
+            samples = TuningSamples.of(batches, config.reconstruction, communicator.world_size)
+            pieces = samples.batches
+        except ValueError as error:
+            errors.append(str(error))
+    errors += _data_errors(config, groups, pieces, communicator.world_size)
     observed = [group for group in groups if group.requires_calibration or group.requires_dense_pass]
     observed_layers = [layer for group in observed for layer in group.observed_layers]
     single_forward = _is_single_forward(config, groups, observed_layers, batches)
     errors += _layer_errors(observed_layers, config, batches)
     errors += _unit_gradient_errors(groups)
+    if config.reconstruct and torch.is_inference_mode_enabled():
+        errors.append("reconstruct computes gradients, which torch.inference_mode() rules out: prune outside of it.")
     errors += _offload_errors(groups, config) if offloaded else []
     errors += _rank_errors(groups, batches)
     if errors:
         raise PruningConfigError(errors)
     if skipped:
         logger.warning("not pruned, because the pattern does not divide them: %s", ", ".join(skipped))
-    local_batches = batches[communicator.rank :: communicator.world_size]
+    local_batches = pieces[communicator.rank :: communicator.world_size]
     if single_forward and local_batches:
         local_batches = [concatenate_batches(local_batches)]
     parameter_groups = [new_parameter_group(group) for group in groups]
-    return PreparedRun(model, config, parameter_groups, batches, local_batches, communicator, single_forward)
+    return PreparedRun(model, config, parameter_groups, batches, local_batches, communicator, single_forward, samples)
 
 
 def _is_single_forward(
@@ -173,7 +208,7 @@ def _is_single_forward(
 ) -> bool:
     """Whether one forward observes inputs and propagates: where the config says so, and by default for coupled units,
     unless fused experts or batches of different lengths rule it out."""
-    if config.forwards is not None:
+    if config.forwards is not None or config.reconstruct:
         return config.forwards == 1
     coupled = all(group.units for group in groups if group.target)
     if not (coupled and config.sequential) or any(layer.expert_dim is not None for layer in layers):
@@ -229,8 +264,16 @@ def _check_not_sharded(model: nn.Module, offloaded: bool) -> None:
         )
 
 
-def _data_errors(groups: Sequence[ResolvedGroup], batches: Sequence[Any], world_size: int) -> list[str]:
+def methods_requiring_data(config: OneshotConfig, groups: Iterable[ResolvedGroup]) -> list[str]:
+    """Returns what requires calibration data: methods of groups, and block reconstruction."""
     methods = [method for method in map(method_requiring_data, groups) if method is not None]
+    return methods + (["reconstruct"] if config.reconstruct else [])
+
+
+def _data_errors(
+    config: OneshotConfig, groups: Sequence[ResolvedGroup], batches: Sequence[Any], world_size: int
+) -> list[str]:
+    methods = methods_requiring_data(config, groups)
     if methods and not batches:
         return [f"{methods[0]} needs calibration data, but there is none: give batches of it."]
     if methods and len(batches) < world_size:

@@ -2,8 +2,9 @@
 
 1. Dense model: observe inputs, for globally ranked groups and for allocations; accumulate gradients; select masks of
    globally ranked groups.
-2. Prune the layers that need no observation of their inputs.
-3. Subgraph by subgraph: observe inputs, prune, propagate the outputs of the pruned block.
+2. Prune the layers that need no observation of their inputs; with reconstruction this waits for their block.
+3. Subgraph by subgraph: observe inputs, prune, reconstruct the outputs of the dense block, propagate those of the
+   pruned one.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def prune_oneshot(
     sequential = None if trace is None else SequentialPruner(run, trace)
     statistics, outliers, unit_scores = ({}, {}, {}) if sequential is None else sequential.dense_calibration_pass()
     if any(group.requires_gradients for group in run.groups):
-        unit_scores |= accumulate_gradients(model, run.groups, run.local_batches, run.communicator)
-    unit_scores |= score_blocks(model, run.unit_groups, run.local_batches, run.communicator)
+        unit_scores |= accumulate_gradients(model, run.groups, run.whole_batches, run.communicator)
+    unit_scores |= score_blocks(model, run.unit_groups, run.whole_batches, run.communicator)
     selection = select_units(model, run.unit_groups, unit_scores)
     unit_pruner = UnitPruner(model, run.unit_groups, selection, str(run.config.on_unreached))
     layer_pruner = LayerPruner(
@@ -85,7 +86,17 @@ def prune_oneshot(
         masks=masks_from_dense_model(model, run.dense_ranked_groups, statistics) if run.dense_ranked_groups else {},
         on_unreached=str(run.config.on_unreached),
     )
-    calibrated = set(run.calibrated_layers)
+    if run.samples is None:
+        _prune_unobserved(run, layer_pruner, unit_pruner)
+    errors: Mapping[str, float] = {}
+    if sequential is not None and (run.calibrated_layers or run.reconstructed_layers):
+        errors = sequential.prune(layer_pruner, unit_pruner, finished, progress)
+    return _report(run, errors)
+
+
+def _prune_unobserved(run: PreparedRun, layer_pruner: LayerPruner, unit_pruner: UnitPruner) -> None:
+    """Prune what needs no observation of its inputs."""
+    model, calibrated = run.model, set(run.calibrated_layers)
     for unit_group in run.unit_groups:
         if not unit_group.options.requires_calibration:
             with torch.no_grad():
@@ -94,10 +105,6 @@ def prune_oneshot(
     for layer in (layer for group in groups for layer in group.layers if layer not in calibrated):
         with onload(model.get_submodule(layer.module)), torch.no_grad():
             layer_pruner.prune_without_inputs(layer, model.get_parameter(layer.name))
-    errors: Mapping[str, float] = {}
-    if sequential is not None and calibrated:
-        errors = sequential.prune(layer_pruner, unit_pruner, finished, progress)
-    return _report(run, errors)
 
 
 def _open_finished(run: PreparedRun, folder: str | Path) -> FinishedSubgraphs:

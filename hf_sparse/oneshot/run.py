@@ -34,7 +34,7 @@ from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
 from .arguments import OneshotArguments
 from .plan import OneshotPlan, plan_oneshot
-from .prepare import method_requiring_data
+from .prepare import methods_requiring_data
 from .prune import prune_oneshot
 from .resume import count_finished_subgraphs, remove_finished_subgraphs
 
@@ -167,9 +167,8 @@ class _CheckpointRun:
                 args.calibration_file, args.dataset_name, args.dataset_config_name, args.dataset_split, **options
             )
         else:
-            for method in map(method_requiring_data, self._config.resolve_groups().values()):
-                if method is not None:
-                    raise ValueError(f"{method} needs calibration data: pass calibration_file or dataset_name.")
+            for method in methods_requiring_data(self._config, self._config.resolve_groups().values()):
+                raise ValueError(f"{method} needs calibration data: pass calibration_file or dataset_name.")
         if args.eval:
             dataset = (None, None) if args.validation_file else (args.dataset_name, args.dataset_config_name)
             self._eval_texts = load_texts(

@@ -24,6 +24,7 @@ from .layerwise import LayerPruner, compute_outliers
 from .observers import InputObserver, InputObservers, criterion_statistic, fill_unreached
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
+from .reconstruct import BlockReconstructor
 from .resume import FinishedSubgraphs
 from .tracing import ModelTrace
 from .unit_pruner import UnitPruner
@@ -115,28 +116,41 @@ class SequentialPruner:
         subgraphs, calibrated = self._trace.subgraphs, set(self._run.calibrated_layers)
         hide_bar = not show_progress or self._communicator.rank > 0
         with self._pipeline() as pipeline, tqdm(subgraphs, disable=hide_bar) as bar:
+            reconstructor = self._reconstructor(pipeline)
             for number, subgraph in enumerate(bar):
                 bar.set_description(subgraph.name)
                 layers = [layer for layer in subgraph.layers if layer in calibrated]
-                propagate = subgraph.is_block and subgraph is not subgraphs[-1]
+                propagate, notes = subgraph.is_block and subgraph is not subgraphs[-1], []
                 with self._onload(subgraph):
+                    if reconstructor is not None and subgraph.is_block:
+                        reconstructor.observe_dense(subgraph)
+                    changed = self._changed_parameters(subgraph, layers, reconstructor)
                     if finished is not None and number < finished.count:
                         weights, new_errors = finished.read(number)
-                        for name, weight in self._changed_parameters(subgraph, layers).items():
+                        for name, weight in changed.items():
                             weight.copy_(weights[name])
                     elif self._run.single_forward:
                         new_errors = self._prune_during_forward(pipeline, subgraph, layers, pruners, propagate)
                     else:
                         observers = self._calibrate(pipeline, subgraph, layers, self._gram_layers)
                         new_errors = self._prune_observed(observers, subgraph, *pruners)
-                    self._check_same_zeros(self._changed_parameters(subgraph, layers))
+                        if reconstructor is not None:
+                            self._prune_unobserved(subgraph, *pruners)
+                            if subgraph.is_block and subgraph.layers:
+                                notes.append(str(reconstructor.reconstruct(subgraph)))
+                    self._check_same_zeros(changed)
                     if finished is not None and number >= finished.count:
-                        finished.write(number, self._changed_parameters(subgraph, layers), new_errors)
+                        finished.write(number, changed, new_errors)
                     if propagate and not pipeline.is_propagated(subgraph):
                         pipeline.propagate(subgraph)
-                    bar.set_postfix_str(self._report_progress(layers, new_errors))
+                    bar.set_postfix_str(", ".join([*self._report_progress(layers, new_errors), *notes]))
                 errors |= new_errors
         return errors
+
+    def _reconstructor(self, pipeline: BlockPipeline) -> BlockReconstructor | None:
+        if self._run.samples is None:
+            return None
+        return BlockReconstructor(self._run, pipeline, self._is_encoder_decoder)
 
     def _calibrate(
         self,
@@ -227,9 +241,25 @@ class SequentialPruner:
             errors |= unit_pruner.prune_observed(of_units, subgraph.name if subgraph.is_block else None)
         return errors
 
-    def _changed_parameters(self, subgraph: Subgraph, layers: Sequence[PrunableLayer]) -> dict[str, torch.Tensor]:
-        """The parameters that pruning these layers changes, with those of the coupled units that they read."""
-        names = [layer.name for layer in layers]
+    def _prune_unobserved(self, subgraph: Subgraph, layer_pruner: LayerPruner, unit_pruner: UnitPruner) -> None:
+        """Prune what a subgraph holds of layers and coupled units that need no observation of their inputs."""
+        calibrated = set(self._run.calibrated_layers)
+        of_units = {layer for group in self._run.groups if group.options.units for layer in group.layers}
+        for layer in subgraph.layers:
+            if layer not in calibrated and layer not in of_units:
+                layer_pruner.prune_without_inputs(layer, self._model.get_parameter(layer.name).detach())
+        for group in self._run.unit_groups:
+            if not group.options.requires_calibration and subgraph.is_block:
+                unit_pruner.prune_selected(group, subgraph.name)
+
+    def _changed_parameters(
+        self, subgraph: Subgraph, layers: Sequence[PrunableLayer], reconstructor: BlockReconstructor | None
+    ) -> dict[str, torch.Tensor]:
+        """The parameters that pruning these layers changes, with those of the coupled units that they read, and those
+        that reconstruction tunes."""
+        names = [layer.name for layer in (layers if reconstructor is None else subgraph.layers)]
+        if reconstructor is not None and subgraph.is_block:
+            names += [*reconstructor.pruned_parameters(subgraph), *reconstructor.tuned_parameters(subgraph)]
         for reader in self._run.unit_readers.values():
             if reader.layer in layers:
                 parts = [name for name in reader.units.parameters if is_within(name, subgraph.name)]
@@ -257,10 +287,10 @@ class SequentialPruner:
                 "give each the same calibration data."
             )
 
-    def _report_progress(self, layers: Sequence[PrunableLayer], errors: Mapping[str, float]) -> str:
+    def _report_progress(self, layers: Sequence[PrunableLayer], errors: Mapping[str, float]) -> list[str]:
         """Log the sparsity and the error of each layer, and return a summary of them."""
         if not layers:
-            return ""
+            return []
         counts = gather_counts([count_true(weight == 0) for weight in self._weights(layers).values()]).tolist()
         zeros = dict(zip((layer.name for layer in layers), counts, strict=True))
         for layer in layers:
@@ -268,7 +298,7 @@ class SequentialPruner:
             logger.info("%s: %.2f%% zero, error %.4f", layer.name, 100 * sparsity, errors[layer.name])
         worst = max(errors, key=errors.__getitem__)
         sparsity = sum(zeros.values()) / sum(layer.numel for layer in layers)
-        return f"{sparsity:.2%} zero, error up to {errors[worst]:.4f} in {worst}"
+        return [f"{sparsity:.2%} zero, error up to {errors[worst]:.4f} in {worst}"]
 
     def _pipeline(self) -> BlockPipeline:
         return BlockPipeline(self._model, self._run.local_batches, str(self._run.config.activations))

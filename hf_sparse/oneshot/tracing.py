@@ -21,7 +21,19 @@ from ..model.layers import PrunableLayer
 from .pipeline import BlockPipeline, Subgraph
 
 
-REMEDY = "Prune all layers at once, from the inputs that they have in the dense model, with sequential=False."
+class BlocksError(ValueError):
+    """A model cannot be pruned block by block.
+
+    Args:
+        problem: why not.
+    """
+
+    def __init__(self, problem: str):
+        self.problem = problem
+        super().__init__(
+            f"{problem} Prune all layers at once, from the inputs that they have in the dense model, with "
+            "sequential=False."
+        )
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,9 @@ def trace_model(model: nn.Module, layers: Sequence[PrunableLayer], batch: Any, s
     batch = first_row(batch)
     block_lists = find_block_lists(model, layers) if sequential else {}
     if sequential and not block_lists:
-        raise ValueError(
+        raise BlocksError(
             f"{type(model).__name__} has no repeated blocks (an nn.ModuleList or nn.Sequential) that contain "
-            f"layers to prune. {REMEDY}"
+            "layers to prune."
         )
     list_of_block = {block: name for name, blocks in block_lists.items() for block in blocks}
     calls = _CallRecorder(model, layers, list_of_block)
@@ -185,9 +197,9 @@ def _subgraphs(
     outside = layers_of.pop(None, [])
     uncalled = [block for block in layers_of if block not in blocks]
     if uncalled:
-        raise ValueError(
+        raise BlocksError(
             f'"{uncalled[0]}" is in a module list and contains layers to prune, but the model calls its submodules '
-            f"and not itself, so it cannot be pruned as a block. {REMEDY}"
+            "and not itself, so it cannot be pruned as a block."
         )
     if not blocks:
         return [Subgraph("the whole model", tuple(outside))]
@@ -207,14 +219,14 @@ def _check_chain(pipeline: BlockPipeline, subgraphs: Sequence[Subgraph], calls: 
     blocks = [subgraph for subgraph in subgraphs if subgraph.is_block]
     for block in blocks:
         if calls.num_calls[block.name] > 1:
-            raise ValueError(f'block "{block.name}" runs {calls.num_calls[block.name]} times in one forward. {REMEDY}')
+            raise BlocksError(f'block "{block.name}" runs {calls.num_calls[block.name]} times in one forward.')
     for block in blocks:
         if _with_other_inputs(pipeline, [block.name], calls, partial(pipeline.propagate, block)):
-            raise ValueError(f'block "{block.name}" reads more than the output of the block before it. {REMEDY}')
+            raise BlocksError(f'block "{block.name}" reads more than the output of the block before it.')
     if blocks and not subgraphs[-1].is_block:
         run = partial(pipeline.run_until, subgraphs[-1])
         if changed := _with_other_inputs(pipeline, subgraphs[-1].modules, calls, run):
-            raise ValueError(f'"{changed[0]}" reads outputs of blocks before the last one. {REMEDY}')
+            raise BlocksError(f'"{changed[0]}" reads outputs of blocks before the last one.')
 
 
 def _with_other_inputs(

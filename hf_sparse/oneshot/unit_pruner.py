@@ -79,9 +79,9 @@ class UnitPruner:
         self._zero(pruned, block)
         return {name: sum(values) / len(values) for name, values in errors.items()}
 
-    def prune_selected(self, group: CoupledParameterGroup) -> None:
-        """Zeros units that were selected before, without a solver."""
-        self._zero({units: self._selection.keep[units] for units in group.units}, None)
+    def prune_selected(self, group: CoupledParameterGroup, block: str | None = None) -> None:
+        """Zeros units that were selected before, without a solver: their parts in a block, or all."""
+        self._zero({units: self._selection.keep[units] for units in group.units}, block)
 
     def _select(self, reader: UnitReader, weight_RC: torch.Tensor, statistic: WeightedInputs) -> torch.Tensor:
         criterion, count = reader.criterion, self._selection.counts[reader.units]

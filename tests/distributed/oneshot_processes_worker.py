@@ -35,11 +35,14 @@ RUNS = {
     "neurons by obs, two forwards": {"pattern": "neuron:1", "target_sparsity": 0.5, "criterion": "obs", "forwards": 2},
     "heads by their masks": {"pattern": "head", "target_sparsity": 0.5, "criterion": "taylor"},
     "layers": {"pattern": "layer", "target_sparsity": 0.5},
+    "reconstruct": {"reconstruct": True, "reconstruct_kwargs": {"steps": 12, "samples": 4}},
+    "reconstruct after sparsegpt": {"reconstruct": True, "solver": "sparsegpt", "reconstruct_kwargs": {"steps": 12}},
 }
 FAMILIES = {
     "llama": [*RUNS],
-    "t5": ["wanda", "sparsegpt", "owl", "neurons"],
-    "qwen3_moe": ["wanda", "owl", "neurons"],
+    "t5": ["wanda", "sparsegpt", "owl", "neurons", "reconstruct"],
+    "qwen3_moe": ["wanda", "owl", "neurons", "reconstruct"],
+    "bert": ["reconstruct"],
 }
 
 
@@ -114,7 +117,7 @@ def error_checks(rank):
     yield f"other weights: {text}", kind is RuntimeError and 'pruned different weights of "0.up.weight"' in text
 
 
-def resumed(folder, rank):
+def resumed(folder, rank, **options):
     """Whether a run that is interrupted on all ranks after its first block resumes to the same weights."""
     architecture = ARCHITECTURES["llama"]
     batches, cut, again, alone = architecture.batches(), *(architecture.model() for _ in range(3))
@@ -128,13 +131,13 @@ def resumed(folder, rank):
 
     with mock.patch.object(InputNorms, "__init__", observe):
         try:
-            prune(cut, batches, folder)
+            prune(cut, batches, folder, **options)
         except KeyboardInterrupt:
             pass
     dist.barrier()
     written = sorted(path.name for path in Path(folder).iterdir())
-    prune(again, batches, folder)
-    prune(alone, batches)
+    prune(again, batches, folder, **options)
+    prune(alone, batches, **options)
     return written == ["stage-00000.safetensors"] and same(weights(again), weights(alone))
 
 
@@ -147,7 +150,8 @@ def main():
             problem = difference(name, dict(RUNS[kind]), ARCHITECTURES[name].batches(3))
             checks.append((f"{name}, {kind}: {problem}", problem is None))
     checks += error_checks(rank)
-    checks.append(("resume", resumed(sys.argv[1], rank)))
+    checks.append(("resume", resumed(f"{sys.argv[1]}/plain", rank)))
+    checks.append(("resume with reconstruct", resumed(f"{sys.argv[1]}/tuned", rank, **RUNS["reconstruct"])))
     for name, right in checks:
         if not right:
             wrong += 1

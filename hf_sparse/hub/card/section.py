@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from huggingface_hub.utils import yaml_dump
 
-from ...config import OneshotConfig, PruningConfig
+from ...config import OneshotConfig, PruningConfig, Reconstruction
 from ...config.options import DEFAULT_SOLVER, METHODS
 from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ...patterns import Pattern, get_pattern
@@ -154,9 +155,21 @@ def _method(card: SparsityCard) -> str:
         sentences.append("Zeros that the selected weights had at the start were kept (keep_zeros).")
     if config.get("regrow"):
         sentences.append(f"Each prune step exchanged kept weights for pruned ones (regrow {config['regrow']}).")
+    if card.oneshot and config.get("reconstruct"):
+        sentences.append(_reconstruction(config.get("reconstruct_kwargs") or {}))
     if card.calibration:
         sentences.append(f"Calibration data: {escape(card.calibration)}.")
     return " ".join([*sentences, *_plugins(card)])
+
+
+def _reconstruction(given: Mapping[str, Any]) -> str:
+    options = asdict(Reconstruction()) | given
+    options = {name: "chosen for each block" if value is None else value for name, value in options.items()}
+    listed = escape(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in options.items()))
+    return (
+        "The remaining weights, biases and norms of each block were tuned to give the outputs of the dense model on "
+        f"the calibration data (reconstruct: {listed})."
+    )
 
 
 def _schedule(card: SparsityCard) -> str:

@@ -1,0 +1,42 @@
+"""Options of block-wise reconstruction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How the remaining weights of a block are tuned after pruning (`reconstruct_kwargs`).
+
+    Args:
+        steps: optimizer steps of each block.
+        learning_rate: of Adam at the first step, as a share of the root mean square of each parameter. None tries
+            several, and takes the one with the smallest error on the held-out samples.
+        samples: calibration samples per step.
+        holdout: share of the calibration samples that are held out to judge the result.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Example:
+        >>> Reconstruction(steps=100)
+        Reconstruction(steps=100, learning_rate=None, samples=16, holdout=0.125)
+    """
+
+    steps: int = 300
+    learning_rate: float | None = None
+    samples: int = 16
+    holdout: float = 0.125
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}: it must be at least 1, as in 300")
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}: it must be at least 1, as in 16")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout is {self.holdout}: it must be above 0 and below 1, as in 0.125")
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}: it must be above 0 and at most 1, as in 0.01, or left out"
+            )

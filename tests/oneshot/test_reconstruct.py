@@ -1,0 +1,293 @@
+"""Block reconstruction: smaller errors on held-out samples, exact zeros, and nothing else changed."""
+
+import logging
+
+import pytest
+import torch
+from helpers.architectures import ARCHITECTURES
+from helpers.tiny import same, weights
+from torch import nn
+
+from hf_sparse import OneshotConfig, prune_oneshot
+from hf_sparse.config import PruningConfigError
+from hf_sparse.oneshot.reconstruct import BlockReconstructor
+from hf_sparse.oneshot.resume import FinishedSubgraphs
+
+
+FAST = {"steps": 20, "samples": 4}
+
+
+def run(model, batches, folder=None, kwargs=FAST, **options):
+    """Prune with reconstruction, and return the errors before and after by block."""
+    options = ({} if "pattern" in options else {"target_sparsity": 0.5}) | options
+    config = OneshotConfig(reconstruct=True, reconstruct_kwargs=kwargs, **options)
+    found, real = {}, BlockReconstructor.reconstruct
+    with pytest.MonkeyPatch.context() as patch:
+
+        def reconstruct(self, subgraph):
+            found[subgraph.name] = real(self, subgraph)
+            return found[subgraph.name]
+
+        patch.setattr(BlockReconstructor, "reconstruct", reconstruct)
+        report = prune_oneshot(model, batches, config, folder, progress=False)
+    return found, report
+
+
+class Linears(nn.Module):
+    """Blocks of one linear layer each."""
+
+    def __init__(self, count=1, size=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(size, size) for _ in range(count))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def correlated(rows, size=8, batch=8):
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(size, size, generator=generator)
+    x = torch.randn(rows, size, generator=generator) @ mixing + 0.5
+    return list(x.split(batch))
+
+
+def test_a_linear_block_reaches_least_squares():
+    model, batches = Linears(), correlated(128, batch=128)
+    dense_W, dense_b = (weight.detach().clone().double() for weight in (model.blocks[0].weight, model.blocks[0].bias))
+    found, _ = run(model, batches, kwargs={"steps": 1500, "samples": 112, "learning_rate": 0.05})
+    x, held_out = batches[0].double().split([112, 16])
+    target = x @ dense_W.t() + dense_b
+    error = 0.0
+    for row, weight in enumerate(model.blocks[0].weight):
+        kept = weight != 0
+        assert int(kept.sum()) == 4
+        inputs = torch.cat([x[:, kept], torch.ones(len(x), 1)], 1)
+        solution = torch.linalg.lstsq(inputs, target[:, row]).solution
+        assert torch.allclose(weight[kept].double(), solution[:-1], atol=2e-3)
+        assert abs(float(model.blocks[0].bias[row].detach()) - solution[-1]) < 2e-3
+        expected = held_out @ dense_W[row] + dense_b[row]
+        error += float((held_out[:, kept] @ solution[:-1] + solution[-1] - expected).square().sum())
+    size = float((held_out @ dense_W.t() + dense_b).square().sum())
+    assert found["blocks.0"].after == pytest.approx(error / size, rel=1e-2)
+    assert found["blocks.0"].after < 0.9 * found["blocks.0"].before
+
+
+def outputs_of(model, block, batches):
+    """What a block returns for each batch in a plain forward."""
+    found = []
+    module = model.get_submodule(block)
+    with module.register_forward_hook(lambda module, args, output: found.append(output)), torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    return [output[0] if isinstance(output, tuple) else output for output in found]
+
+
+def error_of(architecture, model, block, batches):
+    """‖Y - Ŷ‖² / ‖Y‖² over the tokens that are no padding."""
+    squares = size = 0.0
+    outputs = zip(*(outputs_of(each, block, batches) for each in (architecture.model(), model)), strict=True)
+    for batch, (expected, output) in zip(batches, outputs, strict=True):
+        mask = batch.get("attention_mask")
+        if "labels" in batch and block.startswith("decoder"):
+            mask = (batch["labels"] != -100).long()
+        mask = torch.ones(expected.shape[:2]) if mask is None else mask
+        squares += float((expected - output)[mask.bool()].double().square().sum())
+        size += float(expected[mask.bool()].double().square().sum())
+    return squares / size
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit", "gpt2"])
+def test_errors_are_those_of_plain_forwards(name):
+    """The last 2 of 15 samples are held out; blocks get what the tuned blocks before them give."""
+    architecture = ARCHITECTURES[name]
+    model, pruned, batches = architecture.model(), architecture.model(), architecture.batches()
+    exclude = ["*.pooler.*"] if name == "bert" else None
+    found, report = run(model, batches, exclude=exclude)
+    prune_oneshot(pruned, batches, OneshotConfig(target_sparsity=0.5, exclude=exclude), progress=False)
+    held_out = [{key: value[1:] for key, value in batches[-1].items()}]
+    assert [f"{name}." for name in found] == list(architecture.blocks)
+    for number, (block, result) in enumerate(found.items()):
+        assert result.after == pytest.approx(error_of(architecture, model, block, held_out), rel=1e-4)
+        if number == 0:
+            assert result.before == pytest.approx(error_of(architecture, pruned, block, held_out), rel=1e-4)
+        assert result.after < result.before or number
+    assert report.sparsity == 0.5
+    first = architecture.blocks[0]
+    for key, weight in model.state_dict().items():
+        if key.startswith(first) and weight.ndim == 2 and "relative_attention_bias" not in key:
+            assert torch.equal(weight == 0, pruned.state_dict()[key] == 0)
+            assert not torch.signbit(weight[weight == 0]).any()
+
+
+def changed_names(name, **options):
+    architecture = ARCHITECTURES[name]
+    model, before = architecture.model(), architecture.model().state_dict()
+    run(model, architecture.batches(), **options)
+    return {key for key, weight in model.state_dict().items() if not torch.equal(weight, before[key])}
+
+
+def test_norms_and_biases_are_tuned_but_nothing_outside_of_blocks():
+    changed = changed_names("t5")
+    assert "encoder.block.0.layer.0.layer_norm.weight" in changed
+    assert not any(key.startswith(("shared", "encoder.final", "decoder.final", "lm_head")) for key in changed)
+    assert not any("relative_attention_bias" in key for key in changed), "which all blocks share"
+    assert "bert.encoder.layer.0.output.dense.bias" in changed_names("bert")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "magnitude"},
+        {"criterion": "magnitude", "scope": "global"},
+        {"criterion": "snip"},
+        {"solver": "sparsegpt"},
+        {"pattern": "2:4"},
+        {"pattern": "neuron:1", "target_sparsity": 0.5},
+        {"pattern": "neuron:1", "target_sparsity": 0.5, "criterion": "magnitude", "solver": "none"},
+        {"pattern": "head", "target_sparsity": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_after_every_way_to_prune(name, options):
+    architecture = ARCHITECTURES[name]
+    model, plain = architecture.model(), architecture.model()
+    found, report = run(model, architecture.batches(), **options)
+    options = ({} if "pattern" in options else {"target_sparsity": 0.5}) | options
+    expected = prune_oneshot(plain, architecture.batches(), OneshotConfig(**options), progress=False)
+    assert len(found) == len(architecture.blocks)
+    assert all(result.after <= result.before for result in found.values())
+    assert any(result.after < result.before for result in found.values()) or not report.zeros
+    assert [layer.zeros for layer in report.layers] == [layer.zeros for layer in expected.layers]
+    assert report.parameter_zeros == expected.parameter_zeros
+
+
+def test_experts_are_tuned():
+    changed = changed_names("qwen3_moe", on_unreached="magnitude")
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"} <= changed
+
+
+def test_weights_remain_where_tuning_does_not_help(caplog):
+    """A learning rate that is far too high."""
+    model, plain, batches = Linears(2), Linears(2), correlated(32)
+    kwargs = FAST | {"learning_rate": 1.0, "steps": 2}
+    with caplog.at_level(logging.WARNING):
+        found, _ = run(model, batches, kwargs=kwargs)
+    prune_oneshot(plain, batches, OneshotConfig(target_sparsity=0.5), progress=False)
+    assert same(weights(model), weights(plain))
+    assert all(result.after == result.before > 0 for result in found.values())
+    assert "blocks.0: tuning does not make the error on held-out samples smaller" in caplog.text
+
+
+def test_frozen_parameters_are_tuned_and_remain_frozen():
+    architecture = ARCHITECTURES["llama"]
+    model, free = architecture.model(), architecture.model()
+    model.requires_grad_(False)
+    free.model.norm.weight.requires_grad_(False)
+    free.model.layers[0].input_layernorm.weight.grad = torch.ones(16)
+    before = dict(model.named_parameters())
+    run(model, architecture.batches())
+    run(free, architecture.batches())
+    assert same(weights(model), weights(free))
+    assert all(weight is before[name] and not weight.requires_grad for name, weight in model.named_parameters())
+    with_gradient = [name for name, weight in free.named_parameters() if weight.grad is not None]
+    assert with_gradient == ["model.layers.0.input_layernorm.weight"], "which was there before"
+    assert [name for name, weight in free.named_parameters() if not weight.requires_grad] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """Small steps accumulate in float32."""
+    architecture = ARCHITECTURES["llama"]
+    model = architecture.model().to(dtype)
+    found, report = run(model, architecture.batches(), kwargs=FAST | {"steps": 40})
+    exact, _ = run(architecture.model(), architecture.batches(), kwargs=FAST | {"steps": 40})
+    assert all(weight.dtype == dtype for weight in model.parameters()) and report.sparsity == 0.5
+    for block, result in found.items():
+        assert result.after < result.before
+        assert result.after == pytest.approx(exact[block].after, rel=0.15)
+
+
+def test_padding_does_not_count():
+    architecture = ARCHITECTURES["bert"]
+    batches, others = architecture.batches(), architecture.batches()
+    for batch in others:
+        batch["input_ids"] = torch.where(batch["attention_mask"] == 0, 7, batch["input_ids"])
+    first, second = architecture.model(), architecture.model()
+    run(first, batches)
+    run(second, others)
+    second = weights(second)
+    assert all(torch.allclose(weight, second[key], atol=1e-5) for key, weight in weights(first).items())
+
+
+def test_batches_may_be_of_any_size():
+    """Steps are the same 16 samples, whether they come in one batch or in many."""
+    architecture = ARCHITECTURES["gpt2"]
+    ids = torch.cat([batch["input_ids"] for batch in architecture.batches(8, 4)])
+    states = []
+    for rows in (1, 4, 32):
+        model = architecture.model()
+        run(model, [{"input_ids": part} for part in ids.split(rows)], kwargs=FAST | {"samples": 16})
+        states.append(weights(model))
+    for state in states[1:]:
+        assert all(torch.allclose(weight, state[key], atol=1e-4) for key, weight in states[0].items())
+
+
+@pytest.mark.parametrize("options", [{"solver": "sparsegpt"}, {"criterion": "magnitude"}], ids=str)
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_a_run_continues_after_the_last_finished_block(name, options, monkeypatch, tmp_path):
+    architecture = ARCHITECTURES[name]
+    alone, cut, again = (architecture.model() for _ in range(3))
+    run(alone, architecture.batches(), **options)
+    real, left = FinishedSubgraphs.write, [2]
+
+    def write(*arguments):
+        real(*arguments)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinishedSubgraphs, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            run(cut, architecture.batches(), tmp_path, **options)
+    found, _ = run(again, architecture.batches(), tmp_path, **options)
+    assert len(found) == len(architecture.blocks) - 2
+    assert same(weights(again), weights(alone))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sequential": False}, "reconstruct tunes block by block, and sequential=False does not"),
+        ({"forwards": 1}, "reconstruct tunes a block between two forwards: use forwards=2"),
+        ({"pattern": "layer", "target_sparsity": 0.5}, 'pattern "layer" may leave none: leave reconstruct out'),
+        ({"kwargs": {"steps": 0}}, "reconstruct_kwargs: reconstruct: steps is 0: it must be at least 1"),
+        ({"kwargs": {"lr": 0.1}}, 'reconstruct has no option "lr": known are steps, learning_rate'),
+        ({"kwargs": {"holdout": 1.0}}, "holdout is 1.0: it must be above 0 and below 1"),
+        ({"kwargs": {"learning_rate": 2.0}}, "learning_rate is 2.0: it must be above 0 and at most 1"),
+    ],
+    ids=str,
+)
+def test_refused_options(options, words):
+    with pytest.raises(PruningConfigError, match=words):
+        run(Linears(2), correlated(32), **options)
+
+
+def test_refused_runs():
+    with pytest.raises(PruningConfigError, match="reconstruct_kwargs is .*, but reconstruct is off"):
+        OneshotConfig(target_sparsity=0.5, reconstruct_kwargs={"steps": 3})
+    with pytest.raises(PruningConfigError, match="reconstruct needs calibration data"):
+        run(Linears(2), None, criterion="magnitude")
+    with pytest.raises(PruningConfigError, match="needs two calibration samples or more"):
+        run(Linears(2), correlated(1))
+    model = Linears(2)
+    model.blocks = nn.ModuleDict({"0": nn.Linear(8, 8)})
+    model.forward = lambda x: model.blocks["0"](x)
+    with pytest.raises(ValueError, match="reconstruct needs blocks: leave it out"):
+        run(model, correlated(32))
+    with torch.inference_mode(), pytest.raises(PruningConfigError, match="prune outside of it"):
+        run(Linears(2), correlated(32))
