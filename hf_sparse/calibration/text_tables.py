@@ -102,9 +102,14 @@ def check_columns(rows: Dataset, names: Sequence[str]) -> None:
 
 
 def is_text(row: Any) -> bool:
-    """Whether `row` is a text, a pair of texts or a mapping with texts, and not a batch of tensors."""
+    """Whether `row` is a text, a pair of texts or a mapping with texts or lists of words, and not a batch of tensors.
+
+    Example:
+        >>> is_text({"tokens": ["a", "film"], "labels": [0, 1]}), is_text({"input_ids": [[2, 3]]})
+        (True, False)
+    """
     values = row.values() if isinstance(row, Mapping) else row if isinstance(row, (tuple, list)) else [row]
-    return any(isinstance(value, str) for value in values)
+    return any(isinstance(item, str) for value in values for item in (value if isinstance(value, list) else [value]))
 
 
 def to_table(rows: Sequence[Any]) -> tuple[Dataset, tuple[str, ...] | None]:

@@ -12,10 +12,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from helpers.architectures import ARCHITECTURES
+from helpers.evaluations import KINDS, batches_of, perturb
 from helpers.tiny import same, weights
 from torch import nn
 
-from hf_sparse import OneshotConfig, prune_oneshot
+from hf_sparse import OneshotConfig, evaluate_model, prune_oneshot, reference_outputs
 from hf_sparse.config import PruningConfigError
 from hf_sparse.distributed import SINGLE_PROCESS
 from hf_sparse.statistics import InputNorms
@@ -117,6 +118,30 @@ def error_checks(rank):
     yield f"other weights: {text}", kind is RuntimeError and 'pruned different weights of "0.up.weight"' in text
 
 
+def evaluated(kind, sizes):
+    model, batches = KINDS[kind][0](), batches_of(kind, *sizes)
+    reference = reference_outputs(model, batches)
+    return evaluate_model(perturb(model), batches, reference)
+
+
+def evaluation_checks(rank):
+    """Yields (name, whether it holds) of checks that evaluation is that of one process, bit for bit."""
+    for kind in KINDS:
+        for sizes in ((2, 3, 1), (6,)):  # the last leaves the second rank without a batch
+            found = evaluated(kind, sizes)
+            with mock.patch("hf_sparse.evaluation.evaluate.get_communicator", lambda: SINGLE_PROCESS):
+                alone = evaluated(kind, sizes)
+            yield f"evaluation of {kind}, {sizes}: {found} {alone}", found == alone
+    model, batches = KINDS["classes"][0](), batches_of("classes", 3, 3)
+    batches[1]["input_ids"] += 10**6  # a batch of rank 1
+    try:
+        evaluate_model(model, batches)
+        text = ""
+    except (ValueError, IndexError) as error:
+        text = str(error)
+    yield f"what evaluation raises: {text}", ("index out of range" if rank == 1 else "another process stopped") in text
+
+
 def resumed(folder, rank, **options):
     """Whether a run that is interrupted on all ranks after its first block resumes to the same weights."""
     architecture = ARCHITECTURES["llama"]
@@ -150,6 +175,7 @@ def main():
             problem = difference(name, dict(RUNS[kind]), ARCHITECTURES[name].batches(3))
             checks.append((f"{name}, {kind}: {problem}", problem is None))
     checks += error_checks(rank)
+    checks += evaluation_checks(rank)
     checks.append(("resume", resumed(f"{sys.argv[1]}/plain", rank)))
     checks.append(("resume with reconstruct", resumed(f"{sys.argv[1]}/tuned", rank, **RUNS["reconstruct"])))
     for name, right in checks:
