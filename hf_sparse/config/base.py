@@ -104,7 +104,8 @@ class PruningOptions:
     )
     scope: str | None = option(
         "Ranking scope, the units that compete: row, layer or global. Left out: the criterion's (global, row for "
-        "wanda, layer for ria), or layer for channels, neurons and heads and for an allocation other than uniform."
+        "wanda, layer for ria), or layer for channels, neurons and heads, for an allocation other than uniform, and in "
+        "one-shot pruning for criteria without gradients, such as magnitude."
     )
     allocation: Allocation | str | None = option(
         "Allocation of the target over layers, with scope row or layer: uniform (the default), erdos_renyi, in "
@@ -396,7 +397,7 @@ class PruningOptions:
             pattern=pattern,
             criterion=criterion,
             solver=SOLVERS.create(self.resolve_solver(options), getattr(options, "solver_kwargs", None)),
-            scope=options.scope or _default_scope(options.allocation, pattern, criterion),
+            scope=options.scope or self._default_scope(options.allocation, pattern, criterion),
             allocation=ALLOCATIONS.create(options.allocation, options.allocation_kwargs),
             scheduler=self.resolve_scheduler(options),
             target=target_of(options) or 0.0,
@@ -417,6 +418,18 @@ class PruningOptions:
         """Returns the name of the solver of a group's options: training updates the weights itself."""
         return DEFAULT_SOLVER
 
+    def _default_scope(self, allocation: str, pattern: Pattern, criterion: Criterion | None) -> str:
+        if not pattern.has_layers:
+            return "global"
+        if criterion is None or not pattern.has_rows:
+            return "layer"
+        scope = self.criterion_scope(criterion)
+        return "layer" if scope == "global" and allocation != DEFAULT_ALLOCATION else scope
+
+    def criterion_scope(self, criterion: Criterion) -> str:
+        """Returns the ranking scope of a criterion where the other options leave it open."""
+        return criterion.default_scope
+
     def resolve_scheduler(self, options: SimpleNamespace) -> Scheduler:
         """Returns the scheduler of a group's options: one-shot pruning has a single prune step."""
         return OneshotScheduler({})
@@ -429,12 +442,3 @@ class PruningOptions:
 
 def _mappings(groups: Any) -> list[Mapping[str, Any]]:
     return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
-
-
-def _default_scope(allocation: str, pattern: Pattern, criterion: Criterion | None) -> str:
-    if not pattern.has_layers:
-        return "global"
-    if criterion is None or not pattern.has_rows:
-        return "layer"
-    scope = criterion.default_scope
-    return "layer" if scope == "global" and allocation != DEFAULT_ALLOCATION else scope

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from ..criteria import Criterion
 from ..methods import create_from_options
 from ..patterns import Pattern
 from ..registry import format_value
+from ..requires import Requires
 from ..solvers import SOLVERS, Solver
 from .base import FLAG, PruningOptions, option
 from .options import DEFAULT_SOLVER
@@ -196,6 +198,12 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         selects = solver in SOLVERS and SOLVERS[solver].selects and (pattern is None or pattern.coupled_kind is None)
         default = Pattern.oneshot_criterion if pattern is None else pattern.oneshot_criterion
         return options.criterion or (None if selects else default)
+
+    def criterion_scope(self, criterion: Criterion) -> str:
+        # Gradients measure the loss, in one unit for all layers. Other scores are of scales that differ between layers,
+        # and nothing makes up for a layer that loses too much.
+        scope = criterion.default_scope
+        return "layer" if scope == "global" and not criterion.requires & Requires.GRADIENTS else scope
 
     def resolve_solver(self, options: SimpleNamespace) -> str:
         pattern = pattern_of(options)

@@ -51,7 +51,8 @@ CASES = {
         (HALF, {}),
         ({"pattern": "2:4"}, {"pattern": "2:4"}),
         (HALF | {"pattern": "channel:in"}, {"pattern": "channel:in", "scope": "layer"}),
-        (HALF | {"criterion": "magnitude"}, {"scope": "global", **MAGNITUDE}),
+        (HALF | {"criterion": "magnitude"}, {"scope": "layer", **MAGNITUDE}),
+        (HALF | {"criterion": "magnitude", "scope": "global"}, {"scope": "global", **MAGNITUDE}),
         (HALF | {"criterion": "snip"}, {"criterion": "snip", "scope": "global", "requires": GRADIENTS}),
         (ERDOS_RENYI, {"allocation": "erdos_renyi"}),
         (ERDOS_RENYI | {"criterion": "magnitude"}, {"allocation": "erdos_renyi", "scope": "layer", **MAGNITUDE}),
@@ -131,7 +132,7 @@ def test_engine_report_and_card_read_the_resolved_groups():
     oneshot = OneshotConfig(target_sparsity=0.5, groups={"a": {"targets": ["linear"], "criterion": "magnitude"}})
     card = SparsityCard("mixed", prune_oneshot(Mixed(), None, oneshot), oneshot.to_dict(), oneshot=True)
     assert card.settings == [group.to_dict() for group in oneshot.resolve_groups().values()]
-    assert card.settings[0]["scope"] == "global"
+    assert card.settings[0]["scope"] == "layer"
 
 
 def test_layers_are_added_once_the_model_is_known():

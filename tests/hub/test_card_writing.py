@@ -156,6 +156,11 @@ def test_settings_of_an_earlier_version_are_made_from_the_config():
     assert (
         card(settings=[{"group": "weights", "solver": "zero", "criterion": "magnitude"}]).settings == card().settings
     )
+    # The default scope of one-shot pruning with magnitude was another one.
+    old = {"group": "weights", "criterion": "magnitude", "scope": "global"}
+    config = OneshotConfig(target_sparsity=0.5, criterion="magnitude")
+    (settings,) = card(settings=[old], config=config.to_dict(), oneshot=True).settings
+    assert settings["scope"] == "global" != next(iter(config.resolve_groups().values())).scope
 
 
 @pytest.mark.parametrize("mark", [SECTION_END, SECTION_START, f"```\n{SECTION_END}\n```", f"~~~\n{SECTION_END}"])

@@ -117,7 +117,10 @@ class SparsityCard:
         self.config = config_class().to_dict() | config_class.read_options(self.config)
         if not self.settings or any("scheduler" not in group for group in self.settings):  # of an earlier version
             groups = config_class.from_dict(self.config).resolve_groups().values()
+            scopes = {group.get("group"): group["scope"] for group in self.settings if group.get("scope")}
             self.settings = [group.to_dict() for group in groups]
+            for group in self.settings:  # the default was another one
+                group["scope"] = scopes.get(group["group"], group["scope"])
 
     # Files
 
