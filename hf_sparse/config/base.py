@@ -104,8 +104,8 @@ class PruningOptions:
     )
     scope: str | None = option(
         "Ranking scope, the units that compete: row, layer or global. Left out: the criterion's (global, row for "
-        "wanda, layer for ria), or layer for channels, neurons and heads, for an allocation other than uniform, and in "
-        "one-shot pruning for criteria without gradients, such as magnitude."
+        "wanda, layer for ria), or layer for channels, neurons and heads, for an allocation other than uniform, and "
+        "in one-shot pruning for criteria without gradients, such as magnitude."
     )
     allocation: Allocation | str | None = option(
         "Allocation of the target over layers, with scope row or layer: uniform (the default), erdos_renyi, in "
@@ -157,12 +157,16 @@ class PruningOptions:
         if recipe is not None:
             self._take_recipe(errors)
             self._parse_json(errors)
+        self._fill_presets()
         for name in self.options():
             if getattr(self, name) is None or (name.endswith("_kwargs") and getattr(self, name) == {}):
                 setattr(self, name, self.defaults.get(name))
         errors += self._errors()
         if errors:
             raise PruningConfigError(errors, None if recipe is None else str(recipe))
+
+    def _fill_presets(self) -> None:
+        """Sets options that were not given to the values of a preset, where a kind of config has presets."""
 
     def _errors(self) -> list[str]:
         """The errors of all groups; those of options that the groups share are reported once."""
@@ -426,7 +430,7 @@ class PruningOptions:
         scope = self.criterion_scope(criterion)
         return "layer" if scope == "global" and allocation != DEFAULT_ALLOCATION else scope
 
-    def criterion_scope(self, criterion: Criterion) -> str:
+    def criterion_scope(self, criterion: Criterion | type[Criterion]) -> str:
         """Returns the ranking scope of a criterion where the other options leave it open."""
         return criterion.default_scope
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from ..criteria import Criterion
+from ..criteria import CRITERIA, Criterion
 from ..methods import create_from_options
 from ..patterns import Pattern
 from ..registry import format_value
 from ..requires import Requires
 from ..solvers import SOLVERS, Solver
 from .base import FLAG, PruningOptions, option
-from .options import DEFAULT_SOLVER
+from .options import DEFAULT_SOLVER, merge_group_options
 from .pruning import PruningConfig
+from .quality import QUALITIES, RUN_OPTIONS, preset_options
 from .reconstruction import Reconstruction
 from .schedule import ScheduleOptions
 from .validation import choice_error, oneshot_errors, pattern_of
@@ -31,7 +32,8 @@ class OneshotConfig(PruningOptions):
 
     Without a criterion and a solver the criterion is Wanda. With solver "sparsegpt" alone, SparseGPT selects the
     pruned weights itself; with both, the criterion selects and SparseGPT updates the remaining weights. Neurons and
-    heads are selected by their fluctuation, and least squares updates the matrices that read them.
+    heads are selected by their fluctuation, and least squares updates the matrices that read them. A `quality` chooses
+    tested values for the options that are not given, once, when the config is made.
 
     Raises:
         PruningConfigError: with every error found.
@@ -49,6 +51,10 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023.
     """
 
+    quality: str | None = option(
+        "Preset for the options that are not given: fast (Wanda), good (SparseGPT), or best (the best known methods, "
+        "which take several times as long). Left out: fast."
+    )
     solver: Solver | str | None = option(
         "Weight update after pruning: none leaves the remaining weights as they are, sparsegpt updates them to "
         "compensate, lstsq those of whole columns and the bias, or a registered one. Left out: lstsq for neurons and "
@@ -96,6 +102,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     }
     run_options: ClassVar[tuple[str, ...]] = (
         *PruningOptions.run_options,
+        "quality",
         "layer_sparsity",
         "sequential",
         "forwards",
@@ -104,6 +111,36 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         "reconstruct_kwargs",
         "on_unreached",
     )
+
+    def _fill_presets(self) -> None:
+        self._preset: dict[str, Any] = {}
+        if self.quality not in QUALITIES:
+            return
+        usual = {"pattern": self.defaults["pattern"]}
+        shared = usual | {name: value for name, value in self._values().items() if value is not None}
+        if not isinstance(self.groups, Mapping) or not self.groups:
+            self._preset |= self._preset_options(shared)
+            for name, value in self._preset.items():
+                setattr(self, name, value)
+            return
+        groups = [group for group in self.groups.values() if isinstance(group, dict)]
+        presets = [self._preset_options(merge_group_options(shared, group)) for group in groups]
+        for group, preset in zip(groups, presets, strict=True):
+            self._preset |= preset
+            group |= {name: value for name, value in preset.items() if name in self.group_options()}
+        for name in RUN_OPTIONS:
+            if presets and all(name in preset for preset in presets):
+                setattr(self, name, presets[0][name])
+
+    def _preset_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that the preset adds to those of a group; none where its pattern is unknown."""
+        pattern, criterion = pattern_of(SimpleNamespace(**given)), given.get("criterion")
+        if pattern is None:
+            return {}
+        known = isinstance(criterion, str) and criterion in CRITERIA
+        return preset_options(
+            str(self.quality), pattern, given, self.criterion_scope(CRITERIA[criterion]) if known else None
+        )
 
     def _errors(self) -> list[str]:
         errors = self._take_layer_sparsity() if self.layer_sparsity is not None else []
@@ -114,8 +151,17 @@ use scope=layer, or name a criterion, as in criterion="wanda".
             errors.append("forwards=1 prunes while data passes through, and sequential=False does not: choose one.")
         errors += self._reconstruct_errors()
         choices = {"activations": ACTIVATIONS, "on_unreached": ON_UNREACHED}
+        choices |= {} if self.quality is None else {"quality": QUALITIES}
         found = (choice_error(name, getattr(self, name), allowed) for name, allowed in choices.items())
-        return errors + [error for error in found if error]
+        errors += [error for error in found if error]
+        return errors + (self._preset_note(errors) if errors else [])
+
+    def _preset_note(self, errors: Sequence[str]) -> list[str]:
+        """Where an error is about an option that the preset has set, a line that says so."""
+        chosen = [
+            f'{name}="{value}"' for name, value in self._preset.items() if any(name in error for error in errors)
+        ]
+        return [f'quality "{self.quality}" sets {", ".join(chosen)}: give others, or leave it out.'] if chosen else []
 
     def _reconstruct_errors(self) -> list[str]:
         """The errors of options that are reconstruct's own, or do not go with it."""
@@ -199,9 +245,9 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         default = Pattern.oneshot_criterion if pattern is None else pattern.oneshot_criterion
         return options.criterion or (None if selects else default)
 
-    def criterion_scope(self, criterion: Criterion) -> str:
-        # Gradients measure the loss, in one unit for all layers. Other scores are of scales that differ between layers,
-        # and nothing makes up for a layer that loses too much.
+    def criterion_scope(self, criterion: Criterion | type[Criterion]) -> str:
+        # Gradients measure the loss, in one unit for all layers. Other scores have scales that differ between layers,
+        # and no training makes up for a layer that loses too much.
         scope = criterion.default_scope
         return "layer" if scope == "global" and not criterion.requires & Requires.GRADIENTS else scope
 

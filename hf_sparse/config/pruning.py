@@ -35,7 +35,7 @@ class PruningConfig(ScheduleOptions, PruningOptions):
         ...
         hf_sparse.config.base.PruningConfigError: 2 errors in the pruning config:
         - criterion is "magnitud": known are block_influence, fisher, fluctuation, gradient, magnitude, \
-movement, obs, random, snip, snip_momentum, taylor, wanda. Did you mean "magnitude"?
+movement, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "magnitude"?
         - target_sparsity is 1.5: it must be a number from 0 to 1 (0.8 prunes 80%).
     """
 

@@ -50,12 +50,15 @@ class OneshotPlan:
         num_subgraphs: the number of blocks, or of subgraphs outside blocks, that are pruned one after the other.
         num_tokens: the number of calibration tokens without padding.
         costs: memory and time.
+        methods: for each group of layers that is pruned, criterion, scope, allocation and solver; and what is done
+            block by block.
     """
 
     layers: tuple[LayerPlan, ...]
     num_subgraphs: int
     num_tokens: int
     costs: Costs
+    methods: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "pattern", "block", "units", "to prune")]
@@ -68,7 +71,7 @@ class OneshotPlan:
             f"layers: {len(self.layers)} with {num_weights:,} weights; blocks: {self.num_subgraphs}; "
             f"calibration tokens: {self.num_tokens:,}"
         )
-        return f"{format_table(rows, text_columns=4)}\n\n{summary}\n{self.costs}"
+        return "\n".join([f"{format_table(rows, text_columns=4)}\n", *self.methods, summary, str(self.costs)])
 
 
 def plan_oneshot(
@@ -107,7 +110,20 @@ def plan_oneshot(
         for group in run.groups
         for layer in group.layers
     )
-    return OneshotPlan(layers, len(subgraphs), sum(map(count_tokens, run.batches)), costs)
+    return OneshotPlan(layers, len(subgraphs), sum(map(count_tokens, run.batches)), costs, _methods(run))
+
+
+def _methods(run: PreparedRun) -> tuple[str, ...]:
+    """What a quality preset or the options chose, in lines."""
+    quality = f"quality {run.config.quality}: " if run.config.quality else ""
+    stages = ", reconstruct" if run.config.reconstruct else ""
+    groups = [group.options.to_dict() for group in run.groups if group.target]
+    lines = (
+        ", ".join(f"{name} {group[name]}" for name in ("criterion", "scope", "allocation", "solver") if group[name])
+        for group in groups
+    )
+    names = (f"{group['group']}: " if len(groups) > 1 else "" for group in groups)
+    return tuple(f"{quality}{name}{line}{stages}" for name, line in zip(names, lines, strict=True))
 
 
 def _num_pruned(run: PreparedRun, group: ParameterGroup) -> dict[str, int]:

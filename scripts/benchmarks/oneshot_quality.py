@@ -34,8 +34,11 @@ from hf_sparse.reporting.report import SparsityReport
 PARTS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "wanda": {"criterion": "wanda"},
+    "ria": {"criterion": "ria"},
     "sparsegpt": {"solver": "sparsegpt"},
     "owl": {"allocation": "owl"},
+    "reconstruct": {"reconstruct": True},
+    **{quality: {"quality": quality} for quality in ("fast", "good", "best")},
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from hf_sparse import OneshotConfig, PruningConfig
 from hf_sparse.config import PruningConfigError
+from hf_sparse.config.quality import QUALITIES
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,12 @@ from hf_sparse.config import PruningConfigError
         ({"layer_sparsity": "{"}, "layer_sparsity is '{': it must be a JSON object"),
         ({"layer_sparsity": {"a": 0.5}, "targets": ["a"]}, "leave targets out"),
         ({"groups": {"g": {"forwards": 1}}}, 'unknown option "forwards"'),
+        ({"quality": "better"}, 'quality is "better": it must be fast or good or best. Did you mean "best"'),
+        (
+            {"quality": "good", "solver_kwargs": {"steps": 3}},
+            'has no option "steps"[^$]*quality "good" sets solver="sparsegpt": give others, or leave it out.$',
+        ),
+        ({"quality": "good", "target_sparsity": 2.0}, "^target_sparsity is 2.0"),
     ],
 )
 def test_errors(options, message):
@@ -47,6 +54,45 @@ def test_all_errors_are_reported_together():
     with pytest.raises(PruningConfigError) as raised:
         OneshotConfig(forwards=0, solver="sparsegpt", solver_kwargs={"dampening": -1}, target_sparsity=7)
     assert len(raised.value.errors) == 3
+
+
+def methods(**options):
+    """Criterion, scope, solver and allocation of each group, and whether blocks are reconstructed."""
+    config = OneshotConfig(**options)
+    assert OneshotConfig.from_dict(config.to_dict()) == config
+    groups = config.resolve_groups().values()
+    found = [(group.criterion_name, group.scope, group.solver_name, group.allocation_name) for group in groups]
+    return found, config.reconstruct
+
+
+def test_a_quality_fills_the_options_that_are_not_given():
+    for pattern in ("unstructured", "2:4", "4x1", "channel:in", "neuron", "head", "layer"):
+        options = {} if pattern == "2:4" else {"target_sparsity": 0.5}
+        assert methods(quality="fast", pattern=pattern, **options) == methods(pattern=pattern, **options)
+        found = [methods(quality=quality, pattern=pattern, **options) for quality in QUALITIES]
+        assert [reconstruct for _, reconstruct in found] == [False, False, pattern != "layer"]
+        if pattern != "layer":
+            assert found[0] != found[1] != found[2]
+    half = {"target_sparsity": 0.5, "quality": "best"}
+    ((_, _, solver, allocation),), _ = methods(**half)
+    assert methods(quality="best", pattern="2:4") == ([(None, "layer", solver, "uniform")], True)
+    # What is given stays, and what it rules out is not added.
+    assert methods(**half, solver="none", allocation="erdos_renyi", reconstruct=False) == (
+        [("wanda", "row", "none", "erdos_renyi")],
+        False,
+    )
+    assert methods(**half, criterion="ria") == ([("ria", "layer", solver, allocation)], True)
+    assert methods(**half, criterion="snip") == ([("snip", "global", solver, "uniform")], True)
+    assert methods(**half, scope="global") == ([("wanda", "global", solver, "uniform")], True)
+    assert methods(**half, sequential=False)[1] is False and methods(**half, forwards=1)[1] is False
+    assert methods(quality="best", layer_sparsity={"*.up": 0.5}) == ([(None, "layer", solver, "uniform")], True)
+    groups = {"a": {"targets": ["a"], "pattern": "2:4"}, "b": {"targets": ["b"], "solver": "none"}}
+    assert methods(**half, groups=groups) == (
+        [(None, "layer", solver, "uniform"), ("wanda", "row", "none", allocation)],
+        True,
+    )
+    assert groups["a"] == {"targets": ["a"], "pattern": "2:4"}
+    assert methods(**half, groups=groups | {"c": {"targets": ["c"], "pattern": "layer"}})[1] is False
 
 
 def test_default_criterion():

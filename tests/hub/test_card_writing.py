@@ -152,6 +152,15 @@ def test_a_card_knows_the_plugins_that_are_loaded(monkeypatch):
     assert card().plugins == ["my_methods.py"]
 
 
+def test_the_card_of_a_preset_says_which_and_has_all_that_it_chose():
+    config = OneshotConfig(target_sparsity=0.5, quality="best")
+    text = render_card(card(settings=[], config=config.to_dict(), oneshot=True)).text
+    assert "without training. Options that were not given are those of quality best." in text
+    chosen = {name: getattr(config, name) for name in ("solver", "allocation", "reconstruct")}
+    assert all(f"{name}: {str(value).lower()}\n" in text for name, value in chosen.items())
+    assert "quality" not in render_card(card(settings=[], config=OneshotConfig().to_dict(), oneshot=True)).text
+
+
 def test_settings_of_an_earlier_version_are_made_from_the_config():
     assert (
         card(settings=[{"group": "weights", "solver": "zero", "criterion": "magnitude"}]).settings == card().settings

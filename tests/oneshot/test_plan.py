@@ -151,8 +151,13 @@ def test_the_printed_plan():
         "256",
         "128",
     ]
+    assert lines[-5:-3] == ["", "criterion wanda, scope row, allocation uniform, solver none"]
     assert lines[-3] == "layers: 7 with 2,560 weights; blocks: 1; calibration tokens: 192"
     assert lines[-2].startswith(
         "memory: largest block 10.4 kB, its statistics 41.3 kB, solver 2.0 kB, activations 12.3 kB on cpu"
     )
     assert lines[-1].startswith("time: about ")
+    (group,) = OneshotConfig(target_sparsity=0.5, quality="best").resolve_groups().values()
+    chosen = f"scope layer, allocation {group.allocation_name}, solver {group.solver_name}, reconstruct"
+    plan = plan_oneshot(llama(1), BATCHES, OneshotConfig(target_sparsity=0.5, quality="best"))
+    assert plan.methods == (f"quality best: {chosen}",)

@@ -148,7 +148,8 @@ def _method(card: SparsityCard) -> str:
     """How the model was pruned, in sentences."""
     config, sentences = card.config, []
     if card.oneshot:
-        sentences.append("Pruned in one shot, without training.")
+        preset = f" Options that were not given are those of quality {config['quality']}." if config["quality"] else ""
+        sentences.append(f"Pruned in one shot, without training.{preset}")
     elif any(group.get("target") for group in card.settings):
         sentences.append(_schedule(card))
     if config.get("keep_zeros"):
