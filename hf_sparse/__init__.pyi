@@ -36,6 +36,7 @@ from .training.arguments import SparseSeq2SeqTrainingArguments, SparseTrainingAr
 from .training.callback import SparsityCallback
 from .training.resume import CheckpointError
 from .training.trainer import SparseSeq2SeqTrainer, SparseTrainer, SparseTrainerMixin
+from .training.tuning import Tuning, register_tune
 
 __version__: str
 
@@ -66,6 +67,7 @@ __all__ = [
     "SparseTrainingArguments",
     "SparsityCallback",
     "SparsityReport",
+    "Tuning",
     "UploadError",
     "accelerate_2of4",
     "calibration_batches",
@@ -88,6 +90,7 @@ __all__ = [
     "register_pattern",
     "register_scheduler",
     "register_solver",
+    "register_tune",
     "save_shrunk",
     "shrink",
     "shrink_checkpoint",

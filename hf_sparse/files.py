@@ -28,6 +28,8 @@ STATE_FILE = "pruning_state.safetensors"
 STATE_SHARD_PATTERN = re.compile(r"pruning_state-(?P<number>[0-9]{5,})-of-(?P<count>[0-9]{5,})\.safetensors")
 """The same for one process of several that hold parts of the weights; numbers start at 1."""
 STATE_GLOB = "pruning_state*"
+TUNING_FILE = "pruning_tuning.safetensors"
+"""Trained updates of weights, and the weights at the start, of a checkpoint."""
 CONFIG_FILE = "pruning_config.json"
 REPORT_FILE = "pruning_report.json"
 CARD_FILE = "pruning_card.json"

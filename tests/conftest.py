@@ -30,8 +30,9 @@ class RestoreRegistries:
         from hf_sparse.patterns.base import PATTERNS
         from hf_sparse.schedulers import CURVES, SCHEDULERS
         from hf_sparse.solvers import SOLVERS
+        from hf_sparse.training.tuning import TUNINGS
 
-        families = [ALLOCATIONS, CRITERIA, CURVES, PATTERNS, SCHEDULERS, SOLVERS]
+        families = [ALLOCATIONS, CRITERIA, CURVES, PATTERNS, SCHEDULERS, SOLVERS, TUNINGS]
         members = [dict(family._members) for family in families]
         try:
             return (yield)

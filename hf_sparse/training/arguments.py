@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ..config import PruningConfig, PruningConfigError
 from ..config.base import PruningOptions
+from ..files import parse_json
+from ..registry import format_value
+from .tuning import TUNINGS, Tuning
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +48,26 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
         },
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "groups", "criterion_kwargs", "allocation_kwargs"]
+    tune: Tuning | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train only some parameters of a model that is pruned already, with keep_zeros: norms, biases, "
+            "masked_lora (low-rank updates of the selected weights that keep their zeros), or a registered one. Left "
+            "out: all parameters are trained."
+        },
+    )
+    tune_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Options of tune, as JSON: {"rank": 16, "alpha": 32} for masked_lora.'},
+    )
+
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "groups",
+        "criterion_kwargs",
+        "allocation_kwargs",
+        "tune_kwargs",
+    ]
 
     # Both parents have these methods. Those of TrainingArguments show every field and hide tokens.
     to_dict = TrainingArguments.to_dict
@@ -52,9 +75,48 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         PruningConfig.__post_init__(self)
+        if errors := self._read_tune():
+            raise PruningConfigError(errors)
         if self.heterogeneous and not self.shrink:
             raise PruningConfigError(["heterogeneous needs shrink: set shrink=True, or leave heterogeneous out."])
         super(PruningOptions, self).__post_init__()
+
+    def _read_tune(self) -> list[str]:
+        """Replaces an instance by its name and options, and parses options that are text. Returns the errors."""
+        if isinstance(self.tune, Tuning):
+            if self.tune_kwargs:
+                return ["tune is an instance with its own options: leave tune_kwargs out."]
+            try:
+                self.tune, self.tune_kwargs = TUNINGS.name_and_options(self.tune)
+            except ValueError as error:
+                return [f"tune: {error}"]
+        if isinstance(self.tune_kwargs, str):
+            try:
+                self.tune_kwargs = parse_json(self.tune_kwargs)
+            except ValueError as error:
+                return [f"tune_kwargs is {format_value(self.tune_kwargs)}: it must be a JSON object ({error})."]
+        if self.tune_kwargs is not None and not isinstance(self.tune_kwargs, dict):
+            return [f"tune_kwargs is {format_value(self.tune_kwargs)}: it must be a mapping."]
+        self.tune_kwargs = self.tune_kwargs or None
+        if self.tune is None:
+            return ['tune_kwargs needs tune: name one, as in tune="masked_lora".'] if self.tune_kwargs else []
+        try:
+            self.tuning()
+        except ValueError as error:
+            return [f"{error}"]
+        return []
+
+    def tuning(self) -> Tuning | None:
+        """Returns the tuning that `tune` names, with its options; None if all parameters are trained.
+
+        Raises:
+            ValueError: the name or an option is unknown or invalid.
+        """
+        if self.tune is None:
+            return None
+        if self.tune not in TUNINGS:
+            raise ValueError(f"tune is {TUNINGS.describe(self.tune)}")
+        return TUNINGS.create(self.tune, self.tune_kwargs)
 
     def mark_as_read(self) -> None:
         """Notes that a trainer prunes by these arguments. Copies of them are unmarked."""

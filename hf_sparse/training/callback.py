@@ -23,6 +23,8 @@ from .arguments import SparseTrainingArguments
 from .best_metric import block_best_metric, clear_best_metric, unblock_best_metric
 from .resume import CheckpointError, ResumeState, keep_pruned
 from .state_files import delete_state_files, write_state_file
+from .tuning import TUNINGS, Tuning
+from .tuning.tuner import Tuner
 from .zero_guard import ZeroGuard
 
 
@@ -46,6 +48,8 @@ class SparsityCallback(TrainerCallback):
 
     Args:
         config: what to prune. If None, the trainer's arguments must be `SparseTrainingArguments`.
+        tune: what to train of a model that is pruned already, a name or an instance of `Tuning`, for `SparseTrainer`
+            and its mixin. None: as the arguments say.
 
     Example:
         >>> from transformers import Trainer
@@ -53,10 +57,15 @@ class SparsityCallback(TrainerCallback):
         >>> # Trainer(model, args, train_dataset=train, callbacks=[callback]).train()
     """
 
-    def __init__(self, config: PruningConfig | None = None):
+    def __init__(self, config: PruningConfig | None = None, tune: Tuning | str | None = None):
         if config is not None and not isinstance(config, PruningConfig):
             raise TypeError(f"SparsityCallback takes a PruningConfig, not {type(config).__name__}.")
         self._given_config = self.config = config
+        self._given_tuning: Tuning | None = TUNINGS.create(tune) if isinstance(tune, str) else tune
+        self.tuning = self._given_tuning
+        """What is trained, once `check` has read the arguments; None for all parameters."""
+        self.tuner: Tuner | None = None
+        """What trains it. `SparseTrainer` sets it."""
         self.pruner: Pruner | None = None
         self.schedule: PruningSchedule
         """The pruning schedule of the run, if there is a pruner."""
@@ -97,6 +106,7 @@ class SparsityCallback(TrainerCallback):
             raise ValueError("SparsityCallback needs a PruningConfig, or a trainer with SparseTrainingArguments.")
         if isinstance(args, SparseTrainingArguments):
             args.mark_as_read()
+            self.tuning = self._given_tuning or args.tuning()
         optimizer = str(getattr(args.optim, "value", args.optim))
         if self.config.prunes and optimizer.startswith("schedule_free"):
             raise NotImplementedError(
@@ -138,6 +148,8 @@ class SparsityCallback(TrainerCallback):
             logger.warning("a stock Trainer uploads checkpoints before their masks are written: use SparseTrainer.")
         if self.owns_saving and getattr(args, "shrink", False):
             raise ValueError("shrink needs SparseTrainer: a stock Trainer saves the whole model. Or leave shrink out.")
+        if self.owns_saving and self.tuning is not None:
+            raise ValueError("tune needs SparseTrainer: a stock Trainer trains all parameters. Or leave tune out.")
         if self.owns_saving and self.is_finished:
             logger.warning("the run is finished, and a stock Trainer may train one more step: use SparseTrainer.")
         self.schedule = config.schedule(state.max_steps)
@@ -145,11 +157,15 @@ class SparsityCallback(TrainerCallback):
         if state.global_step > 0:
             resume_state = self.resume_state or ResumeState(_checkpoint_folder(args, state))
             with raise_on_all_ranks(CheckpointError):
-                resume_state.validate(pruner.groups, config, self.schedule, state.global_step)
+                resume_state.validate(pruner.groups, config, self.schedule, state.global_step, self.tuning)
                 resume_state.apply(pruner)
+                if self.tuner is not None:
+                    resume_state.start_tuner(self.tuner)
         elif previous is not None:
             keep_pruned(previous, pruner)
         pruner.apply_masks()
+        if self.tuner is not None and state.global_step == 0:
+            self.tuner.start(None)
         self.pruner, self._zero_guard = pruner, ZeroGuard(pruner)
         self._remove_gradient_hook()
         if is_deepspeed(kwargs.get("optimizer")):
@@ -203,6 +219,8 @@ class SparsityCallback(TrainerCallback):
         """Observes the gradients, which are reduced, unscaled and clipped by now."""
         if self._gradient_hook is None:
             self._observe(state)
+        if self.tuner is not None and self.pruner is not None:
+            self.tuner.backward(self.pruner.masks)
 
     def _observe(self, state: TrainerState) -> None:
         if self.pruner is None or not self.pruner.observes or self._is_at_final_sparsity(state):
@@ -217,6 +235,8 @@ class SparsityCallback(TrainerCallback):
         `state.global_step` does not count its step yet."""
         if self.pruner is None:
             return
+        if self.tuner is not None:
+            self.tuner.write()
         prune_step = self.schedule.prune_step(state.global_step + 1)
         if prune_step is not None:
             self.pruner.update(prune_step, self.schedule.total)
@@ -336,6 +356,8 @@ class SparsityCallback(TrainerCallback):
         with raise_on_all_ranks(OSError):
             if step is not None:
                 write_state_file(directory, self.pruner, self.schedule, step, is_main)
+                if self.tuner is not None and is_main:
+                    self.tuner.save(directory, step)
             if is_main:
                 write_report_and_config(directory, self._report, PruningConfig.to_dict(self.pruner.config))
 

@@ -32,6 +32,7 @@ from ..hub.card.escaping import escape
 from ..inspection import InspectionError
 from ..reporting.report import SparsityReport
 from ..structured.plan import ShrinkPlan
+from .tuning.tuner import Tuner
 
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class TrainerWithMetrics(Protocol):
     accelerator: Any
     hub_model_id: str | None
     is_output_shrunk: bool
+    tuner: Tuner | None
     dense_metrics: dict[str, float]
     saved_metrics: dict[str, float]
 
@@ -206,6 +208,7 @@ def _sparsity_card(
         command=command_line(),
         auto_class=None if is_adapter else auto_class(type(model).__name__),
         adapter=is_adapter,
+        tuned=None if trainer.tuner is None else trainer.tuner.description,
         shrunk=ShrinkPlan.load(str(trainer.args.output_dir)) if trainer.is_output_shrunk else None,
     )
 

@@ -16,7 +16,7 @@ from ..distributed import get_communicator
 from ..engine.parameter_group import ParameterGroup
 from ..engine.pruner import Pruner
 from ..engine.saved_state import check_saved_state, is_count
-from ..files import STATE_FILE, open_tensors, parse_json
+from ..files import STATE_FILE, TUNING_FILE, open_tensors, parse_json
 from ..schedulers import PruningSchedule
 from .state_files import (
     FORMAT_VERSION,
@@ -27,6 +27,9 @@ from .state_files import (
     compared_options,
     find_state_files,
 )
+from .tuning import Tuning
+from .tuning.state_file import TuningState
+from .tuning.tuner import Tuner
 
 
 _FIELDS = {"shapes", "boxes", "counters", "config", "step", "processes", "checksum"}
@@ -148,6 +151,18 @@ class ResumeState:
             )
         return [StateFile.open(path) for path in paths]
 
+    @cached_property
+    def tuning(self) -> TuningState | None:
+        """The state of the tuning; None if all parameters were trained.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        try:
+            return TuningState.open(self.checkpoint)
+        except (OSError, ValueError) as error:
+            raise _damaged(self.checkpoint / TUNING_FILE, error) from error
+
     @property
     def world_size(self) -> int | None:
         """The number of ranks of the run that wrote the checkpoint; None if its state cannot be read."""
@@ -172,6 +187,11 @@ class ResumeState:
                 )
         if self._is_verified:
             return
+        if self.tuning is not None:
+            try:
+                self.tuning.verify(step)
+            except ValueError as error:
+                raise _damaged(self.tuning.path, error) from error
         communicator = get_communicator()
         for file in self.files if len(self.files) == 1 else self.files[communicator.rank :: communicator.world_size]:
             file.verify()
@@ -183,6 +203,7 @@ class ResumeState:
         config: PruningConfig,
         schedule: PruningSchedule | None = None,
         step: int | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         """Checks that the state is undamaged and fits the run. It changes nothing.
 
@@ -191,6 +212,7 @@ class ResumeState:
             config: its options.
             schedule: its pruning schedule; None while the number of training steps is not known.
             step: the optimizer step of the weights; None if it is not known.
+            tuning: what is trained; None for all parameters.
 
         Raises:
             CheckpointError: the state is missing or damaged, or belongs to other weights, another step or another
@@ -207,6 +229,29 @@ class ResumeState:
                     f"the pruning config differs from that of {file.path}: {'; '.join(changes)}. Resume with "
                     f"the saved values, or start a new run from its weights.{_steps_remedy(changes)}"
                 )
+
+        self._compare_tuning(tuning)
+
+    def _compare_tuning(self, tuning: Tuning | None) -> None:
+        remedy = "Resume with the saved values, or start a new run from its weights."
+        if (tuning is None) != (self.tuning is None):
+            saved, now = ("without tune", "with it") if self.tuning is None else ("with tune", "without")
+            raise CheckpointError(f"{self.checkpoint} was saved by a run {saved}, and this run is {now}. {remedy}")
+        if tuning is not None and self.tuning is not None and (change := self.tuning.difference(tuning)):
+            raise CheckpointError(f"the tuning differs from that of {self.tuning.path}: {change}. {remedy}")
+
+    def start_tuner(self, tuner: Tuner) -> None:
+        """Gives the updates of weights to a tuner.
+
+        Raises:
+            CheckpointError: they do not fit the weights.
+        """
+        try:
+            tuner.start(self.tuning)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.checkpoint / TUNING_FILE}: {error}. Resume from another checkpoint."
+            ) from error
 
     @staticmethod
     def _compare_shapes(file: StateFile, selected: dict[str, list[int]]) -> None:

@@ -19,7 +19,15 @@ import torch
 from ..config import PruningConfig, upgrade_options
 from ..distributed import get_communicator
 from ..engine.pruner import Pruner
-from ..files import STATE_FILE, STATE_GLOB, STATE_SHARD_PATTERN, TEMPORARY_GLOB, state_shard_file, write_tensors
+from ..files import (
+    STATE_FILE,
+    STATE_GLOB,
+    STATE_SHARD_PATTERN,
+    TEMPORARY_GLOB,
+    TUNING_FILE,
+    state_shard_file,
+    write_tensors,
+)
 from ..schedulers import PruningSchedule
 
 
@@ -88,7 +96,7 @@ def write_state_file(
 def delete_state_files(directory: str | Path) -> None:
     """Deletes the state files of an earlier run, which may have had more ranks, and temporary files."""
     leftovers = [path for path in Path(directory).glob(TEMPORARY_GLOB) if path.is_file()]
-    for path in [*leftovers, *_state_files(Path(directory))]:
+    for path in [*leftovers, *_state_files(Path(directory)), Path(directory) / TUNING_FILE]:
         path.unlink(missing_ok=True)
 
 

@@ -23,13 +23,14 @@ from .model_card import write_trainer_card
 from .resume import CheckpointError, ResumeState
 from .shrinking import ShrinkMixin, check_shrink
 from .state_files import start_checkpoint
+from .tuning_mixin import TuningMixin
 from .uploads import HubUploadMixin
 
 
 logger = logging.getLogger(__name__)
 
 
-class SparseTrainerMixin(ShrinkMixin, HubUploadMixin):
+class SparseTrainerMixin(ShrinkMixin, TuningMixin, HubUploadMixin):
     """Adds pruning to any Trainer: `class MyTrainer(SparseTrainerMixin, SomeTrainer)`. It keeps that trainer's
     signature.
 
@@ -40,6 +41,7 @@ class SparseTrainerMixin(ShrinkMixin, HubUploadMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         hide_token(self.args)
+        self._has_given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         self._callback_of_arguments: SparsityCallback | None = None
         self._is_set_up = False
         self.sparsity_callback: SparsityCallback | None = None
@@ -70,6 +72,7 @@ class SparseTrainerMixin(ShrinkMixin, HubUploadMixin):
             if self._shrinks_by_default:
                 config = cast(PruningConfig, cast(SparsityCallback, self.sparsity_callback).config)
                 check_shrink(cast(nn.Module, self.model), config, getattr(self.args, "heterogeneous", False))
+            self._check_tuning()
             self._is_set_up = True
 
     def _warn_if_not_sharded(self) -> None:
@@ -130,13 +133,15 @@ class SparseTrainerMixin(ShrinkMixin, HubUploadMixin):
         self._set_up_pruning()
         if self._shrinks_by_default and not self._prunes:
             raise ValueError('shrink is set, but nothing is pruned: add pattern="neuron" and target_sparsity=0.5.')
+        self._check_tuning()
         callback = self.sparsity_callback
         if callback is not None and callback.prunes:
             state = self._open_checkpoint(callback, resume_from_checkpoint) if resume_from_checkpoint else None
             resume_from_checkpoint = self.resumed_from = None if state is None else str(state.checkpoint)
             callback.resume_state = state
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._tuning():
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if callback is not None:
                 callback.resume_state = None
@@ -169,7 +174,7 @@ class SparseTrainerMixin(ShrinkMixin, HubUploadMixin):
                 logger.warning(text, state.checkpoint)
             config = callback.check(self.args, None)
             groups, _ = resolve_layers(cast(nn.Module, self.model), config)
-            state.validate(groups, config, step=read_step(state.checkpoint))
+            state.validate(groups, config, step=read_step(state.checkpoint), tuning=callback.tuning)
         return state
 
     def save_model(

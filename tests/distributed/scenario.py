@@ -7,6 +7,7 @@ A scenario is a JSON object, the keyword arguments of `Ranks.run`:
     options         of the training arguments
     seed            of the model's initial weights
     config          changes to the default model config
+    pruned          fraction of the model's weights to prune before training
     raises          whether an error of `train` is a result, written as `error`
     resume          resume_from_checkpoint of `train`
     spies           name in `spies.SPIES` -> keyword arguments
@@ -34,7 +35,7 @@ from spies import SPIES, Checks
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
-from hf_sparse import SparseTrainer
+from hf_sparse import Pruner, PruningConfig, SparseTrainer
 
 
 BATCH = 4
@@ -112,6 +113,8 @@ def _trainer(scenario: dict, rank: int, result: dict) -> Trainer:
     options = training_options(scenario.get("options", {}), mode)
     args = arguments(scenario.get("output_dir", folder / "out"), **options)
     model = build(mode, scenario.get("seed", 0), world, folder / "dense", **scenario.get("config", {}))
+    if scenario.get("pruned"):
+        Pruner(model, PruningConfig(target_sparsity=scenario["pruned"], criterion="magnitude")).update(1, 1)
     data = repeated(world if MODES[mode].data_parallel else 1, MODES[mode].model == "llama")
     cls = PlainTrainer if scenario.get("trainer") == "plain" else SparseInOrder
     trainer = cls(model, args, train_dataset=data)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from helpers.sparse import tuned
 from helpers.tiny import make
 from mutations import mutate_bytes, mutate_json_file, mutate_readme, mutate_recipe, mutate_tensor_file
 from safetensors.torch import save_file
@@ -23,7 +24,8 @@ from transformers import BertForSequenceClassification, TrainerState
 
 from hf_sparse import OneshotConfig, PruningConfig, PruningConfigError, SparsityReport
 from hf_sparse.engine.pruner import Pruner
-from hf_sparse.files import DENSE_RESULTS_FILE, STATE_FILE
+from hf_sparse.engine.resolve import resolve_layers
+from hf_sparse.files import DENSE_RESULTS_FILE, STATE_FILE, TUNING_FILE
 from hf_sparse.hub.card import SparsityCard, render_card, rewrite_card, write_card
 from hf_sparse.inspection import InspectionError, inspect_checkpoint
 from hf_sparse.oneshot.resume import FinishedSubgraphs, ResumeError
@@ -33,6 +35,8 @@ from hf_sparse.structured.plan import ShrinkPlan, SizeChange
 from hf_sparse.training.checkpoint_search import find_checkpoint_error, newest_complete_checkpoint
 from hf_sparse.training.resume import CheckpointError, ResumeState
 from hf_sparse.training.state_files import checksum
+from hf_sparse.training.tuning.masked_lora import MaskedLora
+from hf_sparse.training.tuning.tuner import Tuner
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,31 @@ def find_checkpoint(path: Path) -> None:
         torch.load(found / "scheduler.pt", weights_only=True)
 
 
+@functools.cache
+def tuned_run() -> Path:
+    """The folder of a run with `tune`."""
+    folder = Path(_scratch.name) / "tuned"
+    tuned(folder, tune="masked_lora", max_steps=2, save_strategy="steps", save_steps=2).train()
+    return folder
+
+
+def write_tuning(folder: Path) -> Path:
+    shutil.copytree(tuned_run(), folder / "run")
+    return folder / "run" / "checkpoint-2" / TUNING_FILE
+
+
+def read_tuning(path: Path) -> None:
+    """As a run that resumes: does the state fit, and does the tuner take it?"""
+    state, config = ResumeState(path.parent), PruningConfig(keep_zeros=True)
+    model = BertForSequenceClassification.from_pretrained(path.parent)
+    groups, _ = resolve_layers(model, config)
+    state.validate(groups, config, step=2, tuning=MaskedLora())
+    tuner = Tuner(MaskedLora(), groups[0].layers, seed=0)
+    tuner.prepare(model)
+    state.start_tuner(tuner)
+    tuner.write()
+
+
 FORMATS = (
     FileFormat(
         "recipe_yaml",
@@ -265,6 +294,14 @@ FORMATS = (
         ("STATE_FILE", "STATE_SHARD_PATTERN"),
         checkpoint_file(STATE_FILE),
         read_state,
+        mutate_tensor_file("hf_sparse", seal),
+        (CheckpointError,),
+    ),
+    FileFormat(
+        "tuning",
+        ("TUNING_FILE",),
+        write_tuning,
+        read_tuning,
         mutate_tensor_file("hf_sparse", seal),
         (CheckpointError,),
     ),

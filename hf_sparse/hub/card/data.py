@@ -69,6 +69,7 @@ class SparsityCard:
         auto_class: the class of transformers whose `from_pretrained` opens the model; None if there is none.
         adapter: whether the saved files are a PEFT adapter, without the pruned weights.
         plugins: names of the plug-ins that the run has loaded.
+        tuned: which few parameters were trained, and how many; None if all were.
         shrunk: what was removed from the model, if it was made smaller; the report is that of the smaller model.
         latency: measured times, as `read_latency` returns them.
         written: metadata and text digests of the card as it was generated last, see `CardVersion.base`.
@@ -100,6 +101,7 @@ class SparsityCard:
     command: str | None = None
     auto_class: str | None = None
     adapter: bool = False
+    tuned: str | None = None
     plugins: list[str] = field(default_factory=loaded_plugins)
     version: str = field(default_factory=lambda: importlib.import_module("hf_sparse").__version__)
 

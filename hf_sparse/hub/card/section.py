@@ -154,6 +154,8 @@ def _method(card: SparsityCard) -> str:
         sentences.append(_schedule(card))
     if config.get("keep_zeros"):
         sentences.append("Zeros that the selected weights had at the start were kept (keep_zeros).")
+    if card.tuned:
+        sentences.append(f"Tuned: {escape(card.tuned)}.")
     if config.get("regrow"):
         sentences.append(f"Each prune step exchanged kept weights for pruned ones (regrow {config['regrow']}).")
     if card.oneshot and config.get("reconstruct"):
