@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -116,7 +116,7 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
             return None
         if self.tune not in TUNINGS:
             raise ValueError(f"tune is {TUNINGS.describe(self.tune)}")
-        return TUNINGS.create(self.tune, self.tune_kwargs)
+        return TUNINGS.create(cast(str, self.tune), cast(dict[str, Any] | None, self.tune_kwargs))
 
     def mark_as_read(self) -> None:
         """Notes that a trainer prunes by these arguments. Copies of them are unmarked."""

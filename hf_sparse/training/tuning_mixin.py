@@ -103,7 +103,7 @@ class TuningMixin(TrainerBase):
             layers = [layer for group in groups for layer in group.layers]
             self.tuner = callback.tuner = tuner = Tuner(callback.tuning, layers, self.args.seed)
         if previous is not None or tuner is not None:
-            self.optimizer, self.model_wrapped = None, self.model
+            self.optimizer, self.model_wrapped = None, cast(nn.Module, self.model)
         try:
             yield
         finally:

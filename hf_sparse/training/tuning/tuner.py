@@ -47,7 +47,7 @@ class Tuner:
     def description(self) -> str:
         """The tuning with its options, and how much is trained."""
         name = TUNINGS.name_and_options(self.tuning)[0]
-        options = asdict(cast(Any, self.tuning)) if is_dataclass(self.tuning) else {}
+        options: dict[str, Any] = asdict(cast(Any, self.tuning)) if is_dataclass(self.tuning) else {}
         text = ", ".join(f"{option}={json.dumps(value)}" for option, value in options.items())
         share = self.num_trained / max(self.num_parameters, 1)
         return (
