@@ -187,9 +187,10 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         """The options of reconstruct; None if it is off."""
         if not self.reconstruct:
             return None
-        if not isinstance(self.reconstruct_kwargs or {}, Mapping):
-            raise TypeError(f"reconstruct_kwargs is {format_value(self.reconstruct_kwargs)}: it must be a mapping.")
-        return create_from_options(Reconstruction, self.reconstruct_kwargs or {}, "reconstruct", "reconstruct_kwargs")
+        options = self.reconstruct_kwargs or {}
+        if not isinstance(options, Mapping):
+            raise TypeError(f"reconstruct_kwargs is {format_value(options)}: it must be a mapping.")
+        return create_from_options(Reconstruction, options, "reconstruct", "reconstruct_kwargs")
 
     def _take_layer_sparsity(self) -> list[str]:
         """Replaces each entry by a group."""

@@ -24,7 +24,9 @@ from ..solvers import Solver
 from .observers import SAMPLE
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
+from .reconstruct import tuning_passes
 from .tracing import ModelTrace
+from .tuned_block import tuning_bytes
 from .unit_scores import UnitReader
 
 
@@ -56,9 +58,11 @@ class Costs:
         solver_bytes: factors and copies while the weights that share an input are solved, at most.
         activation_bytes: the cached outputs of blocks for all calibration data of the rank.
         model_wide_bytes: what is held for all blocks: gradients and their statistics, masks of globally ranked groups.
+        reconstruction_bytes: gradients, moments of Adam and copies of the parameters of a block that is tuned.
         forward_seconds: forwards and backwards.
         statistics_seconds: accumulating statistics.
         pruning_seconds: ranking and solving.
+        reconstruction_seconds: tuning the blocks.
     """
 
     activation_storage: str
@@ -67,14 +71,17 @@ class Costs:
     solver_bytes: int
     activation_bytes: int
     model_wide_bytes: int
+    reconstruction_bytes: int
     forward_seconds: float
     statistics_seconds: float
     pruning_seconds: float
+    reconstruction_seconds: float
 
     @property
     def seconds(self) -> float:
         """The time of the whole run."""
-        return self.forward_seconds + self.statistics_seconds + self.pruning_seconds
+        pruning = self.statistics_seconds + self.pruning_seconds
+        return self.forward_seconds + pruning + self.reconstruction_seconds
 
     def __str__(self) -> str:
         memory = [
@@ -85,10 +92,15 @@ class Costs:
         ]
         if self.model_wide_bytes:
             memory.append(f"for all blocks {format_bytes(self.model_wide_bytes)}")
-        parts = (
-            f"forwards {format_seconds(self.forward_seconds)}, statistics {format_seconds(self.statistics_seconds)}, "
-            f"pruning {format_seconds(self.pruning_seconds)}"
-        )
+        times = {
+            "forwards": self.forward_seconds,
+            "statistics": self.statistics_seconds,
+            "pruning": self.pruning_seconds,
+        }
+        if self.reconstruction_bytes:
+            memory.append(f"reconstruction {format_bytes(self.reconstruction_bytes)}")
+            times["reconstruction"] = self.reconstruction_seconds
+        parts = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in times.items())
         return f"memory: {', '.join(memory)}\ntime: about {format_seconds(self.seconds)} ({parts})"
 
 
@@ -149,7 +161,7 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
     num_tokens = sum(map(_count_computed_tokens, run.local_batches))
     inputs: list[_SharedInput] = []
     speed, forward_seconds, activation_bytes, num_samples = _DEFAULT_SPEED, 0.0, 0, 0.0
-    sample = None
+    sample, tuning_seconds = None, 0.0
     if run.batches:
         sample = _sample(run.model, run.batches[0])
         num_samples = num_tokens / max(1, _count_computed_tokens(sample))
@@ -165,6 +177,9 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
         products = sum(shared.token_share * shared.rows * shared.columns * shared.experts for shared in inputs)
         speed = 2 * _count_computed_tokens(sample) * products / blocks
         forward_seconds = num_samples * _forward_seconds(run, trace, blocks, before_blocks)
+        if run.samples is not None:
+            activation_bytes *= 2  # those of the dense model as well
+        tuning_seconds = num_samples * _tuning_seconds(run, trace, blocks, before_blocks)
     if any(group.requires_gradients for group in run.groups):
         forward_seconds += 3 * num_samples * _measure(lambda: _forward(run.model, sample))
     operations = [shared.operations(num_tokens) for shared in inputs]
@@ -177,9 +192,11 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
         solver_bytes=max((shared.solver_bytes for shared in inputs), default=0),
         activation_bytes=activation_bytes,
         model_wide_bytes=_model_wide_bytes(run),
+        reconstruction_bytes=max((tuning_bytes(run, block) for block in _tuned_blocks(run, trace)), default=0),
         forward_seconds=forward_seconds,
         statistics_seconds=sum(statistic for statistic, _ in operations) / speed,
         pruning_seconds=(sum(pruning for _, pruning in operations) + RANKING_OPERATIONS * unobserved) / speed,
+        reconstruction_seconds=tuning_seconds,
     )
 
 
@@ -270,6 +287,28 @@ def _forward_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_
     elif run.calibrated_layers:
         total += one_pass
     return total
+
+
+def _tuned_blocks(run: PreparedRun, trace: ModelTrace | None) -> list[Subgraph]:
+    if run.samples is None or trace is None:
+        return []
+    return [subgraph for subgraph in trace.subgraphs if subgraph.is_block and subgraph.layers]
+
+
+def _tuning_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_blocks: float) -> float:
+    """Seconds of tuning with all data, for forwards of the sample that take as long as in `_forward_seconds`. Beside
+    the forward, a step takes two more for the gradients; the dense outputs take one forward of each block."""
+    options, samples = run.config.reconstruction, run.samples
+    if options is None or samples is None:
+        return 0.0
+    count, tuned = len(trace.subgraphs), len(_tuned_blocks(run, trace))
+    passes, evaluations = tuning_passes(options, samples)
+    of_block = blocks / count
+    return (
+        blocks
+        + count * before_blocks
+        + tuned * (passes * (3 * of_block + before_blocks) + evaluations * (of_block + before_blocks))
+    )
 
 
 def _largest_statistics_bytes(inputs: Sequence[_SharedInput], single_forward: bool) -> int:

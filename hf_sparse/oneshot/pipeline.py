@@ -172,7 +172,7 @@ class BlockPipeline:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._cached_output(block_list) if block in self._stream.finished else compute(*args, **kwargs)
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     def cached_output(self, subgraph: Subgraph, index: int) -> Any:
         """Returns the output for batch `index` of the last block of this list that was propagated."""

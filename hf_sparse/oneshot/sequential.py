@@ -27,6 +27,7 @@ from .prepare import PreparedRun
 from .reconstruct import BlockReconstructor
 from .resume import FinishedSubgraphs
 from .tracing import ModelTrace
+from .tuned_block import pruned_parameters, tuned_parameters
 from .unit_pruner import UnitPruner
 from .unit_scores import score_by_inputs
 
@@ -150,7 +151,7 @@ class SequentialPruner:
     def _reconstructor(self, pipeline: BlockPipeline) -> BlockReconstructor | None:
         if self._run.samples is None:
             return None
-        return BlockReconstructor(self._run, pipeline, self._is_encoder_decoder)
+        return BlockReconstructor(self._run, self._run.samples, pipeline, self._is_encoder_decoder)
 
     def _calibrate(
         self,
@@ -259,7 +260,7 @@ class SequentialPruner:
         that reconstruction tunes."""
         names = [layer.name for layer in (layers if reconstructor is None else subgraph.layers)]
         if reconstructor is not None and subgraph.is_block:
-            names += [*reconstructor.pruned_parameters(subgraph), *reconstructor.tuned_parameters(subgraph)]
+            names += [*pruned_parameters(self._run, subgraph), *tuned_parameters(self._run, subgraph)]
         for reader in self._run.unit_readers.values():
             if reader.layer in layers:
                 parts = [name for name in reader.units.parameters if is_within(name, subgraph.name)]

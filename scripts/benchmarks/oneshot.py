@@ -5,7 +5,7 @@ process, on the same data, alternating:
 
     forwards    time in units of one forward of all calibration data through the blocks of the dense model, which is
                 measured (for a part of the data) just before and after: total, and the parts for statistics and for
-                selecting and solving; the rest are forwards
+                selecting, solving and tuning (10 steps of 16 samples; 300 are the default); the rest are forwards
     peak        memory beyond that before the run, in units of the model, and its maximum while solving
     plain       time of the plain implementation divided by this time
 
@@ -20,7 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_sparse.oneshot import OneshotConfig, prune_oneshot
 from hf_sparse.oneshot.layerwise import LayerPruner
 from hf_sparse.oneshot.observers import InputObserver
+from hf_sparse.oneshot.reconstruct import BlockReconstructor
 
 
 PHASES = ("forward", "statistics", "solve")
@@ -70,6 +71,9 @@ METHODS = {
     "sparsegpt 2:4": Method(
         {"solver": "sparsegpt", "pattern": "2:4", "solver_kwargs": {"block_size": plain.BLOCK}},
         {"solves": True, "by_wanda": False, "of_four": True},
+    ),
+    "wanda+tuning": Method(
+        {"criterion": "wanda", "reconstruct": True, "reconstruct_kwargs": {"steps": 10, "learning_rate": 0.01}}
     ),
 }
 
@@ -184,18 +188,17 @@ class Bench:
             (InputObserver, "observe"): "statistics",
             (LayerPruner, "prune_layers"): "solve",
             (LayerPruner, "prune_without_inputs"): "solve",
+            (BlockReconstructor, "reconstruct"): "solve",
         }
-        patches = [
-            patch.object(owner, name, meter.watched(phase, getattr(owner, name)))
-            for (owner, name), phase in watched.items()
-        ]
-        with patches[0], patches[1], patches[2]:
+        with ExitStack() as patches:
+            for (owner, name), phase in watched.items():
+                patches.enter_context(patch.object(owner, name, meter.watched(phase, getattr(owner, name))))
             return meter.measure(lambda: prune_oneshot(self.model, self.batches, config, progress=False))
 
 
 def forms(method: Method, options: argparse.Namespace) -> list[int | str]:
     if method.plain is None:
-        return [2]  # no forwards at all
+        return [2]  # without forwards, or with two
     return [*options.forwards, *([] if options.alone else [PLAIN])]
 
 

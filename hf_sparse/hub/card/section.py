@@ -166,7 +166,7 @@ def _method(card: SparsityCard) -> str:
 
 
 def _reconstruction(given: Mapping[str, Any]) -> str:
-    options = asdict(Reconstruction()) | given
+    options = {**asdict(Reconstruction()), **given}
     options = {name: "chosen for each block" if value is None else value for name, value in options.items()}
     listed = escape(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in options.items()))
     return (
