@@ -14,6 +14,8 @@ class Reconstruction:
         learning_rate: of Adam at the first step, as a share of the root mean square of each parameter. None tries
             several, and takes the one with the smallest error on the held-out samples.
         samples: calibration samples per step.
+        window: how many blocks are tuned together, to give the dense outputs of the last one: a block that has just
+            been pruned, and those before it. More take longer, and as many times the memory.
         holdout: share of the calibration samples that are held out to judge the result.
 
     Raises:
@@ -21,12 +23,13 @@ class Reconstruction:
 
     Example:
         >>> Reconstruction(steps=100)
-        Reconstruction(steps=100, learning_rate=None, samples=16, holdout=0.125)
+        Reconstruction(steps=100, learning_rate=None, samples=16, window=2, holdout=0.125)
     """
 
     steps: int = 300
     learning_rate: float | None = None
     samples: int = 16
+    window: int = 2
     holdout: float = 0.125
 
     def __post_init__(self) -> None:
@@ -34,6 +37,8 @@ class Reconstruction:
             raise ValueError(f"steps is {self.steps}: it must be at least 1, as in 300")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}: it must be at least 1, as in 16")
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}: it must be at least 1, as in 2")
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout is {self.holdout}: it must be above 0 and below 1, as in 0.125")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:

@@ -26,7 +26,7 @@ from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
 from .reconstruct import tuning_passes
 from .tracing import ModelTrace
-from .tuned_block import tuning_bytes
+from .tuned_blocks import tuning_bytes
 from .unit_scores import UnitReader
 
 
@@ -192,7 +192,7 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
         solver_bytes=max((shared.solver_bytes for shared in inputs), default=0),
         activation_bytes=activation_bytes,
         model_wide_bytes=_model_wide_bytes(run),
-        reconstruction_bytes=max((tuning_bytes(run, block) for block in _tuned_blocks(run, trace)), default=0),
+        reconstruction_bytes=max((tuning_bytes(run, window) for window in _windows(run, trace)), default=0),
         forward_seconds=forward_seconds,
         statistics_seconds=sum(statistic for statistic, _ in operations) / speed,
         pruning_seconds=(sum(pruning for _, pruning in operations) + RANKING_OPERATIONS * unobserved) / speed,
@@ -289,10 +289,16 @@ def _forward_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_
     return total
 
 
-def _tuned_blocks(run: PreparedRun, trace: ModelTrace | None) -> list[Subgraph]:
-    if run.samples is None or trace is None:
+def _windows(run: PreparedRun, trace: ModelTrace | None) -> list[list[Subgraph]]:
+    """The blocks that are tuned together, for each block that is pruned."""
+    options, windows = run.config.reconstruction, []
+    if options is None or trace is None:
         return []
-    return [subgraph for subgraph in trace.subgraphs if subgraph.is_block and subgraph.layers]
+    for number, subgraph in enumerate(trace.subgraphs):
+        if subgraph.is_block and subgraph.layers:
+            before = trace.subgraphs[max(0, number + 1 - options.window) : number + 1]
+            windows.append([block for block in before if block.block_list == subgraph.block_list])
+    return windows
 
 
 def _tuning_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_blocks: float) -> float:
@@ -301,14 +307,14 @@ def _tuning_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_b
     options, samples = run.config.reconstruction, run.samples
     if options is None or samples is None:
         return 0.0
-    count, tuned = len(trace.subgraphs), len(_tuned_blocks(run, trace))
+    count, sizes = len(trace.subgraphs), [len(window) for window in _windows(run, trace)]
     passes, evaluations = tuning_passes(options, samples)
     of_block = blocks / count
-    return (
-        blocks
-        + count * before_blocks
-        + tuned * (passes * (3 * of_block + before_blocks) + evaluations * (of_block + before_blocks))
-    )
+    seconds = blocks + count * before_blocks
+    for size in sizes:
+        seconds += passes * (3 * size * of_block + before_blocks) + evaluations * (size * of_block + before_blocks)
+        seconds += 2 * (size - 1) * of_block  # the blocks before, when inputs are observed and outputs propagated
+    return seconds
 
 
 def _largest_statistics_bytes(inputs: Sequence[_SharedInput], single_forward: bool) -> int:

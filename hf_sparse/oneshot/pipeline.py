@@ -178,8 +178,13 @@ class BlockPipeline:
         """Returns the output for batch `index` of the last block of this list that was propagated."""
         return self._stream.caches[subgraph.block_list or ""][index]
 
-    def block_output(self, block: str, index: int, gradients: bool = False) -> Any:
-        """Returns the output of a block for batch `index`, with `gradients` as a function of the block's parameters.
+    def block_output(self, block: str, index: int, gradients_from: str | None = None) -> Any:
+        """Returns the output of a block for batch `index`.
+
+        Args:
+            block: name of the block.
+            index: number of the batch.
+            gradients_from: a block. What is computed from it on is recorded for gradients.
 
         Raises:
             ValueError: the model does not call the block for this batch.
@@ -191,9 +196,10 @@ class BlockPipeline:
             raise StopForward
 
         with module.register_forward_hook(capture), ExitStack() as context:
-            if gradients:
+            if gradients_from is not None:
                 context.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # restores it at the end
-                context.enter_context(module.register_forward_pre_hook(_enable_gradients))
+                first = self.model.get_submodule(gradients_from)
+                context.enter_context(first.register_forward_pre_hook(_enable_gradients))
             self.forward(index)
         if not outputs:
             raise ValueError(f'a forward on calibration batch {index} does not reach the block "{block}".')

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from ..config import Reconstruction
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
-from .tuned_block import DENSE, TunedBlock
+from .tuned_blocks import DENSE, TunedBlocks
 from .tuning_samples import TuningSamples
 
 
@@ -34,7 +34,7 @@ _NUM_EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class ReconstructedBlock:
-    """What tuning a block has achieved.
+    """What tuning has achieved for a block.
 
     Args:
         before, after: ‖Y - Ŷ‖² / ‖Y‖² on the held-out samples, for outputs Y of the dense model, Ŷ of the pruned one.
@@ -74,41 +74,49 @@ class BlockReconstructor:
             error = exception
         self._run.communicator.raise_together(error)
 
-    def reconstruct(self, subgraph: Subgraph) -> ReconstructedBlock:
-        """Tunes a pruned block whose dense outputs were observed, in place.
+    @property
+    def window(self) -> int:
+        """How many blocks are tuned together."""
+        return self._options.window
+
+    def reconstruct(self, window: Sequence[Subgraph]) -> ReconstructedBlock:
+        """Tunes a pruned block whose dense outputs were observed, together with those before it, in place.
+
+        Args:
+            window: the blocks, in order. Their inputs are those that the pruned blocks before them give.
 
         The learning rate falls to zero along a cosine. Of the states on the way and the one at the start, the one with
         the smallest error on the held-out samples is kept.
         """
-        with TunedBlock(self._run, self._samples, self._pipeline, subgraph, self._is_encoder_decoder) as block:
-            result = self._tune(block)
+        with TunedBlocks(self._run, self._samples, self._pipeline, window, self._is_encoder_decoder) as blocks:
+            result = self._tune(blocks)
         if result.after == result.before > 0:
             logger.warning(
                 "%s: tuning does not make the error on held-out samples smaller; its weights remain as they were.",
-                subgraph.name,
+                window[-1].name,
             )
-        logger.info("%s: %s with learning rate %g", subgraph.name, result, result.learning_rate)
+        logger.info("%s: %s with learning rate %g", window[-1].name, result, result.learning_rate)
         return result
 
-    def _tune(self, block: TunedBlock) -> ReconstructedBlock:
-        start = best = block.state()
-        before = smallest = block.held_out_error()
+    def _tune(self, blocks: TunedBlocks) -> ReconstructedBlock:
+        start = best = blocks.state()
+        before = smallest = blocks.held_out_error()
         if not before:
             return ReconstructedBlock(0.0, 0.0, 0.0)
-        rate = self._options.learning_rate or self._find_learning_rate(block, start)
-        for error in self._descend(block, start, rate, self._options.steps, _NUM_EVALUATIONS):
+        rate = self._options.learning_rate or self._find_learning_rate(blocks, start)
+        for error in self._descend(blocks, start, rate, self._options.steps, _NUM_EVALUATIONS):
             if error < smallest:
-                smallest, best = error, block.state()
-        block.load(best)
+                smallest, best = error, blocks.state()
+        blocks.load(best)
         return ReconstructedBlock(before, smallest, rate)
 
-    def _find_learning_rate(self, block: TunedBlock, start: Mapping[str, torch.Tensor]) -> float:
+    def _find_learning_rate(self, blocks: TunedBlocks, start: Mapping[str, torch.Tensor]) -> float:
         """Returns the learning rate with the smallest error after a short trial, of those in a geometric series: from
         the first one on upwards, or else downwards, as long as the error becomes smaller."""
         steps = min(self._options.steps, max(_LEAST_TRIAL_STEPS, round(_TRIAL_SHARE * self._options.steps)))
 
         def error_of(rate: float) -> float:
-            return list(self._descend(block, start, rate, steps, 1))[-1]
+            return list(self._descend(blocks, start, rate, steps, 1))[-1]
 
         rate, smallest = _FIRST_RATE, error_of(_FIRST_RATE)
         for factor in (_RATE_FACTOR, 1 / _RATE_FACTOR):
@@ -122,20 +130,20 @@ class BlockReconstructor:
         return rate
 
     def _descend(
-        self, block: TunedBlock, start: Mapping[str, torch.Tensor], rate: float, steps: int, evaluations: int
+        self, blocks: TunedBlocks, start: Mapping[str, torch.Tensor], rate: float, steps: int, evaluations: int
     ) -> Iterator[float]:
         """Tunes from a state on, and yields the error on the held-out samples `evaluations` times."""
-        block.load(start)
-        optimizer = block.new_optimizer()
+        blocks.load(start)
+        optimizer = blocks.new_optimizer()
         every = math.ceil(steps / evaluations)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-            block.compute_gradients(self._samples.steps[step % len(self._samples.steps)])
+            blocks.compute_gradients(self._samples.steps[step % len(self._samples.steps)])
             optimizer.step()
-            block.update()
+            blocks.update()
             if (step + 1) % every == 0 or step + 1 == steps:
-                error = block.held_out_error()
+                error = blocks.held_out_error()
                 yield error
                 if error == math.inf:
                     return

@@ -27,7 +27,7 @@ from .prepare import PreparedRun
 from .reconstruct import BlockReconstructor
 from .resume import FinishedSubgraphs
 from .tracing import ModelTrace
-from .tuned_block import pruned_parameters, tuned_parameters
+from .tuned_blocks import pruned_parameters, tuned_parameters
 from .unit_pruner import UnitPruner
 from .unit_scores import score_by_inputs
 
@@ -71,7 +71,7 @@ class SequentialPruner:
             for subgraph in self._trace.subgraphs:
                 layers = [layer for layer in subgraph.layers if layer in observed]
                 propagate = subgraph is not self._trace.subgraphs[-1]
-                with self._onload(subgraph):
+                with self._onload([subgraph]):
                     observers = self._calibrate(pipeline, subgraph, layers, gram_layers, propagate)
                     fill_unreached(observers, str(self._run.config.on_unreached))
                     scored = [layer for layer in layers if layer in ranked]
@@ -116,16 +116,18 @@ class SequentialPruner:
         pruners = layer_pruner, unit_pruner
         subgraphs, calibrated = self._trace.subgraphs, set(self._run.calibrated_layers)
         hide_bar = not show_progress or self._communicator.rank > 0
+        window: list[Subgraph] = []
         with self._pipeline() as pipeline, tqdm(subgraphs, disable=hide_bar) as bar:
             reconstructor = self._reconstructor(pipeline)
             for number, subgraph in enumerate(bar):
                 bar.set_description(subgraph.name)
                 layers = [layer for layer in subgraph.layers if layer in calibrated]
                 propagate, notes = subgraph.is_block and subgraph is not subgraphs[-1], []
-                with self._onload(subgraph):
+                self._extend_window(pipeline, window, subgraph)
+                with self._onload([*window, subgraph]):
                     if reconstructor is not None and subgraph.is_block:
                         reconstructor.observe_dense(subgraph)
-                    changed = self._changed_parameters(subgraph, layers, reconstructor)
+                    changed = self._changed_parameters(subgraph, layers, window if reconstructor is not None else ())
                     if finished is not None and number < finished.count:
                         weights, new_errors = finished.read(number)
                         for name, weight in changed.items():
@@ -138,15 +140,29 @@ class SequentialPruner:
                         if reconstructor is not None:
                             self._prune_unobserved(subgraph, *pruners)
                             if subgraph.is_block and subgraph.layers:
-                                notes.append(str(reconstructor.reconstruct(subgraph)))
+                                notes.append(str(reconstructor.reconstruct(window)))
                     self._check_same_zeros(changed)
                     if finished is not None and number >= finished.count:
                         finished.write(number, changed, new_errors)
-                    if propagate and not pipeline.is_propagated(subgraph):
-                        pipeline.propagate(subgraph)
+                    if propagate:
+                        self._propagate(pipeline, window, 1 if reconstructor is None else reconstructor.window)
                     bar.set_postfix_str(", ".join([*self._report_progress(layers, new_errors), *notes]))
                 errors |= new_errors
         return errors
+
+    def _extend_window(self, pipeline: BlockPipeline, window: list[Subgraph], subgraph: Subgraph) -> None:
+        """Add a block to those that are pruned and not propagated, after propagating those of another list."""
+        if window and window[-1].block_list != subgraph.block_list:
+            self._propagate(pipeline, window, 1)
+        if subgraph.is_block:
+            window.append(subgraph)
+
+    def _propagate(self, pipeline: BlockPipeline, window: list[Subgraph], size: int) -> None:
+        """Propagate the first blocks of a window, so that fewer than `size` remain in it."""
+        while len(window) >= size:
+            block = window.pop(0)
+            if not pipeline.is_propagated(block):  # during the forward that pruned it
+                pipeline.propagate(block)
 
     def _reconstructor(self, pipeline: BlockPipeline) -> BlockReconstructor | None:
         if self._run.samples is None:
@@ -254,13 +270,14 @@ class SequentialPruner:
                 unit_pruner.prune_selected(group, subgraph.name)
 
     def _changed_parameters(
-        self, subgraph: Subgraph, layers: Sequence[PrunableLayer], reconstructor: BlockReconstructor | None
+        self, subgraph: Subgraph, layers: Sequence[PrunableLayer], tuned: Sequence[Subgraph]
     ) -> dict[str, torch.Tensor]:
         """The parameters that pruning these layers changes, with those of the coupled units that they read, and those
-        that reconstruction tunes."""
-        names = [layer.name for layer in (layers if reconstructor is None else subgraph.layers)]
-        if reconstructor is not None and subgraph.is_block:
-            names += [*pruned_parameters(self._run, subgraph), *tuned_parameters(self._run, subgraph)]
+        of blocks that are tuned."""
+        names = [layer.name for layer in layers]
+        if self._run.samples is not None:
+            names = [layer.name for layer in subgraph.layers]
+            names += [*pruned_parameters(self._run, tuned), *tuned_parameters(self._run, tuned)]
         for reader in self._run.unit_readers.values():
             if reader.layer in layers:
                 parts = [name for name in reader.units.parameters if is_within(name, subgraph.name)]
@@ -308,9 +325,9 @@ class SequentialPruner:
         return {layer.name: self._model.get_parameter(layer.name).detach() for layer in layers}
 
     @contextmanager
-    def _onload(self, subgraph: Subgraph) -> Iterator[None]:
+    def _onload(self, subgraphs: Sequence[Subgraph]) -> Iterator[None]:
         with ExitStack() as stack:
-            for name in subgraph.modules:
+            for name in dict.fromkeys(name for subgraph in subgraphs for name in subgraph.modules):
                 stack.enter_context(onload(self._model.get_submodule(name)))
             yield
 

@@ -113,24 +113,25 @@ def test_memory_by_hand():
 
 
 def test_reconstruction_by_hand():
-    """Gradients, two moments, and the weights at the start and the best ones of all 2,592 parameters of a block, and a
-    mask of its matrices; activations are those of the pruned and of the dense model."""
+    """Gradients, two moments, and the weights at the start and the best ones of all 2,592 parameters of each of two
+    blocks, and masks of their matrices; activations are those of the pruned and of the dense model."""
     options = {"reconstruct": True, "reconstruct_kwargs": {"steps": 20, "samples": 7, "learning_rate": 0.01}}
     plain = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5)).costs
     found = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, **options)).costs
     matrices = 4 * 16 * 16 + 3 * 16 * 32
-    assert found.reconstruction_bytes == 5 * 4 * (matrices + 2 * 16) + matrices
+    assert found.reconstruction_bytes == 2 * (5 * 4 * (matrices + 2 * 16) + matrices)
     assert found.activation_bytes == 2 * plain.activation_bytes
     assert found.seconds > found.reconstruction_seconds > 0
-    assert "reconstruction 54.4 kB" in str(found) and "pruning" in str(found).split("reconstruction")[1]
+    assert "reconstruction 108.8 kB" in str(found) and "pruning" in str(found).split("reconstruction")[1]
     assert "reconstruction" not in str(plain)
     half = plan_oneshot(llama().bfloat16(), BATCHES, OneshotConfig(target_sparsity=0.5, **options)).costs
-    assert half.reconstruction_bytes == (4 * 4 + 2 * 2) * (matrices + 2 * 16) + matrices
+    assert half.reconstruction_bytes == 2 * ((4 * 4 + 2 * 2) * (matrices + 2 * 16) + matrices)
     # 21 of 24 samples are tuned with, in three steps of seven; the error on the other three is measured 11 times.
     run = prepare_run(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, **options))
     dense = 3.0 + 3 * 1.0
-    tuning = 20 * 0.875 / 3 * (3 * 1.0 + 1.0) + 11 * 0.125 * (1.0 + 1.0)
-    assert costs._tuning_seconds(run, run.trace(), 3.0, 1.0) == pytest.approx(dense + 3 * tuning)
+    first = 20 * 0.875 / 3 * (3 * 1.0 + 1.0) + 11 * 0.125 * (1.0 + 1.0)
+    others = 20 * 0.875 / 3 * (3 * 2.0 + 1.0) + 11 * 0.125 * (2.0 + 1.0) + 2 * 1.0  # with the block before
+    assert costs._tuning_seconds(run, run.trace(), 3.0, 1.0) == pytest.approx(dense + first + 2 * others)
 
 
 def test_time_grows_with_the_data_and_the_forwards():

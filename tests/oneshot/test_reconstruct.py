@@ -24,9 +24,10 @@ def run(model, batches, folder=None, kwargs=FAST, **options):
     found, real = {}, BlockReconstructor.reconstruct
     with pytest.MonkeyPatch.context() as patch:
 
-        def reconstruct(self, subgraph):
-            found[subgraph.name] = real(self, subgraph)
-            return found[subgraph.name]
+        def reconstruct(self, window):
+            name = window[-1].name
+            found[name] = real(self, window)
+            return found[name]
 
         patch.setattr(BlockReconstructor, "reconstruct", reconstruct)
         report = prune_oneshot(model, batches, config, folder, progress=False)
@@ -99,18 +100,21 @@ def error_of(architecture, model, block, batches):
     return squares / size
 
 
+@pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit", "gpt2"])
-def test_errors_are_those_of_plain_forwards(name):
-    """The last 2 of 15 samples are held out; blocks get what the tuned blocks before them give."""
+def test_errors_are_those_of_plain_forwards(name, window):
+    """The last 2 of 15 samples are held out; blocks get what the tuned blocks before them give. With a window of two
+    blocks, all but the last block of a list are tuned again, after their error was measured."""
     architecture = ARCHITECTURES[name]
     model, pruned, batches = architecture.model(), architecture.model(), architecture.batches()
     exclude = ["*.pooler.*"] if name == "bert" else None
-    found, report = run(model, batches, exclude=exclude)
+    found, report = run(model, batches, kwargs=FAST | {"window": window}, exclude=exclude)
     prune_oneshot(pruned, batches, OneshotConfig(target_sparsity=0.5, exclude=exclude), progress=False)
     held_out = [{key: value[1:] for key, value in batches[-1].items()}]
     assert [f"{name}." for name in found] == list(architecture.blocks)
     for number, (block, result) in enumerate(found.items()):
-        assert result.after == pytest.approx(error_of(architecture, model, block, held_out), rel=1e-4)
+        if window == 1 or block.endswith("1"):
+            assert result.after == pytest.approx(error_of(architecture, model, block, held_out), rel=1e-4)
         if number == 0:
             assert result.before == pytest.approx(error_of(architecture, pruned, block, held_out), rel=1e-4)
         assert result.after < result.before or number
@@ -120,6 +124,30 @@ def test_errors_are_those_of_plain_forwards(name):
         if key.startswith(first) and weight.ndim == 2 and "relative_attention_bias" not in key:
             assert torch.equal(weight == 0, pruned.state_dict()[key] == 0)
             assert not torch.signbit(weight[weight == 0]).any()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_blocks_of_a_window_are_tuned_together(window, monkeypatch):
+    """Those before the one that was pruned, and no others."""
+    model, tuned, real = Linears(4), [], BlockReconstructor.reconstruct
+
+    def reconstruct(self, blocks):
+        before = weights(model)
+        result = real(self, blocks)
+        after = weights(model)
+        tuned.append([name for name in "0123" if not torch.equal(before[key := f"blocks.{name}.bias"], after[key])])
+        return result
+
+    monkeypatch.setattr(BlockReconstructor, "reconstruct", reconstruct)
+    run(model, correlated(32), kwargs=FAST | {"window": window})
+    assert (
+        tuned
+        == {
+            1: [["0"], ["1"], ["2"], ["3"]],
+            2: [["0"], ["0", "1"], ["1", "2"], ["2", "3"]],
+            3: [["0"], ["0", "1"], ["0", "1", "2"], ["1", "2", "3"]],
+        }[window]
+    )
 
 
 def changed_names(name, **options):
@@ -236,13 +264,14 @@ def test_batches_may_be_of_any_size():
         assert all(torch.allclose(weight, state[key], atol=1e-4) for key, weight in states[0].items())
 
 
+@pytest.mark.parametrize("finished", [1, 2])
 @pytest.mark.parametrize("options", [{"solver": "sparsegpt"}, {"criterion": "magnitude"}], ids=str)
 @pytest.mark.parametrize("name", ["bert", "t5"])
-def test_a_run_continues_after_the_last_finished_block(name, options, monkeypatch, tmp_path):
+def test_a_run_continues_after_the_last_finished_block(name, options, finished, monkeypatch, tmp_path):
     architecture = ARCHITECTURES[name]
     alone, cut, again = (architecture.model() for _ in range(3))
     run(alone, architecture.batches(), **options)
-    real, left = FinishedSubgraphs.write, [2]
+    real, left = FinishedSubgraphs.write, [finished]
 
     def write(*arguments):
         real(*arguments)
@@ -255,7 +284,7 @@ def test_a_run_continues_after_the_last_finished_block(name, options, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             run(cut, architecture.batches(), tmp_path, **options)
     found, _ = run(again, architecture.batches(), tmp_path, **options)
-    assert len(found) == len(architecture.blocks) - 2
+    assert len(found) == len(architecture.blocks) - finished
     assert same(weights(again), weights(alone))
 
 
@@ -266,6 +295,7 @@ def test_a_run_continues_after_the_last_finished_block(name, options, monkeypatc
         ({"forwards": 1}, "reconstruct tunes a block between two forwards: use forwards=2"),
         ({"pattern": "layer", "target_sparsity": 0.5}, 'pattern "layer" may leave none: leave reconstruct out'),
         ({"kwargs": {"steps": 0}}, "reconstruct_kwargs: reconstruct: steps is 0: it must be at least 1"),
+        ({"kwargs": {"window": 0}}, "window is 0: it must be at least 1, as in 2"),
         ({"kwargs": {"lr": 0.1}}, 'reconstruct has no option "lr": known are steps, learning_rate'),
         ({"kwargs": {"holdout": 1.0}}, "holdout is 1.0: it must be above 0 and below 1"),
         ({"kwargs": {"learning_rate": 2.0}}, "learning_rate is 2.0: it must be above 0 and at most 1"),

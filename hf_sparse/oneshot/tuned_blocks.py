@@ -1,9 +1,9 @@
-"""A pruned block while it is tuned: its error against the dense model, gradients, Adam and zeros."""
+"""Pruned blocks while they are tuned: their error against the dense model, gradients, Adam and zeros."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,48 +26,51 @@ _RELATIVE_EPS = 1e-3
 """eps of Adam, as a share of the root mean square of a parameter's first gradient."""
 
 
-def pruned_parameters(run: PreparedRun, subgraph: Subgraph) -> dict[str, torch.Tensor]:
-    """Returns the parameters of a block whose zeros are kept: the selected weights, and the biases of units."""
+def pruned_parameters(run: PreparedRun, blocks: Sequence[Subgraph]) -> dict[str, torch.Tensor]:
+    """Returns the parameters of blocks whose zeros are kept: the selected weights, and the biases of units."""
     names = (name for group in run.groups for name in group.options.parameter_shapes)
-    inside = dict.fromkeys(name for name in names if is_within(name, subgraph.name))
+    inside = dict.fromkeys(name for name in names if any(is_within(name, block.name) for block in blocks))
     return {name: run.model.get_parameter(name).detach() for name in inside}
 
 
-def tuned_parameters(run: PreparedRun, subgraph: Subgraph) -> dict[str, nn.Parameter]:
-    """Returns the parameters of a block that are tuned: all of a floating dtype, except those of embeddings and those
-    that modules outside the block share."""
-    block = run.model.get_submodule(subgraph.name)
-    named = run.model.named_parameters(remove_duplicate=False)
-    fixed = {id(weight) for name, weight in named if not is_within(name, subgraph.name)}
-    embeddings = (module for module in block.modules() if isinstance(module, nn.Embedding))
-    fixed |= {id(weight) for module in embeddings for weight in module.parameters()}
-    return {
-        f"{subgraph.name}.{name}": weight
-        for name, weight in block.named_parameters()
-        if id(weight) not in fixed and weight.is_floating_point()
-    }
+def tuned_parameters(run: PreparedRun, blocks: Sequence[Subgraph]) -> dict[str, nn.Parameter]:
+    """Returns the parameters of blocks that are tuned: all of a floating dtype in blocks with pruned layers, except
+    those of embeddings and those that modules outside of the block share."""
+    tuned: dict[str, nn.Parameter] = {}
+    for block in (block for block in blocks if block.layers):
+        module = run.model.get_submodule(block.name)
+        named = run.model.named_parameters(remove_duplicate=False)
+        fixed = {id(weight) for name, weight in named if not is_within(name, block.name)}
+        embeddings = (part for part in module.modules() if isinstance(part, nn.Embedding))
+        fixed |= {id(weight) for part in embeddings for weight in part.parameters()}
+        tuned |= {
+            f"{block.name}.{name}": weight
+            for name, weight in module.named_parameters()
+            if id(weight) not in fixed and weight.is_floating_point()
+        }
+    return tuned
 
 
-def tuning_bytes(run: PreparedRun, subgraph: Subgraph) -> int:
-    """Returns the memory for tuning a block: gradients, moments of Adam and copies of weights of other dtypes, in
-    float32; the weights at the start and the best ones; masks."""
-    total = sum(weight.numel() for weight in pruned_parameters(run, subgraph).values())
-    for weight in tuned_parameters(run, subgraph).values():
+def tuning_bytes(run: PreparedRun, blocks: Sequence[Subgraph]) -> int:
+    """Returns the memory for tuning blocks together: gradients, moments of Adam and copies of weights of other dtypes,
+    in float32; the weights at the start and the best ones; masks."""
+    total = sum(weight.numel() for weight in pruned_parameters(run, blocks).values())
+    for weight in tuned_parameters(run, blocks).values():
         is_float32 = weight.dtype == torch.float32
         total += weight.numel() * (3 * 4 + (0 if is_float32 else 4)) + 2 * weight.nbytes
     return total
 
 
-class TunedBlock:
-    """A block with float32 parameters for an optimizer, on all ranks at once.
+class TunedBlocks:
+    """Consecutive blocks with float32 parameters for an optimizer, on all ranks at once.
 
-    A context manager: inside, the parameters that are tuned, and no others of the block, have gradients.
+    A context manager: inside, the parameters that are tuned, and no others of the blocks, have gradients.
 
     Args:
         run: the model, the batches of this rank and the ranks.
         samples: the batches of all ranks, and which of them are held out.
-        pipeline: over the batches of this rank, with the block's dense outputs in the stream `DENSE`.
-        subgraph: the block. Zeros of its pruned parameters remain.
+        pipeline: over the batches of this rank, with the dense outputs of the last block in the stream `DENSE`.
+        blocks: the blocks. Zeros of their pruned parameters remain.
         is_encoder_decoder: see `token_masks`.
     """
 
@@ -76,14 +79,15 @@ class TunedBlock:
         run: PreparedRun,
         samples: TuningSamples,
         pipeline: BlockPipeline,
-        subgraph: Subgraph,
+        blocks: Sequence[Subgraph],
         is_encoder_decoder: bool,
     ):
         self._communicator, self._batches, self._samples = run.communicator, run.local_batches, samples
-        self._pipeline, self._subgraph, self._is_encoder_decoder = pipeline, subgraph, is_encoder_decoder
-        self._module = run.model.get_submodule(subgraph.name)
-        self._parameters = tuned_parameters(run, subgraph)
-        pruned = pruned_parameters(run, subgraph)
+        self._pipeline, self._first, self._last = pipeline, blocks[0], blocks[-1]
+        self._is_encoder_decoder = is_encoder_decoder
+        self._modules = [run.model.get_submodule(block.name) for block in blocks]
+        self._parameters = tuned_parameters(run, blocks)
+        pruned = pruned_parameters(run, blocks)
         self._masks = MaskStore({name: (weight.shape, weight.device) for name, weight in pruned.items()})
         for name, weight in pruned.items():
             self._masks.replace(name, weight != 0)
@@ -94,8 +98,8 @@ class TunedBlock:
         self._energy = 1.0
         """‖Y‖² of a held-out sample, on average."""
 
-    def __enter__(self) -> TunedBlock:
-        self._context = _gradients_of(self._module, self._parameters.values())
+    def __enter__(self) -> TunedBlocks:
+        self._context = _gradients_of(self._modules, self._parameters.values())
         self._context.__enter__()
         return self
 
@@ -190,9 +194,10 @@ class TunedBlock:
 
     def _squared_error(self, index: int, gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """‖Y - Ŷ‖² and ‖Y‖² of a batch, over the tokens that count."""
-        output = _first_tensor(self._pipeline.block_output(self._subgraph.name, index, gradients))
+        first = self._first.name if gradients else None
+        output = _first_tensor(self._pipeline.block_output(self._last.name, index, first))
         with self._pipeline.stream(DENSE):
-            target = _first_tensor(self._pipeline.cached_output(self._subgraph, index)).float()
+            target = _first_tensor(self._pipeline.cached_output(self._last, index)).float()
         masks = token_masks(self._batches[index], self._is_encoder_decoder)
         mask = mask_for_inputs([mask.to(output.device) for mask in masks], output)
         with torch.set_grad_enabled(gradients):
@@ -218,9 +223,10 @@ def _scales(parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 @contextmanager
-def _gradients_of(block: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context in which these parameters of a block alone have gradients, all of which are removed at the end."""
-    before = [(weight, weight.requires_grad, weight.grad) for weight in block.parameters()]
+def _gradients_of(blocks: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context in which these parameters of blocks alone have gradients, all of which are removed at the end."""
+    weights = {id(weight): weight for block in blocks for weight in block.parameters()}
+    before = [(weight, weight.requires_grad, weight.grad) for weight in weights.values()]
     tuned = {id(weight) for weight in parameters}
     try:
         for weight, _, _ in before:
