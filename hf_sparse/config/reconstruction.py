@@ -13,7 +13,8 @@ class Reconstruction:
         steps: optimizer steps of each block.
         learning_rate: of Adam at the first step, as a share of the root mean square of each parameter. None tries
             several, and takes the one with the smallest error on the held-out samples.
-        samples: calibration samples per step.
+        samples: calibration samples per step. None for as many as have about 2,048 tokens, and 16 where samples have
+            no tokens, such as images.
         window: how many blocks are tuned together, to give the dense outputs of the last one: a block that has just
             been pruned, and those before it. More take longer, and as many times the memory.
         holdout: share of the calibration samples that are held out to judge the result.
@@ -23,20 +24,20 @@ class Reconstruction:
 
     Example:
         >>> Reconstruction(steps=100)
-        Reconstruction(steps=100, learning_rate=None, samples=16, window=2, holdout=0.125)
+        Reconstruction(steps=100, learning_rate=None, samples=None, window=2, holdout=0.125)
     """
 
     steps: int = 300
     learning_rate: float | None = None
-    samples: int = 16
+    samples: int | None = None
     window: int = 2
     holdout: float = 0.125
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}: it must be at least 1, as in 300")
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}: it must be at least 1, as in 16")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples is {self.samples}: it must be at least 1, as in 16, or left out")
         if self.window < 1:
             raise ValueError(f"window is {self.window}: it must be at least 1, as in 2")
         if not 0 < self.holdout < 1:

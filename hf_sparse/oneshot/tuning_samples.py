@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..calibration.batches import num_rows, slice_rows
+import torch
+from torch.utils import _pytree
+
+from ..calibration.batches import count_tokens, num_rows, slice_rows
 from ..config import Reconstruction
+
+
+_STEP_TOKENS, _STEP_SAMPLES = 2048, 16
+"""Tokens of a step, or samples that have no tokens, where the options do not say."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class TuningSamples:
                 f"reconstruct needs two calibration samples or more, one of them to judge the result, but there are "
                 f"{total}: give more, or leave reconstruct out."
             )
-        starts = list(_step_starts(tuned, options.samples))
+        starts = list(_step_starts(tuned, options.samples or _samples_per_step(batches, total)))
         cuts = [*(cut for start, stop in zip(starts, [*starts[1:], tuned]) for cut in _parts(start, stop, world_size))]
         pieces: list[Any] = []
         first_rows: list[int] = []
@@ -65,6 +72,19 @@ class TuningSamples:
         bounds = [next(i for i, row in enumerate(first_rows) if row >= start) for start in (*starts, tuned)]
         steps = [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
         return cls(pieces, steps, range(bounds[-1], len(pieces)))
+
+
+def _samples_per_step(batches: Sequence[Any], total: int) -> int:
+    """As many samples as have about `_STEP_TOKENS` tokens; `_STEP_SAMPLES` where they have none."""
+    if not all(_has_token_ids(batch) for batch in batches):
+        return _STEP_SAMPLES
+    tokens = sum(count_tokens(batch) for batch in batches)
+    return max(1, round(_STEP_TOKENS * total / max(1, tokens)))
+
+
+def _has_token_ids(batch: Any) -> bool:
+    leaves = _pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return any(torch.is_tensor(leaf) and not leaf.is_floating_point() for leaf in leaves)
 
 
 def _step_starts(total: int, samples: int) -> Iterator[int]:

@@ -9,9 +9,10 @@ from helpers.tiny import same, weights
 from torch import nn
 
 from hf_sparse import OneshotConfig, prune_oneshot
-from hf_sparse.config import PruningConfigError
+from hf_sparse.config import PruningConfigError, Reconstruction
 from hf_sparse.oneshot.reconstruct import BlockReconstructor
 from hf_sparse.oneshot.resume import FinishedSubgraphs
+from hf_sparse.oneshot.tuning_samples import TuningSamples
 
 
 FAST = {"steps": 20, "samples": 4}
@@ -262,6 +263,16 @@ def test_batches_may_be_of_any_size():
         states.append(weights(model))
     for state in states[1:]:
         assert all(torch.allclose(weight, state[key], atol=1e-4) for key, weight in states[0].items())
+
+
+def test_steps_of_2048_tokens():
+    """Of token ids; padding does not count. 16 samples of anything else."""
+    ids = torch.ones(40, 256, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[:, 128:] = 0
+    for batch, samples in (({"input_ids": ids}, 8), ({"input_ids": ids, "attention_mask": mask}, 16), (ids * 1.0, 16)):
+        found = TuningSamples.of([batch], Reconstruction(holdout=0.2), 1)
+        assert len(found.steps) == 32 // samples and len(found.batches) == 1 + 32 // samples
 
 
 @pytest.mark.parametrize("finished", [1, 2])

@@ -167,7 +167,7 @@ def _method(card: SparsityCard) -> str:
 
 def _reconstruction(given: Mapping[str, Any]) -> str:
     options = {**asdict(Reconstruction()), **given}
-    options = {name: "chosen for each block" if value is None else value for name, value in options.items()}
+    options = {name: "chosen" if value is None else value for name, value in options.items()}
     listed = escape(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in options.items()))
     return (
         "The remaining weights, biases and norms of each block were tuned to give the outputs of the dense model on "
