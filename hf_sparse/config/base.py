@@ -412,6 +412,7 @@ class PruningOptions:
             on_indivisible=options.on_indivisible,
             keep_zeros=options.keep_zeros,
             regrow=getattr(options, "regrow", 0.0),
+            swaps=getattr(options, "swaps", None) or 0,
         )
 
     def resolve_criterion(self, options: SimpleNamespace) -> str | None:

@@ -40,6 +40,7 @@ class ResolvedGroup:
         on_indivisible: "error" or "skip", for weights that the pattern does not divide.
         keep_zeros: whether zeros that weights have at the start are kept.
         regrow: fraction of kept weights that a prune step exchanges.
+        swaps: the most swaps in each row that refine the mask before the solver.
         layers: the weights that are pruned, once the model is known.
         units: for a coupled pattern the units of the model. The weights that they divide are the `layers`.
         biases: name -> shape of the biases that belong to `units`, and are pruned with them.
@@ -60,6 +61,7 @@ class ResolvedGroup:
     on_indivisible: str = "error"
     keep_zeros: bool = False
     regrow: float = 0.0
+    swaps: int = 0
     layers: tuple[PrunableLayer, ...] = ()
     units: tuple[UnitGroup, ...] = ()
     biases: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class ResolvedGroup:
         if not self.target:
             return Requires.NOTHING
         requires = self.solver.requires | self.allocation.requires
+        requires |= Requires.GRAM if self.swaps else Requires.NOTHING
         return requires if self.criterion is None else requires | self.criterion.requires
 
     @property
@@ -175,6 +178,8 @@ class ResolvedGroup:
             if options:
                 values[f"{name}_kwargs"] = options
         values["scope"] = self.scope if self.target else None
+        if self.swaps and self.target:
+            values["swaps"] = self.swaps
         scheduler = next((name for name in SCHEDULERS.names() if SCHEDULERS[name] is type(self.scheduler)), None)
         values["scheduler"] = scheduler if self.target else None
         return values | {"target": self.target}

@@ -14,6 +14,7 @@ from ..patterns import Pattern, get_pattern
 from ..registry import format_name, format_value, nearest
 from ..requires import Requires
 from ..schedulers import CURVES, SCHEDULERS
+from ..selection.swaps import supports_swaps
 from ..solvers import SOLVERS
 from .options import DEFAULT_ALLOCATION
 from .resolved import ResolvedGroup
@@ -119,6 +120,9 @@ def _range_errors(options: SimpleNamespace) -> list[str]:
         value = getattr(options, name, None)
         if value is not None and not 0 <= value <= 1:
             errors.append(f"{name} is {format_value(value)}: it must be a number from 0 to 1 (0.8 prunes 80%).")
+    swaps = getattr(options, "swaps", None) or 0
+    if swaps < 0:
+        errors.append(f"swaps is {swaps}: it must be 0, to leave the mask as it is, or more, as in 25.")
     return errors + (_schedule_errors(options) if hasattr(options, "prune_start") else [])
 
 
@@ -226,7 +230,7 @@ def training_errors(group: ResolvedGroup) -> list[str]:
 
 def oneshot_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
     """Returns what one-shot pruning cannot do."""
-    errors = _coupled_errors(options, criterion, solver)
+    errors = _coupled_errors(options, criterion, solver) + _swap_errors(options, criterion)
     if criterion is None and options.scope not in (None, "layer"):
         errors.append(
             f'scope is "{options.scope}", but solver "{options.solver}" selects within a layer: use scope=layer, or '
@@ -241,6 +245,22 @@ def oneshot_errors(options: SimpleNamespace, criterion: str | None, solver: str)
         errors.append(
             f'criterion "{criterion}" weights later batches more, which has no meaning while weights are constant: '
             'use criterion="snip", or criterion_kwargs={"decay": 1.0}.'
+        )
+    return errors
+
+
+def _swap_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
+    """Returns the errors of refining a mask: it must exist before the solver, and have units of single weights."""
+    errors = []
+    if options.swaps and criterion is None:
+        errors.append(
+            f'swaps is {options.swaps}, but solver "{options.solver}" selects the pruned units itself: name a '
+            'criterion, as in criterion="wanda", or use swaps=0.'
+        )
+    if options.swaps and not supports_swaps(get_pattern(options.pattern)):
+        errors.append(
+            f'swaps is {options.swaps}, but with pattern "{options.pattern}" units are not single weights: use '
+            "swaps=0, or a pattern of single weights, as in unstructured or 2:4."
         )
     return errors
 

@@ -36,6 +36,12 @@ RANKING_OPERATIONS = 1000
 _NORM_OPERATIONS = 30
 """The same for squaring one input and adding it to a sum."""
 
+_SWAP_OPERATIONS = 1500
+"""The same for one input of a row in one round of swaps."""
+
+_INPUTS_PER_SWAP = 16
+"""The number of inputs of a row for each swap that lowers its error."""
+
 _DEFAULT_SPEED = 1e11
 """Multiply-adds per second where no forward was measured."""
 
@@ -118,6 +124,7 @@ class _SharedInput:
         token_share: the share of the tokens that reaches each expert.
         weighted: whether outputs are computed again to weight the tokens.
         greedy: whether the criterion removes units one after the other.
+        swaps: the number of swaps in all rows together.
     """
 
     subgraph: str
@@ -129,6 +136,7 @@ class _SharedInput:
     token_share: float = 1.0
     weighted: bool = False
     greedy: bool = False
+    swaps: int = 0
 
     @property
     def statistics_bytes(self) -> int:
@@ -152,7 +160,7 @@ class _SharedInput:
         )
         # Of the greedy removal an inverse, and the products that update it and the weights.
         solving += self.greedy * self.columns**2 * (2 * self.columns + self.rows)
-        ranking = RANKING_OPERATIONS * self.rows * self.columns
+        ranking = RANKING_OPERATIONS * self.rows * self.columns + _SWAP_OPERATIONS * self.swaps * self.columns
         return self.experts * statistic, self.experts * (solving + ranking)
 
 
@@ -250,16 +258,16 @@ def _shared_inputs(run: PreparedRun, trace: ModelTrace) -> list[_SharedInput]:
             rows, _, columns = layer.matrix_shape
             experts = layer.shape[0]
             share = min(1.0, experts_per_token / experts)
-            kinds = _unit_costs(units.get(layer.name))
             solvers = _solver_rows(run, [layer])
-            inputs.append(
-                _SharedInput(subgraph.name, columns, rows, layer in gram_layers, solvers, experts, share, *kinds)
-            )
+            kinds, swaps = _unit_costs(units.get(layer.name)), _count_swaps(run, [layer])
+            gram = layer in gram_layers
+            inputs.append(_SharedInput(subgraph.name, columns, rows, gram, solvers, experts, share, *kinds, swaps))
         for layers in readers.values():
             rows = sum(layer.matrix_shape[0] for layer in layers)
             gram = not gram_layers.isdisjoint(layers)
             kinds, columns = _unit_costs(units.get(layers[0].name)), layers[0].matrix_shape[2]
-            inputs.append(_SharedInput(subgraph.name, columns, rows, gram, _solver_rows(run, layers), 1, 1.0, *kinds))
+            solvers, swaps = _solver_rows(run, layers), _count_swaps(run, layers)
+            inputs.append(_SharedInput(subgraph.name, columns, rows, gram, solvers, 1, 1.0, *kinds, swaps))
     return inputs
 
 
@@ -269,6 +277,14 @@ def _solver_rows(run: PreparedRun, layers: Sequence[PrunableLayer]) -> dict[Solv
     for layer in layers:
         rows[run.group_of[layer.name].options.solver] += layer.matrix_shape[0]
     return dict(rows)
+
+
+def _count_swaps(run: PreparedRun, layers: Sequence[PrunableLayer]) -> int:
+    """The number of swaps in all rows of layers together, at most."""
+    return sum(
+        layer.matrix_shape[0] * min(run.group_of[layer.name].options.swaps, layer.matrix_shape[2] // _INPUTS_PER_SWAP)
+        for layer in layers
+    )
 
 
 def _unit_costs(reader: UnitReader | None) -> tuple[bool, bool]:

@@ -1,4 +1,5 @@
-"""Prunes single layers: selects what is pruned, from statistics of their inputs, and updates the remaining weights.
+"""Prunes single layers: selects what is pruned, from statistics of their inputs, refines the mask by swaps, and
+updates the remaining weights.
 
 Shapes: R rows, C inputs of a matrix; T tokens.
 """
@@ -19,6 +20,7 @@ from ..model.layers import PrunableLayer
 from ..requires import Requires
 from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
+from ..selection.swaps import refine_mask
 from ..solvers import PruneRequest, Solver
 from ..statistics import GramMatrix
 from .observers import InputObserver, criterion_statistic, fill_unreached, input_norms
@@ -70,6 +72,8 @@ class LayerPruner:
                 if mask is not None or sparsity is not None:
                     weight_RC = layer.matrices(weights[layer.name])[number][:, 0]
                     mask_RC = None if mask is None else layer.matrices(mask)[number][:, 0]
+                    if mask_RC is not None:
+                        mask_RC = self._refine(layer, weight_RC, mask_RC, observer)
                     pattern = None if sparsity is None else self.groups[layer.name].pattern
                     requests[layer] = PruneRequest(weight_RC, mask_RC, pattern, sparsity)
             self._solve(observer, requests, errors)
@@ -128,6 +132,15 @@ class LayerPruner:
         equal_shares = [total / num_matrices] * num_matrices
         return [count / units for count in largest_remainder(total, equal_shares, locked, [units] * num_matrices)]
 
+    def _refine(
+        self, layer: PrunableLayer, weight_RC: torch.Tensor, mask_RC: torch.Tensor, observer: InputObserver
+    ) -> torch.Tensor:
+        """The mask of one matrix after its swaps, if there are any."""
+        group = self.groups[layer.name]
+        if not (group.options.swaps and group.target):
+            return mask_RC
+        return refine_mask(weight_RC, mask_RC, _gram_of(observer), group.options.swaps, group.pattern)
+
     def _solve(
         self, observer: InputObserver, requests: Mapping[PrunableLayer, PruneRequest], errors: Mapping[str, np.ndarray]
     ) -> None:
@@ -153,12 +166,16 @@ class LayerPruner:
                 weight_RC.copy_(new_RC)
 
     def _prepare(self, solver: Solver, observer: InputObserver) -> Any:
-        if not isinstance(observer.statistic, GramMatrix):
-            raise TypeError(f'a solver requires the Gram matrix of the inputs of "{observer.name}"')
         try:
-            return solver.prepare(observer.statistic)
+            return solver.prepare(_gram_of(observer))
         except ValueError as error:
             raise ValueError(f'inputs of "{observer.name}": {error}') from error
+
+
+def _gram_of(observer: InputObserver) -> GramMatrix:
+    if not isinstance(observer.statistic, GramMatrix):
+        raise TypeError(f'a solver or swaps require the Gram matrix of the inputs of "{observer.name}"')
+    return observer.statistic
 
 
 def compute_outliers(

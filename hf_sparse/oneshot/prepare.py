@@ -232,7 +232,7 @@ def _unit_gradient_errors(groups: Sequence[ResolvedGroup]) -> list[str]:
 
 
 def method_requiring_data(group: ResolvedGroup) -> str | None:
-    """Returns the solver, criterion or allocation of a group that requires calibration data; None if none does.
+    """Returns the solver, criterion, allocation or swaps of a group that require calibration data; None if none do.
 
     Example:
         >>> (group,) = OneshotConfig(target_sparsity=0.5).resolve_groups().values()
@@ -249,7 +249,7 @@ def method_requiring_data(group: ResolvedGroup) -> str | None:
         return f'criterion "{group.criterion_name}"'
     if group.allocation.requires & Requires.CALIBRATION_DATA:
         return f'allocation "{group.allocation_name}"'
-    return None
+    return f"swaps={group.swaps}" if group.swaps else None
 
 
 def _check_not_sharded(model: nn.Module, offloaded: bool) -> None:
@@ -287,7 +287,7 @@ def _layer_errors(layers: Sequence[PrunableLayer], config: OneshotConfig, batche
     if convolutions:
         errors.append(
             f'inputs of convolutions are not observed, but "{convolutions[0]}" is one: leave it out with '
-            f'exclude=["{convolutions[0]}"], or use criterion="magnitude".'
+            f'exclude=["{convolutions[0]}"], or use criterion="magnitude" without solver and swaps.'
         )
     experts = [layer.module for layer in layers if layer.expert_dim is not None]
     if experts and config.forwards == 1:
@@ -341,7 +341,7 @@ def _rank_errors(groups: Sequence[ResolvedGroup], batches: Sequence[Any]) -> lis
             f"{text} Give {columns:,} tokens or more, several times as many for good results, or a damping, as in "
             'solver_kwargs={"dampening": 0.01}.'
         ]
-    logger.warning(
-        "%s The solver's damping determines what they leave undetermined. More data improves the result.", text
-    )
+    if any(group.solver.requires & Requires.GRAM for group in groups):
+        text += " The solver's damping determines what they leave undetermined."
+    logger.warning("%s More data improves the result.", text)
     return []

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_sparse import OneshotConfig, PruningConfig
+from hf_sparse import OneshotConfig, PruningConfig, Requires
 from hf_sparse.config import PruningConfigError
 from hf_sparse.config.quality import QUALITIES
 
@@ -31,6 +31,14 @@ from hf_sparse.config.quality import QUALITIES
         ({"criterion": "wnda"}, 'criterion is "wnda": .* Did you mean "wanda"'),
         ({"solver": "sparsegpt", "scope": "row"}, 'scope is "row", but solver "sparsegpt" selects within a layer'),
         ({"solver": "sparsegpt", "pattern": "channel"}, 'cannot select units of pattern "channel".*name a criterion'),
+        ({"swaps": -1}, "swaps is -1: it must be 0, to leave the mask as it is, or more"),
+        ({"swaps": 2.5}, "swaps is 2.5: it must be a whole number"),
+        ({"swaps": 9, "solver": "sparsegpt"}, 'swaps is 9, but solver "sparsegpt" selects.*name a criterion'),
+        (
+            {"swaps": 9, "pattern": "4x1"},
+            'swaps is 9, but with pattern "4x1" units are not single weights: use swaps=0',
+        ),
+        ({"swaps": 9, "pattern": "neuron"}, 'with pattern "neuron" units are not single weights'),
         ({"criterion": "snip_momentum"}, 'criterion "snip_momentum" weights later batches more'),
         ({"layer_sparsity": {"a": 2.0}}, r'group "a": .*target_sparsity is 2.0'),
         ({"layer_sparsity": "[1]"}, r"layer_sparsity is \[1\]: it must be a mapping"),
@@ -93,6 +101,13 @@ def test_a_quality_fills_the_options_that_are_not_given():
     )
     assert groups["a"] == {"targets": ["a"], "pattern": "2:4"}
     assert methods(**half, groups=groups | {"c": {"targets": ["c"], "pattern": "layer"}})[1] is False
+
+
+def test_swaps_of_one_group():
+    config = OneshotConfig(target_sparsity=0.5, criterion="magnitude", groups={"a": {"swaps": 9}, "b": {}})
+    a, b = config.resolve_groups().values()
+    assert a.to_dict()["swaps"] == 9 and a.requires_calibration and a.requires == Requires.GRAM
+    assert "swaps" not in b.to_dict() and not b.requires_calibration
 
 
 def test_default_criterion():

@@ -26,6 +26,7 @@ RUNS = {
     "wanda": {},
     "wanda 2:4": {"pattern": "2:4"},
     "sparsegpt": {"solver": "sparsegpt"},
+    "swaps and sparsegpt": {"criterion": "wanda", "solver": "sparsegpt", "swaps": 3},
     "owl": {"allocation": "owl"},
     "global": {"scope": "global"},
     "snip": {"criterion": "snip"},
@@ -42,7 +43,7 @@ RUNS = {
 FAMILIES = {
     "llama": [*RUNS],
     "t5": ["wanda", "sparsegpt", "owl", "neurons", "reconstruct"],
-    "qwen3_moe": ["wanda", "owl", "neurons", "reconstruct"],
+    "qwen3_moe": ["wanda", "swaps and sparsegpt", "owl", "neurons", "reconstruct"],
     "bert": ["reconstruct"],
 }
 

@@ -63,6 +63,20 @@ def wanda(weight_RC: torch.Tensor, x_TC: torch.Tensor, share: float = 0.5) -> to
     return weight_RC.masked_fill(torch.zeros_like(weight_RC, dtype=torch.bool).scatter(1, pruned, True), 0.0)
 
 
+def wanda_and_swaps(weight_RC: torch.Tensor, x_TC: torch.Tensor, swaps: int) -> torch.Tensor:
+    """What Wanda keeps after the best swap of each row, as often as given, while the error of the outputs falls."""
+    kept_RC, weights = wanda(weight_RC, x_TC) != 0, weight_RC.double()
+    for _ in range(swaps):
+        for weight_C, kept_C in zip(weights, kept_RC, strict=True):
+            pairs = torch.cartesian_prod(kept_C.nonzero()[:, 0], (~kept_C).nonzero()[:, 0])
+            numbers, lost_NC = torch.arange(len(pairs)), (weight_C * ~kept_C).repeat(len(pairs) + 1, 1)
+            lost_NC[numbers, pairs[:, 0]] = weight_C[pairs[:, 0]]
+            lost_NC[numbers, pairs[:, 1]] = 0.0
+            best = int((x_TC @ lost_NC.t()).square().sum(0).argmin())  # the last is that without a swap
+            kept_C.copy_(weight_C - lost_NC[best] != 0)
+    return weight_RC.masked_fill(~kept_RC, 0.0)
+
+
 def sparsegpt(weight_RC: torch.Tensor, x_TC: torch.Tensor, share: float = 0.5, text: str = "unstructured"):
     """The result of the solver for these inputs."""
     gram = (x_TC.t() @ x_TC).float()

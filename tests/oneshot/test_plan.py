@@ -159,6 +159,17 @@ def test_the_operations_of_a_solver_are_counted_once_per_input(monkeypatch):
         assert found == [sum(both) for both in zip(ranking, solving, strict=True)]
 
 
+def test_the_operations_of_swaps_are_counted_for_each_row_and_no_more_than_a_row_has():
+    shapes = [(3 * 16, 16), (16, 16), (2 * 32, 16), (16, 32)]
+    for swaps, most in ((1, 1), (100, 2)):
+        config = OneshotConfig(target_sparsity=0.5, criterion="magnitude", scope="layer", swaps=swaps)
+        run = prepare_run(llama(1), BATCHES, config)
+        found = [shared.operations(0)[1] for shared in costs._shared_inputs(run, run.trace())]
+        rounds = [min(most, columns // costs._INPUTS_PER_SWAP) for _, columns in shapes]
+        expected = [costs.RANKING_OPERATIONS + costs._SWAP_OPERATIONS * number for number in rounds]
+        assert found == [rows * columns * each for (rows, columns), each in zip(shapes, expected, strict=True)]
+
+
 def test_a_plan_raises_the_errors_of_a_run():
     with pytest.raises(PruningConfigError, match='criterion "wanda" needs calibration data'):
         plan_oneshot(llama(), None, OneshotConfig(target_sparsity=0.5))

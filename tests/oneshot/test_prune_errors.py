@@ -216,6 +216,9 @@ def test_too_little_data_for_a_gram_matrix(caplog):
         solver_kwargs={"dampening": 0},
     )
     caplog.clear()
+    prune_oneshot(model, data(2), OneshotConfig(target_sparsity=0.5, swaps=2), progress=False)
+    assert "too little" in caplog.text and "damping" not in caplog.text
+    caplog.clear()
     prune_oneshot(model, data(3), OneshotConfig(target_sparsity=0.5, solver="sparsegpt"), progress=False)
     assert "too little" not in caplog.text
 
@@ -223,7 +226,12 @@ def test_too_little_data_for_a_gram_matrix(caplog):
 @pytest.mark.parametrize("batches", [None, []])
 @pytest.mark.parametrize(
     "options, what",
-    [({}, 'criterion "wanda"'), ({"solver": "sparsegpt"}, 'solver "sparsegpt"'), ({"criterion": "snip"}, "snip")],
+    [
+        ({}, 'criterion "wanda"'),
+        ({"solver": "sparsegpt"}, 'solver "sparsegpt"'),
+        ({"criterion": "snip"}, "snip"),
+        ({"criterion": "magnitude", "swaps": 5}, "swaps=5"),
+    ],
 )
 def test_no_calibration_data(options, what, batches):
     refused(nn.Sequential(nn.Linear(6, 6)), batches, f"{what}.* needs calibration data, but there is none", **options)

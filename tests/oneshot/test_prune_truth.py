@@ -9,6 +9,7 @@ import torch
 from helpers.architectures import ARCHITECTURES
 
 from hf_sparse import OneshotConfig, prune_oneshot
+from hf_sparse.selection import swaps
 
 
 NAMES = list(ARCHITECTURES)
@@ -43,6 +44,14 @@ def test_sparsegpt_equals_the_reference(name):
     for weight in found:
         assert torch.allclose(found[weight], expected[weight], rtol=1e-3, atol=1e-4), weight
     assert all(torch.equal(found[name] == 0, expected[name] == 0) for name in names)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3_moe"])
+def test_swaps_equal_the_reference(name, monkeypatch):
+    """With all weights as candidates in every round."""
+    monkeypatch.setattr(swaps, "_CANDIDATES", 1000)
+    found, expected, names = both(name, partial(naive.wanda_and_swaps, swaps=3), target_sparsity=0.5, swaps=3)
+    assert all(torch.equal(found[weight], expected[weight]) for weight in found)
 
 
 @pytest.mark.parametrize("method, options", [(naive.wanda, {}), (naive.sparsegpt, {"solver": "sparsegpt"})])

@@ -42,6 +42,7 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "criterion": (),
     "scope": (),
     "allocation": (None, OneshotConfig.defaults["allocation"]),
+    "swaps": (None, OneshotConfig.defaults["swaps"]),
     "solver": (None, DEFAULT_SOLVER),
     "target": (),
 }
