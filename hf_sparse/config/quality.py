@@ -56,7 +56,8 @@ def preset_options(
         solver, scope = given.get("solver") or chosen.get("solver"), given.get("scope")
         if "solver" in taken:
             chosen.pop("criterion", None)
-        if solver in SOLVERS and SOLVERS[solver].selects and (not pattern.has_rows or scope not in (None, "layer")):
+        needs_criterion = not pattern.has_rows or scope not in (None, "layer") or given.get("swaps")
+        if solver in SOLVERS and SOLVERS[solver].selects and needs_criterion:
             chosen = {"criterion": Pattern.oneshot_criterion} | chosen
         if (scope or criterion_scope) == "global" or pattern.implied_sparsity is not None:
             chosen.pop("allocation", None)

@@ -91,6 +91,7 @@ def test_a_quality_fills_the_options_that_are_not_given():
     )
     assert methods(**half, criterion="ria") == ([("ria", "layer", solver, allocation)], True)
     assert methods(**half, criterion="snip") == ([("snip", "global", solver, "uniform")], True)
+    assert methods(**half, swaps=9)[0] == [("wanda", "row", solver, allocation)]
     assert methods(**half, scope="global") == ([("wanda", "global", solver, "uniform")], True)
     assert methods(**half, sequential=False)[1] is False and methods(**half, forwards=1)[1] is False
     assert methods(quality="best", layer_sparsity={"*.up": 0.5}) == ([(None, "layer", solver, "uniform")], True)
