@@ -16,7 +16,11 @@ from hf_sparse.solvers.sparsegpt import SparseGPT
 OPTIONS = {
     "criterion": {"snip_momentum": {"decay": 1.0}, "obs": {"ridge": 0.2, "columns_at_once": 4}, "ria": {"alpha": 1.0}},
     "allocation": {"owl": {"m": 3.0, "lambda_": 0.2}},
-    "solver": {"sparsegpt": {"dampening": 0.1, "block_size": 64}, "lstsq": {"ridge": 0.2}},
+    "solver": {
+        "admm": {"iterations": 10, "rho": 0.2, "dampening": 0.1},
+        "sparsegpt": {"dampening": 0.1, "block_size": 64},
+        "lstsq": {"ridge": 0.2},
+    },
 }
 """A valid value that is not the default, of every option of the methods of hf_sparse."""
 # Methods of coupled units, and what they are used with.
@@ -87,6 +91,9 @@ INVALID = [
     ),
     ("solver", "sparsegpt", {"dampening": 2}, "dampening is 2: it must be from 0 to 1, as in 0.01."),
     ("solver", "sparsegpt", {"block_size": 0}, "block_size is 0: it must be 1 or more, as in 128."),
+    ("solver", "admm", {"iterations": 0}, "iterations is 0: it must be 1 or more, as in 20."),
+    ("solver", "admm", {"rho": 0}, "rho is 0: it must be from 0.001 to 4, as in 0.1."),
+    ("solver", "admm", {"dampening": -1}, "dampening is -1: it must be from 0 to 1, as in 0.01."),
     ("solver", "sparsegpt", {"block_size": 64.5}, "is 64.5: it must be a whole number or None."),
 ]
 

@@ -57,12 +57,12 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     )
     solver: Solver | str | None = option(
         "Weight update after pruning: none leaves the remaining weights as they are, sparsegpt updates them to "
-        "compensate, lstsq those of whole columns and the bias, or a registered one. Left out: lstsq for neurons and "
-        "heads, else none."
+        "compensate, admm with a lower error in more time, lstsq those of whole columns and the bias, or a registered "
+        "one. Left out: lstsq for neurons and heads, else none."
     )
     solver_kwargs: dict[str, Any] | str | None = option(
-        'Options of the solver, as JSON: {"dampening": 0.01, "block_size": 128} for sparsegpt, {"ridge": 0.1} for '
-        "lstsq."
+        'Options of the solver, as JSON: {"dampening": 0.01, "block_size": 128} for sparsegpt, {"iterations": '
+        '20, "rho": 0.1, "dampening": 0.01} for admm, {"ridge": 0.1} for lstsq.'
     )
     swaps: int | None = option(
         "Mask refinement (SparseSwaps): the most swaps of a kept and a pruned weight in each row, made while they "

@@ -231,9 +231,11 @@ def training_errors(group: ResolvedGroup) -> list[str]:
 def oneshot_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
     """Returns what one-shot pruning cannot do."""
     errors = _coupled_errors(options, criterion, solver) + _swap_errors(options, criterion)
-    if criterion is None and options.scope not in (None, "layer"):
+    if criterion is None and options.scope not in (None, *SOLVERS[solver].scopes):
+        within = " or ".join(f"a {scope}" for scope in SOLVERS[solver].scopes)
+        usable = " or ".join(f"scope={scope}" for scope in SOLVERS[solver].scopes)
         errors.append(
-            f'scope is "{options.scope}", but solver "{options.solver}" selects within a layer: use scope=layer, or '
+            f'scope is "{options.scope}", but solver "{options.solver}" selects within {within}: use {usable}, or '
             'name a criterion, as in criterion="wanda".'
         )
     if criterion is None and not get_pattern(options.pattern).has_rows:

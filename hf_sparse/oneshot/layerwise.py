@@ -74,8 +74,10 @@ class LayerPruner:
                     mask_RC = None if mask is None else layer.matrices(mask)[number][:, 0]
                     if mask_RC is not None:
                         mask_RC = self._refine(layer, weight_RC, mask_RC, observer)
-                    pattern = None if sparsity is None else self.groups[layer.name].pattern
-                    requests[layer] = PruneRequest(weight_RC, mask_RC, pattern, sparsity)
+                    group = self.groups[layer.name]
+                    pattern = None if sparsity is None else group.pattern
+                    by_row = pattern is not None and group.scope == "row"
+                    requests[layer] = PruneRequest(weight_RC, mask_RC, pattern, sparsity, by_row)
             self._solve(observer, requests, errors)
             observer.release_statistic()
             observer.sample = None

@@ -28,6 +28,8 @@ class PruneRequest:
         pattern: of the units that the solver selects, in addition to the mask.
         sparsity: share of the pattern's units that are zero in the result, those of the mask included. If None, the
             mask alone decides.
+        by_row: whether the solver selects equally many units of each row, up to whole units and the mask, instead of
+            the lowest of the whole weight.
 
     Raises:
         ValueError: the weight, the mask or the sparsity is invalid.
@@ -37,6 +39,7 @@ class PruneRequest:
     mask_RC: torch.Tensor | None = None
     pattern: Pattern | None = None
     sparsity: float | None = None
+    by_row: bool = False
 
     def __post_init__(self) -> None:
         weight, mask = self.weight_RC, self.mask_RC
@@ -55,6 +58,8 @@ class PruneRequest:
             if problem:
                 rows, columns = weight.shape
                 raise ValueError(f"{problem}, but the weight has {rows} outputs and {columns} inputs")
+            if self.by_row and not self.pattern.has_rows:
+                raise ValueError(f"by_row needs several units in a row, but pattern {self.pattern} has one")
             most = self.pattern.max_sparsity
             if not 0 <= self.sparsity <= most + 1e-9:
                 raise ValueError(f"sparsity is {self.sparsity}: it must be from 0 to {most:g} with {self.pattern}")
@@ -85,7 +90,8 @@ class Solver(ABC):
     selects: ClassVar[bool] = False
     """Whether the solver can select the pruned units itself, from a pattern and a sparsity. Otherwise every request
     needs a mask."""
-
+    scopes: ClassVar[tuple[str, ...]] = ("layer",)
+    """Which units can compete where the solver selects: those of a "layer", of a "row", or either."""
     updates: ClassVar[bool] = True
     """Whether the solver changes the weights that remain."""
     prunes_columns: ClassVar[bool] = False
@@ -119,9 +125,10 @@ class Solver(ABC):
         pattern: Pattern | None = None,
         sparsity: float | None = None,
         mask_RC: torch.Tensor | None = None,
+        by_row: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Solves for one matrix: see `PruneRequest` for the arguments and `solve_batched` for the result."""
-        return self.solve_batched([PruneRequest(weight_RC, mask_RC, pattern, sparsity)], statistic)[0]
+        return self.solve_batched([PruneRequest(weight_RC, mask_RC, pattern, sparsity, by_row)], statistic)[0]
 
     @abstractmethod
     def solve_batched(

@@ -14,6 +14,27 @@ logger = logging.getLogger(__name__)
 DAMPENING = 0.01
 
 
+def checked_sums(gram: GramMatrix | torch.Tensor, dampening: float) -> torch.Tensor:
+    """Returns the sums of a Gram matrix (C, C), of which only the lower triangle is checked and defined.
+
+    Raises:
+        ValueError: no token was observed, a sum is inf or nan, the matrix is not square or of another dtype, its
+            diagonal is negative, or the dampening is not from 0 to 1.
+    """
+    if isinstance(gram, GramMatrix) and not gram.count:
+        raise ValueError("no token was observed: give calibration data")
+    sums = gram.total if isinstance(gram, GramMatrix) else gram.detach()
+    if sums.ndim != 2 or sums.shape[0] != sums.shape[1] or sums.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"a Gram matrix must be square, in float32 or float64, but is {sums.dtype} {sums.shape}")
+    if not 0 <= dampening <= 1:
+        raise ValueError(f"dampening is {dampening}: it must be from 0 to 1, as in {DAMPENING}")
+    if not bool(torch.isfinite(sums.tril().sum())):
+        raise ValueError("the Gram matrix must be finite, but holds inf or nan: check the inputs of this weight")
+    if bool((sums.diagonal() < 0).any()):
+        raise ValueError("the diagonal of a Gram matrix must not be negative, but this one is")
+    return sums
+
+
 class HessianFactor:
     """The upper triangular factor R of a damped Gram matrix: R·R^T = G + d·mean(diag G)·I.
 
@@ -49,20 +70,10 @@ class HessianFactor:
     """
 
     def __init__(self, gram: GramMatrix | torch.Tensor, dampening: float = DAMPENING):
-        if isinstance(gram, GramMatrix) and not gram.count:
-            raise ValueError("no token was observed: give calibration data")
-        sums = gram.total if isinstance(gram, GramMatrix) else gram.detach()
-        if sums.ndim != 2 or sums.shape[0] != sums.shape[1] or sums.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"a Gram matrix must be square, in float32 or float64, but is {sums.dtype} {sums.shape}")
-        if not 0 <= dampening <= 1:
-            raise ValueError(f"dampening is {dampening}: it must be from 0 to 1, as in {DAMPENING}")
+        sums = checked_sums(gram, dampening)
         # Rows and columns in reverse order, so that the factor's upper triangle becomes the lower one.
         reverse = sums.flip(0, 1).t()
-        if not bool(torch.isfinite(reverse.tril().sum())):
-            raise ValueError("the Gram matrix must be finite, but holds inf or nan: check the inputs of this weight")
         diagonal = reverse.diagonal().clone()
-        if bool((diagonal < 0).any()):
-            raise ValueError("the diagonal of a Gram matrix must not be negative, but this one is")
         dead = diagonal == 0
         self.dead_C = dead.flip(0)
         self.dampening = dampening

@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 
-from ..numerics import prefers_numpy
 from ..patterns import Pattern
 from ..patterns.n_of_m import NOfM
 from ..requires import Requires
 from ..selection.budgets import largest_remainder
-from ..selection.scores import TensorScores
-from ..selection.threshold import find_threshold
 from ..statistics import GramMatrix
 from .base import PruneRequest, Solver, register_solver
 from .hessian import DAMPENING, HessianFactor
+from .unit_selection import check_request, mask_of, prune_lowest
 
 
 logger = logging.getLogger(__name__)
@@ -103,19 +101,9 @@ class SparseGPT(Solver):
 
 
 def _check(request: PruneRequest, factor: HessianFactor) -> None:
-    rows, columns = request.weight_RC.shape
-    if len(factor.upper_CC) != columns:
-        raise ValueError(f"the weight has {columns} inputs, but the Gram matrix is of {len(factor.upper_CC)}")
-    pattern = request.pattern
-    if pattern is None:
-        return
-    if pattern.max_sparsity < 1:
-        if abs((request.sparsity or 0.0) - pattern.max_sparsity) > 1e-9:
-            raise ValueError(
-                f'solver "sparsegpt" always gives sparsity {pattern.max_sparsity:g} with {pattern}, not '
-                f"{request.sparsity}"
-            )
-    elif 1 < columns == _width(pattern, rows, columns):
+    check_request(request, "sparsegpt", SparseGPT.scopes, len(factor.upper_CC))
+    pattern, (rows, columns) = request.pattern, request.weight_RC.shape
+    if pattern is not None and pattern.max_sparsity == 1 and 1 < columns == _width(pattern, rows, columns):
         raise ValueError(
             f'solver "sparsegpt" cannot select units of {pattern} in a weight of {columns} inputs: whole rows are '
             'pruned, and no weight remains in them to compensate. Use solver "none", or give a mask.'
@@ -143,14 +131,14 @@ def _solve_stack(
     masked = any(request.mask_RC is not None for request in requests)
     kept_CR = torch.ones_like(weight_CR, dtype=torch.bool)
     if masked:
-        kept_CR = _stack_rows([_mask_of(request).to(like.device) for request in requests])
+        kept_CR = _stack_rows([mask_of(request).to(like.device) for request in requests])
     width = 1 if pattern is None else _width(pattern, *requests[0].weight_RC.shape)
     columns = requests[0].weight_RC.shape[1]
     block = min(BLOCK_SIZE, max(STRIP_SIZE, columns // 8)) if block is None else block
     block = -(-block // width) * width
     select_block, select_strip, counts = None, None, []
     if pattern is not None and pattern.max_sparsity < 1:
-        select_strip = partial(_select, pattern, masked)
+        select_strip = partial(_select_strip, pattern, masked)
     elif pattern is not None:
         counts = [_prune_counts(request, pattern, block) for request in requests]
         select_block = _block_selector(requests, pattern, block, counts)
@@ -180,12 +168,6 @@ def _stack_rows(matrices_RC: list[torch.Tensor]) -> torch.Tensor:
 
 def _unstack(part_CR: torch.Tensor, dtype: torch.dtype, like_RC: torch.Tensor) -> torch.Tensor:
     return torch.empty(like_RC.shape, dtype=dtype, device=like_RC.device).copy_(part_CR.t())
-
-
-def _mask_of(request: PruneRequest) -> torch.Tensor:
-    if request.mask_RC is None:
-        return torch.ones(request.weight_RC.shape, dtype=torch.bool, device=request.weight_RC.device)
-    return request.mask_RC
 
 
 @cache
@@ -245,6 +227,11 @@ def _eliminate(
         weight_CR[here] = updated_BR
 
 
+def _select_strip(pattern: Pattern, masked: bool, scores_SR: torch.Tensor, kept_SR: torch.Tensor) -> None:
+    """Clears in `kept_SR` what an N:M pattern prunes in a strip of columns. Overwrites the scores."""
+    prune_lowest(pattern, scores_SR.t(), kept_SR.t(), None, masked)
+
+
 def _block_selector(
     requests: Sequence[PruneRequest], pattern: Pattern, block: int, counts: Sequence[Sequence[int]]
 ) -> Callable:
@@ -254,7 +241,7 @@ def _block_selector(
     def select(scores_BR: torch.Tensor, kept_BR: torch.Tensor, start: int) -> None:
         parts = zip(requests, counts, scores_BR.split(heights, 1), kept_BR.split(heights, 1), strict=True)
         for request, count, scores, kept in parts:
-            _select(pattern, request.mask_RC is not None, scores, kept, count[start // block])
+            prune_lowest(pattern, scores.t(), kept.t(), count[start // block], request.mask_RC is not None)
 
     return select
 
@@ -269,38 +256,3 @@ def _prune_counts(request: PruneRequest, pattern: Pattern, block: int) -> list[i
         masked = [int(pattern.pruned_units(mask[:, None, :]).sum()) for mask in request.mask_RC.split(block, dim=1)]
     total = max(round((request.sparsity or 0.0) * sum(units)), sum(masked))
     return largest_remainder(total, [total * count / sum(units) for count in units], masked, units).tolist()
-
-
-def _select(
-    pattern: Pattern, masked: bool, scores_BR: torch.Tensor, kept_BR: torch.Tensor, count: int | None = None
-) -> None:
-    """Clears pruned weights in `kept_BR`: the `count` lowest units including those pruned before, or, with None, all
-    that the pattern does not protect. Overwrites the scores.
-
-    Args:
-        masked: whether some weights may be pruned already.
-    """
-    scores, kept = scores_BR.t()[:, None, :], kept_BR.t()[:, None, :]
-    if count is None:
-        if masked:
-            scores.masked_fill_(~kept, -torch.inf)
-        kept_units = pattern.pool(scores.float()) == torch.inf
-    else:
-        if masked:
-            scores.masked_fill_(~kept, 0.0)
-        scores_U = pattern.pool(scores).float()
-        if masked:
-            scores_U = scores_U.masked_fill(pattern.pruned_units(kept), -torch.inf)
-        kept_units = _keep_highest(scores_U.contiguous(), count)
-    kept.logical_and_(pattern.expand(kept_units, (kept.shape[0], 1, kept.shape[2])))
-
-
-def _keep_highest(scores_U: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns the mask without the `count` lowest units, ties by position."""
-    flat = scores_U.view(-1)
-    if prefers_numpy(flat.device):
-        threshold = find_threshold(TensorScores(scores_U), count)
-        return threshold.keep_mask(flat, threshold.num_ties)[0].view(scores_U.shape)
-    # Sorting does not wait for the device, as reading a threshold would.
-    lowest = flat.sort(stable=True)[1][:count]
-    return torch.ones_like(flat, dtype=torch.bool).index_fill_(0, lowest, False).view(scores_U.shape)

@@ -30,6 +30,10 @@ from hf_sparse.config.quality import QUALITIES
         ({"on_unreached": "skip"}, 'on_unreached is "skip": it must be error or magnitude'),
         ({"criterion": "wnda"}, 'criterion is "wnda": .* Did you mean "wanda"'),
         ({"solver": "sparsegpt", "scope": "row"}, 'scope is "row", but solver "sparsegpt" selects within a layer'),
+        (
+            {"solver": "admm", "scope": "global"},
+            'scope is "global", but solver "admm" selects within a layer or a row: use scope=layer or scope=row, or',
+        ),
         ({"solver": "sparsegpt", "pattern": "channel"}, 'cannot select units of pattern "channel".*name a criterion'),
         ({"swaps": -1}, "swaps is -1: it must be 0, to leave the mask as it is, or more"),
         ({"swaps": 2.5}, "swaps is 2.5: it must be a whole number"),

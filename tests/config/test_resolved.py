@@ -58,6 +58,8 @@ CASES = {
         (ERDOS_RENYI | {"criterion": "magnitude"}, {"allocation": "erdos_renyi", "scope": "layer", **MAGNITUDE}),
         (HALF | {"allocation": "owl"}, {"allocation": "owl", "requires": NORMS | OUTLIERS}),
         (HALF | {"solver": "sparsegpt"}, SPARSEGPT),
+        (HALF | {"solver": "admm"}, SPARSEGPT | {"solver": "admm"}),
+        (HALF | {"solver": "admm", "scope": "row"}, SPARSEGPT | {"solver": "admm", "scope": "row"}),
         (HALF | {"solver": "sparsegpt", "criterion": "wanda"}, {"solver": "sparsegpt", "requires": GRAM | NORMS}),
         ({"solver": "sparsegpt", "keep_zeros": True}, {**SPARSEGPT, "target": 0.0, "requires": NOTHING}),
     ],

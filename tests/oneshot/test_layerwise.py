@@ -35,12 +35,12 @@ LINEAR = PrunableLayer("a.weight", "linear", (4, 8))
 
 @pytest.mark.parametrize("kind, shape", [("linear", (4, 8)), ("conv1d", (8, 4)), ("experts", (3, 4, 8))])
 @pytest.mark.parametrize("target", [0.0625, 0.3, 0.97, 1.0])
-@pytest.mark.parametrize("solver", ["none", "sparsegpt"])
+@pytest.mark.parametrize("solver", ["none", "sparsegpt", "admm"])
 def test_exactly_the_target_is_pruned(kind, shape, target, solver):
     """Also where it is not a whole number in each row, matrix or layer."""
     layers = [PrunableLayer(f"{name}.weight", kind, shape) for name in "ab"]
     weights = {layer.name: random(*shape, seed=number) for number, layer in enumerate(layers)}
-    gram = GramMatrix if solver == "sparsegpt" else InputNorms
+    gram = InputNorms if solver == "none" else GramMatrix
     experts = range(3) if kind == "experts" else [None]
     observers = [observed([layer], random(40, 8, seed=9 + (e or 0)), gram, e) for layer in layers for e in experts]
     pruner_of(layers, target_sparsity=target, solver=solver).prune_layers(observers, weights)

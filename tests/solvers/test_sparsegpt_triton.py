@@ -27,7 +27,7 @@ def both(columns, rows, block, share, text=None, select_block=None):
     upper, weight = correlated(columns), torch.randn(columns, rows)
     locked = torch.rand(columns, rows) >= share
     expected, expected_kept, found, kept = weight.clone(), locked.clone(), weight.clone(), locked.clone()
-    strip, select = (pattern.of, partial(sparsegpt._select, pattern, True)) if text else (16, None)
+    strip, select = (pattern.of, partial(sparsegpt._select_strip, pattern, True)) if text else (16, None)
     sparsegpt._eliminate(expected, expected_kept, upper, block, strip, select_block, select)
     sparsegpt_triton.eliminate(found, kept, upper, block, select_block, pattern)
     name = f"{columns} x {rows}, blocks of {block}, {text}"
