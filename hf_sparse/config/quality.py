@@ -12,7 +12,7 @@ from ..solvers import SOLVERS
 _WEIGHTS: dict[str, dict[str, Any]] = {
     "fast": {"criterion": "wanda"},
     "good": {"solver": "sparsegpt"},
-    "best": {"solver": "sparsegpt", "allocation": "owl", "reconstruct": True},
+    "best": {"solver": "admm", "allocation": "owl", "reconstruct": True},
 }
 _UNITS: dict[str, dict[str, Any]] = {
     "fast": {"criterion": "fluctuation", "solver": "lstsq"},
@@ -56,9 +56,10 @@ def preset_options(
         solver, scope = given.get("solver") or chosen.get("solver"), given.get("scope")
         if "solver" in taken:
             chosen.pop("criterion", None)
-        needs_criterion = not pattern.has_rows or scope not in (None, "layer") or given.get("swaps")
-        if solver in SOLVERS and SOLVERS[solver].selects and needs_criterion:
-            chosen = {"criterion": Pattern.oneshot_criterion} | chosen
+        if solver in SOLVERS and SOLVERS[solver].selects:
+            selectable = pattern.has_rows and scope in (None, *SOLVERS[solver].scopes)
+            if not selectable or given.get("swaps"):
+                chosen = {"criterion": Pattern.oneshot_criterion} | chosen
         if (scope or criterion_scope) == "global" or pattern.implied_sparsity is not None:
             chosen.pop("allocation", None)
     if given.get("layer_sparsity"):
