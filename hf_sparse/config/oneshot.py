@@ -164,9 +164,8 @@ use scope=layer, or name a criterion, as in criterion="wanda".
 
     def _preset_note(self, errors: Sequence[str]) -> list[str]:
         """Where an error is about an option that the preset has set, a line that says so."""
-        chosen = [
-            f'{name}="{value}"' for name, value in self._preset.items() if any(name in error for error in errors)
-        ]
+        text = " ".join(error for error in errors if "unknown option" not in error)  # those list all options
+        chosen = [f'{name}="{value}"' for name, value in self._preset.items() if name in text]
         return [f'quality "{self.quality}" sets {", ".join(chosen)}: give others, or leave it out.'] if chosen else []
 
     def _reconstruct_errors(self) -> list[str]:

@@ -25,20 +25,23 @@ from memory import extra_bytes
 from torch import nn
 
 from hf_sparse import OneshotConfig, evaluate_model, prune_oneshot
+from hf_sparse.allocations import ALLOCATIONS
 from hf_sparse.calibration.text_batches import TextReader
 from hf_sparse.calibration.text_tables import load_texts
+from hf_sparse.config.quality import QUALITIES
+from hf_sparse.criteria import CRITERIA
 from hf_sparse.hub.loading import load_model, load_tokenizer
 from hf_sparse.reporting.report import SparsityReport
+from hf_sparse.solvers import SOLVERS
 
 
 PARTS: dict[str, dict[str, Any]] = {
-    "magnitude": {"criterion": "magnitude"},
-    "wanda": {"criterion": "wanda"},
-    "ria": {"criterion": "ria"},
-    "sparsegpt": {"solver": "sparsegpt"},
-    "owl": {"allocation": "owl"},
+    **{name: {"criterion": name} for name in CRITERIA.names()},
+    **{name: {"solver": name} for name in SOLVERS.names()},
+    **{name: {"allocation": name} for name in ALLOCATIONS.names()},
+    **{name: {"quality": name} for name in QUALITIES},
+    "swaps": {"swaps": 25},
     "reconstruct": {"reconstruct": True},
-    **{quality: {"quality": quality} for quality in ("fast", "good", "best")},
 }
 
 

@@ -146,7 +146,7 @@ def test_the_quality_of_methods_is_measured_once_per_row(tmp_path, capsys, monke
     last_lines(capsys.readouterr().out, printed)
     assert (tmp_path / "rows.jsonl").read_text().startswith(stored)
     assert len(quality.read_rows(tmp_path / "rows.jsonl")) == 4
-    with pytest.raises(SystemExit, match='"wande" is no part of a method: known are magnitude'):
+    with pytest.raises(SystemExit, match='"wande" is no part of a method: known are block_influence'):
         quality.main([model, *files, "--methods", "wande"])
 
 
