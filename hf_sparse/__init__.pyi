@@ -1,5 +1,5 @@
 # The public names and where they come from: type checkers read this, and __init__.py does.
-from .allocations import Allocation, register_allocation
+from .allocations import Allocation, DenseLayer, MeasuringAllocation, register_allocation
 from .calibration.masking import mask_tokens
 from .calibration.text_batches import evaluation_batches
 from .config import OneshotConfig, PruningConfig, PruningConfigError
@@ -45,8 +45,10 @@ __all__ = [
     "CheckpointError",
     "Criterion",
     "Curve",
+    "DenseLayer",
     "GradientCriterion",
     "IterativeScheduler",
+    "MeasuringAllocation",
     "MergeReport",
     "OneshotConfig",
     "OneshotScheduler",

@@ -30,9 +30,16 @@ class Requires(enum.Flag):
     """The Gram matrix X^T X of the inputs over all calibration tokens."""
     BLOCK_INFLUENCES = enum.auto()
     """How much each block changes the direction of its input, over all calibration tokens."""
-    OUTLIERS = enum.auto()
-    """A ratio of outliers per layer, from the weights and the norms of their inputs in the dense model."""
-    INPUTS = INPUT_NORMS | INPUT_VARIANCES | GRAM | BLOCK_INFLUENCES | OUTLIERS
+    DENSE_NORMS = enum.auto()
+    """As `INPUT_NORMS`, of the inputs in the dense model, before anything is pruned."""
+    DENSE_GRAM = enum.auto()
+    """As `GRAM`, of the inputs in the dense model, before anything is pruned."""
+    OUTPUT_GRADIENTS = enum.auto()
+    """The mean square of the gradient of the log-likelihood with respect to an output of the layer, in the dense
+    model."""
+    DENSE_INPUTS = DENSE_NORMS | DENSE_GRAM
+    """The inputs in the dense model, from which an allocation measures each layer."""
+    INPUTS = INPUT_NORMS | INPUT_VARIANCES | GRAM | BLOCK_INFLUENCES | DENSE_INPUTS
     """Anything that only a calibration pass over the inputs of the weights provides."""
     CALIBRATION_DATA = INPUTS | GRADIENTS
     """Anything that one-shot pruning computes from calibration data."""

@@ -109,14 +109,21 @@ def test_members_of_another_base_class_are_refused(family):
         (
             CRITERIA,
             "wanda",
-            Requires.OUTLIERS,
+            Requires.DENSE_NORMS,
             ValueError,
             "but it can require Requires.NOTHING or Requires.POSITION",
         ),
         (CRITERIA, "wanda", Requires.POSITION | Requires.INPUT_NORMS, ValueError, "but it can require"),
         (CRITERIA, "wanda", Requires.GRAM, TypeError, "it must be a subclass of UnitCriterion"),
         (CRITERIA, "wanda", Requires.GRADIENTS, TypeError, "it must be a subclass of GradientCriterion"),
-        (ALLOCATIONS, "uniform", Requires.GRADIENTS, ValueError, "can require Requires.NOTHING or Requires.OUTLIERS."),
+        (
+            ALLOCATIONS,
+            "uniform",
+            Requires.GRADIENTS,
+            ValueError,
+            "can require Requires.NOTHING or Requires.DENSE_NORMS",
+        ),
+        (ALLOCATIONS, "uniform", Requires.DENSE_GRAM, TypeError, "it must be a subclass of MeasuringAllocation"),
         (SOLVERS, "none", Requires.INPUT_NORMS, ValueError, "can require Requires.NOTHING or Requires.GRAM."),
     ],
 )

@@ -1,8 +1,8 @@
 """Allocations: how the target sparsity is distributed over layers. One file each."""
 
-from . import erdos_renyi, owl, uniform
-from .base import ALLOCATIONS, Allocation, LayerSize, outlier_ratio, register_allocation
+from . import dlp, erdos_renyi, global_budget, lsa, owl, uniform
+from .base import ALLOCATIONS, Allocation, DenseLayer, LayerSize, MeasuringAllocation, register_allocation
 
 
-__all__ = ["ALLOCATIONS", "Allocation", "LayerSize", "outlier_ratio", "register_allocation"]
-__all__ += ["erdos_renyi", "owl", "uniform"]
+__all__ = ["ALLOCATIONS", "Allocation", "DenseLayer", "LayerSize", "MeasuringAllocation", "register_allocation"]
+__all__ += ["dlp", "erdos_renyi", "global_budget", "lsa", "owl", "uniform"]

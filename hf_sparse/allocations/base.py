@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from ..methods import MethodRegistry
+from ..patterns import Pattern
 from ..requires import Requires
+from ..statistics import GramMatrix, InputNorms
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class LayerSize:
         units: the number of units that compete.
         rows, positions, columns: outputs, kernel positions and inputs of one matrix of the weight.
         least, most: the bounds of the layer's sparsity, from 0 to 1.
-        outliers: the layer's outlier ratio, where the allocation requires `Requires.OUTLIERS`.
+        measured: what a `MeasuringAllocation` has measured of the layer; else None.
     """
 
     name: str
@@ -33,7 +35,7 @@ class LayerSize:
     positions: int = 1
     least: float = 0.0
     most: float = 1.0
-    outliers: float | None = None
+    measured: Any = None
 
 
 class Allocation(ABC):
@@ -44,7 +46,7 @@ class Allocation(ABC):
     """
 
     requires: ClassVar[Requires] = Requires.NOTHING
-    """`NOTHING`, or `OUTLIERS` to get `LayerSize.outliers`, which needs one-shot pruning."""
+    """`NOTHING`; what a `MeasuringAllocation` requires is there."""
 
     @abstractmethod
     def allocate(self, target: float, layers: Sequence[LayerSize]) -> dict[str, float]:
@@ -58,36 +60,87 @@ class Allocation(ABC):
             ValueError: the layers' bounds leave no room for the target.
         """
 
-    def outlier_ratio(self, scores: Sequence[torch.Tensor]) -> float:
-        """Returns `LayerSize.outliers` of the layers of one block: by default the share of scores above 5 times their
-        mean.
 
-        Args:
-            scores: |w|·‖x‖ of each layer of the block in this group, see `Wanda`.
-        """
-        return outlier_ratio(scores)
+@dataclass(frozen=True, eq=False)
+class DenseLayer:
+    """A layer of the dense model, and what was observed of its inputs.
 
-
-def outlier_ratio(scores: Sequence[torch.Tensor], multiple: float = 5.0) -> float:
-    """Returns #{score > multiple·mean} / #{score}, over all tensors together.
-
-    Raises:
-        ValueError: there are no scores, or some are not finite.
+    Args:
+        weights: the matrices (R, C) of the layer, any floating dtype: one, or one for each expert.
+        inputs: the statistic of the inputs of each matrix.
+        pattern: of the units that are pruned.
+        sensitivity: the sum over tokens of the mean squared gradient of the log-likelihood with respect to an output,
+            where the allocation requires `OUTPUT_GRADIENTS`.
 
     Example:
-        >>> outlier_ratio([torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 60.0])])
-        0.1
-
-    Reference: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", 2023, section 3.
+        >>> from hf_sparse.patterns import get_pattern
+        >>> inputs = InputNorms(2)
+        >>> inputs.observe(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+        >>> layer = DenseLayer([torch.tensor([[1.0, -2.0]])], [inputs], get_pattern("unstructured"))
+        >>> next(layer.scores())
+        tensor([[5., 2.]])
     """
-    count = sum(tensor.numel() for tensor in scores)
-    total = sum(float(tensor.sum(dtype=torch.float64)) for tensor in scores)
-    if not count or not np.isfinite(total):
-        raise ValueError(f"the outlier ratio needs finite scores, but their sum is {total}, of {count} scores")
-    return sum(int(torch.count_nonzero(tensor > multiple * total / count)) for tensor in scores) / count
+
+    weights: Sequence[torch.Tensor]
+    inputs: Sequence[InputNorms | GramMatrix]
+    pattern: Pattern
+    sensitivity: float = 1.0
+
+    def scores(self) -> Iterator[torch.Tensor]:
+        """Yields |w|·‖x‖ of each matrix, float32, see `Wanda`."""
+        for weight_RC, statistic in zip(self.weights, self.inputs, strict=True):
+            yield weight_RC.detach().float().abs() * statistic.norms
 
 
-ALLOCATIONS = MethodRegistry("allocation", Allocation, {Requires.NOTHING: Allocation, Requires.OUTLIERS: Allocation})
+class MeasuringAllocation(Allocation):
+    """An allocation that first measures each layer of the dense model, in one-shot pruning."""
+
+    requires = Requires.DENSE_NORMS
+    """`DENSE_NORMS`, or `DENSE_GRAM` to get a `GramMatrix` of the inputs of each matrix; either together with
+    `OUTPUT_GRADIENTS` to get `DenseLayer.sensitivity`."""
+
+    @abstractmethod
+    def measure(self, layers: Sequence[DenseLayer]) -> Sequence[Any]:
+        """Returns `LayerSize.measured` of each layer: small values, of which those of all layers are held at once.
+
+        Args:
+            layers: those of one block in the group, in order; or all that are in no block.
+
+        Raises:
+            ValueError: weights or inputs are not finite.
+        """
+
+    def operations(self, rows: int, columns: int) -> float:
+        """Returns the number of multiply-adds of `measure` for one matrix, for estimates of time."""
+        return 0.0
+
+    def measured(self, layers: Sequence[LayerSize]) -> list[Any]:
+        """Returns `LayerSize.measured` of each layer.
+
+        Raises:
+            ValueError: a layer has not been measured.
+        """
+        missing = [layer.name for layer in layers if layer.measured is None]
+        if missing:
+            raise ValueError(
+                f'allocation "{ALLOCATIONS.name_and_options(self)[0]}" needs a measurement of each layer, but '
+                f'"{missing[0]}" has none, one of {len(missing)}: it is computed from the inputs of the weights, '
+                "which one-shot pruning observes."
+            )
+        return [layer.measured for layer in layers]
+
+
+ALLOCATIONS = MethodRegistry(
+    "allocation",
+    Allocation,
+    {
+        Requires.NOTHING: Allocation,
+        Requires.DENSE_NORMS: MeasuringAllocation,
+        Requires.DENSE_GRAM: MeasuringAllocation,
+        Requires.DENSE_NORMS | Requires.OUTPUT_GRADIENTS: MeasuringAllocation,
+        Requires.DENSE_GRAM | Requires.OUTPUT_GRADIENTS: MeasuringAllocation,
+    },
+)
 register_allocation = ALLOCATIONS.register
 
 
@@ -99,7 +152,7 @@ def scale_densities(raw: Sequence[float] | np.ndarray, ratio: float, layers: Seq
         ValueError: the layers' bounds leave no room for `ratio`.
     """
     densities = np.asarray(raw, dtype=np.float64)
-    return _solve_level(lambda epsilon: 1.0 - epsilon * densities, 0.0, float(1.0 / densities.min()), ratio, layers)
+    return solve_level(lambda epsilon: 1.0 - epsilon * densities, 0.0, float(1.0 / densities.min()), ratio, layers)
 
 
 def shift_sparsities(
@@ -118,13 +171,45 @@ def shift_sparsities(
     """
     shifts = np.asarray(offsets, dtype=np.float64)
     low, high = float(shifts.min()) - 1.0, float(shifts.max())
-    return _solve_level(lambda epsilon: shifts - epsilon, low, high, ratio, layers)
+    return solve_level(lambda epsilon: shifts - epsilon, low, high, ratio, layers)
 
 
-def _solve_level(
+def spread_sparsities(
+    values: Sequence[float] | np.ndarray, half_width: float, ratio: float, layers: Sequence[LayerSize]
+) -> dict[str, float]:
+    """Returns sparsities that increase linearly with `values`, the largest 2·half_width above the smallest, within
+    the layers' bounds, with mean `ratio`.
+
+    Raises:
+        ValueError: a value is not finite; the layers' bounds leave no room for `ratio`.
+
+    Example:
+        >>> layers = [LayerSize(name, 10, 2, 5) for name in "abc"]
+        >>> shares = spread_sparsities([1.0, 5.0, 3.0], 0.1, 0.5, layers)
+        >>> {name: round(share, 4) for name, share in shares.items()}
+        {'a': 0.4, 'b': 0.6, 'c': 0.5}
+    """
+    distances = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(distances).all():
+        raise ValueError(f"layers are measured by finite values, but have {distances.tolist()}")
+    distances = distances - distances.min()
+    largest = distances.max()
+    offsets = 2 * half_width * distances / largest if largest > 0 else distances
+    return shift_sparsities(offsets, ratio, layers)
+
+
+def solve_level(
     sparsities: Callable[[float], np.ndarray], low: float, high: float, ratio: float, layers: Sequence[LayerSize]
 ) -> dict[str, float]:
-    """Solves mean(clamp(sparsities(level))) = ratio by bisection; sparsities decrease from low to high."""
+    """Returns sparsities clamp(sparsities(level)) within the layers' bounds, with the level, found by bisection, at
+    which their mean, weighted by units, is `ratio`.
+
+    Args:
+        sparsities: of the layers, in order; none increases from level `low` to `high`.
+
+    Raises:
+        ValueError: the layers' bounds leave no room for `ratio`.
+    """
     units = np.array([layer.units for layer in layers], dtype=np.float64)
     least, most = (np.array([getattr(layer, side) for layer in layers]) for side in ("least", "most"))
     lowest, highest = (float(np.average(side, weights=units)) for side in (least, most))

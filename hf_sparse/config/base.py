@@ -109,10 +109,11 @@ class PruningOptions:
     )
     allocation: Allocation | str | None = option(
         "Allocation of the target over layers, with scope row or layer: uniform (the default), erdos_renyi, in "
-        "one-shot pruning also owl, or a registered one."
+        "one-shot pruning also owl, dlp, lsa and global, or a registered one."
     )
     allocation_kwargs: dict[str, Any] | str | None = option(
-        'Options of the allocation, as JSON: {"m": 5, "lambda_": 0.08} for owl.'
+        'Options of the allocation, as JSON: {"m": 5, "lambda_": 0.08} for owl, {"alpha": 0.08} for dlp, '
+        '{"beta": 0.08} for lsa.'
     )
     min_sparsity_per_layer: float | None = option("Minimum sparsity of each selected layer at the end, from 0 to 1.")
     max_sparsity_per_layer: float | None = option("Maximum sparsity of each selected layer, from 0 to 1.")

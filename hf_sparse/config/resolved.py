@@ -96,7 +96,7 @@ class ResolvedGroup:
         if self.units:
             return bool(self.target and self._criterion_requires & UNIT_INPUTS) and self.selects_units_first
         ranked_by_norms = bool(self.requires & Requires.INPUT_NORMS) and self.ranks_all_layers
-        return ranked_by_norms or bool(self.requires & Requires.OUTLIERS)
+        return ranked_by_norms or bool(self.requires & Requires.DENSE_INPUTS)
 
     @property
     def observed_layers(self) -> tuple[PrunableLayer, ...]:

@@ -301,7 +301,7 @@ def _coupled_errors(options: SimpleNamespace, criterion: str | None, solver: str
             f'reconstruct tunes the weights that remain in a block, but pattern "{options.pattern}" may leave none: '
             "leave reconstruct out."
         )
-    if kind is not None and ALLOCATIONS[options.allocation].requires & Requires.OUTLIERS:
+    if kind is not None and ALLOCATIONS[options.allocation].requires & Requires.DENSE_INPUTS:
         errors.append(
             f'allocation "{options.allocation}" is of weights by themselves, not of pattern "{options.pattern}": use '
             'allocation="uniform", which also gives all layers one width.'

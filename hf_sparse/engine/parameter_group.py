@@ -256,14 +256,14 @@ class ParameterGroup:
         return [np.full(layer.num_rows, round(most * (layer.numel // layer.num_rows))) for layer in scores]
 
     def _allocate(
-        self, total: int, floors: list[int], caps: list[int], outliers: Mapping[str, float] | None = None
+        self, total: int, floors: list[int], caps: list[int], measured: Mapping[str, Any] | None = None
     ) -> list[int]:
         """Distributes `total` pruned units over the layers."""
         sizes = []
         for layer, floor, cap in zip(self.layers, floors, caps, strict=True):
             rows, positions, columns = layer.matrix_shape
-            units, ratio = self.options.num_units(layer), (outliers or {}).get(layer.name)
-            sizes.append(LayerSize(layer.name, units, rows, columns, positions, floor / units, cap / units, ratio))
+            units, value = self.options.num_units(layer), (measured or {}).get(layer.name)
+            sizes.append(LayerSize(layer.name, units, rows, columns, positions, floor / units, cap / units, value))
         shares = self.options.allocation.allocate(total / sum(size.units for size in sizes), sizes)
         return largest_remainder(total, [shares[size.name] * size.units for size in sizes], floors, caps).tolist()
 
@@ -284,15 +284,15 @@ class ParameterGroup:
 
     # One layer at a time, as in one-shot pruning
 
-    def prune_counts(self, pruned: Mapping[str, int], outliers: Mapping[str, float]) -> dict[str, int]:
+    def prune_counts(self, pruned: Mapping[str, int], measured: Mapping[str, Any]) -> dict[str, int]:
         """Returns the number of units to prune in each layer, including those pruned before.
 
         Args:
             pruned: how many units of a layer are pruned already; 0 where not named.
-            outliers: the outlier ratio of each layer, where the allocation requires it.
+            measured: what the allocation has measured of each layer, where it is a `MeasuringAllocation`.
         """
         floors, caps = self._bounds([pruned.get(layer.name, 0) for layer in self.layers], self.target)
-        counts = self._allocate(self._num_pruned(self.target, floors, caps), floors, caps, outliers)
+        counts = self._allocate(self._num_pruned(self.target, floors, caps), floors, caps, measured)
         return {layer.name: count for layer, count in zip(self.layers, counts, strict=True)}
 
     def pruned_units(self, layer: PrunableLayer, weight: torch.Tensor) -> int:

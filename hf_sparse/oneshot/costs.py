@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from ..allocations import MeasuringAllocation
 from ..calibration.batches import call_model, count_tokens, first_row, to_device
 from ..distributed import input_device
 from ..model.evaluation_mode import evaluation_mode
@@ -61,7 +62,8 @@ class Costs:
         activation_storage: where activations are cached: cpu, disk or device.
         block_bytes: the weights of the largest block.
         statistics_bytes: the statistics of one block, at most.
-        solver_bytes: factors and copies while the weights that share an input are solved, at most.
+        solver_bytes: factors and copies while the weights that share an input are solved, or scores while the
+            allocation measures a block, at most.
         activation_bytes: the cached outputs of blocks for all calibration data of the rank.
         model_wide_bytes: what is held for all blocks: gradients and their statistics, masks of globally ranked groups.
         reconstruction_bytes: gradients, moments of Adam and copies of the parameters of a block that is tuned.
@@ -152,8 +154,6 @@ class _SharedInput:
 
     def operations(self, tokens: float) -> tuple[float, float]:
         """Multiply-adds of its statistic (half a square) and of pruning (solving, ranking)."""
-        statistic = tokens * self.token_share * self.columns * (self.columns if self.gram else _NORM_OPERATIONS)
-        statistic += tokens * self.token_share * self.columns * self.rows * self.weighted
         solving = sum(
             solver.factor_operations(self.columns) + solver.operations(rows, self.columns)
             for solver, rows in self.solver_rows.items()
@@ -161,7 +161,13 @@ class _SharedInput:
         # Of the greedy removal an inverse, and the products that update it and the weights.
         solving += self.greedy * self.columns**2 * (2 * self.columns + self.rows)
         ranking = RANKING_OPERATIONS * self.rows * self.columns + _SWAP_OPERATIONS * self.swaps * self.columns
-        return self.experts * statistic, self.experts * (solving + ranking)
+        return self.statistic_operations(tokens), self.experts * (solving + ranking)
+
+    def statistic_operations(self, tokens: float) -> float:
+        """Multiply-adds of its statistic."""
+        each = tokens * self.token_share * self.columns * (self.columns if self.gram else _NORM_OPERATIONS)
+        each += tokens * self.token_share * self.columns * self.rows * self.weighted
+        return self.experts * each
 
 
 def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
@@ -188,22 +194,27 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
         if run.samples is not None:
             activation_bytes *= 2  # those of the dense model as well
         tuning_seconds = num_samples * _tuning_seconds(run, trace, blocks, before_blocks)
-    if any(group.requires_gradients for group in run.groups):
+    if any(group.requires_gradients for group in run.groups) or run.layers_requiring(Requires.OUTPUT_GRADIENTS):
         forward_seconds += 3 * num_samples * _measure(lambda: _forward(run.model, sample))
     operations = [shared.operations(num_tokens) for shared in inputs]
+    measured = [] if trace is None else _shared_inputs(run, trace, dense=True)
+    measuring = sum(shared.statistic_operations(num_tokens) for shared in measured), _measuring_operations(run)
     observed = {layer for subgraph in (trace.subgraphs if trace else ()) for layer in subgraph.layers}
     unobserved = sum(layer.numel for group in run.groups for layer in group.layers if layer not in observed)
     return Costs(
         activation_storage=str(run.config.activations),
         block_bytes=_largest_block_bytes(run.model, trace.subgraphs if trace else ()),
-        statistics_bytes=_largest_statistics_bytes(inputs, run.single_forward),
-        solver_bytes=max((shared.solver_bytes for shared in inputs), default=0),
+        statistics_bytes=max(
+            _largest_statistics_bytes(inputs, run.single_forward), _largest_statistics_bytes(measured, False)
+        ),
+        solver_bytes=max([*(shared.solver_bytes for shared in inputs), _measuring_bytes(measured)]),
         activation_bytes=activation_bytes,
         model_wide_bytes=_model_wide_bytes(run),
         reconstruction_bytes=max((tuning_bytes(run, window) for window in _windows(run, trace)), default=0),
         forward_seconds=forward_seconds,
-        statistics_seconds=sum(statistic for statistic, _ in operations) / speed,
-        pruning_seconds=(sum(pruning for _, pruning in operations) + RANKING_OPERATIONS * unobserved) / speed,
+        statistics_seconds=(sum(statistic for statistic, _ in operations) + measuring[0]) / speed,
+        pruning_seconds=(sum(pruning for _, pruning in operations) + RANKING_OPERATIONS * unobserved + measuring[1])
+        / speed,
         reconstruction_seconds=tuning_seconds,
     )
 
@@ -242,15 +253,17 @@ def _before_blocks(trace: ModelTrace) -> Subgraph:
     return trace.subgraphs[0] if first is None else Subgraph("before the blocks", (), stop_before=first)
 
 
-def _shared_inputs(run: PreparedRun, trace: ModelTrace) -> list[_SharedInput]:
-    gram_layers = run.layers_requiring(Requires.GRAM)
+def _shared_inputs(run: PreparedRun, trace: ModelTrace, dense: bool = False) -> list[_SharedInput]:
+    """The inputs of all observed layers; with `dense` those that allocations measure in the dense model."""
+    gram_layers = run.layers_requiring(Requires.DENSE_GRAM if dense else Requires.GRAM)
+    measured = run.layers_requiring(Requires.DENSE_INPUTS)
     config = getattr(run.model, "config", None)
     experts_per_token = getattr(config, "num_experts_per_tok", None) or 1
     inputs = []
     for subgraph in trace.subgraphs:
         readers: dict[str, list[PrunableLayer]] = {}
         units = {name: reader for (name, _), reader in run.unit_readers.items()}
-        for layer in subgraph.layers:
+        for layer in (layer for layer in subgraph.layers if not dense or layer in measured):
             if layer.expert_dim is None:
                 first = layer.module if layer.name in units else trace.shared_inputs[layer.module]
                 readers.setdefault(first, []).append(layer)
@@ -331,6 +344,28 @@ def _tuning_seconds(run: PreparedRun, trace: ModelTrace, blocks: float, before_b
         seconds += passes * (3 * size * of_block + before_blocks) + evaluations * (size * of_block + before_blocks)
         seconds += 2 * (size - 1) * of_block  # the blocks before, when inputs are observed and outputs propagated
     return seconds
+
+
+def _measuring_bytes(inputs: Sequence[_SharedInput]) -> int:
+    """Scores of the weights of a subgraph, and a copy, while an allocation measures them."""
+    totals: dict[str, int] = {}
+    for shared in inputs:
+        weights = shared.experts * shared.rows * shared.columns
+        totals[shared.subgraph] = totals.get(shared.subgraph, 0) + 2 * _FLOAT_BYTES * weights
+    return max(totals.values(), default=0)
+
+
+def _measuring_operations(run: PreparedRun) -> float:
+    """Multiply-adds with which allocations measure the layers, ranking or sorting their weights included."""
+    total = 0.0
+    for group in run.groups:
+        allocation = group.options.allocation
+        if group.target and isinstance(allocation, MeasuringAllocation):
+            for layer in group.layers:
+                rows, _, columns = layer.matrix_shape
+                total += RANKING_OPERATIONS * layer.numel
+                total += layer.num_matrices * allocation.operations(rows, columns)
+    return total
 
 
 def _largest_statistics_bytes(inputs: Sequence[_SharedInput], single_forward: bool) -> int:

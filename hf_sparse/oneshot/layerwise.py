@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..allocations import DenseLayer, MeasuringAllocation
 from ..distributed import Shard
 from ..engine.masks import MaskStore
 from ..engine.parameter_group import ParameterGroup
@@ -22,8 +23,8 @@ from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
 from ..selection.swaps import refine_mask
 from ..solvers import PruneRequest, Solver
-from ..statistics import GramMatrix
-from .observers import InputObserver, criterion_statistic, fill_unreached, input_norms
+from ..statistics import GramMatrix, InputNorms
+from .observers import InputObserver, criterion_statistic, fill_unreached
 
 
 @dataclass
@@ -180,21 +181,38 @@ def _gram_of(observer: InputObserver) -> GramMatrix:
     return observer.statistic
 
 
-def compute_outliers(
+def measure_layers(
     groups: Mapping[str, ParameterGroup],
     observers: Sequence[InputObserver],
     layers: Sequence[PrunableLayer],
     weights: Mapping[str, torch.Tensor],
-) -> dict[str, float]:
-    """Returns the outlier ratio of each of the `layers` of a block: that of all of them in its group together.
-    `groups` and `weights` are by the name of a layer."""
-    outliers: dict[str, float] = {}
+    sensitivities: Mapping[str, float],
+) -> dict[str, Any]:
+    """Returns what the allocations measure of the `layers` of a block, of those in one group together. `groups`,
+    `weights` and `sensitivities`, where required, are by the name of a layer."""
+    measured: dict[str, Any] = {}
     for group in dict.fromkeys(groups[layer.name] for layer in layers):
         members = [layer for layer in layers if groups[layer.name] is group]
-        scores = [weights[layer.name].float().abs() * input_norms(layer, observers) for layer in members]
-        ratio = group.options.allocation.outlier_ratio(scores)
-        outliers |= dict.fromkeys((layer.name for layer in members), ratio)
-    return outliers
+        allocation = group.options.allocation
+        if isinstance(allocation, MeasuringAllocation):
+            dense = [
+                DenseLayer(
+                    [matrix_RPC[:, 0] for matrix_RPC in layer.matrices(weights[layer.name])],
+                    _input_statistics(layer, observers),
+                    group.pattern,
+                    sensitivities.get(layer.name, 1.0),
+                )
+                for layer in members
+            ]
+            names = [layer.name for layer in members]
+            measured |= dict(zip(names, allocation.measure(dense), strict=True))
+    return measured
+
+
+def _input_statistics(layer: PrunableLayer, observers: Sequence[InputObserver]) -> list[InputNorms | GramMatrix]:
+    """The statistics of the inputs of each matrix of a layer."""
+    inputs = [observer.statistic for observer in observers if layer in observer.layers]
+    return [statistic for statistic in inputs if isinstance(statistic, (InputNorms, GramMatrix))]
 
 
 def _output_error(old_RC: torch.Tensor, new_RC: torch.Tensor, x_TC: torch.Tensor | None) -> np.ndarray:

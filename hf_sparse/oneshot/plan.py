@@ -135,7 +135,7 @@ def _num_pruned(run: PreparedRun, group: ParameterGroup) -> dict[str, int]:
         }
     if not group.target:
         return run.num_locked(group) or dict.fromkeys((layer.name for layer in group.layers), 0)
-    if group.options.ranks_all_layers or group.options.requires & Requires.OUTLIERS:
+    if group.options.ranks_all_layers or group.options.requires & Requires.DENSE_INPUTS:
         return {}
     return group.prune_counts(run.num_locked(group), {})
 

@@ -150,13 +150,13 @@ class PreparedRun:
                 counts[layer.name] = group.pruned_units(layer, self.model.get_parameter(layer.name))
         return counts
 
-    def prune_counts(self, outliers: Mapping[str, float]) -> dict[str, int]:
-        """Returns the number of units to prune of each layer that is pruned on its own. `outliers` maps the name of a
-        layer to its outlier ratio, where the allocation requires it."""
+    def prune_counts(self, measured: Mapping[str, Any]) -> dict[str, int]:
+        """Returns the number of units to prune of each layer that is pruned on its own. `measured` maps the name of a
+        layer to what its group's allocation has measured of it."""
         counts: dict[str, int] = {}
         for group in self.groups:
             if group.target and not group.options.ranks_all_layers and not group.options.units:
-                counts |= group.prune_counts(self.num_locked(group), outliers)
+                counts |= group.prune_counts(self.num_locked(group), measured)
         return counts
 
 
@@ -188,6 +188,7 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
     single_forward = _is_single_forward(config, groups, observed_layers, batches)
     errors += _layer_errors(observed_layers, config, batches)
     errors += _unit_gradient_errors(groups)
+    errors += _output_gradient_errors(groups)
     if config.reconstruct and torch.is_inference_mode_enabled():
         errors.append("reconstruct computes gradients, which torch.inference_mode() rules out: prune outside of it.")
     errors += _offload_errors(groups, config) if offloaded else []
@@ -227,6 +228,21 @@ def _unit_gradient_errors(groups: Sequence[ResolvedGroup]) -> list[str]:
     return [
         f'criterion "{group.criterion_name}" needs gradients of unit masks, which are not observed in fused experts '
         f'such as "{layer.module}": use criterion="fluctuation".'
+        for group, layer in experts[:1]
+    ]
+
+
+def _output_gradient_errors(groups: Sequence[ResolvedGroup]) -> list[str]:
+    experts = [
+        (group, layer)
+        for group in groups
+        if group.requires & Requires.OUTPUT_GRADIENTS
+        for layer in group.layers
+        if layer.expert_dim is not None
+    ]
+    return [
+        f'allocation "{group.allocation_name}" needs gradients of the outputs of layers, which are not observed in '
+        f'fused experts such as "{layer.module}": use allocation="dlp", or exclude=["{layer.module}"].'
         for group, layer in experts[:1]
     ]
 
@@ -308,6 +324,11 @@ def _offload_errors(groups: Sequence[ResolvedGroup], config: OneshotConfig) -> l
             errors.append(
                 f'criterion "{group.criterion_name}" needs gradients, but some weights are offloaded: use '
                 'criterion="wanda", or a device that holds the model.'
+            )
+        elif group.requires & Requires.OUTPUT_GRADIENTS:
+            errors.append(
+                f'allocation "{group.allocation_name}" needs gradients, but some weights are offloaded: use '
+                'allocation="dlp", or a device that holds the model.'
             )
         elif group.target and group.units and (group.keep_zeros or group.scores_units_by_weights):
             reason = "keep_zeros" if group.keep_zeros else f'criterion "{group.criterion_name}"'

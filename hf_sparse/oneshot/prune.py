@@ -74,7 +74,7 @@ def prune_oneshot(
     finished = None if state_dir is None else _open_finished(run, state_dir)
     trace = run.trace()
     sequential = None if trace is None else SequentialPruner(run, trace)
-    statistics, outliers, unit_scores = ({}, {}, {}) if sequential is None else sequential.dense_calibration_pass()
+    statistics, measured, unit_scores = ({}, {}, {}) if sequential is None else sequential.dense_calibration_pass()
     if any(group.requires_gradients for group in run.groups):
         unit_scores |= accumulate_gradients(model, run.groups, run.whole_batches, run.communicator)
     unit_scores |= score_blocks(model, run.unit_groups, run.whole_batches, run.communicator)
@@ -82,7 +82,7 @@ def prune_oneshot(
     unit_pruner = UnitPruner(model, run.unit_groups, selection, str(run.config.on_unreached))
     layer_pruner = LayerPruner(
         groups=run.group_of,
-        prune_counts=run.prune_counts(outliers),
+        prune_counts=run.prune_counts(measured),
         masks=masks_from_dense_model(model, run.dense_ranked_groups, statistics) if run.dense_ranked_groups else {},
         on_unreached=str(run.config.on_unreached),
     )

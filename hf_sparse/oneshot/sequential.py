@@ -6,6 +6,7 @@ import logging
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ from ..model.layers import PrunableLayer
 from ..numerics import count_true, gather_counts
 from ..requires import Requires
 from ..statistics import WeightedInputs
-from .layerwise import LayerPruner, compute_outliers
+from .layerwise import LayerPruner, measure_layers
 from .observers import InputObserver, InputObservers, criterion_statistic, fill_unreached
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
 from .reconstruct import BlockReconstructor
 from .resume import FinishedSubgraphs
+from .sensitivity import output_sensitivities
 from .tracing import ModelTrace
 from .tuned_blocks import pruned_parameters, tuned_parameters
 from .unit_pruner import UnitPruner
@@ -47,26 +49,29 @@ class SequentialPruner:
 
     def dense_calibration_pass(
         self,
-    ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[UnitGroup, torch.Tensor]]:
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[UnitGroup, torch.Tensor]]:
         """Observes inputs in the dense model.
 
         Returns:
             What the criterion requires of each layer's inputs, see `criterion_statistic`, for groups ranked in the
-            dense model; the outlier ratio of each layer, for groups whose allocation requires it; and the scores of
-            coupled units that are selected in the dense model.
+            dense model; what allocations measure of each layer; and the scores of coupled units that are selected in
+            the dense model.
         """
         scores: dict[UnitGroup, torch.Tensor] = {}
         statistics: dict[str, torch.Tensor] = {}
-        outliers: dict[str, float] = {}
+        measured: dict[str, Any] = {}
         observed = set(self._run.dense_pass_layers)
         if not observed:
-            return statistics, outliers, scores
+            return statistics, measured, scores
         ranked = {layer for group in self._run.dense_ranked_groups for layer in group.layers}
-        allocated_by_outliers = self._run.layers_requiring(Requires.OUTLIERS)
+        measured_layers = self._run.layers_requiring(Requires.DENSE_INPUTS)
         unit_groups = [group for group in self._run.unit_groups if group.options.requires_dense_pass]
         readers = {layer for group in unit_groups for layer in group.options.observed_layers}
         gram_groups = [group for group in unit_groups if _criterion_requires(group) & Requires.GRAM]
         gram_layers = {layer for group in gram_groups for layer in group.options.observed_layers}
+        gram_layers |= self._run.layers_requiring(Requires.DENSE_GRAM)
+        sensitive = self._run.layers_requiring(Requires.OUTPUT_GRADIENTS)
+        sensitivities = output_sensitivities(self._model, sensitive, self._run.whole_batches, self._communicator)
         with self._pipeline() as pipeline:
             for subgraph in self._trace.subgraphs:
                 layers = [layer for layer in subgraph.layers if layer in observed]
@@ -76,11 +81,13 @@ class SequentialPruner:
                     fill_unreached(observers, str(self._run.config.on_unreached))
                     scored = [layer for layer in layers if layer in ranked]
                     statistics |= self._criterion_statistics(scored, observers)
-                    allocated = [layer for layer in layers if layer in allocated_by_outliers]
+                    allocated = [layer for layer in layers if layer in measured_layers]
                     for block in group_by_block(self._model, allocated):
-                        outliers |= compute_outliers(self._run.group_of, observers, block, self._weights(block))
+                        measured |= measure_layers(
+                            self._run.group_of, observers, block, self._weights(block), sensitivities
+                        )
                     self._add_unit_scores(scores, [o for o in observers if not readers.isdisjoint(o.layers)])
-        return statistics, outliers, scores
+        return statistics, measured, scores
 
     def _criterion_statistics(
         self, layers: Sequence[PrunableLayer], observers: Sequence[InputObserver]

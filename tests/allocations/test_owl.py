@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from helpers.dense_layers import dense_layer
 
-from hf_sparse.allocations import LayerSize, outlier_ratio
-from hf_sparse.allocations.owl import OWL
+from hf_sparse.allocations import LayerSize
+from hf_sparse.allocations.owl import OWL, outlier_ratio
 
 
 def layers(*outliers, units=(100, 100, 100), **bounds):
     return [
-        LayerSize(name, count, 10, count // 10, outliers=share, **bounds)
+        LayerSize(name, count, 10, count // 10, measured=share, **bounds)
         for name, count, share in zip("abc", units, outliers)
     ]
 
@@ -52,17 +53,18 @@ def test_equal_outlier_ratios_give_equal_sparsities():
 def test_options_by_hand():
     """λ is the largest distance; a score of more than m times the mean, 2.9, is an outlier."""
     assert OWL(lambda_=0.2).allocate(0.5, layers(0.05, 0.01, 0.03)) == pytest.approx({"a": 0.3, "b": 0.7, "c": 0.5})
-    scores = [torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 4.0, 4.0, 17.5])]
-    assert [OWL(m=m).outlier_ratio(scores) for m in (1.0, 5.0, 6.1)] == [0.3, 0.1, 0]
+    weight = torch.tensor([[0.5, -0.5, 0.5, -0.5, 0.5], [0.5, 0.5, 4.0, -4.0, 17.5]])
+    block = [dense_layer(weight[:1], torch.eye(5)), dense_layer(weight[1:], torch.eye(5))]
+    assert [OWL(m=m).measure(block) for m in (1.0, 5.0, 6.1)] == [[0.3] * 2, [0.1] * 2, [0] * 2]
 
 
 def test_the_target_is_met_within_bounds():
     """Offsets -0.08, 0.08 and 0, the second at most 0.52: the others have 0.98 together, 0.08 apart."""
     sizes = layers(0.05, 0.01, 0.03)
-    sizes[1] = LayerSize("b", 100, 10, 10, most=0.52, outliers=0.01)
+    sizes[1] = LayerSize("b", 100, 10, 10, most=0.52, measured=0.01)
     assert OWL().allocate(0.5, sizes) == pytest.approx({"a": 0.45, "b": 0.52, "c": 0.53})
 
 
-def test_a_missing_outlier_ratio_names_the_layer():
-    with pytest.raises(ValueError, match='needs the outlier ratio of each layer, but "b" has none, one of 2:'):
+def test_a_missing_measurement_names_the_layer():
+    with pytest.raises(ValueError, match='"owl" needs a measurement of each layer, but "b" has none, one of 2:'):
         OWL().allocate(0.5, layers(0.05, None, None))

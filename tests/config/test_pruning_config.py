@@ -36,7 +36,7 @@ def test_every_error_is_reported_at_once():
         "target_sparsity is '0.8': it must be a number.",
         "targets is 'encoder': it must be a list of text, as in [\"*.query\"].",
         'criterion is "magnitud": known are',
-        'allocation is "uniforms": known are erdos_renyi, owl, uniform. Did you mean "uniform"?',
+        'allocation is "uniforms": known are dlp, erdos_renyi, global, lsa, owl, uniform. Did you mean "uniform"?',
         'scheduler is "iterativ": known are',
         'sparsity_decay_type is "cubik": known are cos, cube, cubic, exp, linear. Did you mean "cubic"?',
         'scope is "local": it must be row or layer or global.',

@@ -13,7 +13,7 @@ from hf_sparse.model.layers import find_layers
 
 
 NOTHING, POSITION, GRADIENTS = Requires.NOTHING, Requires.POSITION, Requires.GRADIENTS
-NORMS, GRAM, OUTLIERS = Requires.INPUT_NORMS, Requires.GRAM, Requires.OUTLIERS
+NORMS, GRAM, DENSE_NORMS = Requires.INPUT_NORMS, Requires.GRAM, Requires.DENSE_NORMS
 COMMON = {"pattern": "unstructured", "allocation": "uniform", "solver": "none", "target": 0.5}
 DEFAULTS = {
     PruningConfig: {
@@ -56,7 +56,7 @@ CASES = {
         (HALF | {"criterion": "snip"}, {"criterion": "snip", "scope": "global", "requires": GRADIENTS}),
         (ERDOS_RENYI, {"allocation": "erdos_renyi"}),
         (ERDOS_RENYI | {"criterion": "magnitude"}, {"allocation": "erdos_renyi", "scope": "layer", **MAGNITUDE}),
-        (HALF | {"allocation": "owl"}, {"allocation": "owl", "requires": NORMS | OUTLIERS}),
+        (HALF | {"allocation": "owl"}, {"allocation": "owl", "requires": NORMS | DENSE_NORMS}),
         (HALF | {"solver": "sparsegpt"}, SPARSEGPT),
         (HALF | {"solver": "admm"}, SPARSEGPT | {"solver": "admm"}),
         (HALF | {"solver": "admm", "scope": "row"}, SPARSEGPT | {"solver": "admm", "scope": "row"}),

@@ -17,6 +17,7 @@ from hf_sparse import (
     Allocation,
     Criterion,
     GradientCriterion,
+    MeasuringAllocation,
     OneshotConfig,
     Pattern,
     PruningConfig,
@@ -130,14 +131,14 @@ class InOrder(Allocation):
 
 
 @dataclass(frozen=True)
-class ByLargestScore(InOrder):
-    requires = Requires.OUTLIERS
+class ByLargestScore(InOrder, MeasuringAllocation):
+    requires = Requires.DENSE_NORMS
 
-    def outlier_ratio(self, scores):
-        return float(max(score.max() for score in scores))
+    def measure(self, layers):
+        return [float(max(score.max() for score in layer.scores())) for layer in layers]
 
     def rank(self, layer):
-        return layer.outliers
+        return layer.measured
 
 
 @dataclass(frozen=True)
@@ -378,7 +379,7 @@ def test_oneshot_allocations(model, criterion):
 
 @pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_an_allocation_gets_its_own_outlier_ratios(model, criterion, reverse):
+def test_an_allocation_gets_its_own_measurements(model, criterion, reverse):
     """The first layer has the largest score, and is pruned the least, or the most."""
     model[0].weight.data[0, 7] = 1e3
     options = {"allocation": ByLargestScore(reverse), "scope": "layer", "max_sparsity_per_layer": 0.75}
