@@ -125,7 +125,7 @@ def test_options_of_methods_are_in_the_settings():
     swapped = card(config=OneshotConfig(target_sparsity=0.5, swaps=25).to_dict(), oneshot=True)
     assert "| pattern | criterion | scope | swaps | target |" in render_card(swapped).text
     assert "| unstructured | wanda | row | 25 | 50% |" in render_card(swapped).text
-    assert swapped.hub_metadata["sparsity"]["swaps"] == 25
+    assert swapped.hub_metadata()["sparsity"]["swaps"] == 25
 
 
 def test_a_group_that_only_keeps_zeros_has_no_criterion():
