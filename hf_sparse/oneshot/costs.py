@@ -37,7 +37,7 @@ RANKING_OPERATIONS = 1000
 _NORM_OPERATIONS = 30
 """The same for squaring one input and adding it to a sum."""
 
-_SWAP_OPERATIONS = 1500
+_SWAP_OPERATIONS = 1000
 """The same for one input of a row in one round of swaps."""
 
 _INPUTS_PER_SWAP = 16
