@@ -36,6 +36,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from hf_sparse import Pruner, PruningConfig, SparseTrainer
+from hf_sparse.training.state_files import checksum
 
 
 BATCH = 4
@@ -133,6 +134,7 @@ def _finish(scenario: dict, trainer: Trainer, rank: int, result: dict) -> None:
     if isinstance(trainer, SparseTrainer):
         result["from"] = Path(trainer.resumed_from or "").name
     weights = gather_weights(trainer)
+    result["digest"] = checksum(weights, {})
     if rank == 0:
         save_file(weights, Path(scenario["folder"]) / "weights.safetensors")
     if scenario.get("export"):
