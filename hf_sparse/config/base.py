@@ -228,8 +228,8 @@ class PruningOptions:
         """Returns the errors of values that an option, also one of a group, cannot have, whatever methods there are.
         Unknown options are no errors here."""
         groups = values.get("groups") or {}
-        errors = [error for options in (values, *_mappings(groups)) for error in cls._known_type_errors(options)]
-        if isinstance(groups, Mapping) and len(_mappings(groups)) < len(groups):
+        errors = [error for options in (values, *mappings(groups)) for error in cls._known_type_errors(options)]
+        if isinstance(groups, Mapping) and len(mappings(groups)) < len(groups):
             errors.append("groups must be a mapping of names to mappings.")
         return errors
 
@@ -414,6 +414,7 @@ class PruningOptions:
             keep_zeros=options.keep_zeros,
             regrow=getattr(options, "regrow", 0.0),
             swaps=getattr(options, "swaps", None) or 0,
+            permute=getattr(options, "permute", False),
         )
 
     def resolve_criterion(self, options: SimpleNamespace) -> str | None:
@@ -446,5 +447,6 @@ class PruningOptions:
         return bool(self.keep_zeros or any(group.target for group in self.resolve_groups().values()))
 
 
-def _mappings(groups: Any) -> list[Mapping[str, Any]]:
+def mappings(groups: Any) -> list[Mapping[str, Any]]:
+    """Returns the groups of an option `groups` that are mappings, as they must be."""
     return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []

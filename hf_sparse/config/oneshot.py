@@ -13,7 +13,7 @@ from ..patterns import Pattern
 from ..registry import format_value
 from ..requires import Requires
 from ..solvers import SOLVERS, Solver
-from .base import FLAG, PruningOptions, option
+from .base import FLAG, PruningOptions, mappings, option
 from .options import DEFAULT_SOLVER, merge_group_options
 from .pruning import PruningConfig
 from .quality import QUALITIES, RUN_OPTIONS, preset_options
@@ -69,6 +69,11 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         "lower the error of the outputs, after the criterion has selected. For single weights and N:M; most of the "
         "gain comes with 25. 0 (the default): none."
     )
+    permute: bool | None = option(
+        "With N:M: first put the neurons of feed-forward networks and the values of heads in the order in which the "
+        "most is kept. The layers before them take the order over, so that nothing is added to the model.",
+        **FLAG,
+    )
     layer_sparsity: dict[str, Any] | str | None = option(
         'Sparsity of each layer, as JSON: {"*.q_proj": 0.4, "*.mlp.*": 0.6}; names are globs, or regular expressions '
         "after re:. No other layer is pruned."
@@ -103,6 +108,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         "swaps": 0,
         "sequential": True,
         "activations": "cpu",
+        "permute": False,
         "reconstruct": False,
         "on_unreached": "error",
     }
@@ -153,6 +159,8 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         errors += super()._errors()
         if type(self.forwards) is int and self.forwards not in (1, 2):
             errors.append(f"forwards is {format_value(self.forwards)}: it must be 1 or 2.")
+        if self.forwards == 1 and any(values.get("permute") for values in (self._values(), *mappings(self.groups))):
+            errors.append("forwards=1 prunes while data passes through, and permute needs its end: use forwards=2.")
         if self.forwards == 1 and self.sequential is False:
             errors.append("forwards=1 prunes while data passes through, and sequential=False does not: choose one.")
         errors += self._reconstruct_errors()

@@ -41,6 +41,7 @@ class ResolvedGroup:
         keep_zeros: whether zeros that weights have at the start are kept.
         regrow: fraction of kept weights that a prune step exchanges.
         swaps: the most swaps in each row that refine the mask before the solver.
+        permute: whether channels are put in the order in which N:M keeps the most.
         layers: the weights that are pruned, once the model is known.
         units: for a coupled pattern the units of the model. The weights that they divide are the `layers`.
         biases: name -> shape of the biases that belong to `units`, and are pruned with them.
@@ -62,6 +63,7 @@ class ResolvedGroup:
     keep_zeros: bool = False
     regrow: float = 0.0
     swaps: int = 0
+    permute: bool = False
     layers: tuple[PrunableLayer, ...] = ()
     units: tuple[UnitGroup, ...] = ()
     biases: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -77,8 +79,9 @@ class ResolvedGroup:
 
     @property
     def ranks_all_layers(self) -> bool:
-        """Whether the units of all layers compete, so that no layer can be pruned by itself."""
-        return self.scope == "global" and self.criterion is not None
+        """Whether the units of all layers compete, so that no layer can be pruned by itself. With N:M, of which the
+        scope changes nothing, channels are permuted layer by layer."""
+        return self.scope == "global" and self.criterion is not None and not self.permute
 
     @property
     def requires_calibration(self) -> bool:
@@ -88,6 +91,8 @@ class ResolvedGroup:
         if self.units:
             return not self.selects_units_first or bool(self.solver.requires & Requires.GRAM)
         scored_by_norms = bool(self.requires & Requires.INPUT_NORMS) and not self.ranks_all_layers
+        if self.permute:
+            return True
         return self.criterion is None or scored_by_norms or bool(self.requires & Requires.GRAM)
 
     @property
@@ -177,6 +182,8 @@ class ResolvedGroup:
             values[name] = chosen
             if options:
                 values[f"{name}_kwargs"] = options
+        if self.permute and self.target:
+            values["permute"] = True
         values["scope"] = self.scope if self.target else None
         if self.swaps and self.target:
             values["swaps"] = self.swaps

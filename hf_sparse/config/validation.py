@@ -231,6 +231,7 @@ def training_errors(group: ResolvedGroup) -> list[str]:
 def oneshot_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
     """Returns what one-shot pruning cannot do."""
     errors = _coupled_errors(options, criterion, solver) + _swap_errors(options, criterion)
+    errors += _permute_errors(options, criterion)
     if criterion is None and options.scope not in (None, *SOLVERS[solver].scopes):
         within = " or ".join(f"a {scope}" for scope in SOLVERS[solver].scopes)
         usable = " or ".join(f"scope={scope}" for scope in SOLVERS[solver].scopes)
@@ -265,6 +266,22 @@ def _swap_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
             "swaps=0, or a pattern of single weights, as in unstructured or 2:4."
         )
     return errors
+
+
+def _permute_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
+    if not options.permute:
+        return []
+    if not get_pattern(options.pattern).n_of_m[0]:
+        return [
+            f'permute orders channels for N:M, and has no effect on pattern "{options.pattern}": use pattern="2:4", '
+            "or leave permute out."
+        ]
+    if criterion is not None and CRITERIA[criterion].requires & Requires.POSITION:
+        return [
+            f'permute keeps more of the scores of weights, and criterion "{criterion}" scores their positions: use '
+            'criterion="wanda", or leave permute out.'
+        ]
+    return []
 
 
 def _coupled_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:

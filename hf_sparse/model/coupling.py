@@ -3,6 +3,9 @@
     FFN neuron i      row i of up (and of gate) with its biases, column i of down
     attention head h  rows of h in the query, key and value projections with their biases, columns of h in the output
                       projection; with grouped queries, a key-value head and all query heads that share it
+    value v           row v of one key-value head in the value projection with its bias, its columns in the output
+                      projection; values are never pruned together, but their order in a head is free, as that of
+                      neurons in an FFN is
     layer             the matrices with which a block writes to the residual stream, with their biases
 
 Units are found from the module structure and from shapes alone, so that models on the meta device and sharded models
@@ -45,6 +48,7 @@ class UnitSlice:
         offset: first index of unit 0. A fused projection has several slices.
         expert: index of dimension 0 that the units belong to, for the fused weights of experts.
         reads: whether the parameter reads the units (columns of `down`), and does not produce them (rows of `up`).
+        values: of heads, whether the slice holds the rows of their values.
 
     Example:
         >>> UnitSlice("qkv.weight", dim=0, width=4, offset=16).indices(torch.tensor([0, 2]))
@@ -57,6 +61,7 @@ class UnitSlice:
     offset: int = 0
     expert: int | None = None
     reads: bool = False
+    values: bool = False
 
     def indices(self, units: torch.Tensor) -> torch.Tensor:
         """Returns the indices (n * width) of `dim` that belong to `units` (n), int64, unit after unit."""
@@ -69,7 +74,7 @@ class UnitGroup:
     """The coupled units of one kind in one place of the model, such as the neurons of one FFN.
 
     Args:
-        kind: "neuron", "head" or "layer".
+        kind: "neuron", "head", "value" or "layer".
         name: of the module that contains the units.
         num_units: number of units.
         slices: what is zero where a unit is pruned.
@@ -106,7 +111,7 @@ def find_unit_groups(model: nn.Module, kind: str) -> list[UnitGroup]:
 
     Args:
         model: any module, which may be sharded or on the meta device.
-        kind: "neuron", "head" or "layer".
+        kind: "neuron", "head", "value" or "layer".
 
     Raises:
         ValueError: the kind is unknown.
@@ -124,9 +129,11 @@ def find_unit_groups(model: nn.Module, kind: str) -> list[UnitGroup]:
         return [group for ffn in structure.ffns() for group in structure.neurons(*ffn)]
     if kind == "head":
         return structure.heads()
+    if kind == "value":
+        return [group for name in structure.attention for group in structure.values(name)]
     if kind == "layer":
         return structure.block_units()
-    raise ValueError(f'kind of units is "{kind}": known are neuron, head and layer.')
+    raise ValueError(f'kind of units is "{kind}": known are neuron, head, value and layer.')
 
 
 class _Structure:
@@ -232,14 +239,27 @@ class _Structure:
             return
         query_width, parts = num_queries // num_units * size, []
         for letter, layer in producers.values():
-            parts += self._part(layer, reads=False, width=query_width if letter == "q" else size)
+            width = query_width if letter == "q" else size
+            parts += self._part(layer, reads=False, width=width, values=letter == "v")
         for layer in fused:
             for index, width in enumerate((query_width, size, size)):
                 offset = (num_queries + max(0, index - 1) * num_units) * size if index else 0
-                parts += self._part(layer, reads=False, width=width, offset=offset)
+                parts += self._part(layer, reads=False, width=width, offset=offset, values=index == 2)
         parts += self._part(output, reads=True, width=query_width)
         if all(self._is_covered(parts, part.name, num_units) for part in parts):
             yield UnitGroup("head", name, num_units, tuple(parts), (), size, num_queries // num_units)
+
+    def values(self, name: str) -> Iterator[UnitGroup]:
+        """Yields the values of each key-value head of an attention module."""
+        for heads in self._heads(name):
+            size, per_unit = heads.head_dim, heads.queries_per_unit
+            for head in range(heads.num_units):
+                values = (part for part in heads.slices if part.values)
+                parts = [replace(part, width=1, offset=part.offset + head * size) for part in values]
+                for part in heads.readers:
+                    queries = range(head * per_unit, (head + 1) * per_unit)
+                    parts += [replace(part, width=1, offset=query * size) for query in queries]
+                yield UnitGroup("value", f"{name}.{head}", size, tuple(parts))
 
     def _is_covered(self, parts: Sequence[UnitSlice], name: str, num_units: int) -> bool:
         """Returns whether the slices of a parameter are its whole size along the dimension that units divide."""

@@ -21,7 +21,9 @@ from ..distributed import input_device
 from ..model.evaluation_mode import evaluation_mode
 from ..model.layers import PrunableLayer
 from ..requires import Requires
+from ..selection.channel_order import ROUNDS
 from ..solvers import Solver
+from .free_channels import reading_weight
 from .observers import SAMPLE
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
@@ -33,6 +35,9 @@ from .unit_scores import UnitReader
 
 RANKING_OPERATIONS = 1000
 """Multiply-adds in the time that ranking one weight takes, on a CPU that multiplies large matrices at full speed."""
+
+EXCHANGE_OPERATIONS = 200
+"""The same for comparing one score with those of another channel, when channels are permuted."""
 
 _NORM_OPERATIONS = 30
 """The same for squaring one input and adding it to a sum."""
@@ -199,6 +204,7 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
     operations = [shared.operations(num_tokens) for shared in inputs]
     measured = [] if trace is None else _shared_inputs(run, trace, dense=True)
     measuring = sum(shared.statistic_operations(num_tokens) for shared in measured), _measuring_operations(run)
+    permuting, permuting_bytes = _permutation_costs(run)
     observed = {layer for subgraph in (trace.subgraphs if trace else ()) for layer in subgraph.layers}
     unobserved = sum(layer.numel for group in run.groups for layer in group.layers if layer not in observed)
     return Costs(
@@ -207,13 +213,15 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
         statistics_bytes=max(
             _largest_statistics_bytes(inputs, run.single_forward), _largest_statistics_bytes(measured, False)
         ),
-        solver_bytes=max([*(shared.solver_bytes for shared in inputs), _measuring_bytes(measured)]),
+        solver_bytes=max([*(shared.solver_bytes for shared in inputs), _measuring_bytes(measured), permuting_bytes]),
         activation_bytes=activation_bytes,
         model_wide_bytes=_model_wide_bytes(run),
         reconstruction_bytes=max((tuning_bytes(run, window) for window in _windows(run, trace)), default=0),
         forward_seconds=forward_seconds,
         statistics_seconds=(sum(statistic for statistic, _ in operations) + measuring[0]) / speed,
-        pruning_seconds=(sum(pruning for _, pruning in operations) + RANKING_OPERATIONS * unobserved + measuring[1])
+        pruning_seconds=(
+            sum(pruning for _, pruning in operations) + RANKING_OPERATIONS * unobserved + measuring[1] + permuting
+        )
         / speed,
         reconstruction_seconds=tuning_seconds,
     )
@@ -282,6 +290,15 @@ def _shared_inputs(run: PreparedRun, trace: ModelTrace, dense: bool = False) -> 
             solvers, swaps = _solver_rows(run, layers), _count_swaps(run, layers)
             inputs.append(_SharedInput(subgraph.name, columns, rows, gram, solvers, 1, 1.0, *kinds, swaps))
     return inputs
+
+
+def _permutation_costs(run: PreparedRun) -> tuple[float, int]:
+    """The multiply-adds of finding the orders of channels, and bytes of scores for one weight."""
+    reading = {reading_weight(units) for units in run.free_channels}
+    layers = [layer for group in run.groups for layer in group.layers if layer.name in reading]
+    comparisons = sum(run.group_of[layer.name].pattern.n_of_m[1] * layer.numel for layer in layers)
+    most = max((layer.numel for layer in layers), default=0)
+    return float(EXCHANGE_OPERATIONS * ROUNDS * comparisons), 4 * _FLOAT_BYTES * most
 
 
 def _solver_rows(run: PreparedRun, layers: Sequence[PrunableLayer]) -> dict[Solver, int]:

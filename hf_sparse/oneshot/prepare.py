@@ -20,8 +20,10 @@ from ..distributed import Communicator, build_shards, get_communicator, is_offlo
 from ..engine.coupled_group import CoupledParameterGroup, new_parameter_group
 from ..engine.parameter_group import ParameterGroup
 from ..engine.resolve import resolve_layers
+from ..model.coupling import UnitGroup
 from ..model.layers import PrunableLayer
 from ..requires import Requires
+from .free_channels import find_free_channels
 from .tracing import BlocksError, ModelTrace, trace_model
 from .tuning_samples import TuningSamples
 from .unit_scores import UnitReader, find_unit_readers
@@ -71,6 +73,11 @@ class PreparedRun:
     def unit_readers(self) -> dict[tuple[str, int | None], UnitReader]:
         """The matrices that read coupled units, by the name of the weight and the number of the expert or None."""
         return find_unit_readers(self.unit_groups)
+
+    @cached_property
+    def free_channels(self) -> list[UnitGroup]:
+        """The channels to permute, as far as the structure of the model shows them."""
+        return find_free_channels(self.model, self.group_of)
 
     @cached_property
     def group_of(self) -> dict[str, ParameterGroup]:
@@ -248,7 +255,7 @@ def _output_gradient_errors(groups: Sequence[ResolvedGroup]) -> list[str]:
 
 
 def method_requiring_data(group: ResolvedGroup) -> str | None:
-    """Returns the solver, criterion, allocation or swaps of a group that require calibration data; None if none do.
+    """Returns what of a group requires calibration data, an option or a method; None if nothing does.
 
     Example:
         >>> (group,) = OneshotConfig(target_sparsity=0.5).resolve_groups().values()
@@ -259,6 +266,8 @@ def method_requiring_data(group: ResolvedGroup) -> str | None:
     """
     if not group.target:
         return None
+    if group.permute:
+        return "permute"
     if group.criterion is None or group.solver.requires & Requires.CALIBRATION_DATA:
         return f'solver "{group.solver_name}"'
     if group.criterion.requires & Requires.CALIBRATION_DATA:

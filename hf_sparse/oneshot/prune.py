@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration.batches import first_row
 from ..config import OneshotConfig, PruningConfig
 from ..distributed import iter_parameters, onload, raise_on_all_ranks
+from ..model.coupling import UnitGroup
 from ..numerics import count_zeros
 from ..reporting.report import SparsityReport
 from .block_influence import score_blocks
 from .dense_model import accumulate_gradients, masks_from_dense_model
+from .free_channels import verify_free_channels
 from .layerwise import LayerPruner
+from .permutation import ChannelPermuter
 from .prepare import PreparedRun, prepare_run
 from .resume import FinishedSubgraphs, ResumeError, run_digest
 from .sequential import SequentialPruner
 from .unit_pruner import UnitPruner
 from .unit_selection import select_units
+
+
+logger = logging.getLogger(__name__)
 
 
 def prune_oneshot(
@@ -73,6 +81,7 @@ def prune_oneshot(
     run = prepare_run(model, calibration_data, OneshotConfig.of(config))
     finished = None if state_dir is None else _open_finished(run, state_dir)
     trace = run.trace()
+    channels = _verified_channels(run)
     sequential = None if trace is None else SequentialPruner(run, trace)
     statistics, measured, unit_scores = ({}, {}, {}) if sequential is None else sequential.dense_calibration_pass()
     if any(group.requires_gradients for group in run.groups):
@@ -90,8 +99,20 @@ def prune_oneshot(
         _prune_unobserved(run, layer_pruner, unit_pruner)
     errors: Mapping[str, float] = {}
     if sequential is not None and (run.calibrated_layers or run.reconstructed_layers):
-        errors = sequential.prune(layer_pruner, unit_pruner, finished, progress)
+        permuter = ChannelPermuter(model, run.group_of, channels, layer_pruner.masks)
+        errors = sequential.prune(layer_pruner, unit_pruner, permuter, finished, progress)
     return _report(run, errors)
+
+
+def _verified_channels(run: PreparedRun) -> list[UnitGroup]:
+    """The channels to permute. Warns if the options ask for it and there are none."""
+    if not any(group.options.permute for group in run.groups):
+        return []
+    row = first_row(run.batches[0])
+    channels = verify_free_channels(run.model, run.free_channels, row, run.communicator)
+    if not channels:
+        logger.warning("permute has no effect: no layer before the selected weights can take over their order.")
+    return channels
 
 
 def _prune_unobserved(run: PreparedRun, layer_pruner: LayerPruner, unit_pruner: UnitPruner) -> None:

@@ -23,6 +23,7 @@ from ..requires import Requires
 from ..statistics import WeightedInputs
 from .layerwise import LayerPruner, measure_layers
 from .observers import InputObserver, InputObservers, criterion_statistic, fill_unreached
+from .permutation import ChannelPermuter
 from .pipeline import BlockPipeline, Subgraph
 from .prepare import PreparedRun
 from .reconstruct import BlockReconstructor
@@ -114,6 +115,7 @@ class SequentialPruner:
         self,
         layer_pruner: LayerPruner,
         unit_pruner: UnitPruner,
+        permuter: ChannelPermuter,
         finished: FinishedSubgraphs | None,
         show_progress: bool,
     ) -> dict[str, float]:
@@ -134,7 +136,8 @@ class SequentialPruner:
                 with self._onload([*window, subgraph]):
                     if reconstructor is not None and subgraph.is_block:
                         reconstructor.observe_dense(subgraph)
-                    changed = self._changed_parameters(subgraph, layers, window if reconstructor is not None else ())
+                    tuned, permuted = window if reconstructor is not None else (), permuter.parameters(layers)
+                    changed = self._changed_parameters(subgraph, layers, tuned, permuted)
                     if finished is not None and number < finished.count:
                         weights, new_errors = finished.read(number)
                         for name, weight in changed.items():
@@ -143,6 +146,7 @@ class SequentialPruner:
                         new_errors = self._prune_during_forward(pipeline, subgraph, layers, pruners, propagate)
                     else:
                         observers = self._calibrate(pipeline, subgraph, layers, self._gram_layers)
+                        permuter.permute(observers)
                         new_errors = self._prune_observed(observers, subgraph, *pruners)
                         if reconstructor is not None:
                             self._prune_unobserved(subgraph, *pruners)
@@ -277,13 +281,13 @@ class SequentialPruner:
                 unit_pruner.prune_selected(group, subgraph.name)
 
     def _changed_parameters(
-        self, subgraph: Subgraph, layers: Sequence[PrunableLayer], tuned: Sequence[Subgraph]
+        self, subgraph: Subgraph, layers: Sequence[PrunableLayer], tuned: Sequence[Subgraph], permuted: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        """The parameters that pruning these layers changes, with those of the coupled units that they read, and those
-        of blocks that are tuned."""
-        names = [layer.name for layer in layers]
+        """The parameters that pruning these layers changes, with those of the coupled units that they read, those of
+        blocks that are tuned, and those whose channels are permuted."""
+        names = [layer.name for layer in layers] + list(permuted)
         if self._run.samples is not None:
-            names = [layer.name for layer in subgraph.layers]
+            names += [layer.name for layer in subgraph.layers]
             names += [*pruned_parameters(self._run, tuned), *tuned_parameters(self._run, tuned)]
         for reader in self._run.unit_readers.values():
             if reader.layer in layers:

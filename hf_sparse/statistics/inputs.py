@@ -112,6 +112,10 @@ class InputNorms(_InputStatistic):
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((columns,), device)
 
+    def reorder(self, order_I: torch.Tensor) -> None:
+        """Puts input `order_I[i]` in place i."""
+        self.total = self.total[order_I]
+
     def set_equal_squares(self, level: float) -> None:
         self.total.fill_(level)
         self.count = len(self.total)
@@ -149,6 +153,10 @@ class GramMatrix(_InputStatistic):
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         super().__init__((columns, columns), device)
+
+    def reorder(self, order_I: torch.Tensor) -> None:
+        """Puts input `order_I[i]` in place i."""
+        self.total = self.matrix()[order_I[:, None], order_I]
 
     def set_equal_squares(self, level: float) -> None:
         self.total.zero_().fill_diagonal_(level)

@@ -28,12 +28,15 @@ OTHER_VALUES = {
     "sequential": False,
     "forwards": 1,
     "activations": "disk",
+    "permute": True,
+    "reconstruct": True,
     "on_unreached": "magnitude",
 }
 """A valid value that is not the default, of each option with a default."""
 NEEDED = {
     "forwards": {"target_sparsity": 0.5},
     "initial_sparsity": {"target_sparsity": 0.5},
+    "permute": {"pattern": "2:4"},
     "regrow": {"scope": "layer"},
 }
 """Further options with which the value is valid."""

@@ -89,8 +89,8 @@ def test_units_of_sharded_experts_and_tables():
 
 def test_other_structures_have_no_units():
     model = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(6, 5)}), nn.Linear(4, 4)])
-    assert [find_unit_groups(model, kind) for kind in ("neuron", "head", "layer")] == [[], [], []]
-    with pytest.raises(ValueError, match='"neurons": known are neuron, head and layer'):
+    assert [find_unit_groups(model, kind) for kind in ("neuron", "head", "value", "layer")] == [[]] * 4
+    with pytest.raises(ValueError, match='"neurons": known are neuron, head, value and layer'):
         find_unit_groups(model, "neurons")
 
 

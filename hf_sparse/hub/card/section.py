@@ -44,6 +44,7 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "allocation": (None, OneshotConfig.defaults["allocation"]),
     "swaps": (None, OneshotConfig.defaults["swaps"]),
     "solver": (None, DEFAULT_SOLVER),
+    "permute": (None,),
     "target": (),
 }
 
@@ -139,6 +140,8 @@ def _format_setting(group: dict[str, Any], name: str) -> str:
     value, target = group.get(name), group.get("target")
     if name == "target":
         return f"{value:.2%}".replace(".00%", "%") if value else "existing zeros"
+    if value is True:
+        return "yes"
     if name == "criterion" and value is None and target:
         return "selected by the solver"
     kwargs = ", ".join(f"{option}={json.dumps(given)}" for option, given in group.get(f"{name}_kwargs", {}).items())
