@@ -52,7 +52,7 @@ class GlobalBudget(MeasuringAllocation):
         for layer in layers:
             shift = math.log2(layer.sensitivity) if layer.sensitivity else -math.inf
             pooled = (layer.pattern.pool(score.square_()[:, None]) for score in layer.scores())
-            counts.append(sum(count_errors(errors.log2() + shift) for errors in pooled))
+            counts.append(np.sum([count_errors(errors.log2() + shift) for errors in pooled], axis=0))
         return counts
 
     def allocate(self, target: float, layers: Sequence[LayerSize]) -> dict[str, float]:

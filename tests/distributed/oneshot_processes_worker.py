@@ -28,6 +28,9 @@ RUNS = {
     "sparsegpt": {"solver": "sparsegpt"},
     "swaps and sparsegpt": {"criterion": "wanda", "solver": "sparsegpt", "swaps": 3},
     "owl": {"allocation": "owl"},
+    "dlp": {"allocation": "dlp"},
+    "lsa": {"allocation": "lsa", "solver": "sparsegpt"},
+    "global budget": {"allocation": "global"},
     "global": {"scope": "global"},
     "snip": {"criterion": "snip"},
     "fisher and sparsegpt": {"criterion": "fisher", "solver": "sparsegpt"},
@@ -42,8 +45,8 @@ RUNS = {
 }
 FAMILIES = {
     "llama": [*RUNS],
-    "t5": ["wanda", "sparsegpt", "owl", "neurons", "reconstruct"],
-    "qwen3_moe": ["wanda", "swaps and sparsegpt", "owl", "neurons", "reconstruct"],
+    "t5": ["wanda", "sparsegpt", "owl", "global budget", "neurons", "reconstruct"],
+    "qwen3_moe": ["wanda", "swaps and sparsegpt", "owl", "lsa", "neurons", "reconstruct"],
     "bert": ["reconstruct"],
 }
 
