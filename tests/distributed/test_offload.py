@@ -55,6 +55,9 @@ def offloaded(way, folder, **options):
         {"target_sparsity": 0.5, "forwards": 1, "solver": "sparsegpt"},
         {"target_sparsity": 0.5, "allocation": "owl", "keep_zeros": True},
         {"target_sparsity": 0.5, "pattern": "neuron"},
+        {"target_sparsity": 0.5, "reconstruct": True, "reconstruct_kwargs": {"steps": 5, "samples": 4}},
+        {"target_sparsity": 0.5, "criterion": "magnitude", "scope": "layer", "reconstruct": True}
+        | {"reconstruct_kwargs": {"steps": 5, "samples": 4}},
     ],
     ids=str,
 )
