@@ -50,7 +50,10 @@ def find_free_channels(model: nn.Module, groups: Mapping[str, ParameterGroup]) -
             continue
         if any(part.expert is not None or names[id(parameters[part.name])] > 1 for part in units.slices):
             continue
-        if all(_keeps_units(groups.get(part.name), parameters[part.name]) for part in units.slices if not part.reads):
+        producers = [
+            part.name for part in units.slices if not part.reads
+        ]  # none where values are those of a layer before
+        if producers and all(_keeps_units(groups.get(name), parameters[name]) for name in producers):
             found.append(units)
     return found
 

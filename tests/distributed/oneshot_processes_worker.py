@@ -40,6 +40,8 @@ RUNS = {
     "neurons by obs, two forwards": {"pattern": "neuron:1", "target_sparsity": 0.5, "criterion": "obs", "forwards": 2},
     "heads by their masks": {"pattern": "head", "target_sparsity": 0.5, "criterion": "taylor"},
     "layers": {"pattern": "layer", "target_sparsity": 0.5},
+    "permuted 2:4": {"pattern": "2:4", "permute": True},
+    "permuted sparsegpt": {"pattern": "2:4", "permute": True, "solver": "sparsegpt"},
     "reconstruct": {"reconstruct": True, "reconstruct_kwargs": {"steps": 12, "samples": 4}},
     "reconstruct after sparsegpt": {"reconstruct": True, "solver": "sparsegpt", "reconstruct_kwargs": {"steps": 12}},
 }

@@ -126,6 +126,10 @@ def test_options_of_methods_are_in_the_settings():
     assert "| pattern | criterion | scope | swaps | target |" in render_card(swapped).text
     assert "| unstructured | wanda | row | 25 | 50% |" in render_card(swapped).text
     assert swapped.hub_metadata()["sparsity"]["swaps"] == 25
+    permuted = card(config=OneshotConfig(pattern="2:4", permute=True).to_dict(), oneshot=True)
+    assert "| pattern | criterion | scope | permute | target |" in render_card(permuted).text
+    assert "| 2:4 | wanda | row | yes | 50% |" in render_card(permuted).text
+    assert permuted.hub_metadata()["sparsity"]["permute"] is True
 
 
 def test_a_group_that_only_keeps_zeros_has_no_criterion():

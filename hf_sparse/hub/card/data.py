@@ -235,7 +235,7 @@ class SparsityCard:
             "parameter_count": report.parameters,
             "pattern": _unwrap_single(self.patterns),
         }
-        for name in ("criterion", "scope", "solver", "swaps"):
+        for name in ("criterion", "scope", "solver", "swaps", "permute"):
             values[name] = _unwrap_single(list(dict.fromkeys(row[name] for row in self.settings if row.get(name))))
         if values["solver"] == DEFAULT_SOLVER:
             del values["solver"]
