@@ -140,7 +140,8 @@ def setup_logging(training_args: TrainingArguments) -> None:
         level = logging.INFO
     else:
         level = training_args.get_process_log_level()
-    logging.getLogger("scripts").setLevel(level)
+    for name in ("scripts", "hf_sparse"):
+        logging.getLogger(name).setLevel(level)
     datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
     transformers.utils.logging.set_verbosity(max(level, logging.WARNING))
     transformers.utils.logging.enable_default_handler()
