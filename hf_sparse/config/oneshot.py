@@ -149,10 +149,9 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         pattern, criterion = pattern_of(SimpleNamespace(**given)), given.get("criterion")
         if pattern is None:
             return {}
-        known = isinstance(criterion, str) and criterion in CRITERIA
-        return preset_options(
-            str(self.quality), pattern, given, self.criterion_scope(CRITERIA[criterion]) if known else None
-        )
+        known = criterion if isinstance(criterion, str) and criterion in CRITERIA else None
+        scope = None if known is None else self.criterion_scope(CRITERIA[known])
+        return preset_options(str(self.quality), pattern, given, scope)
 
     def _errors(self) -> list[str]:
         errors = self._take_layer_sparsity() if self.layer_sparsity is not None else []

@@ -53,7 +53,7 @@ def preset_options(
     taken = {name for name, value in given.items() if value is not None}
     chosen = dict((_WEIGHTS if pattern.coupled_kind is None else _UNITS)[quality])
     if pattern.coupled_kind is None:
-        solver, scope = given.get("solver") or chosen.get("solver"), given.get("scope")
+        solver, scope = str(given.get("solver") or chosen.get("solver")), given.get("scope")
         if "solver" in taken:
             chosen.pop("criterion", None)
         if solver in SOLVERS and SOLVERS[solver].selects:

@@ -118,10 +118,8 @@ def _methods(run: PreparedRun) -> tuple[str, ...]:
     quality = f"quality {run.config.quality}: " if run.config.quality else ""
     stages = ", reconstruct" if run.config.reconstruct else ""
     groups = [group.options.to_dict() for group in run.groups if group.target]
-    lines = (
-        ", ".join(f"{name} {group[name]}" for name in ("criterion", "scope", "allocation", "solver") if group[name])
-        for group in groups
-    )
+    options = ("criterion", "scope", "allocation", "permute", "swaps", "solver")
+    lines = (", ".join(_format_option(name, group[name]) for name in options if group.get(name)) for group in groups)
     names = (f"{group['group']}: " if len(groups) > 1 else "" for group in groups)
     return tuple(f"{quality}{name}{line}{stages}" for name, line in zip(names, lines, strict=True))
 
@@ -157,3 +155,7 @@ def _unit_counts(run: PreparedRun, group: CoupledParameterGroup) -> dict[UnitGro
         return {}
     zeros = {units: torch.zeros(units.num_units) for units in group.units}
     return select_units(run.model, [group], zeros).counts
+
+
+def _format_option(name: str, value: object) -> str:
+    return name if value is True else f"{name} {value}"

@@ -41,6 +41,7 @@ PARTS: dict[str, dict[str, Any]] = {
     **{name: {"allocation": name} for name in ALLOCATIONS.names()},
     **{name: {"quality": name} for name in QUALITIES},
     "swaps": {"swaps": 25},
+    "permute": {"permute": True},
     "reconstruct": {"reconstruct": True},
 }
 
