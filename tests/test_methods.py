@@ -91,7 +91,7 @@ INVALID = [
     ),
     ("solver", "sparsegpt", {"dampening": 2}, "dampening is 2: it must be from 0 to 1, as in 0.01."),
     ("solver", "sparsegpt", {"block_size": 0}, "block_size is 0: it must be 1 or more, as in 128."),
-    ("solver", "admm", {"iterations": 0}, "iterations is 0: it must be 1 or more, as in 20."),
+    ("solver", "admm", {"iterations": 0}, "iterations is 0: it must be 1 or more, as in 30."),
     ("solver", "admm", {"rho": 0}, "rho is 0: it must be from 0.001 to 4, as in 0.1."),
     ("solver", "admm", {"dampening": -1}, "dampening is -1: it must be from 0 to 1, as in 0.01."),
     ("solver", "sparsegpt", {"block_size": 64.5}, "is 64.5: it must be a whole number or None."),

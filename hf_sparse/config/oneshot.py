@@ -62,7 +62,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     )
     solver_kwargs: dict[str, Any] | str | None = option(
         'Options of the solver, as JSON: {"dampening": 0.01, "block_size": 128} for sparsegpt, {"iterations": '
-        '20, "rho": 0.1, "dampening": 0.01} for admm, {"ridge": 0.1} for lstsq.'
+        '30, "rho": 0.1, "dampening": 0.01} for admm, {"ridge": 0.1} for lstsq.'
     )
     swaps: int | None = option(
         "Mask refinement (SparseSwaps): the most swaps of a kept and a pruned weight in each row, made while they "

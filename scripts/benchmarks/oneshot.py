@@ -65,6 +65,10 @@ METHODS = {
         {"criterion": "wanda", "solver": "sparsegpt", "solver_kwargs": {"block_size": plain.BLOCK}},
         {"solves": True, "by_wanda": True, "of_four": False},
     ),
+    "admm": Method(
+        {"solver": "admm", "solver_kwargs": {"iterations": plain.ITERATIONS}},
+        {"solves": True, "by_wanda": False, "of_four": False, "alternates": True},
+    ),
     "wanda 2:4": Method(
         {"criterion": "wanda", "pattern": "2:4"}, {"solves": False, "by_wanda": True, "of_four": True}
     ),

@@ -1,11 +1,12 @@
-"""Wanda and SparseGPT as their papers describe them: each layer by itself, without shared statistics or shortcuts.
+"""Wanda, SparseGPT and ALPS as their papers describe them: each layer by itself, nothing shared, no shortcuts.
 
 The reference of `oneshot.py`, for decoders of transformers that have their blocks in `model.layers`.
 
 Shapes: R rows, C inputs of a weight; T tokens.
 
 Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023; Frantar & Alistarh,
-"SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023.
+"SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023; Meng et al., "ALPS: Improved
+Optimization for Highly Sparse One-Shot Pruning for Large Language Models", 2024.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from torch import nn
 
 BLOCK = 128
 DAMPENING = 0.01
+ITERATIONS = 30
+RELAXATION = 1.6
+PENALTIES = (0.1, 4.0)
+"""The penalty of the first and the last iterations of ALPS; every second one raises it."""
 
 
 class Phases(Protocol):
@@ -115,6 +120,40 @@ def sparsegpt(
     return weight_RC
 
 
+def alps(weight_RC: torch.Tensor, hessian: Hessian, sparsity: float) -> torch.Tensor:
+    """Returns the new weights (R, C): ADMM over masks and weights, then ten steps of conjugate gradients."""
+    hessian_CC = hessian.mean_CC.clone()
+    hessian_CC.diagonal().add_(DAMPENING * hessian_CC.diagonal().mean())
+    scale_C = hessian_CC.diagonal().sqrt()
+    hessian_CC = hessian_CC / scale_C / scale_C[:, None]
+    values_C, vectors_CC = torch.linalg.eigh(hessian_CC)
+    target_RC = weight_RC * scale_C
+    kept_RC = _largest(target_RC, sparsity)
+    sparse_RC, dual_RC, last = target_RC * kept_RC, torch.zeros_like(target_RC), 1.0
+    for iteration in range(ITERATIONS):
+        rho = PENALTIES[0] * (PENALTIES[1] / PENALTIES[0]) ** (iteration // 2 / (ITERATIONS // 2 - 1))
+        dual_RC, last = dual_RC * (last / rho), rho
+        change_RC = rho * (sparse_RC - target_RC - dual_RC)
+        solved_RC = target_RC + (change_RC @ vectors_CC / (values_C + rho)) @ vectors_CC.t()
+        total_RC = RELAXATION * solved_RC + (1 - RELAXATION) * sparse_RC + dual_RC
+        kept_RC = _largest(total_RC, sparsity)
+        sparse_RC, dual_RC = total_RC * kept_RC, total_RC * ~kept_RC
+    residual_RC = (target_RC - sparse_RC) @ hessian_CC * kept_RC
+    direction_RC, square_R1 = residual_RC, residual_RC.square().sum(1, keepdim=True)
+    for _ in range(10):
+        product_RC = direction_RC @ hessian_CC * kept_RC
+        step_R1 = square_R1 / (direction_RC * product_RC).sum(1, keepdim=True)
+        sparse_RC, residual_RC = sparse_RC + step_R1 * direction_RC, residual_RC - step_R1 * product_RC
+        before_R1, square_R1 = square_R1, residual_RC.square().sum(1, keepdim=True)
+        direction_RC = residual_RC + square_R1 / before_R1 * direction_RC
+    return sparse_RC / scale_C
+
+
+def _largest(weight_RC: torch.Tensor, sparsity: float) -> torch.Tensor:
+    cut = weight_RC.abs().flatten().sort()[0][round(sparsity * weight_RC.numel()) - 1]
+    return weight_RC.abs() > cut
+
+
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -123,6 +162,7 @@ def prune(
     solves: bool,
     by_wanda: bool,
     of_four: bool,
+    alternates: bool = False,
     sparsity: float = 0.5,
 ) -> None:
     """Prunes `model` in place, block by block: every batch through the block with hooks on all of its layers, then
@@ -133,6 +173,7 @@ def prune(
         solves: whether SparseGPT updates the remaining weights.
         by_wanda: whether Wanda selects the pruned weights.
         of_four: prune two of every four weights, instead of a fraction of each row or block.
+        alternates: whether ALPS selects and updates, and not SparseGPT.
     """
     hidden, rest = _first_inputs(model, batches)
     for block in model.model.layers:
@@ -157,7 +198,9 @@ def prune(
                 weight, mask = module.weight.data, None
                 if by_wanda:
                     mask = wanda_mask(weight, stats[name].norms_C, sparsity, of_four)
-                if solves:
+                if alternates:
+                    module.weight.data = alps(weight, stats[name], sparsity)
+                elif solves:
                     module.weight.data = sparsegpt(weight, stats[name], sparsity, of_four, mask)
                 else:
                     weight[~mask] = 0
