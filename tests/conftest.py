@@ -12,6 +12,7 @@ os.environ |= {
     "HF_EVALUATE_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "CI": "true",  # or OpenVINO's telemetry forks processes, which can crash
 }
 _cache = tempfile.TemporaryDirectory(prefix="hf_sparse_tests_")
 os.environ["HF_HOME"] = _cache.name
