@@ -57,7 +57,7 @@ def _parameter(field: dataclasses.Field, hint: Any, default: Any, is_argument: b
         info = typer.Argument(**settings)
     else:
         flags = f"--{with_dashes(field.name)}"
-        if kind is bool and default:
+        if kind is bool and (default or field.default is None):  # None: not given, which is not false
             flags += f"/--no-{with_dashes(field.name)}"
         info = typer.Option(flags, rich_help_panel=panel, **settings)
     annotation = Annotated[kind | None, info]  # type: ignore[valid-type]

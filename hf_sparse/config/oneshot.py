@@ -70,8 +70,8 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         "gain comes with 25. 0 (the default): none."
     )
     permute: bool | None = option(
-        "With N:M: first put the neurons of feed-forward networks and the values of heads in the order in which the "
-        "most is kept. The layers before them take the order over, so that nothing is added to the model.",
+        "With N:M patterns, first put the neurons of feed-forward networks and the values of heads in the order in "
+        "which the most is kept. The layers before them take the order over, so that nothing is added to the model.",
         **FLAG,
     )
     layer_sparsity: dict[str, Any] | str | None = option(

@@ -225,9 +225,9 @@ def check() -> None:
             errors[form] = float(difference.square().sum() / dense.square().sum())
         differ = float((zeros[2] != zeros[PLAIN]).float().mean())
         print(f"{name:22s} {differ:17.4%}   {errors[2]:.4f}, {errors[1]:.4f}, {errors[PLAIN]:.4f}")
-        # Where scores are almost equal rounding decides, and later columns of the row or block depend on it, or all
-        # later iterations.
-        assert differ < (5e-3 if method.plain.get("alternates") else 1e-3)
+        # Where scores are almost equal rounding decides, and later columns of the row or block depend on it; after
+        # many iterations a few percent of the mask, with equal errors.
+        assert differ < (3e-2 if method.plain.get("alternates") else 1e-3)
         assert abs(errors[2] / errors[PLAIN] - 1) < 0.01
         assert abs(errors[1] / errors[PLAIN] - 1) < 0.2
 

@@ -65,13 +65,16 @@ def test_its_options_are_those_of_the_script(run, given):
         "on_unreached": "magnitude",
         "dtype": "float16",
         "forwards": 2,
+        "swaps": 0,
+        "quality": "fast",
+        "reconstruct_kwargs": "{}",
         "target_sparsity": 0.6,
         "min_sparsity_per_layer": 0.1,
         "max_sparsity_per_layer": 0.9,
         "max_eval_samples": 7,
     }
     left_out = {"pruning_config", "groups", "layer_sparsity", "dataset_name", "device_map", "model_name_or_path"}
-    flags = {"keep_zeros": True, "sequential": False}
+    flags = {"keep_zeros": True, "sequential": False, "permute": False, "reconstruct": False}
     by_script, by_program = ["--model_name_or_path", "m"], []
     for field in (field for cls in (OneshotArguments, OneshotConfig) for field in dataclasses.fields(cls)):
         if field.name in left_out:

@@ -29,6 +29,7 @@ OTHER_VALUES = {
     "forwards": 1,
     "activations": "disk",
     "permute": True,
+    "swaps": 3,
     "reconstruct": True,
     "on_unreached": "magnitude",
 }

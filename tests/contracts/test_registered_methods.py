@@ -337,7 +337,7 @@ def oneshot(model, batches, **options):
 
 def test_oneshot_criteria(model):
     dense = {name: weight.clone() for name, weight in model.state_dict().items()}
-    zeros = oneshot(model, NO_DATA, criterion=Signed(sign=-1))
+    zeros = oneshot(model, NO_DATA, criterion=Signed(sign=-1), scope="global")
     assert same_masks(zeros, lowest_half({name: -weight for name, weight in dense.items()}))
     model.load_state_dict(dense)
     zeros = oneshot(model, NO_DATA, criterion="first", scope="layer")
