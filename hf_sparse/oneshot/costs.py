@@ -191,13 +191,11 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
             blocks = max(_measure(lambda: pipeline.run_until(trace.subgraphs[-1])) - before_blocks, 1e-9)
             first_blocks = {subgraph.block_list: subgraph.name for subgraph in reversed(trace.subgraphs)}
             first_blocks.pop(None, None)
-            outputs = _pytree.tree_leaves([pipeline.block_output(name, 0) for name in first_blocks.values()])
-            activation_bytes = int(num_samples * sum(leaf.nbytes for leaf in outputs if torch.is_tensor(leaf)))
+            outputs = {name: _tensor_bytes(pipeline.block_output(block, 0)) for name, block in first_blocks.items()}
+            activation_bytes = int(num_samples * _activation_bytes(run, trace, outputs))
         products = sum(shared.token_share * shared.rows * shared.columns * shared.experts for shared in inputs)
         speed = 2 * _count_computed_tokens(sample) * products / blocks
         forward_seconds = num_samples * _forward_seconds(run, trace, blocks, before_blocks)
-        if run.samples is not None:
-            activation_bytes *= 2  # those of the dense model as well
         tuning_seconds = num_samples * _tuning_seconds(run, trace, blocks, before_blocks)
     if any(group.requires_gradients for group in run.groups) or run.layers_requiring(Requires.OUTPUT_GRADIENTS):
         forward_seconds += 3 * num_samples * _measure(lambda: _forward(run.model, sample))
@@ -225,6 +223,24 @@ def estimate_costs(run: PreparedRun, trace: ModelTrace | None) -> Costs:
         / speed,
         reconstruction_seconds=tuning_seconds,
     )
+
+
+def _activation_bytes(run: PreparedRun, trace: ModelTrace, outputs: Mapping[str | None, int]) -> int:
+    """Bytes of all outputs that are cached at once, for those of one block of each list: of the pruned model; with
+    reconstruction of the dense model as well; with dense inputs those of the blocks of a window, but for the first
+    block of a list, too."""
+    options, total = run.config.reconstruction, sum(outputs.values())
+    if options is None:
+        return total
+    total *= 2
+    if options.inputs == "dense":
+        counts = Counter(subgraph.block_list for subgraph in trace.subgraphs)
+        total += max(min(options.window, counts[name] - 1) * size for name, size in outputs.items())
+    return total
+
+
+def _tensor_bytes(output: Any) -> int:
+    return sum(leaf.nbytes for leaf in _pytree.tree_leaves(output) if torch.is_tensor(leaf))
 
 
 def _sample(model: nn.Module, batch: Any) -> Any:

@@ -5,7 +5,7 @@ stopped after the last block that is needed. Attention masks, position embedding
 its blocks are therefore right without knowledge of its architecture.
 
 A pipeline can hold several streams, each with finished blocks and cached outputs of its own: those of the pruned
-model, and beside them those of the dense one.
+model, and beside them those of the dense one. A stream can be copied, to run again later from where it is now.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from ..distributed import input_device
 from ..model.evaluation_mode import evaluation_mode
 from ..model.layers import PrunableLayer
 from .activation_cache import ActivationCache
+
+
+CURRENT = "current"
+"""The stream in which a pipeline begins, of the model as it is at the time."""
 
 
 class StopForward(BaseException):
@@ -68,7 +72,7 @@ class BlockPipeline:
     """Runs a model over calibration batches, subgraph by subgraph.
 
     A context manager: inside, the model is in evaluation mode, without gradients and without a key-value cache. It
-    begins in the stream of the model as it is.
+    begins in the stream `CURRENT`.
 
     Args:
         model: any module.
@@ -88,7 +92,8 @@ class BlockPipeline:
         self.model, self.batches, self._storage = model, batches, storage
         if input_device(model).type == "cuda":
             self.batches = [pin_memory(batch) for batch in batches]  # each is copied twice for every block
-        self._stream, self._streams = _Stream(), dict[str, _Stream]()
+        self._stream = _Stream()
+        self._streams = {CURRENT: self._stream}
         self._original_forwards: dict[str, tuple[nn.Module, Any]] = {}
         self._batch_index = 0
         self._cached_outputs: dict[str, Any] = {}
@@ -113,7 +118,7 @@ class BlockPipeline:
                 module.forward = original
         self._original_forwards.clear()
         self._stream = _Stream()
-        self._streams.clear()
+        self._streams = {CURRENT: self._stream}
         self._cached_outputs.clear()
 
     @contextmanager
@@ -124,6 +129,15 @@ class BlockPipeline:
             yield
         finally:
             self._stream = before
+
+    def copy_stream(self, name: str) -> None:
+        """Copies the stream as it is now to one with this name. Cached outputs are shared, and are not overwritten as
+        long as both streams have them."""
+        self._streams[name] = _Stream(set(self._stream.finished), dict(self._stream.caches))
+
+    def drop_stream(self, name: str) -> None:
+        """Removes a stream, if there is one with this name, and the cached outputs that no other stream has."""
+        self._streams.pop(name, None)
 
     def forward(self, index: int) -> Any:
         """Runs the model on batch `index`. Returns its output, or None if a hook ended the forward early."""
@@ -148,16 +162,17 @@ class BlockPipeline:
         block_list = subgraph.block_list
         if block_list is None:
             raise ValueError(f'"{subgraph.name}" is not a block, so its outputs cannot be cached')
-        if block_list not in self._stream.caches:
-            self._stream.caches[block_list] = ActivationCache(self._storage)
-        cache = self._stream.caches[block_list]
-        self._overwritten_list = block_list  # a block's outputs replace its inputs in the cache
+        inputs = self._stream.caches.get(block_list)
+        is_shared = sum(inputs is stream.caches.get(block_list) for stream in self._streams.values()) > 1
+        cache = ActivationCache(self._storage) if inputs is None or is_shared else inputs
+        self._overwritten_list = block_list if cache is inputs else None  # outputs replace the inputs in the cache
         try:
             for index in range(len(self.batches)):
                 before_batch(index)
                 cache[index] = self.block_output(subgraph.name, index)
         finally:
             self._overwritten_list = None
+        self._stream.caches[block_list] = cache
         self._stream.finished.add(subgraph.name)
         self._replace_forward(subgraph.name, block_list)
 

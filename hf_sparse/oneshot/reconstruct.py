@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from ..config import Reconstruction
-from .pipeline import BlockPipeline, Subgraph
+from .pipeline import CURRENT, BlockPipeline, Subgraph
 from .prepare import PreparedRun
-from .tuned_blocks import DENSE, TunedBlocks
+from .tuned_blocks import DENSE, TunedBlocks, dense_inputs
 from .tuning_samples import TuningSamples
 
 
@@ -62,13 +62,18 @@ class BlockReconstructor:
     def __init__(self, run: PreparedRun, samples: TuningSamples, pipeline: BlockPipeline, is_encoder_decoder: bool):
         self._run, self._samples, self._pipeline = run, samples, pipeline
         self._options = run.config.reconstruction or Reconstruction()
+        self._has_dense_inputs = self._options.inputs == "dense"
         self._is_encoder_decoder = is_encoder_decoder
 
     def observe_dense(self, subgraph: Subgraph) -> None:
-        """Computes the outputs of a block in the dense model. To be called for each block, before it is pruned."""
+        """Computes the outputs of a block in the dense model. To be called for each block, before it is pruned.
+
+        With dense inputs, those of the block are kept as long as its stream `dense_inputs` is."""
         error = None
         try:
             with self._pipeline.stream(DENSE):
+                if self._has_dense_inputs:
+                    self._pipeline.copy_stream(dense_inputs(subgraph))
                 self._pipeline.propagate(subgraph)
         except Exception as exception:  # of any kind: the other ranks must not wait for this one
             error = exception
@@ -83,12 +88,14 @@ class BlockReconstructor:
         """Tunes a pruned block whose dense outputs were observed, together with those before it, in place.
 
         Args:
-            window: the blocks, in order. Their inputs are those that the pruned blocks before them give.
+            window: the blocks, in order. The first one gets what the pruned blocks before it give, or with dense
+                inputs what those of the dense model gave.
 
         The learning rate falls to zero along a cosine. Of the states on the way and the one at the start, the one with
         the smallest error on the held-out samples is kept.
         """
-        with TunedBlocks(self._run, self._samples, self._pipeline, window, self._is_encoder_decoder) as blocks:
+        inputs = dense_inputs(window[0]) if self._has_dense_inputs else CURRENT
+        with TunedBlocks(self._run, self._samples, self._pipeline, window, self._is_encoder_decoder, inputs) as blocks:
             result = self._tune(blocks)
         if result.after == result.before > 0:
             logger.warning(

@@ -30,7 +30,7 @@ from .reconstruct import BlockReconstructor
 from .resume import FinishedSubgraphs
 from .sensitivity import output_sensitivities
 from .tracing import ModelTrace
-from .tuned_blocks import pruned_parameters, tuned_parameters
+from .tuned_blocks import dense_inputs, pruned_parameters, tuned_parameters
 from .unit_pruner import UnitPruner
 from .unit_scores import score_by_inputs
 
@@ -174,6 +174,7 @@ class SequentialPruner:
             block = window.pop(0)
             if not pipeline.is_propagated(block):  # during the forward that pruned it
                 pipeline.propagate(block)
+            pipeline.drop_stream(dense_inputs(block))
 
     def _reconstructor(self, pipeline: BlockPipeline) -> BlockReconstructor | None:
         if self._run.samples is None:

@@ -14,7 +14,7 @@ from torch.utils import _pytree
 from ..calibration.batches import mask_for_inputs, num_rows, token_masks
 from ..engine.masks import MaskStore
 from ..model.blocks import is_within
-from .pipeline import BlockPipeline, Subgraph
+from .pipeline import CURRENT, BlockPipeline, Subgraph
 from .prepare import PreparedRun
 from .tuning_samples import TuningSamples
 
@@ -24,6 +24,11 @@ DENSE = "dense"
 
 _RELATIVE_EPS = 1e-3
 """eps of Adam, as a share of the root mean square of a parameter's first gradient."""
+
+
+def dense_inputs(block: Subgraph) -> str:
+    """Returns the name of the stream that has the inputs of a block in the dense model."""
+    return f"dense inputs of {block.name}"
 
 
 def pruned_parameters(run: PreparedRun, blocks: Sequence[Subgraph]) -> dict[str, torch.Tensor]:
@@ -72,6 +77,7 @@ class TunedBlocks:
         pipeline: over the batches of this rank, with the dense outputs of the last block in the stream `DENSE`.
         blocks: the blocks. Zeros of their pruned parameters remain.
         is_encoder_decoder: see `token_masks`.
+        inputs: the stream of the pipeline from which the blocks get their inputs.
     """
 
     def __init__(
@@ -81,10 +87,11 @@ class TunedBlocks:
         pipeline: BlockPipeline,
         blocks: Sequence[Subgraph],
         is_encoder_decoder: bool,
+        inputs: str = CURRENT,
     ):
         self._communicator, self._batches, self._samples = run.communicator, run.local_batches, samples
         self._pipeline, self._first, self._last = pipeline, blocks[0], blocks[-1]
-        self._is_encoder_decoder = is_encoder_decoder
+        self._is_encoder_decoder, self._inputs = is_encoder_decoder, inputs
         self._modules = [run.model.get_submodule(block.name) for block in blocks]
         self._parameters = tuned_parameters(run, blocks)
         pruned = pruned_parameters(run, blocks)
@@ -195,7 +202,8 @@ class TunedBlocks:
     def _squared_error(self, index: int, gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """‖Y - Ŷ‖² and ‖Y‖² of a batch, over the tokens that count."""
         first = self._first.name if gradients else None
-        output = _first_tensor(self._pipeline.block_output(self._last.name, index, first))
+        with self._pipeline.stream(self._inputs):
+            output = _first_tensor(self._pipeline.block_output(self._last.name, index, first))
         with self._pipeline.stream(DENSE):
             target = _first_tensor(self._pipeline.cached_output(self._last, index)).float()
         masks = token_masks(self._batches[index], self._is_encoder_decoder)

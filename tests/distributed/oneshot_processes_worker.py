@@ -43,11 +43,15 @@ RUNS = {
     "permuted 2:4": {"pattern": "2:4", "permute": True},
     "permuted sparsegpt": {"pattern": "2:4", "permute": True, "solver": "sparsegpt"},
     "reconstruct": {"reconstruct": True, "reconstruct_kwargs": {"steps": 12, "samples": 4}},
+    "reconstruct from dense inputs": {
+        "reconstruct": True,
+        "reconstruct_kwargs": {"steps": 12, "samples": 4, "window": 1, "inputs": "dense"},
+    },
     "reconstruct after sparsegpt": {"reconstruct": True, "solver": "sparsegpt", "reconstruct_kwargs": {"steps": 12}},
 }
 FAMILIES = {
     "llama": [*RUNS],
-    "t5": ["wanda", "sparsegpt", "owl", "global budget", "neurons", "reconstruct"],
+    "t5": ["wanda", "sparsegpt", "owl", "global budget", "neurons", "reconstruct", "reconstruct from dense inputs"],
     "qwen3_moe": ["wanda", "swaps and sparsegpt", "owl", "lsa", "neurons", "reconstruct"],
     "bert": ["reconstruct"],
 }

@@ -57,7 +57,7 @@ def offloaded(way, folder, **options):
         {"target_sparsity": 0.5, "pattern": "neuron"},
         {"target_sparsity": 0.5, "reconstruct": True, "reconstruct_kwargs": {"steps": 5, "samples": 4}},
         {"target_sparsity": 0.5, "criterion": "magnitude", "scope": "layer", "reconstruct": True}
-        | {"reconstruct_kwargs": {"steps": 5, "samples": 4}},
+        | {"reconstruct_kwargs": {"steps": 5, "samples": 4, "window": 1, "inputs": "dense"}},
     ],
     ids=str,
 )

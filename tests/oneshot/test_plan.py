@@ -121,6 +121,10 @@ def test_reconstruction_by_hand():
     matrices = 4 * 16 * 16 + 3 * 16 * 32
     assert found.reconstruction_bytes == 2 * (5 * 4 * (matrices + 2 * 16) + matrices)
     assert found.activation_bytes == 2 * plain.activation_bytes
+    for window, kept in ((1, 1), (2, 2), (5, 2)):  # the first of three blocks has no cached inputs
+        chosen = options | {"reconstruct_kwargs": {"inputs": "dense", "window": window}}
+        dense = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, **chosen)).costs
+        assert dense.activation_bytes == (2 + kept) * plain.activation_bytes
     assert found.seconds > found.reconstruction_seconds > 0
     assert "reconstruction 108.8 kB" in str(found) and "pruning" in str(found).split("reconstruction")[1]
     assert "reconstruction" not in str(plain)

@@ -1,6 +1,8 @@
 """Block reconstruction: smaller errors on held-out samples, exact zeros, and nothing else changed."""
 
+import dataclasses
 import logging
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 
 from hf_sparse import OneshotConfig, prune_oneshot
 from hf_sparse.config import PruningConfigError, Reconstruction
+from hf_sparse.oneshot import pipeline
+from hf_sparse.oneshot.activation_cache import ActivationCache
 from hf_sparse.oneshot.reconstruct import BlockReconstructor
 from hf_sparse.oneshot.resume import FinishedSubgraphs
 from hf_sparse.oneshot.tuning_samples import TuningSamples
@@ -56,25 +60,29 @@ def correlated(rows, size=8, batch=8):
     return list(x.split(batch))
 
 
-def test_a_linear_block_reaches_least_squares():
-    model, batches = Linears(), correlated(128, batch=128)
-    dense_W, dense_b = (weight.detach().clone().double() for weight in (model.blocks[0].weight, model.blocks[0].bias))
-    found, _ = run(model, batches, kwargs={"steps": 1500, "samples": 112, "learning_rate": 0.05})
-    x, held_out = batches[0].double().split([112, 16])
-    target = x @ dense_W.t() + dense_b
-    error = 0.0
-    for row, weight in enumerate(model.blocks[0].weight):
-        kept = weight != 0
-        assert int(kept.sum()) == 4
-        inputs = torch.cat([x[:, kept], torch.ones(len(x), 1)], 1)
-        solution = torch.linalg.lstsq(inputs, target[:, row]).solution
-        assert torch.allclose(weight[kept].double(), solution[:-1], atol=2e-3)
-        assert abs(float(model.blocks[0].bias[row].detach()) - solution[-1]) < 2e-3
-        expected = held_out @ dense_W[row] + dense_b[row]
-        error += float((held_out[:, kept] @ solution[:-1] + solution[-1] - expected).square().sum())
-    size = float((held_out @ dense_W.t() + dense_b).square().sum())
-    assert found["blocks.0"].after == pytest.approx(error / size, rel=1e-2)
-    assert found["blocks.0"].after < 0.9 * found["blocks.0"].before
+@pytest.mark.parametrize("inputs", ["sparse", "dense"])
+def test_linear_blocks_reach_least_squares(inputs):
+    """For the inputs that the tuned block before gives, or the dense one."""
+    model, dense, batches = Linears(2), Linears(2).double(), correlated(128, batch=128)
+    kwargs = {"steps": 1500, "samples": 112, "learning_rate": 0.05, "window": 1, "inputs": inputs}
+    found, _ = run(model, batches, kwargs=kwargs)
+    x = y = batches[0].double()
+    for number, block in enumerate(model.blocks):
+        y = dense.blocks[number](y).detach()
+        error = 0.0
+        for row, weight in enumerate(block.weight):
+            kept = weight != 0
+            assert int(kept.sum()) == 4
+            features = torch.cat([x[:, kept], torch.ones(len(x), 1)], 1)
+            solution = torch.linalg.lstsq(features[:112], y[:112, row]).solution
+            assert torch.allclose(weight[kept].double(), solution[:-1], atol=2e-3)
+            assert abs(float(block.bias[row].detach()) - solution[-1]) < 2e-3
+            error += float((features @ solution - y[:, row])[112:].square().sum())
+        result = found[f"blocks.{number}"]
+        assert result.after == pytest.approx(error / float(y[112:].square().sum()), rel=1e-2)
+        assert result.after < 0.9 * result.before
+        x = y if inputs == "dense" else x @ block.weight.double().t() + block.bias.double()
+        x = x.detach()
 
 
 def outputs_of(model, block, batches):
@@ -125,6 +133,70 @@ def test_errors_are_those_of_plain_forwards(name, window):
         if key.startswith(first) and weight.ndim == 2 and "relative_attention_bias" not in key:
             assert torch.equal(weight == 0, pruned.state_dict()[key] == 0)
             assert not torch.signbit(weight[weight == 0]).any()
+
+
+def error_with_dense_inputs(architecture, state, window, batch):
+    """The error of the last block of a window, if the blocks before the window return what the dense ones do."""
+    model, names = architecture.model(), [name.removesuffix(".") for name in architecture.blocks]
+    model.load_state_dict(state)
+
+    def replace(dense):
+        return lambda module, args, output: (dense, *output[1:]) if isinstance(output, tuple) else dense
+
+    for name in names[: names.index(window[0].name)]:
+        (dense,) = outputs_of(architecture.model(), name, [batch])
+        model.get_submodule(name).register_forward_hook(replace(dense))
+    return error_of(architecture, model, window[-1].name, [batch])
+
+
+FOUR_BLOCKS = dataclasses.replace(
+    ARCHITECTURES["gpt2"],
+    options=ARCHITECTURES["gpt2"].options | {"n_layer": 4},
+    blocks=tuple(f"transformer.h.{number}." for number in range(4)),
+)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("architecture", [FOUR_BLOCKS, ARCHITECTURES["t5"]], ids=["gpt2", "t5"])
+def test_errors_with_dense_inputs(architecture, window, monkeypatch):
+    """They are those of plain forwards in which all blocks before the window are dense."""
+    model, batches, real = architecture.model(), architecture.batches(), BlockReconstructor.reconstruct
+    held_out = {key: value[1:] for key, value in batches[-1].items()}
+    expected = {}
+
+    def reconstruct(self, blocks):
+        before = error_with_dense_inputs(architecture, model.state_dict(), blocks, held_out)
+        result = real(self, blocks)
+        after = error_with_dense_inputs(architecture, model.state_dict(), blocks, held_out)
+        expected[blocks[-1].name] = pytest.approx((before, after), rel=1e-4)
+        return result
+
+    monkeypatch.setattr(BlockReconstructor, "reconstruct", reconstruct)
+    found, _ = run(model, batches, kwargs=FAST | {"window": window, "inputs": "dense"})
+    assert {name: (result.before, result.after) for name, result in found.items()} == expected
+    assert [f"{name}." for name in expected] == list(architecture.blocks)
+    assert all(result.after < result.before for result in found.values())
+
+
+@pytest.mark.parametrize("inputs, sets", [("sparse", 2), ("dense", 4)])
+def test_cached_outputs(inputs, sets, monkeypatch):
+    """Wherever they are cached, the result is the same; with dense inputs those of two more blocks are kept."""
+    alive, most = weakref.WeakSet(), []
+
+    class Cache(ActivationCache):
+        def __setitem__(self, index, output):
+            super().__setitem__(index, output)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(pipeline, "ActivationCache", Cache)
+    states = []
+    for storage in ("device", "cpu", "disk"):
+        model, kwargs = Linears(5), {"steps": 3, "samples": 4, "window": 2, "inputs": inputs}
+        run(model, correlated(32), kwargs=kwargs, activations=storage)
+        states.append(weights(model))
+        assert max(most) == sets and not alive
+    assert same(states[0], states[1]) and same(states[0], states[2])
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -276,7 +348,15 @@ def test_steps_of_2048_tokens():
 
 
 @pytest.mark.parametrize("finished", [1, 2])
-@pytest.mark.parametrize("options", [{"solver": "sparsegpt"}, {"criterion": "magnitude"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "sparsegpt"},
+        {"criterion": "magnitude"},
+        {"kwargs": FAST | {"window": 1, "inputs": "dense"}},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_a_run_continues_after_the_last_finished_block(name, options, finished, monkeypatch, tmp_path):
     architecture = ARCHITECTURES[name]
@@ -307,6 +387,8 @@ def test_a_run_continues_after_the_last_finished_block(name, options, finished, 
         ({"pattern": "layer", "target_sparsity": 0.5}, 'pattern "layer" may leave none: leave reconstruct out'),
         ({"kwargs": {"steps": 0}}, "reconstruct_kwargs: reconstruct: steps is 0: it must be at least 1"),
         ({"kwargs": {"window": 0}}, "window is 0: it must be at least 1, as in 2"),
+        ({"kwargs": {"inputs": "pruned"}}, 'inputs is "pruned": it must be sparse or dense'),
+        ({"kwargs": {"inputs": None}}, 'option "inputs" of reconstruct is None: it must be text'),
         ({"kwargs": {"lr": 0.1}}, 'reconstruct has no option "lr": known are steps, learning_rate'),
         ({"kwargs": {"holdout": 1.0}}, "holdout is 1.0: it must be above 0 and below 1"),
         ({"kwargs": {"learning_rate": 2.0}}, "learning_rate is 2.0: it must be above 0 and at most 1"),
