@@ -196,7 +196,9 @@ def test_cached_outputs(inputs, sets, monkeypatch):
         run(model, correlated(32), kwargs=kwargs, activations=storage)
         states.append(weights(model))
         assert max(most) == sets and not alive
-    assert same(states[0], states[1]) and same(states[0], states[2])
+    assert same(states[0], states[1])
+    for name, weight in states[2].items():  # files align tensors otherwise, and sums are rounded otherwise
+        assert torch.allclose(weight, states[0][name], atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -353,7 +355,7 @@ def test_steps_of_2048_tokens():
     [
         {"solver": "sparsegpt"},
         {"criterion": "magnitude"},
-        {"kwargs": FAST | {"window": 1, "inputs": "dense"}},
+        {"kwargs": {"steps": 5, "learning_rate": 0.01, "window": 1, "inputs": "dense"}},
     ],
     ids=str,
 )
