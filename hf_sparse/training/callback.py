@@ -422,8 +422,8 @@ class SparsityCallback(TrainerCallback):
         plot_layers(directory / LAYERS_PLOT_FILE, self._report)
 
     def _is_at_final_sparsity(self, state: TrainerState) -> bool:
-        """Whether the last prune step has happened."""
-        return self.pruner is None or state.global_step >= self.schedule.end
+        """Whether the last prune step has happened, or there is none, as where only zeros are kept."""
+        return self.pruner is None or not self.pruner.target or state.global_step >= self.schedule.end
 
 
 def _stops_early(state: TrainerState) -> bool:

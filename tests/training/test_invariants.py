@@ -276,6 +276,13 @@ def strict_json(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+def test_every_checkpoint_can_be_the_best_where_only_zeros_are_kept(tmp_path):
+    options = {"trainer_options": {"compute_metrics": FallingMetric()}, **best_options("steps", "score")}
+    trainer = make(tmp_path, keep_zeros=True, max_steps=3, **options)
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_model_checkpoint) == (1.0, str(tmp_path / "checkpoint-1"))
+
+
 @pytest.mark.parametrize("kind", ["sparse", "stock"])
 @pytest.mark.parametrize("strategy", ["steps", "best"])
 @pytest.mark.parametrize("metric", ["score", "penalty"])
