@@ -98,7 +98,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         **FLAG,
     )
     reconstruct_kwargs: dict[str, Any] | str | None = option(
-        'Options of reconstruct, as JSON: {"steps": 300, "samples": 16, "window": 2, "learning_rate": 0.01}.'
+        'Options of reconstruct, as JSON: {"steps": 300, "samples": 16, "window": 3, "learning_rate": 0.01}.'
     )
     on_unreached: str | None = option(
         "Experts that no calibration token reaches: error (the default), or magnitude to prune them by magnitude."

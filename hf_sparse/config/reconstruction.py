@@ -30,13 +30,13 @@ class Reconstruction:
 
     Example:
         >>> Reconstruction(steps=100)
-        Reconstruction(steps=100, learning_rate=None, samples=None, window=2, holdout=0.125, inputs='sparse')
+        Reconstruction(steps=100, learning_rate=None, samples=None, window=3, holdout=0.125, inputs='sparse')
     """
 
     steps: int = 300
     learning_rate: float | None = None
     samples: int | None = None
-    window: int = 2
+    window: int = 3
     holdout: float = 0.125
     inputs: str = "sparse"
 
@@ -46,7 +46,7 @@ class Reconstruction:
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"samples is {self.samples}: it must be at least 1, as in 16, or left out")
         if self.window < 1:
-            raise ValueError(f"window is {self.window}: it must be at least 1, as in 2")
+            raise ValueError(f"window is {self.window}: it must be at least 1, as in 3")
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout is {self.holdout}: it must be above 0 and below 1, as in 0.125")
         if self.inputs not in INPUTS:

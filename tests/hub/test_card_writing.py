@@ -229,7 +229,7 @@ def test_a_card_names_block_reconstruction_and_its_options(tmp_path):
     config = OneshotConfig(target_sparsity=0.5, **options).to_dict()
     text = write_card(tmp_path, card(config=config, oneshot=True)).read_text()
     assert (
-        "(reconstruct: steps 50, learning rate chosen, samples chosen, window 2, holdout 0.125, inputs sparse)" in text
+        "(reconstruct: steps 50, learning rate chosen, samples chosen, window 3, holdout 0.125, inputs sparse)" in text
     )
     assert "reconstruct: true" in text and rewrite_card(tmp_path).read_text() == text
     assert (

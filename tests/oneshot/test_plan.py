@@ -115,7 +115,8 @@ def test_memory_by_hand():
 def test_reconstruction_by_hand():
     """Gradients, two moments, and the weights at the start and the best ones of all 2,592 parameters of each of two
     blocks, and masks of their matrices; activations are those of the pruned and of the dense model."""
-    options = {"reconstruct": True, "reconstruct_kwargs": {"steps": 20, "samples": 7, "learning_rate": 0.01}}
+    kwargs = {"steps": 20, "samples": 7, "learning_rate": 0.01, "window": 2}
+    options = {"reconstruct": True, "reconstruct_kwargs": kwargs}
     plain = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5)).costs
     found = plan_oneshot(llama(), BATCHES, OneshotConfig(target_sparsity=0.5, **options)).costs
     matrices = 4 * 16 * 16 + 3 * 16 * 32
