@@ -22,7 +22,8 @@ from ..requires import Requires
 def score_blocks(
     model: nn.Module, groups: Sequence[CoupledParameterGroup], batches: Sequence[Any], communicator: Communicator
 ) -> dict[UnitGroup, torch.Tensor]:
-    """Returns the scores (1) of whole blocks whose criterion requires their influence, from one forward per batch.
+    """Returns the score of each block that a criterion of block influences may prune, from one forward per batch: how
+    much the block changes the direction of its input, a tensor of shape (1).
 
     Args:
         model: in which no block has been pruned.

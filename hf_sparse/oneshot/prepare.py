@@ -194,8 +194,7 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
     observed_layers = [layer for group in observed for layer in group.observed_layers]
     single_forward = _is_single_forward(config, groups, observed_layers, batches)
     errors += _layer_errors(observed_layers, config, batches)
-    errors += _unit_gradient_errors(groups)
-    errors += _output_gradient_errors(groups)
+    errors += _fused_expert_errors(groups)
     if config.reconstruct and torch.is_inference_mode_enabled():
         errors.append("reconstruct computes gradients, which torch.inference_mode() rules out: prune outside of it.")
     errors += _offload_errors(groups, config) if offloaded else []
@@ -224,34 +223,28 @@ def _is_single_forward(
     return bool(batches) and can_concatenate(batches)
 
 
-def _unit_gradient_errors(groups: Sequence[ResolvedGroup]) -> list[str]:
-    experts = [
-        (group, layer)
-        for group in groups
-        if group.units and group.requires & Requires.GRADIENTS
-        for layer in group.observed_layers
-        if layer.expert_dim is not None
-    ]
-    return [
-        f'criterion "{group.criterion_name}" needs gradients of unit masks, which are not observed in fused experts '
-        f'such as "{layer.module}": use criterion="fluctuation".'
-        for group, layer in experts[:1]
-    ]
+def _fused_expert_errors(groups: Sequence[ResolvedGroup]) -> list[str]:
+    """Returns an error for each kind of gradients that is needed of fused experts, in which it is not observed."""
+    unit_masks = [group for group in groups if group.units and group.requires & Requires.GRADIENTS]
+    outputs = [group for group in groups if group.requires & Requires.OUTPUT_GRADIENTS]
+    errors = []
+    for group, expert in _first_fused_expert(unit_masks):
+        errors.append(
+            f'criterion "{group.criterion_name}" needs gradients of unit masks, which are not observed in fused '
+            f'experts such as "{expert}": use criterion="fluctuation".'
+        )
+    for group, expert in _first_fused_expert(outputs):
+        errors.append(
+            f'allocation "{group.allocation_name}" needs gradients of the outputs of layers, which are not observed '
+            f'in fused experts such as "{expert}": use allocation="dlp", or exclude=["{expert}"].'
+        )
+    return errors
 
 
-def _output_gradient_errors(groups: Sequence[ResolvedGroup]) -> list[str]:
-    experts = [
-        (group, layer)
-        for group in groups
-        if group.requires & Requires.OUTPUT_GRADIENTS
-        for layer in group.layers
-        if layer.expert_dim is not None
-    ]
-    return [
-        f'allocation "{group.allocation_name}" needs gradients of the outputs of layers, which are not observed in '
-        f'fused experts such as "{layer.module}": use allocation="dlp", or exclude=["{layer.module}"].'
-        for group, layer in experts[:1]
-    ]
+def _first_fused_expert(groups: Sequence[ResolvedGroup]) -> list[tuple[ResolvedGroup, str]]:
+    """The first group with an observed layer of fused experts, and the module of that layer."""
+    found = ((group, layer) for group in groups for layer in group.observed_layers if layer.expert_dim is not None)
+    return [(group, layer.module) for group, layer in found][:1]
 
 
 def method_requiring_data(group: ResolvedGroup) -> str | None:

@@ -77,7 +77,7 @@ class PruningSchedule:
         return -(-(self.end - self.start) // self.every) + 1
 
     def prune_step(self, step: int) -> int | None:
-        """Returns the number (1 to `total`) of the prune step after optimizer step `step`, or None."""
+        """Returns the number (1 to `total`) of the prune step that follows optimizer step `step`; None without one."""
         if step == self.end:
             return self.total
         if self.start <= step < self.end and (step - self.start) % self.every == 0:

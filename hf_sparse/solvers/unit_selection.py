@@ -51,8 +51,8 @@ def mask_of(request: PruneRequest) -> torch.Tensor:
 
 
 def prune_count(request: PruneRequest) -> int | torch.Tensor | None:
-    """Returns the number of units to prune in a whole weight, those of the mask included: one number, with `by_row`
-    that of each row of units. None where the pattern or the mask decides."""
+    """Returns how many units of a weight are zero in the result: one number, or with `by_row` the number in each row
+    of units, int64. Units that the mask prunes count. None where N:M or the mask alone decides."""
     pattern = request.pattern
     if pattern is None or pattern.max_sparsity < 1:
         return None

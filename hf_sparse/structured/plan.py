@@ -31,7 +31,7 @@ class SizeChange:
 
 @dataclass(frozen=True)
 class ShrinkPlan:
-    """What `shrink` does to a model. Its text is for people.
+    """What `shrink` removes from a model, and what it keeps although it is zero. `str(plan)` is a summary.
 
     Args:
         model_class: name of the class of the model, which does not change.

@@ -101,8 +101,8 @@ def delete_state_files(directory: str | Path) -> None:
 
 
 def start_checkpoint(directory: str | Path) -> None:
-    """Deletes what would mark a checkpoint in `directory` as complete, and the masks of an earlier one there. To be
-    called before a checkpoint is written."""
+    """Prepares a folder for a new checkpoint: deletes `trainer_state.json`, which marks a checkpoint as complete, and
+    the state files of pruning that an earlier checkpoint has left there."""
     (Path(directory) / "trainer_state.json").unlink(missing_ok=True)
     delete_state_files(directory)
 

@@ -293,4 +293,5 @@ class SparseTrainer(SparseTrainerMixin, Trainer):
 
 
 class SparseSeq2SeqTrainer(SparseTrainerMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` that prunes."""
+    """`transformers.Seq2SeqTrainer` that prunes, with the same signature. Its arguments are
+    `SparseSeq2SeqTrainingArguments`."""
