@@ -6,6 +6,7 @@ The only package that imports torch.distributed, DeepSpeed or accelerate.
 from .build import build_shards
 from .communicator import SINGLE_PROCESS, Communicator, get_communicator, init_distributed, raise_on_all_ranks
 from .offload import input_device, is_offloaded, iter_parameters, onload
+from .optimizer_state import optimizer_state
 from .redistribute import Transfer, redistribute
 from .regions import ShardRegion, full_region, regions_of_range
 from .resharding import load_local_part
@@ -31,6 +32,7 @@ __all__ = [
     "load_local_part",
     "observe_zero_gradients",
     "onload",
+    "optimizer_state",
     "raise_on_all_ranks",
     "redistribute",
     "regions_of_range",

@@ -41,17 +41,18 @@ class DTensorShard(Shard):
 
     @property
     def tensor(self) -> torch.Tensor:
-        return _to_local(self.parameter)
+        return to_local(self.parameter)
 
     @property
     def gradient(self) -> torch.Tensor | None:
         gradient = self.parameter.grad
         if gradient is not None and gradient.placements != self.parameter.placements:
             gradient = gradient.redistribute(placements=self.parameter.placements)
-        return None if gradient is None else _to_local(gradient)
+        return None if gradient is None else to_local(gradient)
 
 
 @torch.no_grad()
-def _to_local(tensor: Any) -> torch.Tensor:
-    """Returns the local tensor itself: with autograd on, `to_local` returns a view instead, through the dispatcher."""
-    return tensor.to_local()
+def to_local(tensor: Any) -> torch.Tensor:
+    """Returns the local part of a DTensor, and any other tensor itself. With autograd on, the method `to_local` would
+    return a view instead, through the dispatcher."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

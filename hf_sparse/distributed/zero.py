@@ -7,8 +7,8 @@ the zeros, or the next step or export would restore the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -126,18 +126,11 @@ def observe_zero_gradients(optimizer: Any, shards: Iterable[Shard], observe: Cal
     zero_shards = [shard for shard in shards if isinstance(shard, ZeroShard)]
 
     def before_step(inner: torch.optim.Optimizer, *_: Any) -> None:
-        masters = {
-            master.untyped_storage().data_ptr(): master
-            for group in inner.param_groups
-            for master in group["params"]
-            if master.grad is not None
-        }
-        for shard in zero_shards:
-            fragment = shard.tensor
-            master = masters.get(fragment.untyped_storage().data_ptr())
-            first = fragment.storage_offset() - master.storage_offset() if master is not None else -1
-            if len(fragment) and master is not None and 0 <= first <= master.numel() - len(fragment):
-                shard._gradient = master.grad.view(-1)[first : first + len(fragment)]
+        masters = [master for group in inner.param_groups for master in group["params"] if master.grad is not None]
+        for shard, position in zip(zero_shards, positions_in_masters(zero_shards, masters), strict=True):
+            if position is not None:
+                master, entries = position
+                shard._gradient = cast(torch.Tensor, master.grad).view(-1)[entries]
         try:
             observe()
         finally:
@@ -145,3 +138,22 @@ def observe_zero_gradients(optimizer: Any, shards: Iterable[Shard], observe: Cal
                 shard._gradient = None
 
     return register(before_step)
+
+
+def positions_in_masters(
+    shards: Sequence[Shard], masters: Iterable[torch.Tensor]
+) -> list[tuple[torch.Tensor, slice] | None]:
+    """Returns where each shard lies in the flat masters that the optimizer inside DeepSpeed updates: the master, and
+    the entries of the master when flattened. None for a shard that is empty or in none of these masters."""
+    by_storage: dict[int, list[torch.Tensor]] = {}
+    for master in masters:
+        by_storage.setdefault(master.untyped_storage().data_ptr(), []).append(master)
+    positions: list[tuple[torch.Tensor, slice] | None] = []
+    for fragment in (shard.tensor for shard in shards):
+        position = None
+        for master in by_storage.get(fragment.untyped_storage().data_ptr(), ()) if len(fragment) else ():
+            first = fragment.storage_offset() - master.storage_offset()
+            if 0 <= first <= master.numel() - len(fragment):
+                position = master, slice(first, first + len(fragment))
+        positions.append(position)
+    return positions

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
 from hf_sparse import PruningConfig, SparsityCallback
+from hf_sparse.distributed import build_shards, optimizer_state
 
 
 class Checks(TrainerCallback):
@@ -126,9 +129,33 @@ class Revive(TrainerCallback):
     on_train_end = on_step_end
 
 
+class OptimizerState(TrainerCallback):
+    """After optimizer step `step`, saves the optimizer's state of each selected weight, as far as this rank holds it,
+    as `<name>|<key>|<regions>`, then sets it to zero; after the next step, saves it again."""
+
+    def __init__(self, trainer: Trainer, rank: int, result: dict, step: int, folder: str):
+        self.trainer, self.rank, self.step, self.folder = trainer, rank, step, folder
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        done = state.global_step + 1
+        if done not in (self.step, self.step + 1):
+            return
+        selected = {name: weight for name, weight in model.named_parameters() if is_selected(name)}
+        shards, _ = build_shards(selected)
+        found = {}
+        for name, tensors in optimizer_state(optimizer, shards).items():
+            regions = [[region.start, region.stop] for region in shards[name].local_regions]
+            for key, tensor in tensors.items():
+                assert tensor.shape == shards[name].tensor.shape, (name, key)
+                found[f"{name}|{key}|{json.dumps(regions)}"] = tensor.reshape(-1).clone()
+                if done == self.step:
+                    tensor.zero_()
+        save_file(found, f"{self.folder}/state-{done}-{self.rank}.safetensors")
+
+
 def prune(trainer: Trainer, rank: int, result: dict, **config) -> SparsityCallback:
     """Adds pruning to a stock trainer."""
     return SparsityCallback(PruningConfig(**config))
 
 
-SPIES = {"zeros": Zeros, "begin": Begin, "tamper": Tamper, "revive": Revive, "prune": prune}
+SPIES = {"zeros": Zeros, "begin": Begin, "tamper": Tamper, "revive": Revive, "prune": prune, "state": OptimizerState}
