@@ -1,0 +1,39 @@
+"""Base class of algorithms: how training finds the zeros."""
+
+from __future__ import annotations
+
+from abc import ABC
+from types import SimpleNamespace
+from typing import ClassVar
+
+from ..methods import MethodRegistry
+from ..patterns import Pattern
+
+
+class Algorithm(ABC):
+    """How training finds the zeros, one algorithm in a run.
+
+    The kinds of algorithms are the direct subclasses. A member of a kind is registered with `register_algorithm`; when
+    it is a frozen dataclass, its fields are its options (`algorithm_kwargs`).
+    """
+
+    uses_criterion: ClassVar[bool] = True
+    """Whether prune steps rank weights by an importance criterion."""
+    default_criterion: ClassVar[str | None] = None
+    """The criterion of the algorithm's paper, where the options name none; None for that of gradual pruning."""
+    default_scope: ClassVar[str | None] = None
+    """The ranking scope where the options name none; None for that of the criterion."""
+
+    def option_errors(self, options: SimpleNamespace, pattern: Pattern) -> list[str]:
+        """Returns the errors of a parameter group's options that the algorithm does not support.
+
+        Args:
+            options: of the group, valid by themselves.
+            pattern: of the group.
+        """
+        return []
+
+
+ALGORITHMS = MethodRegistry("algorithm", Algorithm)
+register_algorithm = ALGORITHMS.register
+DEFAULT_ALGORITHM = "gradual"
