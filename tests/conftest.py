@@ -26,14 +26,9 @@ class RestoreRegistries:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self):
-        from hf_sparse.allocations import ALLOCATIONS
-        from hf_sparse.criteria import CRITERIA
-        from hf_sparse.patterns.base import PATTERNS
-        from hf_sparse.schedulers import CURVES, SCHEDULERS
-        from hf_sparse.solvers import SOLVERS
-        from hf_sparse.training.tuning import TUNINGS
+        from hf_sparse.cli.catalogue import FAMILIES
 
-        families = [ALLOCATIONS, CRITERIA, CURVES, PATTERNS, SCHEDULERS, SOLVERS, TUNINGS]
+        families = [registry for registry, _ in FAMILIES]
         members = [dict(family._members) for family in families]
         try:
             return (yield)

@@ -15,6 +15,8 @@ class Uniform(Allocation):
         >>> from hf_sparse.allocations import LayerSize
         >>> Uniform().allocate(0.5, [LayerSize("a", 100, 10, 10), LayerSize("b", 50, 5, 10)])
         {'a': 0.5, 'b': 0.5}
+
+    Reference: Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, section 3, "Uniform".
     """
 
     def allocate(self, target: float, layers: Sequence[LayerSize]) -> dict[str, float]:

@@ -111,6 +111,31 @@ def report(
 
 
 @app.command()
+def methods(
+    family: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Only the methods that this option selects, such as criterion."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each option means.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """List all methods of pruning and training: what each does, its options with their defaults, and its paper.
+
+    A method is selected by the option of its family, as in `--criterion snip_momentum`, and its own options are given
+    by `--criterion_kwargs`. Those of plug-ins are listed too.
+    """
+    from .catalogue import read_catalogue
+    from .methods import print_catalogue
+
+    _load_plugins(plugin)
+    families = read_catalogue(family)
+    if as_json:
+        typer.echo(json.dumps({"families": [found.to_dict() for found in families]}, indent=2, ensure_ascii=False))
+    else:
+        print_catalogue(families)
+
+
+@app.command()
 def card(
     directory: Annotated[
         str, typer.Argument(help="Folder of a pruned model, with pruning_report.json and pruning_config.json.")

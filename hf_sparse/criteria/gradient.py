@@ -17,7 +17,7 @@ class Gradient(GradientCriterion):
         >>> Gradient().saliency(weight, gradient, torch.empty(3))
         tensor([0.5000, 0.5000, 1.0000])
 
-    Reference: the dense-gradient growth rule of Evci et al., "Rigging the Lottery", 2020, used as a criterion.
+    Reference: Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, which grows weights by it.
     """
 
     saliency = ProductSaliency(weighted=False, function="abs")

@@ -23,7 +23,7 @@ class Random(Criterion):
         >>> 0.49 < scores.mean() < 0.51
         tensor(True)
 
-    Reference for the hash: Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014.
+    Reference: Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014, for the hash.
     """
 
     requires = Requires.POSITION

@@ -13,6 +13,10 @@ from .base import Pattern, pairwise_sum, register_pattern
 class Block(Pattern):
     """A unit is `height` outputs by `width` inputs; its score is the mean of its weights' scores.
 
+    Args:
+        height: outputs, at least 1.
+        width: inputs, at least 1.
+
     Example:
         >>> Block(2, 1).pool(torch.tensor([[[1.0, 2.0]], [[3.0, 6.0]]]))
         tensor([[[2., 4.]]])

@@ -22,6 +22,8 @@ class Channel(Pattern):
     Example:
         >>> Channel().pool(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]))
         tensor([2., 6.])
+
+    Reference: Li et al., "Pruning Filters for Efficient ConvNets", 2017.
     """
 
     syntax = "channel|channel:out"
@@ -50,6 +52,8 @@ class ChannelIn(Pattern):
     Example:
         >>> ChannelIn().pool(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]))
         tensor([[3., 5.]])
+
+    Reference: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", 2017.
     """
 
     syntax = "channel:in"

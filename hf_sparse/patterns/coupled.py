@@ -60,6 +60,8 @@ class Neuron(CoupledPattern):
     Example:
         >>> Neuron().count(pruned=461, units=1536), Neuron(1).count(pruned=461, units=1536)
         (464, 461)
+
+    Reference: Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models", 2023, section 3.1.
     """
 
     multiple_of: int = 8
@@ -112,6 +114,8 @@ class Layer(CoupledPattern):
     Example:
         >>> Layer().count(pruned=2.6, units=3), Layer().count(pruned=3, units=3)
         (2, 3)
+
+    Reference: Sajjad et al., "On the Effect of Dropping Layers of Pre-trained Transformer Models", 2023.
     """
 
     syntax = "layer"

@@ -16,6 +16,10 @@ class NOfM(Pattern):
     A unit is one weight, and only the M-N lowest of each group may be pruned. Below the target sparsity, 1 - N/M, the
     lowest of those are pruned first; at the target every group holds exactly N.
 
+    Args:
+        keep: N, the weights of a group that are kept.
+        of: M, the weights of a group.
+
     Example:
         >>> scores = torch.tensor([[[3.0, 1.0, 2.0, 4.0]]])
         >>> NOfM(2, 4).pool(scores)

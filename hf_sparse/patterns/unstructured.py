@@ -15,6 +15,8 @@ class Unstructured(Pattern):
     Example:
         >>> Unstructured().unit_shape((2, 1, 3))
         (2, 1, 3)
+
+    Reference: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
 
     syntax = "unstructured"

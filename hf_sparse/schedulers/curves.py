@@ -65,6 +65,8 @@ def linear(t: float, target: float) -> float:
     Example:
         >>> [round(linear(t / 4, 0.8), 4) for t in range(5)]
         [0.0, 0.2, 0.4, 0.6, 0.8]
+
+    Reference: Intel Neural Compressor, pytorch_pruner.
     """
     return target * t
 
@@ -76,6 +78,8 @@ def exp(t: float, target: float) -> float:
     Example:
         >>> [round(exp(t / 4, 0.8), 4) for t in range(5)]
         [0.0, 0.3313, 0.5528, 0.7009, 0.8]
+
+    Reference: Intel Neural Compressor, pytorch_pruner.
     """
     return 1.0 - (1.0 - target) ** t
 
@@ -87,6 +91,8 @@ def cos(t: float, target: float) -> float:
     Example:
         >>> [round(cos(t / 4, 0.8), 4) for t in range(5)]
         [0.0, 0.0609, 0.2343, 0.4939, 0.8]
+
+    Reference: Intel Neural Compressor, pytorch_pruner.
     """
     return target * (1.0 - math.cos(t * math.pi / 2.0))
 
@@ -98,6 +104,8 @@ def cube(t: float, target: float) -> float:
     Example:
         >>> [round(cube(t / 4, 0.8), 4) for t in range(5)]
         [0.0, 0.0125, 0.1, 0.3375, 0.8]
+
+    Reference: Intel Neural Compressor, pytorch_pruner.
     """
     return target * t**3
 

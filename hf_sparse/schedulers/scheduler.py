@@ -68,7 +68,7 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
 
 
 class Scheduler(ABC):
-    """Base class of schedulers, which map a prune step to the sparsity of the selected weights after it.
+    """Maps a prune step to the sparsity of the selected weights after it.
 
     Args:
         config: a mapping or any object; each scheduler documents the settings that it reads.
@@ -116,6 +116,8 @@ class OneshotScheduler(Scheduler):
     Example:
         >>> OneshotScheduler({}).update_sparsity_ratio(0.8, 1, 1, {})
         0.8
+
+    Reference: Intel Neural Compressor, pytorch_pruner.
     """
 
     def update_sparsity_ratio(
@@ -144,6 +146,9 @@ class IterativeScheduler(Scheduler):
         >>> scheduler = IterativeScheduler({"sparsity_decay_type": "linear"})
         >>> [round(scheduler.update_sparsity_ratio(0.8, c, 4, {}), 3) for c in range(6)]
         [0.0, 0.2, 0.4, 0.6, 0.8, 0.8]
+
+    Reference: Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression",
+    2017, section 3.
     """
 
     has_curve = True

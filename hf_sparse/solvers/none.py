@@ -17,6 +17,8 @@ class NoUpdate(Solver):
     Example:
         >>> NoUpdate().solve(torch.tensor([[1.0, 2.0]]), mask_RC=torch.tensor([[True, False]]))
         (tensor([[1., 0.]]), tensor([[ True, False]]))
+
+    Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023, section 3.
     """
 
     updates = False
