@@ -14,7 +14,6 @@ a Markdown table.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from memory import extra_bytes
+from rows import append_row, find_row, method_options, target_options, with_given_parts
 from torch import nn
 
 from hf_sparse import OneshotConfig, evaluate_model, prune_oneshot
@@ -44,51 +44,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "permute": {"permute": True},
     "reconstruct": {"reconstruct": True},
 }
-
-
-def target_options(target: str) -> dict[str, Any]:
-    """Returns the options of a target.
-
-    Example:
-        >>> target_options("50%"), target_options("neuron@0.5")
-        ({'target_sparsity': 0.5}, {'pattern': 'neuron', 'target_sparsity': 0.5})
-    """
-    pattern, _, share = target.rpartition("@")
-    if not pattern and not share.rstrip("%").replace(".", "", 1).isdigit():
-        pattern, share = share, ""
-    options: dict[str, Any] = {"pattern": pattern} if pattern else {}
-    if share:
-        options["target_sparsity"] = float(share[:-1]) / 100 if share.endswith("%") else float(share)
-    return options
-
-
-def method_options(method: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the options of a method's parts; of an option that several set, the last value."""
-    unknown = [name for name in method.split("+") if name not in parts]
-    if unknown:
-        raise SystemExit(
-            f'"{unknown[0]}" is no part of a method: known are {", ".join(parts)}, and --part adds others.'
-        )
-    return {name: value for part in method.split("+") for name, value in parts[part].items()}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a file; the last line may be cut off."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends a row, after a line that was cut off on a line of its own."""
-    with path.open("a+", encoding="utf-8") as file:
-        file.seek(0)
-        unfinished = not (file.read() or "\n").endswith("\n")
-        file.write("\n" * unfinished + json.dumps(row) + "\n")
 
 
 class Bench:
@@ -158,8 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("oneshot_quality.jsonl"))
     options = parser.parse_args(argv)
 
-    given = dict(text.split("=", 1) for text in options.part)
-    parts = PARTS | {name: json.loads(text) for name, text in given.items()}
+    parts = with_given_parts(PARTS, options.part)
     names = ("model", "calibration_file", "validation_files", "samples", "length", "batch_size", "seed", "per_row")
     data = {name: getattr(options, name) for name in names}
     runs = [
@@ -172,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     bench, rows = Bench(options), []
     dense = bench.dense()
     for run in runs:
-        row = next((row for row in read_rows(options.output) if run.items() <= row.items()), None)
+        row = find_row(options.output, run)
         if row is None:
             row = run | bench.measure(run["options"])
             append_row(options.output, row)

@@ -1,7 +1,9 @@
 """Each benchmark runs, at a size too small to measure speed, and prints its rows."""
 
 import importlib.util
+import json
 import re
+import subprocess
 
 import pytest
 from helpers.scripts import SCRIPTS
@@ -145,9 +147,50 @@ def test_the_quality_of_methods_is_measured_once_per_row(tmp_path, capsys, monke
     quality.main([model, *files, "--targets", "25%", "2:4", *options])
     last_lines(capsys.readouterr().out, printed)
     assert (tmp_path / "rows.jsonl").read_text().startswith(stored)
-    assert len(quality.read_rows(tmp_path / "rows.jsonl")) == 4
+    assert len(importlib.import_module("rows").read_rows(tmp_path / "rows.jsonl")) == 4
     with pytest.raises(SystemExit, match='"wande" is no part of a method: known are block_influence'):
         quality.main([model, *files, "--methods", "wande"])
+
+
+@pytest.fixture
+def training(tmp_path, monkeypatch):
+    """Returns a function that measures runs of a tiny model in which one word decides the label."""
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+    quality = importlib.import_module("training_quality")
+    model = save(tmp_path / "model", classifier(), bert_tokenizer())
+    rows = [{"sentence": text, "label": number % 2} for number, text in enumerate(texts(12))]
+    files = [write_rows(tmp_path / name, rows) for name in ("train.json", "dev.json", "test.json")]
+    names = ("train_file", "validation_file", "test_file")
+    data = ["--model_name_or_path", model, *(f"--{name}={file}" for name, file in zip(names, files, strict=True))]
+    data += ["--max_seq_length", "16", "--use_cpu", "--output", str(tmp_path / "rows.jsonl")]
+    return lambda *words: quality.main([*data, *map(str, words)])
+
+
+def test_the_quality_of_training_is_measured_once_per_row(training, tmp_path, capsys, monkeypatch):
+    number = r"[\d.]+"
+
+    def line(target, method, runs, zeros):
+        spread = rf"{number} ± {number}" if runs > 1 else number
+        return rf"\| {target} \| {method} \| 1 \| {spread} \| {spread} \| {runs} \| {number} \| {zeros} \|"
+
+    part = 'layer={"scope": "layer", "prune_end": 0.5}'
+    training("--targets", "2:4", "--methods", "magnitude+layer", "--epochs", 1, "--part", part)
+    last_lines(capsys.readouterr().out, [line("2:4", r"magnitude\+layer", 1, "50.00%")])
+    (stored,) = importlib.import_module("rows").read_rows(tmp_path / "rows.jsonl")
+    assert stored["dev"] == stored["test"] and 0 <= stored["dev"] <= 1  # of the same rows
+    assert stored["options"] == {"pattern": "2:4", "criterion": "magnitude", "scope": "layer", "prune_end": 0.5}
+
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(stored | {"seed": 1}) + "\n")
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no such file")
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: failed)
+    with pytest.raises(SystemExit, match="1 of 3 runs failed"):  # the other two are there
+        training("--targets", "2:4", "--methods", "magnitude+layer", "--epochs", 1, "--part", part, "--seeds", 0, 1, 2)
+    captured = capsys.readouterr()
+    assert captured.err == "2:4 magnitude+layer failed: no such file\n"
+    last_lines(captured.out, [line("2:4", r"magnitude\+layer", 2, "50.00%")])
+    training("--table")
+    last_lines(capsys.readouterr().out, [line("2:4", r"magnitude\+layer", 2, "50.00%")])
 
 
 def test_no_benchmark_is_left_out(bench):
