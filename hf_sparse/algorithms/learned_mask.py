@@ -35,6 +35,8 @@ class MaskContext:
         pattern: of the weight.
         noise: noise(i) returns numbers uniform in (0, 1), float32 of the shape of the part. They are a hash of i, the
             seed, the step and the position of each weight, and so the same on any number of ranks.
+        totals: the sums of `LearnedMask.totals` over all units that compete, on all ranks: those of the layer, or with
+            scope global those of the parameter group; None where there are none.
     """
 
     step: int
@@ -44,6 +46,7 @@ class MaskContext:
     num_weights: int
     pattern: Pattern
     noise: Callable[[int], torch.Tensor]
+    totals: torch.Tensor | None = None
 
 
 class LearnedMask(Algorithm):
@@ -63,7 +66,7 @@ class LearnedMask(Algorithm):
         ...         return {"scores": dense.clone()}
         ...     def weight(self, theta, dense, mask, context):
         ...         return dense * (mask + theta["scores"] - theta["scores"].detach())
-        ...     def scores(self, theta, dense):
+        ...     def scores(self, theta, dense, context):
         ...         return theta["scores"]
         >>> W, mask, g = torch.tensor([1.0, -2.0]), torch.tensor([True, False]), torch.tensor([0.5, 0.5])
         >>> Signed().pull_back({"scores": W.clone()}, W, mask, g, None)
@@ -79,6 +82,11 @@ class LearnedMask(Algorithm):
     selected anew at each prune step: `weight` then defines the gradients alone."""
     needs_whole_units: ClassVar[bool] = False
     """Whether parts must hold whole units of the pattern: such as M-groups, where f combines the weights of one."""
+    starts_from_mask: ClassVar[bool] = False
+    """Whether `init` gets a mask at the target sparsity: of the zeros of the checkpoint `prior`, or, without one, of
+    the smallest weights."""
+    prior: str | None = None
+    """The checkpoint, a folder or a Hub name, where `starts_from_mask`."""
     learning_rate: float = 1e-2
     """Of theta. It follows the trainer's schedule: it is multiplied by the factor of its learning rate."""
 
@@ -88,7 +96,7 @@ class LearnedMask(Algorithm):
 
         Args:
             dense: (R, P, C) W; not modified.
-            mask: (R, P, C) False where the weight is zero by an earlier mask.
+            mask: (R, P, C) False where the weight is zero by an earlier mask; see also `starts_from_mask`.
             context: of the first step.
         """
 
@@ -113,8 +121,15 @@ class LearnedMask(Algorithm):
         """
         return None
 
+    def totals(
+        self, theta: Theta, dense: torch.Tensor, mask: torch.Tensor, context: MaskContext
+    ) -> torch.Tensor | None:
+        """Returns what this part adds to `context.totals` of the step: a 1-D int64 tensor, so that sums do not depend
+        on the order of parts and the number of ranks; None where the algorithm needs none."""
+        return None
+
     @abstractmethod
-    def scores(self, theta: Theta, dense: torch.Tensor) -> torch.Tensor:
+    def scores(self, theta: Theta, dense: torch.Tensor, context: MaskContext) -> torch.Tensor:
         """Returns the importance scores (R, P, C) from which masks are selected; higher is kept."""
 
     def early_mask(self, theta: Theta, dense: torch.Tensor, context: MaskContext) -> torch.Tensor | None:
