@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..algorithms import ALGORITHMS, Algorithm
 from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
 from ..patterns import PATTERNS, Pattern
@@ -20,6 +21,7 @@ from ..training.tuning import TUNINGS, Tuning
 
 
 FAMILIES: tuple[tuple[Registry, type], ...] = (
+    (ALGORITHMS, Algorithm),
     (PATTERNS, Pattern),
     (CRITERIA, Criterion),
     (ALLOCATIONS, Allocation),
