@@ -1,4 +1,5 @@
 # The public names and where they come from: type checkers read this, and __init__.py does.
+from .algorithms import Algorithm, register_algorithm
 from .allocations import Allocation, DenseLayer, MeasuringAllocation, register_allocation
 from .calibration.masking import mask_tokens
 from .calibration.text_batches import evaluation_batches
@@ -41,6 +42,7 @@ from .training.tuning import Tuning, register_tune
 __version__: str
 
 __all__ = [
+    "Algorithm",
     "Allocation",
     "CheckpointError",
     "Criterion",
@@ -86,6 +88,7 @@ __all__ = [
     "plan_shrink",
     "prune_oneshot",
     "reference_outputs",
+    "register_algorithm",
     "register_allocation",
     "register_criterion",
     "register_curve",

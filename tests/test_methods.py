@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from hf_sparse import OneshotConfig, PruningConfig, PruningConfigError
+from hf_sparse.algorithms import ALGORITHMS, DEFAULT_ALGORITHM
 from hf_sparse.allocations.owl import OWL
 from hf_sparse.config.options import METHODS
 from hf_sparse.criteria.snip_momentum import SnipMomentum
@@ -16,6 +17,7 @@ from hf_sparse.solvers.sparsegpt import SparseGPT
 OPTIONS = {
     "criterion": {"snip_momentum": {"decay": 1.0}, "obs": {"ridge": 0.2, "columns_at_once": 4}, "ria": {"alpha": 1.0}},
     "allocation": {"owl": {"m": 3.0, "lambda_": 0.2}, "dlp": {"alpha": 0.2}, "lsa": {"beta": 0.2}},
+    "algorithm": {},
     "solver": {
         "admm": {"iterations": 10, "rho": 0.2, "dampening": 0.1},
         "sparsegpt": {"dampening": 0.1, "block_size": 64},
@@ -58,16 +60,18 @@ def test_an_instance_is_its_name_and_options(family, name, kwargs, tmp_path):
         instance.other = 1
 
     target = {"target_sparsity": 0.5} | WITH.get(name, {"scope": "layer"})
-    by_name = OneshotConfig(**target, **{family: name, f"{family}_kwargs": kwargs or None})
-    by_instance = OneshotConfig(**target, **{family: instance})
-    in_group = OneshotConfig(**target, groups={"a": {family: instance}})
+    cls = OneshotConfig if family in OneshotConfig.options() else PruningConfig
+    by_name = cls(**target, **{family: name, f"{family}_kwargs": kwargs or None})
+    by_instance = cls(**target, **{family: instance})
     assert by_name == by_instance and getattr(by_instance, f"{family}_kwargs") == (kwargs or None)
-    for config in (by_name, in_group):
+    in_group = [cls(**target, groups={"a": {family: instance}})] if family in cls.group_options() else []
+    for config in (by_name, *in_group):
         config.save(tmp_path / "config.json")
-        for read in (config, OneshotConfig.from_file(tmp_path / "config.json")):
+        for read in (config, cls.from_file(tmp_path / "config.json")):
             (group,) = read.resolve_groups().values()
             assert read == config and getattr(group, family) == instance
-            assert group.to_dict()[family] == name and group.to_dict().get(f"{family}_kwargs", {}) == kwargs
+            if family != "algorithm" or instance != ALGORITHMS.create(DEFAULT_ALGORITHM):
+                assert group.to_dict()[family] == name and group.to_dict().get(f"{family}_kwargs", {}) == kwargs
 
 
 NO_OPTION = 'has no option "decya": known are decay. Did you mean "decay"?'
@@ -112,7 +116,7 @@ def test_invalid_options_are_refused_by_name(family, name, kwargs, message):
 
 
 def test_options_without_a_method_and_beside_an_instance_are_refused():
-    with pytest.raises(PruningConfigError, match="but the solver selects the pruned units: name a criterion"):
+    with pytest.raises(PruningConfigError, match="but no criterion is used: name one"):
         OneshotConfig(target_sparsity=0.5, solver="sparsegpt", criterion_kwargs={"decay": 1.0})
     with pytest.raises(PruningConfigError, match="criterion is an instance with its own options: leave criterion_kwa"):
         PruningConfig(target_sparsity=0.5, criterion=SnipMomentum(), criterion_kwargs={"decay": 0.5})

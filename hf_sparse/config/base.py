@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
+from ..algorithms import ALGORITHMS, DEFAULT_ALGORITHM, Algorithm
 from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
 from ..files import parse_json, write_json
@@ -397,12 +398,15 @@ class PruningOptions:
         options = SimpleNamespace(**values)
         pattern, criterion_name = get_pattern(options.pattern), self.resolve_criterion(options)
         criterion = CRITERIA.create(criterion_name, options.criterion_kwargs) if criterion_name else None
+        algorithm: Algorithm = ALGORITHMS.create(
+            getattr(options, "algorithm", DEFAULT_ALGORITHM), getattr(options, "algorithm_kwargs", None)
+        )
         return ResolvedGroup(
             name=name,
             pattern=pattern,
             criterion=criterion,
             solver=SOLVERS.create(self.resolve_solver(options), getattr(options, "solver_kwargs", None)),
-            scope=options.scope or self._default_scope(options.allocation, pattern, criterion),
+            scope=options.scope or self._default_scope(options.allocation, pattern, criterion, algorithm),
             allocation=ALLOCATIONS.create(options.allocation, options.allocation_kwargs),
             scheduler=self.resolve_scheduler(options),
             target=target_of(options) or 0.0,
@@ -415,6 +419,7 @@ class PruningOptions:
             regrow=getattr(options, "regrow", 0.0),
             swaps=getattr(options, "swaps", None) or 0,
             permute=getattr(options, "permute", False),
+            algorithm=algorithm,
         )
 
     def resolve_criterion(self, options: SimpleNamespace) -> str | None:
@@ -425,12 +430,14 @@ class PruningOptions:
         """Returns the name of the solver of a group's options: training updates the weights itself."""
         return DEFAULT_SOLVER
 
-    def _default_scope(self, allocation: str, pattern: Pattern, criterion: Criterion | None) -> str:
+    def _default_scope(
+        self, allocation: str, pattern: Pattern, criterion: Criterion | None, algorithm: Algorithm
+    ) -> str:
         if not pattern.has_layers:
             return "global"
-        if criterion is None or not pattern.has_rows:
+        if not pattern.has_rows or (criterion is None and algorithm.default_scope is None):
             return "layer"
-        scope = self.criterion_scope(criterion)
+        scope = algorithm.default_scope or self.criterion_scope(cast(Criterion, criterion))
         return "layer" if scope == "global" and allocation != DEFAULT_ALLOCATION else scope
 
     def criterion_scope(self, criterion: Criterion | type[Criterion]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..algorithms import ALGORITHMS
 from ..allocations import ALLOCATIONS
 from ..criteria import CRITERIA
 from ..methods import MethodRegistry
@@ -14,7 +15,12 @@ from ..solvers import SOLVERS
 
 
 DEFAULT_ALLOCATION, DEFAULT_SOLVER = "uniform", "none"
-METHODS: dict[str, MethodRegistry] = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "solver": SOLVERS}
+METHODS: dict[str, MethodRegistry] = {
+    "criterion": CRITERIA,
+    "allocation": ALLOCATIONS,
+    "solver": SOLVERS,
+    "algorithm": ALGORITHMS,
+}
 """Options that name a method with options of its own, `<name>_kwargs`."""
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from ..algorithms import ALGORITHMS, Algorithm
+from ..patterns import get_pattern
 from ..schedulers import PruningSchedule, Scheduler, get_scheduler
 from .base import PruningOptions
 from .options import DEFAULT_SOLVER
@@ -40,7 +42,14 @@ movement, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "ma
     """
 
     defaults: ClassVar[dict[str, Any]] = PruningOptions.defaults | ScheduleOptions.schedule_defaults
-    run_options: ClassVar[tuple[str, ...]] = (*PruningOptions.run_options, "prune_start", "prune_end", "prune_every")
+    run_options: ClassVar[tuple[str, ...]] = (
+        *PruningOptions.run_options,
+        "algorithm",
+        "algorithm_kwargs",
+        "prune_start",
+        "prune_end",
+        "prune_every",
+    )
 
     @classmethod
     def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -54,7 +63,21 @@ movement, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "ma
         return values
 
     def resolve_criterion(self, options: SimpleNamespace) -> str | None:
-        return options.criterion or "snip_momentum"
+        known = isinstance(options.algorithm, str) and options.algorithm in ALGORITHMS
+        algorithm: type[Algorithm] = ALGORITHMS[options.algorithm] if known else Algorithm
+        if not algorithm.uses_criterion:
+            return None
+        return options.criterion or algorithm.default_criterion or "snip_momentum"
+
+    def more_errors(self, options: SimpleNamespace, criterion: str | None) -> list[str]:
+        algorithm: Algorithm = ALGORITHMS.create(options.algorithm, options.algorithm_kwargs)
+        errors = algorithm.option_errors(options, get_pattern(options.pattern))
+        if not algorithm.uses_criterion and options.criterion is not None:
+            errors.append(
+                f'criterion is "{options.criterion}", but algorithm "{options.algorithm}" ranks weights by what it '
+                "learns: leave criterion out."
+            )
+        return errors
 
     def resolve_scheduler(self, options: SimpleNamespace) -> Scheduler:
         return get_scheduler(options)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..algorithms import ALGORITHMS, Algorithm
+from ..algorithms.gradual import Gradual
 from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
 from ..model.coupling import UnitGroup
@@ -42,6 +44,7 @@ class ResolvedGroup:
         regrow: fraction of kept weights that a prune step exchanges.
         swaps: the most swaps in each row that refine the mask before the solver.
         permute: whether channels are put in the order in which N:M keeps the most.
+        algorithm: how training finds the zeros.
         layers: the weights that are pruned, once the model is known.
         units: for a coupled pattern the units of the model. The weights that they divide are the `layers`.
         biases: name -> shape of the biases that belong to `units`, and are pruned with them.
@@ -64,6 +67,7 @@ class ResolvedGroup:
     regrow: float = 0.0
     swaps: int = 0
     permute: bool = False
+    algorithm: Algorithm = Gradual()
     layers: tuple[PrunableLayer, ...] = ()
     units: tuple[UnitGroup, ...] = ()
     biases: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -131,6 +135,11 @@ class ResolvedGroup:
         return None if self.criterion is None else CRITERIA.name_and_options(self.criterion)[0]
 
     @property
+    def algorithm_name(self) -> str:
+        """The registered name of the algorithm."""
+        return ALGORITHMS.name_and_options(self.algorithm)[0]
+
+    @property
     def solver_name(self) -> str:
         """The registered name of the solver."""
         return SOLVERS.name_and_options(self.solver)[0]
@@ -182,6 +191,9 @@ class ResolvedGroup:
             values[name] = chosen
             if options:
                 values[f"{name}_kwargs"] = options
+        if self.algorithm != Gradual() and self.target:
+            values["algorithm"], options = ALGORITHMS.name_and_options(self.algorithm)
+            values |= {"algorithm_kwargs": options} if options else {}
         if self.permute and self.target:
             values["permute"] = True
         values["scope"] = self.scope if self.target else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ..algorithms import DEFAULT_ALGORITHM, Algorithm
 from .base import option
 
 
@@ -12,6 +13,11 @@ from .base import option
 class ScheduleOptions:
     """When to prune: the schedule of prune steps, and how the sparsity increases over them."""
 
+    algorithm: Algorithm | str | None = option(
+        "Pruning algorithm, how training finds the zeros: gradual (the default: prune steps by the criterion), or a "
+        "registered one."
+    )
+    algorithm_kwargs: dict[str, Any] | str | None = option("Options of the algorithm, as JSON.")
     scheduler: str | None = option(
         "Scheduler: oneshot, iterative, or a registered one. Left out: oneshot when prune_start equals prune_end, "
         "else iterative."
@@ -41,6 +47,7 @@ class ScheduleOptions:
     )
 
     schedule_defaults: ClassVar[dict[str, object]] = {
+        "algorithm": DEFAULT_ALGORITHM,
         "sparsity_decay_type": "cubic",
         "prune_start": 0.0,
         "prune_end": 0.7,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from ..algorithms import ALGORITHMS
 from ..allocations import ALLOCATIONS
 from ..criteria import CRITERIA
 from ..patterns import Pattern, get_pattern
@@ -79,7 +80,7 @@ def pattern_of(options: SimpleNamespace) -> Pattern | None:
 
 def _name_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
     errors, defaults = [], {"criterion": criterion, "solver": solver}
-    methods = {"criterion": CRITERIA, "solver": SOLVERS, "allocation": ALLOCATIONS}
+    methods = {"criterion": CRITERIA, "solver": SOLVERS, "allocation": ALLOCATIONS, "algorithm": ALGORITHMS}
     for name, registry in methods.items():
         if not hasattr(options, name):
             continue
@@ -88,7 +89,7 @@ def _name_errors(options: SimpleNamespace, criterion: str | None, solver: str) -
         if chosen is None:
             if kwargs:
                 errors.append(
-                    f"{name}_kwargs is {format_value(kwargs)}, but the solver selects the pruned units: name a {name}."
+                    f"{name}_kwargs is {format_value(kwargs)}, but no {name} is used: name one, or leave them out."
                 )
         elif chosen not in registry:
             errors.append(f"{name} is {registry.describe(chosen)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -165,7 +166,7 @@ class ParameterGroup:
         scores = [self._layer_scores(layer, shards[layer.name], masks, known.get(layer.name)) for layer in self.layers]
         floors, caps = self._current_bounds(scores, ratio)
         total = self._num_pruned(ratio, floors, caps)
-        try:
+        with self._naming_nan_scores(scores, f'criterion "{self.options.criterion_name}"'):
             if self.scope == "row":
                 self._prune_rows(scores, total, floors, caps)
             elif total:
@@ -175,13 +176,60 @@ class ParameterGroup:
                 if first.total > final.total:
                     growth = [self._growth_scores(layer) for layer in scores]
                     self._apply_thresholds(growth, find_thresholds(growth, *final, self.communicator))
+        self._restart_statistics()
+        return ratio
+
+    def select(
+        self,
+        prune_step: int,
+        total_steps: int,
+        scores: Mapping[str, torch.Tensor],
+        shards: Mapping[str, Shard],
+        masks: MaskStore,
+    ) -> float:
+        """Replaces the masks: the lowest units by given scores are pruned, to the scheduled sparsity, on all ranks at
+        once. Units that were pruned before may return.
+
+        Args:
+            prune_step, total_steps: this prune step, from 1, of how many.
+            scores: (any shape) float32 of each layer by name, of the shape of its shard's tensor; not modified.
+            shards: the local part of each weight by name.
+            masks: the masks of the local parts, which are replaced.
+
+        Returns:
+            The scheduled sparsity.
+
+        Raises:
+            ValueError: scores are nan; the layers are named.
+        """
+        if not self.target:
+            return 0.0
+        ratio = self.ratio(prune_step, total_steps, masks)
+        layers = [
+            self._given_scores(layer, shards[layer.name], masks, scores[layer.name].detach()) for layer in self.layers
+        ]
+        floors, caps = self._bounds([0] * len(layers), ratio)
+        if self.pattern.max_sparsity < 1:
+            caps = [int(room.sum()) for room in self._prunable_by_row(layers)]
+        total = self._num_pruned(ratio, floors, caps)
+        with self._naming_nan_scores(layers, f'algorithm "{self.options.algorithm_name}"'):
+            if self.scope == "row":
+                self._prune_rows(layers, total, floors, caps)
+            else:
+                budget, _ = self._budgets(layers, total, floors, caps, 0.0)
+                self._apply_thresholds(layers, find_thresholds(layers, *budget, self.communicator))
+        return ratio
+
+    @contextmanager
+    def _naming_nan_scores(self, scores: Sequence[LayerScores], method: str) -> Iterator[None]:
+        """Within, a ValueError names the layers whose scores are nan, if there are any. All ranks raise together."""
+        try:
+            yield
         except ValueError as error:
             counts = self.communicator.sum_counts(np.array([layer.has_nan() for layer in scores], dtype=np.int64))
             names = [f'"{layer.name}"' for layer, count in zip(self.layers, counts, strict=True) if count]
             reason = f"scores are nan in {', '.join(names)}" if names else error
-            raise ValueError(f'group "{self.name}", criterion "{self.options.criterion_name}": {reason}') from error
-        self._restart_statistics()
-        return ratio
+            raise ValueError(f'group "{self.name}", {method}: {reason}') from error
 
     def _start_prune_step(
         self, prune_step: int, total_steps: int, masks: MaskStore, statistics: Mapping[str, torch.Tensor] | None
@@ -320,7 +368,7 @@ class ParameterGroup:
     def _prune_rows(self, scores: list[LayerScores], total: int, floors: list[int], caps: list[int]) -> None:
         """Scope row: within a layer every row of units loses equally many, up to whole units."""
         counts, prunable = self._allocate(total, floors, caps), self._prunable_by_row(scores)
-        pruned, error = self._sum_over_ranks([layer.num_pruned_by_row() for layer in scores]), None
+        pruned, error = self._sum_over_ranks([layer.num_locked_by_row() for layer in scores]), None
         for layer, count, before, most in zip(scores, counts, pruned, prunable, strict=True):
             by_row = largest_remainder(count, [count / layer.num_rows] * layer.num_rows, before, most)
             try:
@@ -354,3 +402,7 @@ class ParameterGroup:
         growth = shard.gradient.detach().float().abs().masked_fill_(bits != 0, torch.inf)
         rest = self.scope == "row", self.communicator
         return LayerScores(scores.layer, _GivenScores(), self.pattern, shard, bits, growth, *rest, prune_only=False)
+
+    def _given_scores(self, layer: PrunableLayer, shard: Shard, masks: MaskStore, scores: torch.Tensor) -> LayerScores:
+        rest = masks.bits(layer.name), scores, self.scope == "row", self.communicator
+        return LayerScores(layer, _GivenScores(), self.pattern, shard, *rest, prune_only=False)

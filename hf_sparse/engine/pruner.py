@@ -140,6 +140,23 @@ class Pruner:
         self.apply_masks()
         return self.report()
 
+    def select(self, prune_step: int, total: int, scores: Mapping[str, torch.Tensor]) -> None:
+        """Carries out prune step `prune_step` of `total` by given scores: new masks, in which weights that were pruned
+        may return, and their zeros. All ranks call this.
+
+        Args:
+            prune_step, total: this prune step, from 1, of how many.
+            scores: float32 of each selected weight by name, of the shape of its shard's tensor; higher is kept.
+
+        Raises:
+            RuntimeError: ranks have different masks for the same weights.
+            ValueError: scores are nan.
+        """
+        for group in self.groups:
+            group.select(prune_step, total, scores, self.shards, self.masks)
+        self._check_masks_across_ranks()
+        self.apply_masks()
+
     def apply_masks(self) -> None:
         """Enforces changed masks: distributes them to the ranks that hold full copies of sharded weights, and sets
         pruned weights to zero."""
@@ -255,10 +272,17 @@ class Pruner:
 
     # Saving and resuming
 
-    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def state_dict(
+        self, more: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Returns what a resumed run needs of this rank: tensors (packed masks, statistics), and JSON values (the
-        shape of each weight, the regions that the tensors cover, and counters)."""
+        shape of each weight, the regions that the tensors cover, and counters).
+
+        Args:
+            more: further tensors, kind -> parameter name -> float32 of the shape of its shard's tensor.
+        """
         tensors = {f"mask/{name}": self.masks.packed(name) for name in self.shards}
+        tensors |= {f"{kind}/{name}": tensor for kind in more or {} for name, tensor in (more or {})[kind].items()}
         counters = {}
         for group in self.groups:
             for name, statistic in group.statistics.items():
@@ -313,8 +337,24 @@ class Pruner:
             for name in [layer.name for layer in group.layers if layer.name in statistics]:
                 group.restore(name, self.shards[name].tensor, *statistics[name])
 
+    def load_tensors(
+        self, kind: str, *states: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
+    ) -> dict[str, torch.Tensor]:
+        """Returns this rank's part of the tensors that `state_dict` was given beside its own, by parameter name.
+
+        Args:
+            kind: of the tensors.
+            states: what `state_dict` returned on each rank of the run that saved them; there may have been any number.
+
+        Raises:
+            ValueError: a tensor is missing, or of another shape or dtype.
+        """
+        saved = {key.partition("/")[2] for tensors, _ in states for key in tensors if key.startswith(f"{kind}/")}
+        names = [name for name in self.shards if name in saved]
+        return {name: self._load_local(kind, name, states) for name in names}
+
     def _load_local(self, kind: str, name: str, states: Sequence) -> torch.Tensor:
-        """Returns this rank's part of a mask ("mask") or of a statistic ("stat")."""
+        """Returns this rank's part of a mask ("mask"), of a statistic ("stat"), or of tensors of another kind."""
         saved = []
         for tensors, values in states:
             regions = [ShardRegion(tuple(start), tuple(stop)) for start, stop in values["boxes"].get(name, ())]
@@ -322,7 +362,7 @@ class Pruner:
         try:
             return load_local_part(self.shards[name], saved, torch.bool if kind == "mask" else torch.float32)
         except (ValueError, KeyError, RuntimeError) as error:
-            what = 'mask of "{}" is' if kind == "mask" else 'scores of "{}" are'
+            what = {"mask": 'mask of "{}" is', "stat": 'scores of "{}" are'}.get(kind, f'"{kind}" of "{{}}" is')
             raise ValueError(f"the {what.format(name)} missing or misshapen: {error}") from error
 
 

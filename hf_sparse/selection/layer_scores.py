@@ -235,6 +235,11 @@ class LayerScores:
                 self._add_by_row(counts, part, self._pruned_units(part.mask_bits))
         return counts
 
+    def num_locked_by_row(self) -> np.ndarray:
+        """Returns for each row of units (num_rows) how many are pruned and cannot return. 0 for rows that other ranks
+        read."""
+        return self.num_pruned_by_row() if self._prune_only else np.zeros(self.num_rows, dtype=np.int64)
+
     def num_pruned(self) -> int | torch.Tensor:
         """Returns the number of local units that are pruned, for `gather_counts`."""
         with torch.no_grad(), self._local_slices(scoring=False) as slices:

@@ -64,6 +64,7 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "groups",
+        "algorithm_kwargs",
         "criterion_kwargs",
         "allocation_kwargs",
         "tune_kwargs",

@@ -19,6 +19,7 @@ from ..hub.upload import hide_token
 from ..reporting.plots import plot_layers, plot_schedule
 from ..reporting.report import SparsityReport, write_report_and_config
 from ..schedulers import PruningSchedule
+from .algorithm_run import AlgorithmRun, new_run
 from .arguments import SparseTrainingArguments
 from .best_metric import block_best_metric, clear_best_metric, unblock_best_metric
 from .resume import CheckpointError, ResumeState, keep_pruned
@@ -69,6 +70,8 @@ class SparsityCallback(TrainerCallback):
         self.pruner: Pruner | None = None
         self.schedule: PruningSchedule
         """The pruning schedule of the run, if there is a pruner."""
+        self.run: AlgorithmRun
+        """The algorithm at work, if there is a pruner."""
         self.resume_state: ResumeState | None = None
         """The state that the next training resumes from. `SparseTrainer` sets it. With a stock Trainer it is read
         from the checkpoint of the current step."""
@@ -154,19 +157,22 @@ class SparsityCallback(TrainerCallback):
             logger.warning("the run is finished, and a stock Trainer may train one more step: use SparseTrainer.")
         self.schedule = config.schedule(state.max_steps)
         pruner = Pruner(kwargs["model"], config)
+        run = new_run(pruner, self.schedule, kwargs.get("optimizer"), args.seed)
         if state.global_step > 0:
             resume_state = self.resume_state or ResumeState(_checkpoint_folder(args, state))
             with raise_on_all_ranks(CheckpointError):
                 resume_state.validate(pruner.groups, config, self.schedule, state.global_step, self.tuning)
-                resume_state.apply(pruner)
+                resume_state.apply(pruner, run)
                 if self.tuner is not None:
                     resume_state.start_tuner(self.tuner)
         elif previous is not None:
             keep_pruned(previous, pruner)
         pruner.apply_masks()
-        if self.tuner is not None and state.global_step == 0:
-            self.tuner.start(None)
-        self.pruner, self._zero_guard = pruner, ZeroGuard(pruner)
+        if state.global_step == 0:
+            run.start()
+            if self.tuner is not None:
+                self.tuner.start(None)
+        self.pruner, self.run, self._zero_guard = pruner, run, ZeroGuard(pruner)
         self._remove_gradient_hook()
         if is_deepspeed(kwargs.get("optimizer")):
             self._install_gradient_hook(pruner, kwargs["optimizer"], state)
@@ -203,8 +209,8 @@ class SparsityCallback(TrainerCallback):
                 shard.check_storage()
         if any(group.options.regrow for group in pruner.groups):
             raise NotImplementedError("regrow needs gradients at the prune step, which DeepSpeed has freed by then.")
-        if pruner.observes:
-            self._gradient_hook = observe_zero_gradients(optimizer, shards, lambda: self._observe(state))
+        if pruner.observes or self.run.requires_gradients:
+            self._gradient_hook = observe_zero_gradients(optimizer, shards, lambda: self._before_step(state))
 
     def _remove_gradient_hook(self) -> None:
         if self._gradient_hook is not None:
@@ -218,15 +224,17 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Observes the gradients, which are reduced, unscaled and clipped by now."""
         if self._gradient_hook is None:
-            self._observe(state)
+            self._before_step(state)
         if self.tuner is not None and self.pruner is not None:
             self.tuner.backward(self.pruner.masks)
 
-    def _observe(self, state: TrainerState) -> None:
-        if self.pruner is None or not self.pruner.observes or self._is_at_final_sparsity(state):
+    def _before_step(self, state: TrainerState) -> None:
+        if self.pruner is None:
             return
-        if not self.pruner.observe():
-            logger.info("step %d: gradients are not finite and are not counted.", state.global_step + 1)
+        step = state.global_step + 1
+        if self.pruner.observes and not self._is_at_final_sparsity(state) and not self.pruner.observe():
+            logger.info("step %d: gradients are not finite and are not counted.", step)
+        self.run.before_step(step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -237,11 +245,7 @@ class SparsityCallback(TrainerCallback):
             return
         if self.tuner is not None:
             self.tuner.write()
-        prune_step = self.schedule.prune_step(state.global_step + 1)
-        if prune_step is not None:
-            self.pruner.update(prune_step, self.schedule.total)
-        else:
-            self.pruner.enforce()
+        self.run.after_step(state.global_step + 1)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -318,7 +322,8 @@ class SparsityCallback(TrainerCallback):
         if self.pruner is None or not logs or "loss" not in logs or "sparsity" in logs:
             return {}
         target = self._target_after(self.schedule.done(state.global_step))
-        return {"sparsity": round(self.pruner.sparsity(), 6), "target_sparsity": round(target, 6)}
+        metrics = {"sparsity": round(self.pruner.sparsity(), 6), "target_sparsity": round(target, 6)}
+        return metrics | self.run.metrics()
 
     # Saving
 
@@ -355,7 +360,7 @@ class SparsityCallback(TrainerCallback):
                     delete_state_files(directory)
         with raise_on_all_ranks(OSError):
             if step is not None:
-                write_state_file(directory, self.pruner, self.schedule, step, is_main)
+                write_state_file(directory, self.pruner, self.schedule, step, is_main, self.run)
                 if self.tuner is not None and is_main:
                     self.tuner.save(directory, step)
             if is_main:
@@ -382,6 +387,7 @@ class SparsityCallback(TrainerCallback):
             return
         self._is_training = False
         self._remove_gradient_hook()
+        self.run.finish()
         if self._zero_guard is not None:
             self._zero_guard.remove_hooks()
         self.restore_zeros(state)

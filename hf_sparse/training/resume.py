@@ -18,6 +18,7 @@ from ..engine.pruner import Pruner
 from ..engine.saved_state import check_saved_state, is_count
 from ..files import STATE_FILE, TUNING_FILE, open_tensors, parse_json
 from ..schedulers import PruningSchedule
+from .algorithm_run import AlgorithmRun
 from .state_files import (
     FORMAT_VERSION,
     IN_STEPS,
@@ -102,8 +103,9 @@ def _check_description(values: Any, path: Path) -> None:
     processes = values["processes"]
     if not is_count(processes) or not 1 <= processes <= _MAX_PROCESSES:
         raise ValueError(f"its number of processes is {reprlib.repr(processes)}")
-    if not isinstance(values["config"], dict):
-        raise ValueError(f"its config is {reprlib.repr(values['config'])}")
+    for name in ("config", "algorithm"):
+        if not isinstance(values.get(name, {}), dict):
+            raise ValueError(f"its {name} is {reprlib.repr(values[name])}")
 
 
 def _damaged(path: Path, problem: Exception | str) -> CheckpointError:
@@ -265,14 +267,16 @@ class ResumeState:
                 "model, targets and exclude."
             )
 
-    def apply(self, pruner: Pruner) -> None:
-        """Gives the masks and statistics to a pruner, each rank its part.
+    def apply(self, pruner: Pruner, run: AlgorithmRun) -> None:
+        """Gives the masks and statistics to a pruner, and its state to the run of the algorithm, each rank its part.
 
         Raises:
             CheckpointError: they do not fit the weights.
         """
         try:
-            pruner.load_state_dict(*((file.tensors, file.values) for file in self.files))
+            states = [(file.tensors, file.values) for file in self.files]
+            pruner.load_state_dict(*states)
+            run.load(lambda kind: pruner.load_tensors(kind, *states), self.files[0].values.get("algorithm", {}))
         except (ValueError, KeyError) as error:
             first, *others = [file.path for file in self.files]
             where = f"{first} and {len(others)} more" if others else first

@@ -29,6 +29,7 @@ from ..files import (
     write_tensors,
 )
 from ..schedulers import PruningSchedule
+from .algorithm_run import AlgorithmRun
 
 
 METADATA_KEY = "hf_sparse"
@@ -78,7 +79,12 @@ def _state_files(directory: Path) -> list[Path]:
 
 
 def write_state_file(
-    directory: str | Path, pruner: Pruner, schedule: PruningSchedule, step: int, is_main: bool = True
+    directory: str | Path,
+    pruner: Pruner,
+    schedule: PruningSchedule,
+    step: int,
+    is_main: bool = True,
+    run: AlgorithmRun | None = None,
 ) -> None:
     """Writes what a resumed run needs at optimizer step `step`. All ranks call this; where every rank holds whole
     weights, the main one writes."""
@@ -86,7 +92,8 @@ def write_state_file(
     if shard_count == 1 and not is_main:
         return
     name = STATE_FILE if shard_count == 1 else state_shard_file(rank, shard_count)
-    tensors, values = pruner.state_dict()
+    tensors, values = pruner.state_dict(None if run is None else run.tensors())
+    values["algorithm"] = {} if run is None else run.values()
     values |= {"version": FORMAT_VERSION, "config": compared_options(pruner.config, schedule), "step": step}
     values["processes"] = get_communicator().world_size
     values["checksum"] = checksum(tensors, values)

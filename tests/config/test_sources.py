@@ -24,6 +24,7 @@ OTHER_VALUES = {
     "prune_every": 0.02,
     "initial_sparsity": 0.1,
     "regrow": 0.1,
+    "algorithm": "movement",
     "solver": "sparsegpt",
     "sequential": False,
     "forwards": 1,
@@ -110,7 +111,8 @@ def test_options_of_methods_on_the_command_line():
 
 def test_training_has_no_solver_and_oneshot_pruning_no_schedule():
     training, oneshot = set(PruningConfig.options()), set(OneshotConfig.options())
-    assert training - oneshot == set(PruningConfig.defaults) - set(OneshotConfig.defaults) | {"scheduler"}
+    only = set(PruningConfig.defaults) - set(OneshotConfig.defaults) | {"scheduler", "algorithm_kwargs"}
+    assert training - oneshot == only
     assert not {name for name in training if "solver" in name}
     with pytest.raises(TypeError, match="unexpected keyword argument 'solver'"):
         PruningConfig(solver="sparsegpt")
