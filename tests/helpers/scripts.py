@@ -1,8 +1,10 @@
 """Tiny models and files for the tests of the example scripts. Nothing is downloaded."""
 
+import importlib
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +163,14 @@ def zero_fraction(state_dict: dict, is_pruned) -> tuple[int, int]:
 def is_encoder_matrix(name: str) -> bool:
     """Returns whether the weight is a matrix of BERT's layers or pooler, not of embeddings or task head."""
     return name.startswith(("bert.encoder.", "bert.pooler.")) and name.endswith(".weight")
+
+
+def run_in_process(command: str, *more: str) -> None:
+    """Runs a command such as "python scripts/run_glue.py --do_train", with more arguments, in this process."""
+    program, script, *words = shlex.split(command)
+    if program != "python":
+        raise ValueError(f"{command} starts another program")
+    importlib.import_module(Path(script).stem).main([*words, *more])
 
 
 def run_script(script: str, argument: str, folder: Path) -> subprocess.CompletedProcess:

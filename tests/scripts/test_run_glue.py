@@ -1,5 +1,7 @@
 """Runs run_glue.py on a tiny BERT and small files."""
 
+import ast
+
 import pytest
 import run_glue
 import torch
@@ -340,6 +342,13 @@ def test_logging_is_quiet_on_other_processes(caplog):
 
     setup_logging(Arguments)
     assert "process 1 of 2" not in caplog.text
+
+
+@pytest.mark.parametrize("script", ["run_clm", "run_glue", "run_qa"])
+def test_a_script_is_a_program(script):
+    """One of them is started below."""
+    *_, last = ast.parse((SCRIPTS / f"{script}.py").read_text()).body
+    assert ast.unparse(last) == "if __name__ == '__main__':\n    main()"
 
 
 def test_the_script_runs_from_a_yaml_file(tiny_bert, tmp_path, files):

@@ -13,7 +13,6 @@ from helpers.scripts import (
     PLACES,
     is_encoder_matrix,
     read_json,
-    run_script,
     train_args,
     word_tokenizer,
     write_rows,
@@ -247,7 +246,7 @@ def test_squad_v2_splits_the_figures():
 
 
 def test_the_script_prunes_with_the_mixed_in_trainer(tiny_bert_qa, tmp_path):
-    """Runs the script in a process, with a .json file of arguments."""
+    """With a .json file of arguments."""
     file = write_rows(tmp_path / "rows.jsonl", question_rows(16))
     content = {
         "model_name_or_path": tiny_bert_qa,
@@ -263,8 +262,7 @@ def test_the_script_prunes_with_the_mixed_in_trainer(tiny_bert_qa, tmp_path):
         "target_sparsity": 0.5,
     }
     (tmp_path / "arguments.json").write_text(json.dumps(content))
-    done = run_script("run_qa.py", str(tmp_path / "arguments.json"), tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_qa.main([str(tmp_path / "arguments.json")])
     assert "eval_exact_match" in read_json(tmp_path / "out" / "eval_results.json")
     model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
     zeros, total = zero_fraction(model.state_dict(), is_encoder_matrix)
