@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from ..registry import format_value
 from ..requires import Requires
 from ..solvers import SOLVERS, Solver
 from .base import FLAG, PruningOptions, mappings, option
+from .distillation import DistillationOptions
 from .options import DEFAULT_SOLVER, merge_group_options
 from .pruning import PruningConfig
 from .quality import QUALITIES, RUN_OPTIONS, preset_options
@@ -221,14 +223,14 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     @classmethod
     def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
         schedule = set(ScheduleOptions.__annotations__) - {"schedule_defaults"}
+        schedule |= {field.name for field in dataclasses.fields(DistillationOptions)}
+        defaults = ScheduleOptions.schedule_defaults | DistillationOptions.distillation_defaults
         given = {
-            name: values[name]
-            for name in schedule & values.keys()
-            if values[name] not in (None, ScheduleOptions.schedule_defaults.get(name))
+            name: values[name] for name in schedule & values.keys() if values[name] not in (None, defaults.get(name))
         }
         if given:
             names = ", ".join(f"{name} ({value!r})" for name, value in sorted(given.items()))
-            raise ValueError(f"{where}one-shot pruning has a single prune step and no schedule: remove {names}.")
+            raise ValueError(f"{where}one-shot pruning has a single prune step and does not train: remove {names}.")
         return {name: value for name, value in values.items() if name not in schedule}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -10,12 +11,13 @@ from ..algorithms import ALGORITHMS, Algorithm
 from ..patterns import get_pattern
 from ..schedulers import PruningSchedule, Scheduler, get_scheduler
 from .base import PruningOptions
+from .distillation import DistillationOptions, distillation_errors
 from .options import DEFAULT_SOLVER
 from .schedule import ScheduleOptions
 
 
 @dataclass
-class PruningConfig(ScheduleOptions, PruningOptions):
+class PruningConfig(ScheduleOptions, DistillationOptions, PruningOptions):
     """What to prune during training, and when.
 
     Nothing is pruned unless `target_sparsity` is given, a pattern implies one (2:4), `groups` are, or `keep_zeros`.
@@ -41,7 +43,9 @@ movement, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "ma
         - target_sparsity is 1.5: it must be a number from 0 to 1 (0.8 prunes 80%).
     """
 
-    defaults: ClassVar[dict[str, Any]] = PruningOptions.defaults | ScheduleOptions.schedule_defaults
+    defaults: ClassVar[dict[str, Any]] = (
+        PruningOptions.defaults | ScheduleOptions.schedule_defaults | DistillationOptions.distillation_defaults
+    )
     run_options: ClassVar[tuple[str, ...]] = (
         *PruningOptions.run_options,
         "algorithm",
@@ -49,7 +53,12 @@ movement, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "ma
         "prune_start",
         "prune_end",
         "prune_every",
+        *(field.name for field in dataclasses.fields(DistillationOptions)),
     )
+
+    def _errors(self) -> list[str]:
+        checked, _ = self._check_types(self._values())
+        return [*super()._errors(), *distillation_errors(checked)]
 
     @classmethod
     def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..config import PruningConfig, PruningConfigError
 from ..distributed import raise_on_all_ranks
 from ..engine.resolve import removal_warnings, resolve_layers
 from ..files import SHRINK_FILE
 from ..hub.shrinking import shrink_folder
+from .whole_weights import loading_whole_weights
 
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class ShrinkMixin(TrainerBase):
             return
         model_class = _model_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         try:
-            with _loading_whole_weights(self.accelerator):
+            with loading_whole_weights(self.accelerator):
                 plan = shrink_folder(directory, model_class, heterogeneous)
         except Exception as error:
             # Other ranks may wait for this one in what follows: all raise together at the end of `save_model`.
@@ -123,15 +123,3 @@ class ShrinkMixin(TrainerBase):
 def _model_class(model: nn.Module) -> Any:
     """Returns the class of a model, without what FSDP adds to it."""
     return next(base for base in type(model).__mro__ if not base.__module__.startswith("torch."))
-
-
-@contextmanager
-def _loading_whole_weights(accelerator: Any) -> Iterator[None]:
-    """Within, `from_pretrained` does not split weights over ranks, as it does in a process that uses ZeRO-3."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if plugin is not None:
-            set_hf_deepspeed_config(plugin.hf_ds_config)

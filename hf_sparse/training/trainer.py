@@ -19,6 +19,7 @@ from ..hub.upload import UploadError, hide_token
 from .best_metric import unblock_best_metric
 from .callback import GIVEN_TWICE, SparsityCallback
 from .checkpoint_search import find_checkpoint_error, newest_complete_checkpoint, read_step
+from .distillation.mixin import DistillationMixin
 from .model_card import write_trainer_card
 from .resume import CheckpointError, ResumeState
 from .shrinking import ShrinkMixin, check_shrink
@@ -30,7 +31,7 @@ from .uploads import HubUploadMixin
 logger = logging.getLogger(__name__)
 
 
-class SparseTrainerMixin(ShrinkMixin, TuningMixin, HubUploadMixin):
+class SparseTrainerMixin(ShrinkMixin, TuningMixin, DistillationMixin, HubUploadMixin):
     """Adds pruning to any Trainer: `class MyTrainer(SparseTrainerMixin, SomeTrainer)`. It keeps that trainer's
     signature.
 
@@ -140,7 +141,7 @@ class SparseTrainerMixin(ShrinkMixin, TuningMixin, HubUploadMixin):
             resume_from_checkpoint = self.resumed_from = None if state is None else str(state.checkpoint)
             callback.resume_state = state
         try:
-            with self._tuning():
+            with self._distilling(), self._tuning():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if callback is not None:
@@ -266,9 +267,11 @@ class SparseTrainerMixin(ShrinkMixin, TuningMixin, HubUploadMixin):
     setattr(create_model_card, "__signature__", inspect.signature(Trainer.create_model_card))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's `log`, with the sparsity at each logging step, for every reporting integration."""
+        """Trainer's `log`, with the sparsity and the terms of the loss at each logging step, for every reporting
+        integration."""
         if self.sparsity_callback is not None:
             logs.update(self.sparsity_callback.sparsity_metrics(logs, self.state))
+            logs.update(self._distillation_metrics(logs))
         super().log(logs, *args, **kwargs)
 
 

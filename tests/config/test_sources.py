@@ -25,6 +25,9 @@ OTHER_VALUES = {
     "initial_sparsity": 0.1,
     "regrow": 0.1,
     "algorithm": "movement",
+    "distill_alpha": 0.5,
+    "distill_temperature": 3.0,
+    "distill_hidden": 0.5,
     "solver": "sparsegpt",
     "sequential": False,
     "forwards": 1,
@@ -40,6 +43,7 @@ NEEDED = {
     "initial_sparsity": {"target_sparsity": 0.5},
     "permute": {"pattern": "2:4"},
     "regrow": {"scope": "layer"},
+    **{f"distill_{name}": {"distill_teacher": "self"} for name in ("alpha", "temperature", "hidden")},
 }
 """Further options with which the value is valid."""
 
@@ -111,8 +115,8 @@ def test_options_of_methods_on_the_command_line():
 
 def test_training_has_no_solver_and_oneshot_pruning_no_schedule():
     training, oneshot = set(PruningConfig.options()), set(OneshotConfig.options())
-    only = set(PruningConfig.defaults) - set(OneshotConfig.defaults) | {"scheduler", "algorithm_kwargs"}
-    assert training - oneshot == only
+    only = {"scheduler", "algorithm_kwargs", "distill_teacher", "distill_teacher_dtype"}
+    assert training - oneshot == set(PruningConfig.defaults) - set(OneshotConfig.defaults) | only
     assert not {name for name in training if "solver" in name}
     with pytest.raises(TypeError, match="unexpected keyword argument 'solver'"):
         PruningConfig(solver="sparsegpt")
@@ -122,7 +126,7 @@ def test_training_has_no_solver_and_oneshot_pruning_no_schedule():
 
 SCHEDULE = {"prune_end": 0.5, "scheduler": "iterative"}
 SCHEDULE_ERROR = (
-    "one-shot pruning has a single prune step and no schedule: remove prune_end (0.5), scheduler ('iterative')."
+    "one-shot pruning has a single prune step and does not train: remove prune_end (0.5), scheduler ('iterative')."
 )
 
 

@@ -1,0 +1,80 @@
+"""Options of distillation, which only training has: a teacher, and how its outputs enter the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+from ..registry import format_value
+from .base import option
+from .validation import choice_error
+
+
+SELF = "self"
+"""The teacher that is a copy of the weights that a run starts from."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class DistillationOptions:
+    """A teacher, and the weights of the terms of the loss, (1 - alpha) * task + alpha * logits + hidden * states."""
+
+    distill_teacher: str | None = option(
+        "Teacher to distill from: folder or Hub name of a dense model that is fine-tuned for the task, or self, a "
+        "copy of the weights that the run starts from. Left out: no distillation."
+    )
+    distill_alpha: float | None = option(
+        "Weight of the loss between the logits of student and teacher, from 0 to 1 (0.9 by default); the loss of the "
+        "task has the rest."
+    )
+    distill_temperature: float | None = option(
+        "Temperature by which both logits are divided (2 by default); the loss is multiplied by its square."
+    )
+    distill_hidden: float | None = option(
+        "Weight of the loss between hidden states (SquareHead): squared distance to those of the teacher, relative to "
+        "their own square, mean over layers. 0 (the default): none."
+    )
+    distill_teacher_dtype: str | None = option(
+        "Type of the teacher's weights: float32, bfloat16 or float16. Left out: that of its files, or with self that "
+        "of the model."
+    )
+
+    distillation_defaults: ClassVar[dict[str, object]] = {
+        "distill_alpha": 0.9,
+        "distill_temperature": 2.0,
+        "distill_hidden": 0.0,
+    }
+
+    @property
+    def distills(self) -> bool:
+        """Whether there is a teacher."""
+        return self.distill_teacher is not None
+
+
+def distillation_errors(options: SimpleNamespace) -> Iterator[str]:
+    """Yields the errors of the options of distillation, whose types have been checked."""
+    alpha, temperature, hidden = options.distill_alpha, options.distill_temperature, options.distill_hidden
+    if not 0 <= alpha <= 1:
+        yield f"distill_alpha is {format_value(alpha)}: it must be a number from 0 to 1, as in 0.9."
+    if not 0 < temperature < float("inf"):
+        yield f"distill_temperature is {format_value(temperature)}: it must be a number above 0, as in 2.0."
+    if not 0 <= hidden < float("inf"):
+        yield f"distill_hidden is {format_value(hidden)}: it must be 0, for none, or a number above it, as in 1.0."
+    if options.distill_teacher_dtype is not None:
+        error = choice_error("distill_teacher_dtype", options.distill_teacher_dtype, DTYPES)
+        if error:
+            yield error
+    if options.distill_teacher == "":
+        yield 'distill_teacher is "": name a folder or a model of the Hub, or self, or leave it out.'
+    defaults = {**DistillationOptions.distillation_defaults, "distill_teacher_dtype": None}
+    if options.distill_teacher is None:
+        given = [name for name, default in defaults.items() if getattr(options, name) != default]
+        if given:
+            yield f'{", ".join(given)} need a teacher: add distill_teacher, as in distill_teacher="path/to/dense".'
+    elif alpha == 0 and hidden == 0:
+        yield (
+            "distill_alpha and distill_hidden are 0, so that nothing is learned from distill_teacher: raise one of "
+            "them, as in distill_alpha=0.9, or leave distill_teacher out."
+        )
