@@ -4,6 +4,8 @@ import importlib.util
 import json
 import re
 import subprocess
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from helpers.scripts import SCRIPTS
@@ -38,13 +40,17 @@ BENCHES = {
         ],
     ),
     "step": (
-        ["--steps", "16", "--batch", "2", "--tokens", "8", "--threads", "1", *SMALL],
+        ["--steps", "16", "--batch", "2", "--tokens", "8", "--threads", "1", "--trainings", "gradual", *SMALL],
         [
-            "steps of 2 x 8 tokens, medians of 3",
+            "steps of 2 x 8 tokens, medians over steps",
             *(
                 f"{criterion} +1 thread.*: step +N ms without, ratio in situ N, whole steps interleaved N, "
                 "1.00 byte of mask per weight, a prune step N steps"
                 for criterion in ("magnitude", "snip_momentum")
+            ),
+            *(
+                f"{name} +1 thread.*: step +N ms without, unstructured, ratio N [(]N to N[)], with a prune step N"
+                for name in ("gradual",)
             ),
         ],
     ),
@@ -191,6 +197,28 @@ def test_the_quality_of_training_is_measured_once_per_row(training, tmp_path, ca
     last_lines(captured.out, [line("2:4", r"magnitude\+layer", 2, "50.00%")])
     training("--table")
     last_lines(capsys.readouterr().out, [line("2:4", r"magnitude\+layer", 2, "50.00%")])
+
+
+def test_the_error_of_one_of_several_threads_ends_all(bench):
+    del bench  # its folder is imported from
+    turns, order = importlib.import_module("turns"), []
+
+    def work(name, switch):
+        for step in range(3):
+            switch()
+            order.append(f"{name}{step}")
+            if name == "b" and step == 1:
+                raise ValueError("b fails")
+
+    with pytest.raises(ValueError, match="b fails"):
+        turns.run_in_turns([partial(work, name) for name in "abc"])
+    assert order == ["a0", "b0", "c0", "a1", "b1"]
+
+
+def test_all_trainings_in_turns_have_valid_options(bench, tmp_path):
+    options = SimpleNamespace(steps=16, batch=2)
+    for name in bench.step.TRAININGS:
+        assert bench.step.sparse_arguments(str(tmp_path), name, options).resolve_groups()["weights"].target >= 0.5
 
 
 def test_no_benchmark_is_left_out(bench):
