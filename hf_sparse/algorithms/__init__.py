@@ -1,9 +1,10 @@
 """Algorithms: how training finds the zeros. One file each."""
 
-from . import gradual
+from . import elsa, gradual
 from .base import ALGORITHMS, DEFAULT_ALGORITHM, Algorithm, register_algorithm
+from .constrained import ConstrainedTraining
 from .learned_mask import LearnedMask, MaskContext
 
 
-__all__ = ["ALGORITHMS", "DEFAULT_ALGORITHM", "Algorithm", "LearnedMask", "MaskContext", "register_algorithm"]
-__all__ += ["gradual"]
+__all__ = ["ALGORITHMS", "DEFAULT_ALGORITHM", "Algorithm", "ConstrainedTraining", "LearnedMask", "MaskContext"]
+__all__ += ["elsa", "gradual", "register_algorithm"]

@@ -14,10 +14,12 @@ class ScheduleOptions:
     """When to prune: the schedule of prune steps, and how the sparsity increases over them."""
 
     algorithm: Algorithm | str | None = option(
-        "Pruning algorithm, how training finds the zeros: gradual (the default: prune steps by the criterion), or a "
-        "registered one."
+        "Pruning algorithm, how training finds the zeros: gradual (the default: prune steps by the criterion), elsa "
+        "(weights are drawn to a sparse point that each prune step selects anew), or a registered one."
     )
-    algorithm_kwargs: dict[str, Any] | str | None = option("Options of the algorithm, as JSON.")
+    algorithm_kwargs: dict[str, Any] | str | None = option(
+        'Options of the algorithm, as JSON: {"strength": 0.1} for elsa.'
+    )
     scheduler: str | None = option(
         "Scheduler: oneshot, iterative, or a registered one. Left out: oneshot when prune_start equals prune_end, "
         "else iterative."

@@ -6,7 +6,7 @@ The only package that imports torch.distributed, DeepSpeed or accelerate.
 from .build import build_shards
 from .communicator import SINGLE_PROCESS, Communicator, get_communicator, init_distributed, raise_on_all_ranks
 from .offload import input_device, is_offloaded, iter_parameters, onload
-from .optimizer_state import optimizer_state
+from .optimizer_state import elementwise_state_keys, optimizer_name, optimizer_state
 from .redistribute import Transfer, redistribute
 from .regions import ShardRegion, full_region, regions_of_range
 from .resharding import load_local_part
@@ -21,6 +21,7 @@ __all__ = [
     "ShardRegion",
     "Transfer",
     "build_shards",
+    "elementwise_state_keys",
     "full_region",
     "full_shape",
     "get_communicator",
@@ -32,6 +33,7 @@ __all__ = [
     "load_local_part",
     "observe_zero_gradients",
     "onload",
+    "optimizer_name",
     "optimizer_state",
     "raise_on_all_ranks",
     "redistribute",

@@ -47,7 +47,8 @@ class DTensorShard(Shard):
     def gradient(self) -> torch.Tensor | None:
         gradient = self.parameter.grad
         if gradient is not None and gradient.placements != self.parameter.placements:
-            gradient = gradient.redistribute(placements=self.parameter.placements)
+            # Kept, so that what is written to the gradient reaches the optimizer.
+            gradient = self.parameter.grad = gradient.redistribute(placements=self.parameter.placements)
         return None if gradient is None else to_local(gradient)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ def optimizer_state(optimizer: Any, shards: Mapping[str, Shard]) -> dict[str, di
 
     Returns:
         Parameter name -> key of the state, such as "exp_avg_sq" -> tensor of the shape of `shard.tensor`. A weight
-        without state is left out: before the first step, and where this rank holds no entry of a weight.
+        without state is left out: before the first step, and where this rank holds no entry of a weight. A weight
+        whose state is not elementwise has {}.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -37,19 +39,46 @@ def optimizer_state(optimizer: Any, shards: Mapping[str, Shard]) -> dict[str, di
         >>> optimizer_state(optimizer, {"weight": Shard(weight)})["weight"]["exp_avg_sq"]
         tensor([0.0010, 0.0010])
     """
-    state = _innermost(optimizer).state
+    state, found = _innermost(optimizer).state, {}
     flat = [name for name, shard in shards.items() if isinstance(shard, ZeroShard)]
     positions = positions_in_masters([shards[name] for name in flat], state if flat else ())
-    found = {}
     for name, position in zip(flat, positions, strict=True):
-        if position is not None:
+        if position is not None and (own := state[position[0]]):
             master, entries = position
-            found[name] = {
-                key: value.view(-1)[entries] for key, value in _elementwise(state[master], master.shape).items()
-            }
+            found[name] = {key: value.view(-1)[entries] for key, value in _elementwise(own, master.shape).items()}
     for name in shards.keys() - set(flat):
-        found[name] = _elementwise(state.get(shards[name].parameter, {}), shards[name].tensor.shape)
-    return {name: found[name] for name in shards if found.get(name)}
+        if own := state.get(shards[name].parameter):
+            found[name] = _elementwise(own, shards[name].tensor.shape)
+    return {name: found[name] for name in shards if name in found}
+
+
+def elementwise_state_keys(optimizer: Any) -> set[str] | None:
+    """Returns the keys of the elementwise state that an optimizer will hold of a matrix, before its first step.
+
+    A new optimizer of the same class and options takes one step on a small matrix. None if there is no such optimizer.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> sorted(elementwise_state_keys(torch.optim.AdamW([weight])))
+        ['exp_avg', 'exp_avg_sq']
+    """
+    inner = _innermost(optimizer)
+    devices = [parameter.device for group in inner.param_groups for parameter in group["params"]]
+    weight = torch.nn.Parameter(torch.zeros(2, 2, device=devices[0] if devices else "cpu"))
+    weight.grad = torch.ones_like(weight)
+    taken = inspect.signature(type(inner)).parameters
+    options = {name: value for name, value in inner.defaults.items() if name in taken}
+    try:
+        probe = type(inner)([weight], **options)
+        probe.step()
+    except Exception:  # A class of others: whatever it raises, nothing is known about it.
+        return None
+    return set(optimizer_state(probe, {"": Shard(weight)}).get("", {}))
+
+
+def optimizer_name(optimizer: Any) -> str:
+    """Returns the class name of the optimizer of torch inside the wrappers of accelerate and DeepSpeed."""
+    return type(_innermost(optimizer)).__name__
 
 
 def _innermost(optimizer: Any) -> Any:

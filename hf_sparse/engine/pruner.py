@@ -74,7 +74,7 @@ class Pruner:
         names = [name for group in resolved for name in group.parameter_shapes]
         self.shards = {name: self._all_shards[name] for name in names}
         self.parameters: dict[str, torch.Tensor] = {name: shard.parameter for name, shard in self.shards.items()}
-        self.masks = self._new_masks()
+        self.masks = self.new_masks()
         self._full_masks = MaskStore(
             {name: (shard.shape, shard.parameter.device) for name, shard in self.shards.items() if shard.has_full_copy}
         )
@@ -83,7 +83,8 @@ class Pruner:
             for group in self.groups:
                 group.keep_zeros(self.shards, self.masks)
 
-    def _new_masks(self) -> MaskStore:
+    def new_masks(self) -> MaskStore:
+        """Returns masks of the selected weights, as far as this rank holds them, that keep everything."""
         tensors = {name: shard.tensor for name, shard in self.shards.items()}
         return MaskStore({name: (tensor.shape, tensor.device) for name, tensor in tensors.items()})
 
@@ -140,22 +141,26 @@ class Pruner:
         self.apply_masks()
         return self.report()
 
-    def select(self, prune_step: int, total: int, scores: Mapping[str, torch.Tensor]) -> None:
+    def select(
+        self, prune_step: int, total: int, scores: Mapping[str, torch.Tensor], masks: MaskStore | None = None
+    ) -> None:
         """Carries out prune step `prune_step` of `total` by given scores: new masks, in which weights that were pruned
         may return, and their zeros. All ranks call this.
 
         Args:
             prune_step, total: this prune step, from 1, of how many.
             scores: float32 of each selected weight by name, of the shape of its shard's tensor; higher is kept.
+            masks: from `new_masks`, which are replaced instead of the pruner's own; then no weight becomes zero.
 
         Raises:
             RuntimeError: ranks have different masks for the same weights.
             ValueError: scores are nan.
         """
         for group in self.groups:
-            group.select(prune_step, total, scores, self.shards, self.masks)
-        self._check_masks_across_ranks()
-        self.apply_masks()
+            group.select(prune_step, total, scores, self.shards, self.masks if masks is None else masks)
+        self._check_masks_across_ranks(masks)
+        if masks is None:
+            self.apply_masks()
 
     def apply_masks(self) -> None:
         """Enforces changed masks: distributes them to the ranks that hold full copies of sharded weights, and sets
@@ -211,13 +216,13 @@ class Pruner:
         if name in self._full_masks and (copy := shard.full_copy) is not None:
             yield copy, self._full_masks
 
-    def _check_masks_across_ranks(self) -> None:
+    def _check_masks_across_ranks(self, masks: MaskStore | None = None) -> None:
         """Raises RuntimeError when ranks that hold the same weights have different masks for them."""
-        ranks = get_communicator()
+        ranks, masks = get_communicator(), self.masks if masks is None else masks
         if ranks.world_size == 1:
             return
         names = list(self.shards)
-        digests = ranks.all_gather(torch.tensor([self.masks.digest_of(name) for name in names], dtype=torch.int64))
+        digests = ranks.all_gather(torch.tensor([masks.digest_of(name) for name in names], dtype=torch.int64))
         for name, by_rank in zip(names, torch.stack(digests, dim=1).tolist(), strict=True):
             regions = self.shards[name].regions_by_rank
             held = regions * ranks.world_size if len(regions) == 1 else regions
@@ -306,7 +311,7 @@ class Pruner:
         """
         for _, values in states:
             check_saved_state(values)
-        masks = self._new_masks()
+        masks = self.new_masks()
         for name, shard in self.shards.items():
             mask = self._load_local("mask", name, states).to(shard.tensor.device)
             nonzero = int(torch.count_nonzero(shard.tensor[~mask]))

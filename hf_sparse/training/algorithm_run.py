@@ -90,8 +90,3 @@ class AlgorithmRun:
         Raises:
             ValueError: something is missing, or does not fit.
         """
-
-
-def new_run(pruner: Pruner, schedule: PruningSchedule, optimizer: Any, seed: int) -> AlgorithmRun:
-    """Returns the run of the algorithm that the options name, by its kind."""
-    return AlgorithmRun(pruner, schedule, optimizer, seed)

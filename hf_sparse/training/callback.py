@@ -19,9 +19,10 @@ from ..hub.upload import hide_token
 from ..reporting.plots import plot_layers, plot_schedule
 from ..reporting.report import SparsityReport, write_report_and_config
 from ..schedulers import PruningSchedule
-from .algorithm_run import AlgorithmRun, new_run
+from .algorithm_run import AlgorithmRun
 from .arguments import SparseTrainingArguments
 from .best_metric import block_best_metric, clear_best_metric, unblock_best_metric
+from .new_run import new_run
 from .resume import CheckpointError, ResumeState, keep_pruned
 from .state_files import delete_state_files, write_state_file
 from .tuning import TUNINGS, Tuning

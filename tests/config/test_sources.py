@@ -24,7 +24,7 @@ OTHER_VALUES = {
     "prune_every": 0.02,
     "initial_sparsity": 0.1,
     "regrow": 0.1,
-    "algorithm": "movement",
+    "algorithm": "elsa",
     "distill_alpha": 0.5,
     "distill_temperature": 3.0,
     "distill_hidden": 0.5,

@@ -1,0 +1,63 @@
+"""Base class of algorithms that train under the constraint that the weights have the zeros of the target."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from types import SimpleNamespace
+
+import torch
+
+from ..patterns import Pattern
+from .base import Algorithm
+
+
+class ConstrainedTraining(Algorithm):
+    """min loss(x) such that x is in S, the weights with the zeros of the pattern at the scheduled sparsity, by ADMM.
+
+    z is a point of S and u the scaled dual variable of the constraint x = z:
+
+        x <- steps of the trainer's own optimizer on loss + strength / 2 ‖x - z + u‖^2
+        z <- projection of x + u on S: its units with the lowest scores are zero
+        u <- u + x - z
+
+    z and u change at the prune steps of the schedule. At the last one x is projected itself, and training goes on
+    without the penalty and with these zeros. `ConstrainedRun` does this on the shards of each rank; subclasses have
+    the formulas.
+    """
+
+    uses_criterion = False
+    default_scope = "global"
+
+    @abstractmethod
+    def strength_at(self, fraction: float) -> float:
+        """Returns the strength of the penalty after this fraction, above 0 and below 1, of the prune steps: a positive
+        number."""
+
+    @abstractmethod
+    def scores(self, point: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
+        """Returns the importance scores by which a point is projected; higher is kept.
+
+        Args:
+            point: float32; not modified.
+            second_moment: float32 of the same shape, the running mean of squared gradients that the optimizer holds;
+                not modified.
+
+        Returns:
+            A new tensor of the same shape: float32, finite where the arguments are.
+        """
+
+    def option_errors(self, options: SimpleNamespace, pattern: Pattern) -> list[str]:
+        """Returns the errors of options that are not supported: coupled units, and zeros that are kept."""
+        name = options.algorithm
+        errors = []
+        if pattern.coupled_kind is not None:
+            errors.append(
+                f'algorithm "{name}" projects weights and blocks, not units of pattern "{pattern}": use '
+                'pattern="unstructured", a block such as pattern="4x1", or algorithm="gradual".'
+            )
+        if options.keep_zeros:
+            errors.append(
+                f'keep_zeros is set, but algorithm "{name}" selects all zeros anew: leave keep_zeros out, or use '
+                'algorithm="gradual".'
+            )
+        return errors

@@ -1,0 +1,189 @@
+"""ConstrainedRun: training under the constraint that the weights have the zeros of the target, by ADMM."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+
+from ..algorithms.constrained import ConstrainedTraining
+from ..distributed import elementwise_state_keys, optimizer_name, optimizer_state
+from ..engine.masks import MaskStore
+from ..engine.pruner import Pruner
+from ..engine.saved_state import is_count
+from ..schedulers import PruningSchedule
+from .algorithm_run import AlgorithmRun
+
+
+logger = logging.getLogger(__name__)
+
+_SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
+"""The key of the second moment in the state of optimizers: of the Adam family, and of RMSprop."""
+
+
+class ConstrainedRun(AlgorithmRun):
+    """Draws the weights x to a sparse point z, which each prune step projects anew; see `ConstrainedTraining`.
+
+    Memory: z and the dual variable u are both parts of the projected point p = x + u, since z = p and u = 0 where the
+    mask keeps a weight, and z = 0 and u = p elsewhere. So z - u, which is all that the penalty needs, takes 4 bytes
+    for each selected weight, float32 whatever the dtype of the weight, and the mask of z one more. A prune step has
+    4 bytes more for the scores, and the checkpoint 8 bytes for z and u.
+
+    Raises:
+        NotImplementedError: the optimizer holds no second moment of each weight.
+    """
+
+    requires_gradients = True
+
+    def __init__(self, pruner: Pruner, schedule: PruningSchedule, optimizer: Any, seed: int):
+        super().__init__(pruner, schedule, optimizer, seed)
+        options = next(group.options for group in pruner.groups if group.target)
+        self._algorithm, self._name = cast(ConstrainedTraining, options.algorithm), options.algorithm_name
+        keys = elementwise_state_keys(optimizer)
+        if keys is not None and keys.isdisjoint(_SECOND_MOMENTS):
+            raise NotImplementedError(self._refusal("each weight"))
+        self._shards = {
+            layer.name: pruner.shards[layer.name] for group in pruner.groups if group.target for layer in group.layers
+        }
+        self._masks = MaskStore({})
+        """Where z is not zero."""
+        self._targets: dict[str, torch.Tensor] = {}
+        """z - u of each weight; empty before the first and after the last prune step."""
+        self._prune_step = 0
+        """At which z was projected."""
+
+    def _refusal(self, what: str) -> str:
+        return (
+            f'algorithm "{self._name}" projects weights by the second moment that Adam holds of {what}, which '
+            f'{optimizer_name(self.optimizer)} does not: use optim="adamw_torch", or algorithm="gradual".'
+        )
+
+    def _strength(self, prune_steps: int) -> float:
+        """Returns the strength of the penalty after this number of prune steps."""
+        return self._algorithm.strength_at(prune_steps / self.schedule.total)
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Adds the gradient of the penalty, strength (x - z + u), to that of the loss."""
+        if not self._targets:
+            return
+        strength = self._strength(self._prune_step)
+        for name, target in self._targets.items():
+            gradient = self._shards[name].gradient
+            if gradient is not None:
+                gradient.add_(torch.sub(self._shards[name].tensor, target), alpha=strength)
+
+    def after_step(self, step: int) -> None:
+        prune_step = self.schedule.prune_step(step)
+        if prune_step is None or not self._has_state(prune_step):
+            self.pruner.enforce()
+        elif prune_step < self.schedule.total:
+            self._project_point(prune_step)
+            self.pruner.enforce()
+        else:
+            scores = self._scores({name: shard.tensor for name, shard in self._shards.items()})
+            self.pruner.select(prune_step, self.schedule.total, scores)
+            self._targets, self._masks = {}, MaskStore({})
+
+    def _has_state(self, prune_step: int) -> bool:
+        """Whether the optimizer has taken a step. All ranks call this.
+
+        Raises:
+            RuntimeError: it has not, up to the last prune step.
+        """
+        if self.pruner.communicator.any(bool(optimizer_state(self.optimizer, self._shards))):
+            return True
+        if prune_step == self.schedule.total:
+            raise RuntimeError(
+                f'algorithm "{self._name}" cannot reach its target: the optimizer has taken no step up to the last '
+                "prune step, because no gradient was finite. Prune later (prune_end), or lower the loss scale."
+            )
+        logger.warning("prune step %d of %d: no finite gradient so far.", prune_step, self.schedule.total)
+        return False
+
+    @torch.no_grad()
+    def _project_point(self, prune_step: int) -> None:
+        """Projects p = x + u onto the zeros of this prune step: z becomes p where it is kept, and u elsewhere."""
+        points = self._targets
+        if not points:
+            self._masks = self.pruner.new_masks()
+            points = {
+                name: torch.zeros_like(shard.tensor, dtype=torch.float32) for name, shard in self._shards.items()
+            }
+        for name, point in points.items():
+            # u = -(z - u) where z is zero.
+            point.neg_().masked_fill_(self._masks[name], 0).add_(self._shards[name].tensor)
+        self.pruner.select(prune_step, self.schedule.total, self._scores(points), self._masks)
+        # strength * u, the dual variable itself, does not change with the strength.
+        ratio = self._strength(self._prune_step) / self._strength(prune_step) if self._targets else 1.0
+        for name, point in points.items():
+            torch.where(self._masks[name], point, point * -ratio, out=point)
+        self._targets, self._prune_step = points, prune_step
+
+    def _scores(self, points: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the scores of points, all ranks at once.
+
+        Raises:
+            NotImplementedError: the optimizer holds no second moment of one of the weights.
+        """
+        state = optimizer_state(self.optimizer, self._shards)
+        scores, refused = {}, None
+        for name, point in points.items():
+            moments = [state[name][key] for key in _SECOND_MOMENTS if key in state.get(name, {})]
+            if not moments and name in state:
+                refused = refused or NotImplementedError(self._refusal(f'"{name}"'))
+            # A weight without a gradient so far has no state.
+            moment = moments[0].float() if moments else torch.zeros_like(point, dtype=torch.float32)
+            scores[name] = self._algorithm.scores(point.float(), moment)
+        self.pruner.communicator.raise_together(refused)
+        return scores
+
+    # Logs
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Returns the strength of the next step and the residual of the constraint, ‖x - z‖ / ‖x‖ over all weights."""
+        if not self._targets:
+            return {}
+        device = next(iter(self._targets.values())).device
+        total = torch.zeros(2, device=device)
+        for name, target in self._targets.items():
+            if self._shards[name].is_primary:
+                weight = self._shards[name].tensor.to(target.dtype)
+                residual = torch.where(self._masks[name], weight - target, weight)
+                total += torch.stack([residual.square().sum(), weight.square().sum()])
+        self.pruner.communicator.all_reduce(total)
+        residual_norm, norm = total.sqrt().tolist()
+        return {
+            "constraint_strength": self._strength(self._prune_step),
+            "constraint_residual": residual_norm / norm if norm else 0.0,
+        }
+
+    # Saving and resuming
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        split, dual = {}, {}
+        for name, target in self._targets.items():
+            split[name] = target.masked_fill(~self._masks[name], 0)
+            dual[name] = (-target).masked_fill_(self._masks[name], 0)
+        return {"split": split, "dual": dual} if split else {}
+
+    def values(self) -> dict[str, Any]:
+        return {"prune_step": self._prune_step} if self._targets else {}
+
+    def load(self, read: Callable[[str], dict[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
+        prune_step = values.get("prune_step")
+        if prune_step is None:
+            return
+        if not (is_count(prune_step) and 0 < prune_step < self.schedule.total):
+            raise ValueError(f"its prune step is {prune_step!r}: there are {self.schedule.total}.")
+        split, dual, self._masks = read("split"), read("dual"), self.pruner.new_masks()
+        for name, shard in self._shards.items():
+            if name not in split or name not in dual:
+                raise ValueError(f'the sparse point of "{name}" is missing.')
+            device = shard.tensor.device
+            self._masks.replace(name, (split[name] != 0).to(device))
+            self._targets[name] = (split[name] - dual[name]).to(device)
+        self._prune_step = prune_step
