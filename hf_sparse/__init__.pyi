@@ -15,6 +15,7 @@ from .integrations.merge_report import MergeReport
 from .integrations.peft import merge_and_unload, merged_adapter
 from .oneshot import ResumeError, calibration_batches, evaluate_model, plan_oneshot, prune_oneshot
 from .patterns import Pattern, register_pattern
+from .penalties import Penalty, register_penalty
 from .plugins import load_plugin
 from .reporting.report import SparsityReport
 from .requires import Requires
@@ -55,6 +56,7 @@ __all__ = [
     "OneshotConfig",
     "OneshotScheduler",
     "Pattern",
+    "Penalty",
     "Pruner",
     "PruningConfig",
     "PruningConfigError",
@@ -93,6 +95,7 @@ __all__ = [
     "register_criterion",
     "register_curve",
     "register_pattern",
+    "register_penalty",
     "register_scheduler",
     "register_solver",
     "register_tune",

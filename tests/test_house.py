@@ -14,6 +14,7 @@ from hf_sparse.allocations import ALLOCATIONS
 from hf_sparse.config.validation import SCOPES
 from hf_sparse.criteria import CRITERIA
 from hf_sparse.patterns import PATTERNS
+from hf_sparse.penalties import PENALTIES
 from hf_sparse.schedulers import CURVES, SCHEDULERS
 from hf_sparse.solvers import SOLVERS
 
@@ -38,14 +39,14 @@ FLOORS = [
     {"methods", "model", "patterns", "reporting", "schedulers", "statistics"},
     {"allocations", "criteria", "evaluation", "inspection", "structured"},
     {"selection"},
-    {"algorithms", "solvers"},
+    {"algorithms", "penalties", "solvers"},
     {"config"},
     {"engine", "hub"},
     {"export", "integrations", "oneshot", "training"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}
-METHODS = {"algorithms", "allocations", "criteria", "patterns", "schedulers", "solvers", "statistics"}
+METHODS = {"algorithms", "allocations", "criteria", "patterns", "penalties", "schedulers", "solvers", "statistics"}
 USES_TRANSFORMERS = {"calibration", "evaluation", "export", "hub", "oneshot", "training", "cli"}
 
 
@@ -150,7 +151,7 @@ def test_what_is_never_written(path):
 def test_no_method_is_named_outside_its_own_file(path):
     """In comparisons, subscripts and match cases. What runs methods asks for `requires`, never for a name; names of
     defaults are constants of config. Names of scopes are those of scopes."""
-    registries = (ALGORITHMS, ALLOCATIONS, CRITERIA, CURVES, PATTERNS, SCHEDULERS, SOLVERS)
+    registries = (ALGORITHMS, ALLOCATIONS, CRITERIA, CURVES, PATTERNS, PENALTIES, SCHEDULERS, SOLVERS)
     files = {name: inspect.getfile(registry[name]) for registry in registries for name in registry.names()}
     files = {name: file for name, file in files.items() if name not in SCOPES}
     for node in ast.walk(ast.parse(path.read_text())):

@@ -23,6 +23,10 @@ OPTIONS = {
         "sparsegpt": {"dampening": 0.1, "block_size": 64},
         "lstsq": {"ridge": 0.2},
     },
+    "penalty": {
+        "group_lasso": {"strength": 0.5, "warmup": 2.0, "until_prune_end": False},
+        "l1": {"strength": 0.5, "warmup": 2.0, "until_prune_end": False},
+    },
 }
 """A valid value that is not the default, of every option of the methods of hf_sparse."""
 # Methods of coupled units, and what they are used with.

@@ -13,6 +13,7 @@ from ..algorithms import ALGORITHMS, Algorithm
 from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
 from ..patterns import PATTERNS, Pattern
+from ..penalties import PENALTIES, Penalty
 from ..plugins import load_installed_plugins
 from ..registry import Registry, format_name, nearest
 from ..schedulers import CURVES, SCHEDULERS, Curve, Scheduler
@@ -28,6 +29,7 @@ FAMILIES: tuple[tuple[Registry, type], ...] = (
     (SCHEDULERS, Scheduler),
     (CURVES, Curve),
     (SOLVERS, Solver),
+    (PENALTIES, Penalty),
     (TUNINGS, Tuning),
 )
 """Each registry with the contract of its members, whose docstring describes the family."""

@@ -16,6 +16,7 @@ from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
 from ..files import parse_json, write_json
 from ..patterns import Pattern, get_pattern
+from ..penalties import PENALTIES, Penalty
 from ..plugins import load_installed_plugins
 from ..registry import format_name, format_value
 from ..schedulers import OneshotScheduler, Scheduler
@@ -420,7 +421,13 @@ class PruningOptions:
             swaps=getattr(options, "swaps", None) or 0,
             permute=getattr(options, "permute", False),
             algorithm=algorithm,
+            penalty=self._resolve_penalty(options),
         )
+
+    @staticmethod
+    def _resolve_penalty(options: SimpleNamespace) -> Penalty | None:
+        name = getattr(options, "penalty", None)
+        return None if name is None else PENALTIES.create(name, options.penalty_kwargs)
 
     def resolve_criterion(self, options: SimpleNamespace) -> str | None:
         """Returns the name of the criterion of a group's options; None if the solver selects the pruned units."""

@@ -10,6 +10,7 @@ from ..allocations import ALLOCATIONS
 from ..criteria import CRITERIA
 from ..methods import MethodRegistry
 from ..patterns import Pattern, get_pattern
+from ..penalties import PENALTIES
 from ..registry import format_name, nearest
 from ..solvers import SOLVERS
 
@@ -20,6 +21,7 @@ METHODS: dict[str, MethodRegistry] = {
     "allocation": ALLOCATIONS,
     "solver": SOLVERS,
     "algorithm": ALGORITHMS,
+    "penalty": PENALTIES,
 }
 """Options that name a method with options of its own, `<name>_kwargs`."""
 

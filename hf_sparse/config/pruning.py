@@ -13,11 +13,12 @@ from ..schedulers import PruningSchedule, Scheduler, get_scheduler
 from .base import PruningOptions
 from .distillation import DistillationOptions, distillation_errors
 from .options import DEFAULT_SOLVER
+from .penalty import PenaltyOptions, penalty_errors
 from .schedule import ScheduleOptions
 
 
 @dataclass
-class PruningConfig(ScheduleOptions, DistillationOptions, PruningOptions):
+class PruningConfig(ScheduleOptions, PenaltyOptions, DistillationOptions, PruningOptions):
     """What to prune during training, and when.
 
     Nothing is pruned unless `target_sparsity` is given, a pattern implies one (2:4), `groups` are, or `keep_zeros`.
@@ -80,7 +81,7 @@ movement, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "ma
 
     def more_errors(self, options: SimpleNamespace, criterion: str | None) -> list[str]:
         algorithm: Algorithm = ALGORITHMS.create(options.algorithm, options.algorithm_kwargs)
-        errors = algorithm.option_errors(options, get_pattern(options.pattern))
+        errors = algorithm.option_errors(options, get_pattern(options.pattern)) + penalty_errors(options)
         if not algorithm.uses_criterion and options.criterion is not None:
             errors.append(
                 f'criterion is "{options.criterion}", but algorithm "{options.algorithm}" ranks weights by what it '

@@ -13,6 +13,7 @@ from ..criteria import CRITERIA, Criterion
 from ..model.coupling import UnitGroup
 from ..model.layers import PrunableLayer
 from ..patterns import Pattern
+from ..penalties import PENALTIES, Penalty
 from ..requires import Requires
 from ..schedulers import SCHEDULERS, Scheduler
 from ..solvers import SOLVERS, Solver
@@ -45,6 +46,7 @@ class ResolvedGroup:
         swaps: the most swaps in each row that refine the mask before the solver.
         permute: whether channels are put in the order in which N:M keeps the most.
         algorithm: how training finds the zeros.
+        penalty: the term of the training loss that draws weights towards zero; None without one.
         layers: the weights that are pruned, once the model is known.
         units: for a coupled pattern the units of the model. The weights that they divide are the `layers`.
         biases: name -> shape of the biases that belong to `units`, and are pruned with them.
@@ -68,6 +70,7 @@ class ResolvedGroup:
     swaps: int = 0
     permute: bool = False
     algorithm: Algorithm = Gradual()
+    penalty: Penalty | None = None
     layers: tuple[PrunableLayer, ...] = ()
     units: tuple[UnitGroup, ...] = ()
     biases: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -145,6 +148,11 @@ class ResolvedGroup:
         return SOLVERS.name_and_options(self.solver)[0]
 
     @property
+    def penalty_name(self) -> str | None:
+        """The registered name of the penalty."""
+        return None if self.penalty is None else PENALTIES.name_and_options(self.penalty)[0]
+
+    @property
     def allocation_name(self) -> str:
         """The registered name of the allocation."""
         return ALLOCATIONS.name_and_options(self.allocation)[0]
@@ -194,6 +202,9 @@ class ResolvedGroup:
         if self.algorithm != Gradual() and self.target:
             values["algorithm"], options = ALGORITHMS.name_and_options(self.algorithm)
             values |= {"algorithm_kwargs": options} if options else {}
+        if self.penalty is not None and self.target:
+            values["penalty"], options = PENALTIES.name_and_options(self.penalty)
+            values |= {"penalty_kwargs": options} if options else {}
         if self.permute and self.target:
             values["permute"] = True
         values["scope"] = self.scope if self.target else None

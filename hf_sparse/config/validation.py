@@ -8,7 +8,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from ..algorithms import ALGORITHMS
 from ..allocations import ALLOCATIONS
 from ..criteria import CRITERIA
 from ..patterns import Pattern, get_pattern
@@ -17,7 +16,7 @@ from ..requires import Requires
 from ..schedulers import CURVES, SCHEDULERS
 from ..selection.swaps import supports_swaps
 from ..solvers import SOLVERS
-from .options import DEFAULT_ALLOCATION
+from .options import DEFAULT_ALLOCATION, METHODS
 from .resolved import ResolvedGroup
 
 
@@ -80,8 +79,7 @@ def pattern_of(options: SimpleNamespace) -> Pattern | None:
 
 def _name_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
     errors, defaults = [], {"criterion": criterion, "solver": solver}
-    methods = {"criterion": CRITERIA, "solver": SOLVERS, "allocation": ALLOCATIONS, "algorithm": ALGORITHMS}
-    for name, registry in methods.items():
+    for name, registry in METHODS.items():
         if not hasattr(options, name):
             continue
         value, kwargs = getattr(options, name), getattr(options, f"{name}_kwargs")

@@ -36,7 +36,7 @@ def unit_size(group: UnitGroup, shapes: Mapping[str, Sequence[int]]) -> int:
         8
     """
     parts = [part for part in group.slices if part.name in shapes]
-    return sum(_slice_region(part, group.num_units, shapes[part.name]).numel for part in parts) // group.num_units
+    return sum(slice_region(part, group.num_units, shapes[part.name]).numel for part in parts) // group.num_units
 
 
 def score_units(
@@ -61,9 +61,9 @@ def score_units(
     def add_scores(part: UnitSlice, num_units: int) -> torch.Tensor:
         shard, statistic = shards[part.name], statistics.get(part.name)
         tensors = [shard.tensor] if statistic is None else [shard.tensor, statistic.expand(shard.tensor.shape)]
-        return _sum_over_units(part, num_units, shard, tensors, partial(_sum_scores, criterion, part.name, shard))
+        return sum_over_units(part, num_units, shard, tensors, partial(_sum_scores, criterion, part.name, shard))
 
-    sums = torch.stack([_local_sums(groups, shards, add_scores), _count_kept(groups, shards, mask_bits)])
+    sums = torch.stack([local_sums(groups, shards, add_scores), _count_kept(groups, shards, mask_bits)])
     communicator.all_reduce(sums)
     totals, kept = (row.split([group.num_units for group in groups]) for row in sums.cpu())
     shapes = {name: shard.shape for name, shard in shards.items()}
@@ -88,6 +88,17 @@ def pruned_units(
     return [kept_U == 0 for kept_U in kept.cpu().split([group.num_units for group in groups])]
 
 
+def sum_squares(groups: Sequence[UnitGroup], shards: Mapping[str, Shard]) -> torch.Tensor:
+    """Returns this rank's part of the sum of the squared weights of each unit, all units of all groups one after the
+    other, float64. Parameters that are not in `shards`, such as biases, are not counted."""
+
+    def add_squares(part: UnitSlice, num_units: int) -> torch.Tensor:
+        shard = shards[part.name]
+        return sum_over_units(part, num_units, shard, [shard.tensor], _sum_squares)
+
+    return local_sums(groups, shards, add_squares)
+
+
 def prune_units(
     group: UnitGroup, keep_U: torch.Tensor, shards: Mapping[str, Shard], mask_bits: Mapping[str, torch.Tensor]
 ) -> None:
@@ -95,13 +106,13 @@ def prune_units(
     for part in (part for part in group.slices if part.name in shards):
         shard, bits = shards[part.name], mask_bits[part.name]
         keep_bits = keep_U.to(bits.device, torch.int8).neg_().repeat_interleave(part.width)
-        for region, (local_bits,) in _local_parts(part, group.num_units, shard, [bits]):
+        for region, (local_bits,) in local_parts(part, group.num_units, shard, [bits]):
             first, stop = region.start[part.dim] - part.offset, region.stop[part.dim] - part.offset
             shape = [-1 if dim == part.dim else 1 for dim in range(local_bits.ndim)]
             local_bits.bitwise_and_(keep_bits[first:stop].view(shape))
 
 
-def _slice_region(part: UnitSlice, num_units: int, shape: Sequence[int]) -> ShardRegion:
+def slice_region(part: UnitSlice, num_units: int, shape: Sequence[int]) -> ShardRegion:
     """Returns the region of a parameter of `shape` that all units of a slice own together."""
     start, stop = [0] * len(shape), list(shape)
     start[part.dim], stop[part.dim] = part.offset, part.offset + num_units * part.width
@@ -110,17 +121,17 @@ def _slice_region(part: UnitSlice, num_units: int, shape: Sequence[int]) -> Shar
     return ShardRegion(tuple(start), tuple(stop))
 
 
-def _local_parts(
+def local_parts(
     part: UnitSlice, num_units: int, shard: Shard, tensors: Sequence[torch.Tensor]
 ) -> Iterator[tuple[ShardRegion, list[torch.Tensor]]]:
     """Yields the regions of a slice that this rank holds, with views of tensors of the shard's layout."""
-    whole = _slice_region(part, num_units, shard.shape)
+    whole = slice_region(part, num_units, shard.shape)
     for held, *views in zip(shard.local_regions, *map(shard.local_views, tensors), strict=True):
         if region := held & whole:
             yield region, [view[region.slices_in(held)] for view in views]
 
 
-def _local_sums(
+def local_sums(
     groups: Sequence[UnitGroup], shards: Mapping[str, Shard], add: Callable[[UnitSlice, int], torch.Tensor]
 ) -> torch.Tensor:
     """Returns the sums of `add` over the slices of each unit, for all units of all groups, float64. Weights whose
@@ -142,12 +153,12 @@ def _count_kept(
 
     def add_kept(part: UnitSlice, num_units: int) -> torch.Tensor:
         bits = mask_bits[part.name]
-        return _sum_over_units(part, num_units, shards[part.name], [bits], lambda region, dims, bits: -bits.amin(dims))
+        return sum_over_units(part, num_units, shards[part.name], [bits], lambda region, dims, bits: -bits.amin(dims))
 
-    return _local_sums(groups, shards, add_kept)
+    return local_sums(groups, shards, add_kept)
 
 
-def _sum_over_units(
+def sum_over_units(
     part: UnitSlice,
     num_units: int,
     shard: Shard,
@@ -161,9 +172,9 @@ def _sum_over_units(
         reduce: called with a region, the dimensions to reduce, and the entries of each tensor in the region.
     """
     total = torch.zeros(num_units * part.width, dtype=torch.float64, device=tensors[0].device)
-    for region, views in _local_parts(part, num_units, shard, tensors):
+    for region, views in local_parts(part, num_units, shard, tensors):
         others = [dim for dim in range(len(region.start)) if dim != part.dim]
-        for chunk, entries in _chunks(region, views):
+        for chunk, entries in row_chunks(region, views):
             first, stop = chunk.start[part.dim] - part.offset, chunk.stop[part.dim] - part.offset
             total[first:stop] += reduce(chunk, others, *entries)
     return total.view(num_units, -1).sum(1)
@@ -190,7 +201,13 @@ def _sum_scores(
     return scores.sum(dims, dtype=torch.float64)
 
 
-def _chunks(region: ShardRegion, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[ShardRegion, list[torch.Tensor]]]:
+def _sum_squares(region: ShardRegion, dims: list[int], weight: torch.Tensor) -> torch.Tensor:
+    return weight.double().square().sum(dims)
+
+
+def row_chunks(
+    region: ShardRegion, tensors: Sequence[torch.Tensor]
+) -> Iterator[tuple[ShardRegion, list[torch.Tensor]]]:
     """Splits a region and tensors of its shape into chunks of rows that fit into a core's cache."""
     rows = len(tensors[0])
     step = max(1, chunk_size(tensors[0].device) // max(1, tensors[0][0].numel()))

@@ -67,6 +67,7 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
         "algorithm_kwargs",
         "criterion_kwargs",
         "allocation_kwargs",
+        "penalty_kwargs",
         "tune_kwargs",
     ]
 

@@ -23,6 +23,7 @@ from .algorithm_run import AlgorithmRun
 from .arguments import SparseTrainingArguments
 from .best_metric import block_best_metric, clear_best_metric, unblock_best_metric
 from .new_run import new_run
+from .penalties import Penalties
 from .resume import CheckpointError, ResumeState, keep_pruned
 from .state_files import delete_state_files, write_state_file
 from .tuning import TUNINGS, Tuning
@@ -73,6 +74,8 @@ class SparsityCallback(TrainerCallback):
         """The pruning schedule of the run, if there is a pruner."""
         self.run: AlgorithmRun
         """The algorithm at work, if there is a pruner."""
+        self.penalties: Penalties
+        """The terms of the loss that draw weights towards zero, if there is a pruner."""
         self.resume_state: ResumeState | None = None
         """The state that the next training resumes from. `SparseTrainer` sets it. With a stock Trainer it is read
         from the checkpoint of the current step."""
@@ -174,6 +177,7 @@ class SparsityCallback(TrainerCallback):
             if self.tuner is not None:
                 self.tuner.start(None)
         self.pruner, self.run, self._zero_guard = pruner, run, ZeroGuard(pruner)
+        self.penalties = Penalties(pruner, self.schedule, state.max_steps)
         self._remove_gradient_hook()
         if is_deepspeed(kwargs.get("optimizer")):
             self._install_gradient_hook(pruner, kwargs["optimizer"], state)
@@ -210,7 +214,7 @@ class SparsityCallback(TrainerCallback):
                 shard.check_storage()
         if any(group.options.regrow for group in pruner.groups):
             raise NotImplementedError("regrow needs gradients at the prune step, which DeepSpeed has freed by then.")
-        if pruner.observes or self.run.requires_gradients:
+        if pruner.observes or self.run.requires_gradients or self.penalties.groups:
             self._gradient_hook = observe_zero_gradients(optimizer, shards, lambda: self._before_step(state))
 
     def _remove_gradient_hook(self) -> None:
@@ -235,6 +239,7 @@ class SparsityCallback(TrainerCallback):
         step = state.global_step + 1
         if self.pruner.observes and not self._is_at_final_sparsity(state) and not self.pruner.observe():
             logger.info("step %d: gradients are not finite and are not counted.", step)
+        self.penalties.before_step(step)  # after the criterion has seen the gradients of the loss alone
         self.run.before_step(step)
 
     def on_optimizer_step(
@@ -324,7 +329,7 @@ class SparsityCallback(TrainerCallback):
             return {}
         target = self._target_after(self.schedule.done(state.global_step))
         metrics = {"sparsity": round(self.pruner.sparsity(), 6), "target_sparsity": round(target, 6)}
-        return metrics | self.run.metrics()
+        return metrics | self.run.metrics() | self.penalties.metrics(state.global_step)
 
     # Saving
 

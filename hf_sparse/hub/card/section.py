@@ -45,6 +45,7 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "swaps": (None, OneshotConfig.defaults["swaps"]),
     "solver": (None, DEFAULT_SOLVER),
     "permute": (None,),
+    "penalty": (None,),
     "target": (),
 }
 
