@@ -294,7 +294,9 @@ def test_the_table_of_training_arguments_is_the_dataclass():
 
 def test_the_recipes_that_it_names_are_valid():
     names = re.findall(r"scripts/recipes/\w+\.yaml", README)
-    assert sorted(set(names)) == [f"scripts/recipes/{path.name}" for path in (ROOT / "scripts/recipes").iterdir()]
+    assert sorted(set(names)) == sorted(
+        f"scripts/recipes/{path.name}" for path in (ROOT / "scripts/recipes").iterdir()
+    )
     for name in names:
         assert PruningConfig.from_file(ROOT / name).resolve_groups()
 

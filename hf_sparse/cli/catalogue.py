@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..algorithms import ALGORITHMS, Algorithm
 from ..allocations import ALLOCATIONS, Allocation
+from ..config import PruningConfig
+from ..config.distillation import DistillationOptions
 from ..criteria import CRITERIA, Criterion
 from ..patterns import PATTERNS, Pattern
 from ..penalties import PENALTIES, Penalty
@@ -18,6 +20,8 @@ from ..plugins import load_installed_plugins
 from ..registry import Registry, format_name, nearest
 from ..schedulers import CURVES, SCHEDULERS, Curve, Scheduler
 from ..solvers import SOLVERS, Solver
+from ..training.distillation.hidden import relative_error
+from ..training.distillation.terms import binary_cross_entropy, divergence, squared_error
 from ..training.tuning import TUNINGS, Tuning
 
 
@@ -33,6 +37,9 @@ FAMILIES: tuple[tuple[Registry, type], ...] = (
     (TUNINGS, Tuning),
 )
 """Each registry with the contract of its members, whose docstring describes the family."""
+LOSSES: tuple[Callable[..., Any], ...] = (divergence, binary_cross_entropy, squared_error, relative_error)
+"""The terms of the loss of distillation, which the task and `DistillationOptions` select."""
+LOSS_FAMILY = "loss"
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,16 @@ class MethodFamily:
     """The methods that one option selects.
 
     Args:
-        name: of the option.
+        name: of the option, or "loss".
         summary: first paragraph of the docstring of their base class.
         methods: by name.
+        options: those that all methods share.
     """
 
     name: str
     summary: str
     methods: tuple[MethodEntry, ...]
+    options: tuple[MethodOption, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -110,10 +119,10 @@ def read_catalogue(family: str | None = None) -> list[MethodFamily]:
         ['magnitude: |w|.']
     """
     load_installed_plugins()
-    known = [registry.family for registry, _ in FAMILIES]
+    known = [*(registry.family for registry, _ in FAMILIES), LOSS_FAMILY]
     if family is not None and family not in known:
         raise ValueError(f"family is {format_name(family)}: known are {', '.join(known)}.{nearest(family, known)}")
-    return [
+    families = [
         MethodFamily(
             registry.family,
             _summary(_docstring(contract)),
@@ -122,6 +131,17 @@ def read_catalogue(family: str | None = None) -> list[MethodFamily]:
         for registry, contract in FAMILIES
         if family in (None, registry.family)
     ]
+    return families + [_losses()] * (family in (None, LOSS_FAMILY))
+
+
+def _losses() -> MethodFamily:
+    fields, defaults = dataclasses.fields(DistillationOptions), PruningConfig.defaults
+    options = (
+        MethodOption(field.name, str(field.type), defaults.get(field.name), False, field.metadata["help"])
+        for field in fields
+    )
+    entries = tuple(_entry(function.__name__, function) for function in LOSSES)
+    return MethodFamily(LOSS_FAMILY, _summary(_docstring(DistillationOptions)), entries, tuple(options))
 
 
 def _entry(name: str, member: Any) -> MethodEntry:

@@ -20,6 +20,8 @@ def print_catalogue(families: list[MethodFamily]) -> None:
     for family in families:
         # Text, for summaries contain brackets, which strings would take for markup.
         title = Text.assemble((family.name, "bold"), f"\n{family.summary}")
+        if family.options:
+            title.append("\n" + ", ".join(map(str, family.options)), style="cyan")
         table = Table(box=box.SIMPLE, title=title, title_justify="left", title_style="", show_header=False)
         table.add_column(no_wrap=True, style="bold")
         table.add_column(overflow="fold")

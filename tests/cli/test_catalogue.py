@@ -82,7 +82,10 @@ def test_all_methods_are_printed(run):
 def test_json_has_everything(run):
     code, out, _ = run("--json")
     families = json.loads(out)["families"]
-    assert code == 0 and [family["name"] for family in families] == [registry.family for registry, _ in FAMILIES]
+    assert code == 0 and [family["name"] for family in families] == [
+        *(registry.family for registry, _ in FAMILIES),
+        "loss",
+    ]
     methods = {method["name"]: method for family in families for method in family["methods"]}
     assert methods["4x1"]["options"][0] == {
         "name": "height",
@@ -122,7 +125,9 @@ def test_methods_of_plugins_are_listed_too(run, tmp_path):
 def test_an_unknown_family_is_refused(run):
     code, out, err = run("--family", "criteria")
     assert (code, out) == (2, "")
-    assert re.fullmatch('hf-sparse: family is "criteria": known are .*, tune. Did you mean "criterion"[?]\n', err)
+    assert re.fullmatch(
+        'hf-sparse: family is "criteria": known are .*, tune, loss. Did you mean "criterion"[?]\n', err
+    )
 
 
 def test_the_list_needs_no_transformers():

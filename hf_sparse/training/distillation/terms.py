@@ -45,6 +45,8 @@ def binary_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -
         >>> import torch
         >>> binary_cross_entropy(torch.tensor([0.0]), torch.tensor([0.0]), 1.0)
         tensor([0.6931])
+
+    Reference: Yang et al., "Multi-Label Knowledge Distillation", 2023, section 3.
     """
     probabilities = (teacher.float() / temperature).sigmoid()
     return temperature**2 * functional.binary_cross_entropy_with_logits(
@@ -59,5 +61,7 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
         >>> import torch
         >>> squared_error(torch.tensor([3.0]), torch.tensor([1.0]))
         tensor([4.])
+
+    Reference: Ba & Caruana, "Do Deep Nets Really Need to be Deep?", 2014.
     """
     return functional.mse_loss(student.float(), teacher.float(), reduction="none")
