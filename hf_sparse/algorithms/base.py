@@ -19,6 +19,8 @@ class Algorithm(ABC):
 
     uses_criterion: ClassVar[bool] = True
     """Whether prune steps rank weights by an importance criterion."""
+    reads_gradients: ClassVar[bool] = False
+    """Whether the algorithm reads or changes the gradients of the selected weights, which must not be frozen then."""
     default_criterion: ClassVar[str | None] = None
     """The criterion of the algorithm's paper, where the options name none; None for that of gradual pruning."""
     default_scope: ClassVar[str | None] = None

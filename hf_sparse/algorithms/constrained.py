@@ -26,6 +26,7 @@ class ConstrainedTraining(Algorithm):
     """
 
     uses_criterion = False
+    reads_gradients = True
     default_scope = "global"
 
     @abstractmethod

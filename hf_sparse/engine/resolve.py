@@ -143,16 +143,20 @@ def _frozen_errors(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[st
     parameters, errors = dict(model.named_parameters()), []
     for group in groups:
         frozen = [layer for layer in group.layers if not parameters[layer.name].requires_grad]
-        if frozen and group.penalty is not None:
-            errors.append(
-                f'penalty "{group.penalty_name}" draws weights towards zero in training, but "{frozen[0].name}" is '
-                f"frozen (requires_grad=False), one of {len(frozen)} such weights of {len(group.layers)}: exclude "
-                f'them, as with exclude=["{frozen[0].module}"], or leave penalty out.'
-            )
-        if frozen and (group.requires & Requires.GRADIENTS or group.regrow):
-            errors.append(
-                f'criterion "{group.criterion_name}" needs gradients, but "{frozen[0].name}" is frozen '
-                f"(requires_grad=False), one of {len(frozen)} such weights of {len(group.layers)}: exclude them, as "
-                f'with exclude=["{frozen[0].module}"], or use criterion="magnitude".'
-            )
+        if not frozen:
+            continue
+        needs = []
+        if group.penalty is not None:
+            what = f'penalty "{group.penalty_name}" draws weights towards zero in training'
+            needs.append((what, "leave penalty out"))
+        if group.algorithm.reads_gradients:
+            remedy = 'use algorithm="gradual" and criterion="magnitude"'
+            needs.append((f'algorithm "{group.algorithm_name}" needs gradients', remedy))
+        elif group.requires & Requires.GRADIENTS or group.regrow:
+            needs.append((f'criterion "{group.criterion_name}" needs gradients', 'use criterion="magnitude"'))
+        errors += [
+            f'{what}, but "{frozen[0].name}" is frozen (requires_grad=False), one of {len(frozen)} such weights of '
+            f'{len(group.layers)}: exclude them, as with exclude=["{frozen[0].module}"], or {remedy}.'
+            for what, remedy in needs
+        ]
     return errors

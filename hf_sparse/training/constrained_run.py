@@ -33,6 +33,7 @@ class ConstrainedRun(AlgorithmRun):
 
     Raises:
         NotImplementedError: the optimizer holds no second moment of each weight.
+        ValueError: the schedule has one prune step alone.
     """
 
     requires_gradients = True
@@ -44,6 +45,11 @@ class ConstrainedRun(AlgorithmRun):
         keys = elementwise_state_keys(optimizer)
         if keys is not None and keys.isdisjoint(_SECOND_MOMENTS):
             raise NotImplementedError(self._refusal("each weight"))
+        if schedule.total < 2:
+            raise ValueError(
+                f'algorithm "{self._name}" draws weights to zeros between the first prune step and the last, but '
+                f"prune_start and prune_end are both step {schedule.end}: lower prune_start, or raise prune_end."
+            )
         self._shards = {
             layer.name: pruner.shards[layer.name] for group in pruner.groups if group.target for layer in group.layers
         }
@@ -84,6 +90,7 @@ class ConstrainedRun(AlgorithmRun):
             self.pruner.enforce()
         else:
             scores = self._scores({name: shard.tensor for name, shard in self._shards.items()})
+            self._warn_of_unused()
             self.pruner.select(prune_step, self.schedule.total, scores)
             self._targets, self._masks = {}, MaskStore({})
 
@@ -139,6 +146,17 @@ class ConstrainedRun(AlgorithmRun):
             scores[name] = self._algorithm.scores(point.float(), moment)
         self.pruner.communicator.raise_together(refused)
         return scores
+
+    def _warn_of_unused(self) -> None:
+        """Warns of weights without a gradient: they score 0, and are pruned first."""
+        state = optimizer_state(self.optimizer, self._shards)
+        unused = [name for name, shard in self._shards.items() if name not in state and shard.tensor.numel()]
+        if unused:
+            logger.warning(
+                'the loss does not depend on %s, so algorithm "%s" prunes them first: exclude what should be kept.',
+                ", ".join(unused),
+                self._name,
+            )
 
     # Logs
 

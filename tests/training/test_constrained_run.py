@@ -254,3 +254,14 @@ def test_optimizers_without_a_second_moment_are_refused_before_training(tmp_path
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(PruningConfigError, match=message):
         PruningConfig(algorithm="elsa", target_sparsity=0.5, **options)
+
+
+def test_frozen_weights_and_a_single_prune_step_are_refused(tmp_path):
+    model = bert()
+    model.bert.encoder.requires_grad_(False)
+    with pytest.raises(PruningConfigError, match='algorithm "elsa" needs gradients, but "bert.encoder'):
+        make(tmp_path, model=model, algorithm="elsa", target_sparsity=0.5)
+    trainer = make(tmp_path, algorithm="elsa", target_sparsity=0.5, prune_start=4, prune_end=4)
+    with pytest.raises(ValueError, match="prune_start and prune_end are both step 4: lower prune_start"):
+        trainer.train()
+    assert trainer.state.global_step == 0
