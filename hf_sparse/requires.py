@@ -22,6 +22,8 @@ class Requires(enum.Flag):
     """The position of each weight: int64, unique over all layers."""
     GRADIENTS = enum.auto()
     """Sums of a function of weights and gradients over optimizer steps or calibration batches."""
+    GRADIENT_HISTORY = enum.auto()
+    """With `GRADIENTS`: the last gradients themselves, and not a sum."""
     INPUT_NORMS = enum.auto()
     """The L2 norm of each input feature over all calibration tokens."""
     INPUT_VARIANCES = enum.auto()

@@ -96,7 +96,7 @@ class PruningOptions:
         'heads), "layer".'
     )
     criterion: Criterion | str | None = option(
-        "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, in "
+        "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, obert, in "
         "one-shot pruning also wanda, ria, fluctuation and obs (of neurons and heads), block_influence (of layers), "
         "or a registered one. Left out: snip_momentum in training; one-shot wanda, the solver's own selection, or "
         "fluctuation for neurons and heads and block_influence for layers."

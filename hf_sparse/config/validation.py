@@ -243,7 +243,12 @@ def oneshot_errors(options: SimpleNamespace, criterion: str | None, solver: str)
             f'solver "{options.solver}" cannot select units of pattern "{options.pattern}", which leaves no weight in '
             'a row to compensate: name a criterion, as in criterion="wanda".'
         )
-    if criterion is not None and getattr(CRITERIA.create(criterion, options.criterion_kwargs), "decay", 1.0) < 1:
+    if criterion is not None and CRITERIA[criterion].requires & Requires.GRADIENT_HISTORY:
+        errors.append(
+            f'criterion "{criterion}" scores by the gradients of many optimizer steps, which one-shot pruning does not '
+            'take: use criterion="fisher", or prune while training.'
+        )
+    elif criterion is not None and getattr(CRITERIA.create(criterion, options.criterion_kwargs), "decay", 1.0) < 1:
         errors.append(
             f'criterion "{criterion}" weights later batches more, which has no meaning while weights are constant: '
             'use criterion="snip", or criterion_kwargs={"decay": 1.0}.'

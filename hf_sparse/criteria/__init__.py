@@ -7,6 +7,7 @@ from . import (
     gradient,
     magnitude,
     movement,
+    obert,
     obs,
     random_scores,
     ria,
@@ -15,9 +16,19 @@ from . import (
     taylor,
     wanda,
 )
-from .base import CRITERIA, Criterion, GradientCriterion, TensorEntries, UnitCriterion, register_criterion
+from .base import (
+    CRITERIA,
+    Criterion,
+    GradientCriterion,
+    GradientHistoryCriterion,
+    ObservingCriterion,
+    TensorEntries,
+    UnitCriterion,
+    register_criterion,
+)
 
 
-__all__ = ["CRITERIA", "Criterion", "GradientCriterion", "TensorEntries", "UnitCriterion", "register_criterion"]
-__all__ += ["block_influence", "fisher", "fluctuation", "gradient", "magnitude", "movement", "obs"]
+__all__ = ["CRITERIA", "Criterion", "GradientCriterion", "GradientHistoryCriterion", "ObservingCriterion"]
+__all__ += ["TensorEntries", "UnitCriterion", "register_criterion"]
+__all__ += ["block_influence", "fisher", "fluctuation", "gradient", "magnitude", "movement", "obert", "obs"]
 __all__ += ["random_scores", "ria", "snip", "snip_momentum", "taylor", "wanda"]

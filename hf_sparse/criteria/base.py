@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +11,7 @@ import torch
 
 from ..methods import MethodRegistry
 from ..requires import Requires
+from ..statistics import GradientHistory, GradientStatistic, ObservedGradients, observe_all
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ class Criterion(ABC):
 
     requires: ClassVar[Requires] = Requires.NOTHING
     """What `score` gets as `statistic`: nothing (None), `POSITION` (int64), `GRADIENTS` (the sum of
-    `GradientCriterion.saliency`, float32), `INPUT_NORMS` (the norm of each weight's input, or what `prepare_statistic`
-    makes of it, float32, of a shape that broadcasts to the weight's), `INPUT_VARIANCES` (its variance, likewise) or
-    `BLOCK_INFLUENCES` (a number, the same for all weights of a block)."""
+    `GradientCriterion.saliency`, float32; with `GRADIENT_HISTORY` what `GradientHistoryCriterion.weight_scores`
+    returns), `INPUT_NORMS` (the norm of each weight's input, or what `prepare_statistic` makes of it, float32, of a
+    shape that broadcasts to the weight's), `INPUT_VARIANCES` (its variance, likewise) or `BLOCK_INFLUENCES` (a number,
+    the same for all weights of a block)."""
     default_scope: ClassVar[str] = "global"
     """The ranking scope of the criterion's paper, where the options name none."""
 
@@ -133,7 +136,21 @@ class UnitCriterion(Criterion):
         """
 
 
-class GradientCriterion(Criterion):
+class ObservingCriterion(Criterion):
+    """A criterion that observes the gradient of each optimizer step. See `GradientCriterion`."""
+
+    requires: ClassVar[Requires] = Requires.GRADIENTS
+
+    @abstractmethod
+    def new_statistic(self, weight: torch.Tensor) -> ObservedGradients:
+        """Returns what keeps the gradients of a weight, or of a part of it; none are observed yet."""
+
+    @abstractmethod
+    def observe(self, observations: Sequence[tuple[Any, torch.Tensor, torch.Tensor]]) -> None:
+        """Adds one optimizer step: the statistic (of `new_statistic`), the weight and the gradient of each weight."""
+
+
+class GradientCriterion(ObservingCriterion):
     """A criterion whose statistic is a decayed sum over optimizer steps:
 
         total <- decay * total + saliency(weight, gradient)
@@ -149,7 +166,6 @@ class GradientCriterion(Criterion):
         tensor([6.])
     """
 
-    requires: ClassVar[Requires] = Requires.GRADIENTS
     decay: float = 1.0
     """1 for a plain sum; below 1, earlier steps count less."""
     persistent: ClassVar[bool] = False
@@ -161,6 +177,90 @@ class GradientCriterion(Criterion):
 
     score: Any = TensorEntries("statistic")
 
+    def new_statistic(self, weight: torch.Tensor) -> ObservedGradients:
+        return GradientStatistic(weight, self.decay)
+
+    def observe(self, observations: Sequence[tuple[Any, torch.Tensor, torch.Tensor]]) -> None:
+        observe_all(observations, self.saliency)
+
+
+class GradientHistoryCriterion(ObservingCriterion):
+    """A criterion that scores a weight by the last gradients of all weights of a block of adjacent inputs of its row,
+    and can update the weights that a prune step leaves in that block.
+
+    Blocks of rows, in which the criterion computes, have a size of their own (`block_columns`); the units that are
+    pruned are those of the pattern. Scores must keep their order when all gradients are multiplied by one positive
+    constant.
+
+    Shapes: M gradients, R output rows, P kernel positions, C inputs of a matrix, or of a part of it with whole blocks.
+    """
+
+    requires: ClassVar[Requires] = Requires.GRADIENTS | Requires.GRADIENT_HISTORY
+    num_gradients: int
+    """How many gradients are kept, M."""
+    dtype: str = "bfloat16"
+    """The dtype in which they are kept, by its name in torch."""
+
+    score: Any = TensorEntries("statistic")
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether prune steps call `weight_change`."""
+        return False
+
+    def new_statistic(self, weight: torch.Tensor) -> GradientHistory:
+        return GradientHistory(weight, self.num_gradients, getattr(torch, self.dtype))
+
+    def observe(self, observations: Sequence[tuple[Any, torch.Tensor, torch.Tensor]]) -> None:
+        for history, _, gradient in observations:
+            history.observe(gradient)
+
+    @abstractmethod
+    def block_columns(self, columns: int, width: int) -> int:
+        """Returns the size of the blocks of a row: all have it, but for the last one of a row.
+
+        Args:
+            columns: inputs of the whole matrix.
+            width: adjacent inputs of a row that one unit of the pattern holds.
+        """
+
+    @abstractmethod
+    def weight_scores(
+        self,
+        weight_RPC: torch.Tensor,
+        kept_RPC: torch.Tensor,
+        gradients: Sequence[torch.Tensor],
+        block: int,
+        width: int,
+    ) -> torch.Tensor:
+        """Returns what `score` gets as `statistic`, (R, P, C) float32: the sum over the weights of a unit is the score
+        of what it holds of one row.
+
+        Args:
+            weight_RPC: any floating dtype; not modified.
+            kept_RPC: bool, False for weights that are pruned already.
+            gradients: M views (R, P, C), of any floating dtype; not modified.
+            block: see `block_columns`.
+            width: of units, as for `block_columns`.
+        """
+
+    def weight_change(
+        self,
+        weight_RPC: torch.Tensor,
+        before_RPC: torch.Tensor,
+        kept_RPC: torch.Tensor,
+        gradients: Sequence[torch.Tensor],
+        block: int,
+    ) -> torch.Tensor:
+        """Returns what a prune step adds to the weights that it leaves (R, P, C), float32; 0 for all others.
+
+        Args:
+            weight_RPC: the weights before the prune step; not modified.
+            before_RPC, kept_RPC: bool, which weights are kept before and after the prune step.
+            gradients, block: as for `weight_scores`.
+        """
+        return torch.zeros(weight_RPC.shape, dtype=torch.float32, device=weight_RPC.device)
+
 
 CRITERIA = MethodRegistry(
     "criterion",
@@ -169,6 +269,7 @@ CRITERIA = MethodRegistry(
         Requires.NOTHING: Criterion,
         Requires.POSITION: Criterion,
         Requires.GRADIENTS: GradientCriterion,
+        Requires.GRADIENTS | Requires.GRADIENT_HISTORY: GradientHistoryCriterion,
         Requires.INPUT_NORMS: Criterion,
         Requires.INPUT_VARIANCES: Criterion,
         Requires.BLOCK_INFLUENCES: Criterion,

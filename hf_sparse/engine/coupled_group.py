@@ -56,7 +56,8 @@ class CoupledParameterGroup(ParameterGroup):
     ) -> float:
         if not self.target:
             return 0.0  # Only the zeros that the weights had at the start are kept.
-        ratio, known = self._start_prune_step(prune_step, total_steps, masks, statistics)
+        ratio, known = self._start_prune_step(prune_step, total_steps, shards, masks, statistics)
+        before = self._mask_bits_to_update(masks)
         bits = self._bits(masks)
         scores = score_units(
             self.units, self.required_criterion, self._weights(shards), bits, known, self.communicator
@@ -69,6 +70,7 @@ class CoupledParameterGroup(ParameterGroup):
         counts = self.num_pruned_by_group(scores, ratio)
         for group, keep_U in zip(self.units, keep_masks(scores, sum(counts), counts, counts), strict=True):
             prune_units(group, keep_U, shards, bits)
+        self._update_weights(shards, masks, before)
         self._restart_statistics()
         return ratio
 

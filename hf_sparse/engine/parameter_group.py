@@ -13,7 +13,7 @@ import torch
 
 from ..allocations import LayerSize
 from ..config import ResolvedGroup
-from ..criteria import Criterion, GradientCriterion
+from ..criteria import Criterion, GradientHistoryCriterion, ObservingCriterion
 from ..distributed import SINGLE_PROCESS, Communicator, Shard
 from ..model.layers import PrunableLayer
 from ..numerics import gather_counts
@@ -23,7 +23,8 @@ from ..selection.budgets import largest_remainder
 from ..selection.layer_scores import LayerScores
 from ..selection.threshold import Threshold, find_thresholds
 from ..selection.ties import split_ties
-from ..statistics import GradientStatistic, all_finite, observe_all
+from ..statistics import GradientHistory, GradientStatistic, ObservedGradients, all_finite
+from .block_scores import BlockScores
 from .masks import MaskStore, zero_counts
 
 
@@ -59,7 +60,7 @@ class ParameterGroup:
         self.options, self.communicator = options, communicator
         self.name, self.layers, self.pattern, self.scope = options.name, options.layers, options.pattern, options.scope
         self.criterion, self.target = options.criterion, options.target
-        self.statistics: dict[str, GradientStatistic] = {}
+        self.statistics: dict[str, ObservedGradients] = {}
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -96,22 +97,21 @@ class ParameterGroup:
 
     def observe(self, shards: Mapping[str, Shard]) -> None:
         """Adds the gradients of one optimizer step to the statistics. A weight without a gradient adds nothing."""
-        if not isinstance(self.criterion, GradientCriterion):
+        if not isinstance(self.criterion, ObservingCriterion):
             return
         observations = []
         for layer in self.layers:
             shard = shards[layer.name]
             weight, gradient = shard.tensor, shard.gradient
             if layer.name not in self.statistics:
-                self.statistics[layer.name] = GradientStatistic(weight, self.criterion.decay)
+                self.statistics[layer.name] = self.criterion.new_statistic(weight)
             if gradient is not None:
                 observations.append((self.statistics[layer.name], weight, gradient))
-        observe_all(observations, self.criterion.saliency)
+        self.criterion.observe(observations)
 
-    def restore(self, name: str, weight: torch.Tensor, total: torch.Tensor, counters: Mapping[str, int]) -> None:
-        """Restores the statistic of the weight `name`, the part that this rank holds, from a checkpoint."""
-        self.statistics[name] = GradientStatistic(weight, getattr(self.criterion, "decay", 1.0))
-        self.statistics[name].restore(total, dict(counters))
+    def new_statistic(self, weight: torch.Tensor) -> ObservedGradients:
+        """Returns an empty statistic of a weight, the part that this rank holds, for a criterion that has one."""
+        return cast(ObservingCriterion, self.criterion).new_statistic(weight)
 
     def ratio(self, prune_step: int, total_steps: int, masks: MaskStore) -> float:
         """Returns the scheduled sparsity after this prune step.
@@ -162,7 +162,8 @@ class ParameterGroup:
         """
         if not self.target:
             return 0.0  # Only the zeros that the weights had at the start are kept.
-        ratio, known = self._start_prune_step(prune_step, total_steps, masks, statistics)
+        ratio, known = self._start_prune_step(prune_step, total_steps, shards, masks, statistics)
+        before = self._mask_bits_to_update(masks)
         scores = [self._layer_scores(layer, shards[layer.name], masks, known.get(layer.name)) for layer in self.layers]
         floors, caps = self._current_bounds(scores, ratio)
         total = self._num_pruned(ratio, floors, caps)
@@ -176,6 +177,7 @@ class ParameterGroup:
                 if first.total > final.total:
                     growth = [self._growth_scores(layer) for layer in scores]
                     self._apply_thresholds(growth, find_thresholds(growth, *final, self.communicator))
+        self._update_weights(shards, masks, before)
         self._restart_statistics()
         return ratio
 
@@ -232,15 +234,53 @@ class ParameterGroup:
             raise ValueError(f'group "{self.name}", {method}: {reason}') from error
 
     def _start_prune_step(
-        self, prune_step: int, total_steps: int, masks: MaskStore, statistics: Mapping[str, torch.Tensor] | None
+        self,
+        prune_step: int,
+        total_steps: int,
+        shards: Mapping[str, Shard],
+        masks: MaskStore,
+        statistics: Mapping[str, torch.Tensor] | None,
     ) -> tuple[float, Mapping[str, torch.Tensor]]:
         """Returns the scheduled sparsity, and what the criterion requires, by layer name."""
         ratio = self.ratio(prune_step, total_steps, masks)
         if prune_step == 1:
-            self._warn_without_gradients()
+            self._warn_without_gradients(shards)
         if statistics is None:
-            statistics = {name: statistic.total for name, statistic in self.statistics.items()}
+            statistics = self.scored_statistics(shards, masks)
         return ratio, statistics
+
+    def scored_statistics(self, shards: Mapping[str, Shard], masks: MaskStore) -> dict[str, torch.Tensor]:
+        """Returns what the criterion's `score` gets of what was observed, by layer name."""
+        if isinstance(self.criterion, GradientHistoryCriterion):
+            return {
+                layer.name: self._block_scores(layer, shards[layer.name]).weight_scores(masks.bits(layer.name))
+                for layer in self.layers
+            }
+        known = self.statistics.items()
+        return {name: statistic.total for name, statistic in known if isinstance(statistic, GradientStatistic)}
+
+    def _block_scores(self, layer: PrunableLayer, shard: Shard) -> BlockScores:
+        criterion = cast(GradientHistoryCriterion, self.criterion)
+        history = cast(GradientHistory, self.statistics.get(layer.name) or criterion.new_statistic(shard.tensor))
+        return BlockScores(criterion, self.pattern, layer, shard, history, self.communicator)
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether prune steps update the weights that remain, in shards only: the caller copies them."""
+        return isinstance(self.criterion, GradientHistoryCriterion) and self.criterion.updates_weights
+
+    def _mask_bits_to_update(self, masks: MaskStore) -> dict[str, torch.Tensor]:
+        """Returns copies of the masks by layer name, for `_update_weights`; none where no weight is updated."""
+        return {layer.name: masks.bits(layer.name).clone() for layer in self.layers if self.updates_weights}
+
+    def _update_weights(
+        self, shards: Mapping[str, Shard], masks: MaskStore, before: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Updates the weights that a prune step has left, given the masks before it."""
+        for layer in self.layers:
+            if layer.name in before:
+                blocks = self._block_scores(layer, shards[layer.name])
+                blocks.update_weight(before[layer.name], masks.bits(layer.name))
 
     def _restart_statistics(self) -> None:
         """Restarts the sums that a prune step has used, where the criterion does not keep them."""
@@ -248,11 +288,10 @@ class ParameterGroup:
             for statistic in self.statistics.values():
                 statistic.restart()
 
-    def _warn_without_gradients(self) -> None:
+    def _warn_without_gradients(self, shards: Mapping[str, Shard]) -> None:
         """Warns of weights without a gradient: they score 0, and are pruned first."""
-        names = [
-            name for name, statistic in self.statistics.items() if not statistic.count and statistic.total.numel()
-        ]
+        known = self.statistics.items()
+        names = [name for name, statistic in known if not statistic.count and shards[name].tensor.numel()]
         if names:
             logger.warning(
                 'the loss does not depend on %s, so criterion "%s" prunes them first: exclude what should be kept.',

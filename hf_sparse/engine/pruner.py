@@ -23,7 +23,7 @@ from ..distributed import (
     redistribute,
 )
 from ..reporting.report import SparsityReport
-from ..statistics import all_finite
+from ..statistics import ObservedGradients, all_finite
 from .coupled_group import new_parameter_group
 from .masks import MaskStore, unpack_mask, zero_counts
 from .parameter_group import ParameterGroup
@@ -138,6 +138,7 @@ class Pruner:
                     "scale, or use a criterion without gradients."
                 )
         self._check_masks_across_ranks()
+        self.write([layer.name for group in self.groups if group.updates_weights for layer in group.layers])
         self.apply_masks()
         return self.report()
 
@@ -161,6 +162,22 @@ class Pruner:
         self._check_masks_across_ranks(masks)
         if masks is None:
             self.apply_masks()
+
+    @torch.no_grad()
+    def write(self, names: Sequence[str]) -> None:
+        """Copies the weights `names` from their shards, where they were changed, to the other tensors that hold their
+        entries, on all ranks at once."""
+        for name in names:
+            shard = self.shards[name]
+            for replica in shard.replicas:
+                replica.copy_(shard.tensor)
+            if name in self._full_masks:
+                targets = [(full_region(shard.shape),)] * self.communicator.world_size
+                views = shard.local_views(shard.tensor) if shard.is_primary else []
+                transfer = Transfer(views, shard.primary_regions, targets, shard.tensor)
+                ((whole,),) = redistribute([transfer], self.communicator)
+                if (copy := shard.full_copy) is not None:
+                    copy.copy_(whole)
 
     def apply_masks(self) -> None:
         """Enforces changed masks: distributes them to the ranks that hold full copies of sharded weights, and sets
@@ -291,7 +308,8 @@ class Pruner:
         counters = {}
         for group in self.groups:
             for name, statistic in group.statistics.items():
-                tensors[f"stat/{name}"], counters[name] = statistic.state()
+                parts, counters[name] = statistic.state()
+                tensors |= {f"{kind}/{name}": part for kind, part in parts.items()}
         shapes = {name: list(shard.shape) for name, shard in self.shards.items()}
         regions = {
             name: [[region.start, region.stop] for region in shard.local_regions]
@@ -326,21 +344,18 @@ class Pruner:
             for name, counts in values["counters"].items():
                 # A rank that held no part of a weight has observed nothing of it.
                 counters[name] = max(counts, counters.get(name, counts), key=lambda counter: counter.get("count", 0))
-        statistics = {}
-        for layer in (layer for group in self.groups if group.requires_gradients for layer in group.layers):
-            saved = counters.get(layer.name)
-            observed = any(f"stat/{layer.name}" in tensors for tensors, _ in states)
-            if observed and not {"count", "stale"} <= set(saved or ()):
-                raise ValueError(f'the scores of "{layer.name}" are missing or misshapen: they lack their counters.')
-            if saved is not None:
-                statistics[layer.name] = self._load_local("stat", layer.name, states), saved
-                if bool(torch.isnan(statistics[layer.name][0]).any()):
-                    raise ValueError(f'the scores of "{layer.name}" are nan.')
+        statistics = {
+            layer.name: (group, self._load_statistic(group, layer.name, states, counters.get(layer.name)))
+            for group in self.groups
+            if group.requires_gradients
+            for layer in group.layers
+        }
         self.masks = masks
         for group in self.groups:
             group.statistics.clear()
-            for name in [layer.name for layer in group.layers if layer.name in statistics]:
-                group.restore(name, self.shards[name].tensor, *statistics[name])
+        for name, (group, statistic) in statistics.items():
+            if statistic is not None:
+                group.statistics[name] = statistic
 
     def load_tensors(
         self, kind: str, *states: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
@@ -358,23 +373,43 @@ class Pruner:
         names = [name for name in self.shards if name in saved]
         return {name: self._load_local(kind, name, states) for name in names}
 
-    def _load_local(self, kind: str, name: str, states: Sequence) -> torch.Tensor:
-        """Returns this rank's part of a mask ("mask"), of a statistic ("stat"), or of tensors of another kind."""
+    def _load_statistic(
+        self, group: ParameterGroup, name: str, states: Sequence, saved: Mapping[str, int] | None
+    ) -> ObservedGradients | None:
+        """Returns the statistic of a weight, this rank's part; None where none is saved."""
+        statistic = group.new_statistic(self.shards[name].tensor)
+        kinds = statistic.saved_dtypes({"count": 1})
+        if any(f"{kind}/{name}" in tensors for tensors, _ in states for kind in kinds):
+            if not {"count", "stale"} <= set(saved or ()):
+                raise ValueError(f'the scores of "{name}" are missing or misshapen: they lack their counters.')
+        if saved is None:
+            return None
+        dtypes = statistic.saved_dtypes(saved)
+        parts = {kind: self._load_local(kind, name, states, dtype) for kind, dtype in dtypes.items()}
+        if any(bool(torch.isnan(part).any()) for part in parts.values()):
+            raise ValueError(f'the scores of "{name}" are nan.')
+        statistic.restore(parts, saved)
+        return statistic
+
+    def _load_local(self, kind: str, name: str, states: Sequence, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Returns this rank's part of a mask ("mask"), or of tensors of another kind, which are of `dtype`."""
         saved = []
         for tensors, values in states:
             regions = [ShardRegion(tuple(start), tuple(stop)) for start, stop in values["boxes"].get(name, ())]
-            saved.append((regions, partial(_read, tensors, kind, name, sum(region.numel for region in regions))))
+            saved.append(
+                (regions, partial(_read, tensors, kind, name, sum(region.numel for region in regions), dtype))
+            )
         try:
-            return load_local_part(self.shards[name], saved, torch.bool if kind == "mask" else torch.float32)
+            return load_local_part(self.shards[name], saved, torch.bool if kind == "mask" else dtype)
         except (ValueError, KeyError, RuntimeError) as error:
             what = {"mask": 'mask of "{}" is', "stat": 'scores of "{}" are'}.get(kind, f'"{kind}" of "{{}}" is')
             raise ValueError(f"the {what.format(name)} missing or misshapen: {error}") from error
 
 
-def _read(tensors: Mapping[str, torch.Tensor], kind: str, name: str, count: int) -> torch.Tensor:
+def _read(tensors: Mapping[str, torch.Tensor], kind: str, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
     tensor = tensors[f"{kind}/{name}"]
     if kind == "mask":
         return unpack_mask(tensor, count)
-    if tensor.dtype != torch.float32:
-        raise ValueError(f"they are {tensor.dtype} instead of torch.float32.")
+    if tensor.dtype != dtype:
+        raise ValueError(f"they are {tensor.dtype} instead of {dtype}.")
     return tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -42,7 +43,32 @@ class ProductSaliency:
 _FUNCTIONS = {"abs": torch.abs, "square": torch.square, "neg": torch.neg}
 
 
-class GradientStatistic:
+class ObservedGradients(ABC):
+    """What a criterion keeps of the gradients of one weight, or of the part of it that this rank holds.
+
+    Attributes:
+        count: number of optimizer steps in it.
+    """
+
+    count: int
+
+    def restart(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called after a prune step that has used it."""
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """Returns tensors of the weight's layout by their kind, and counters, for a checkpoint."""
+
+    @abstractmethod
+    def saved_dtypes(self, counters: Mapping[str, int]) -> dict[str, torch.dtype]:
+        """Returns the dtype of each tensor, by its kind, that `state` returned with these counters."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, int]) -> None:
+        """Restores what `state` has returned."""
+
+
+class GradientStatistic(ObservedGradients):
     """A decayed sum of saliencies, updated once per optimizer step:
 
         total <- decay * total + saliency(weight, gradient)
@@ -97,13 +123,14 @@ class GradientStatistic:
         which all gradients overflow."""
         self._restarts = True
 
-    def state(self) -> tuple[torch.Tensor, dict[str, int]]:
-        """Returns the sum and the counters, for a checkpoint."""
-        return self.total, {"count": self.count, "stale": int(self._restarts)}
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        return {"stat": self.total}, {"count": self.count, "stale": int(self._restarts)}
 
-    def restore(self, total: torch.Tensor, counters: Mapping[str, int]) -> None:
-        """Restores what `state` has returned."""
-        self.total.copy_(total)
+    def saved_dtypes(self, counters: Mapping[str, int]) -> dict[str, torch.dtype]:
+        return {"stat": torch.float32}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, int]) -> None:
+        self.total.copy_(tensors["stat"])
         self.count, self._restarts = int(counters["count"]), bool(counters["stale"])
 
 

@@ -135,7 +135,7 @@ def test_every_criterion_is_pooled_over_the_weights_of_a_unit(criterion, pattern
         pruner.observe()
         before = pruned_by_group(groups, model, pruner.masks)
         (group,) = pruner.groups
-        totals = {name: statistic.total for name, statistic in group.statistics.items()}
+        totals = group.scored_statistics(pruner.shards, pruner.masks)
         if not group.criterion.requires & Requires.POSITION:  # whose scores depend on where a weight is
             scores = {name: group.criterion.score(model.get_parameter(name), totals.get(name)) for name in names}
             means = [

@@ -28,6 +28,9 @@ def inputs(criterion, dtype, shape=(6, 1, 8)):
         matrix = weight.reshape(-1, shape[-1])
         return weight, criterion.prepare_statistic(matrix, norms.norms).expand(matrix.shape).reshape(shape)
     gradient = torch.randn(shape, generator=generator)
+    if criterion.requires & Requires.GRADIENT_HISTORY:
+        kept = torch.ones(shape, dtype=torch.bool)
+        return weight, criterion.weight_scores(weight, kept, [gradient, gradient.flip(0)], block=4, width=1)
     return weight, criterion.saliency(weight.float(), gradient, torch.empty(shape))
 
 

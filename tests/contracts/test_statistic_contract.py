@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from hf_sparse import Requires
-from hf_sparse.criteria import CRITERIA
+from hf_sparse.criteria import CRITERIA, GradientCriterion
 from hf_sparse.statistics import GradientStatistic, GramMatrix, InputNorms
 
 
-NAMES = [name for name in CRITERIA.names() if CRITERIA[name].requires & Requires.GRADIENTS]
+NAMES = [name for name in CRITERIA.names() if issubclass(CRITERIA[name], GradientCriterion)]
 
 
 def steps(seed, count):

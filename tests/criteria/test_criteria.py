@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import Criterion, Pruner, PruningConfig, Requires, register_criterion
-from hf_sparse.criteria import CRITERIA
+from hf_sparse import Criterion, Pruner, PruningConfig, register_criterion
+from hf_sparse.criteria import CRITERIA, GradientCriterion
 
 
 def test_random_is_uniform_and_independent_between_layers():
@@ -62,7 +62,6 @@ def test_a_users_criterion_may_score_in_any_dtype_but_not_in_any_shape():
 
 def test_sums_that_restart_and_sums_that_continue():
     """After a prune step."""
-    persistent = {
-        name for name in CRITERIA.names() if CRITERIA[name].requires & Requires.GRADIENTS and CRITERIA[name].persistent
-    }
+    sums = [name for name in CRITERIA.names() if issubclass(CRITERIA[name], GradientCriterion)]
+    persistent = {name for name in sums if CRITERIA[name].persistent}
     assert {"movement", "snip_momentum"} <= persistent and not persistent & {"snip", "taylor", "gradient"}

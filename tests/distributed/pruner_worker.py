@@ -48,6 +48,10 @@ OTHERS = [
     {"pattern": "2:4", "keep_zeros": True, "criterion": "magnitude", "scope": "row"},
     {"pattern": "unstructured", "max_sparsity_per_layer": 0.7, "min_sparsity_per_layer": 0.2, "criterion": "taylor"},
     {"pattern": "unstructured", "allocation": "erdos_renyi", "criterion": "snip_momentum"},
+    *(
+        {"pattern": pattern, "criterion": "obert", "criterion_kwargs": {"block_size": 4}, "scope": "layer"}
+        for pattern in ("unstructured", "2x2", "2:4")
+    ),
 ]
 
 
@@ -65,6 +69,7 @@ UNITS = [
     {"pattern": "head", "criterion": "taylor"},
     {"pattern": "layer", "criterion": "magnitude"},
     {"pattern": "neuron:1", "criterion": "magnitude", "keep_zeros": True},
+    {"pattern": "neuron:1", "criterion": "obert"},
     {"groups": {"ffn": {"pattern": "neuron"}, "attention": {"pattern": "head", "criterion": "fisher"}}},
 ]
 
@@ -99,18 +104,13 @@ def give_gradients(model, whole):
         parameter.grad = gradient
 
 
-def masks(pruner):
-    """Returns the full masks, gathered from all ranks."""
-    found = {}
-    for name, shard in pruner.shards.items():
-        kept = pruner.masks[name].to(torch.float32)
-        if isinstance(shard.parameter, DTensor):
-            parameter = shard.parameter
-            rest = {"shape": parameter.shape, "stride": parameter.stride()}
-            kept = DTensor.from_local(kept, parameter.device_mesh, parameter.placements, run_check=False, **rest)
-            kept = kept.full_tensor()
-        found[name] = kept != 0
-    return found
+def full(parameter, local):
+    """Returns the full tensor of which `local` is this rank's part, gathered from all ranks."""
+    if not isinstance(parameter, DTensor):
+        return local
+    rest = {"shape": parameter.shape, "stride": parameter.stride()}
+    placed = DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, **rest)
+    return placed.full_tensor()
 
 
 def difference(make, options, layout, mesh, constant):
@@ -135,11 +135,13 @@ def difference(make, options, layout, mesh, constant):
             return f"reports differ at prune step {prune_step}: {reports[0].zeros}, {reports[1].zeros} zeros"
         if pruners[0].sparsity() != pruners[1].sparsity():
             return "sparsities differ"
-        expected, found = pruners[0].masks, masks(pruners[1])
-        for name in expected:
-            if not torch.equal(expected[name], found[name]):
+        for name, shard in pruners[1].shards.items():
+            kept = full(shard.parameter, pruners[1].masks[name].float()) != 0
+            if not torch.equal(pruners[0].masks[name], kept):
                 return f"masks of {name} differ at prune step {prune_step}"
-            local = pruners[1].shards[name].tensor
+            local = shard.tensor
+            if not torch.equal(pruners[0].shards[name].tensor, full(shard.parameter, local)):
+                return f"weights of {name} differ at prune step {prune_step}"
             if torch.count_nonzero(local[~pruners[1].masks[name]]) or torch.signbit(local[local == 0]).any():
                 return f"{name} is not +0.0 where it is pruned"
     return None

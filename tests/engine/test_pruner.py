@@ -39,11 +39,9 @@ def score_of(pruner, name):
     weight = pruner.parameters[name].detach()
     if criterion.requires == Requires.NOTHING:
         return weight.abs()
-    return (
-        criterion.score(weight, pruner.groups[0].statistics[name].total)
-        if criterion.requires & Requires.GRADIENTS
-        else None
-    )
+    if not criterion.requires & Requires.GRADIENTS:
+        return None
+    return criterion.score(weight, pruner.groups[0].scored_statistics(pruner.shards, pruner.masks)[name])
 
 
 def competitors(scope, pattern, arrays):
