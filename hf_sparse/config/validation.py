@@ -245,8 +245,8 @@ def oneshot_errors(options: SimpleNamespace, criterion: str | None, solver: str)
         )
     if criterion is not None and CRITERIA[criterion].requires & Requires.GRADIENT_HISTORY:
         errors.append(
-            f'criterion "{criterion}" scores by the gradients of many optimizer steps, which one-shot pruning does not '
-            'take: use criterion="fisher", or prune while training.'
+            f'criterion "{criterion}" needs the gradients of many optimizer steps, and one-shot pruning takes none: '
+            'use criterion="fisher", or prune while training.'
         )
     elif criterion is not None and getattr(CRITERIA.create(criterion, options.criterion_kwargs), "decay", 1.0) < 1:
         errors.append(
