@@ -31,12 +31,18 @@ from turns import StepTimes, quartiles, run_in_turns
 
 from hf_sparse import PruningConfig, PruningConfigError, SparseTrainer, SparseTrainingArguments, SparsityCallback
 from hf_sparse.algorithms import ALGORITHMS
+from hf_sparse.penalties import PENALTIES
 
 
 WARMUP = 10
 PRUNE_EVERY = 5
 """Optimizer steps between two prune steps of trainings in turns."""
-TRAININGS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALGORITHMS.names()}
+TRAININGS: dict[str, dict[str, Any]] = {
+    **{name: {"algorithm": name} for name in ALGORITHMS.names()},
+    **{name: {"penalty": name} for name in PENALTIES.names()},
+    "distill": {"distill_teacher": "self"},
+    "distill_hidden": {"distill_teacher": "self", "distill_hidden": 1.0},
+}
 """What is trained in turns with plain Trainer."""
 
 
@@ -149,8 +155,7 @@ def measure_in_turns(name: str, options: argparse.Namespace) -> Ratios:
                     model(**batch)
                 teacher.append(time.perf_counter() - start)
 
-        distills = getattr(args, "distill_teacher", None) is not None
-        run_in_turns([partial(train, plain, plain_times), partial(train, sparse, times), *[forward] * distills])
+        run_in_turns([partial(train, plain, plain_times), partial(train, sparse, times), *[forward] * args.distills])
     references = [step + (teacher[number] if teacher else 0) for number, step in enumerate(plain_times.seconds)]
     schedule = sparse.sparsity_callback.schedule
     counted = range(WARMUP, options.steps - 1)

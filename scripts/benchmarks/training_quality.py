@@ -30,13 +30,17 @@ from typing import Any
 
 from rows import append_row, find_row, method_options, read_rows, target_options, with_given_parts
 
+from hf_sparse.algorithms import ALGORITHMS
 from hf_sparse.criteria import CRITERIA
+from hf_sparse.penalties import PENALTIES
 
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 PARTS: dict[str, dict[str, Any]] = {
     "default": {},
     **{name: {"criterion": name} for name in CRITERIA.names()},
+    **{name: {"algorithm": name} for name in ALGORITHMS.names()},
+    **{name: {"penalty": name} for name in PENALTIES.names()},
     **{path.stem: {"pruning_config": str(path)} for path in sorted((SCRIPTS / "recipes").glob("*.yaml"))},
 }
 

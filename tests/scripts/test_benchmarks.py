@@ -40,7 +40,20 @@ BENCHES = {
         ],
     ),
     "step": (
-        ["--steps", "16", "--batch", "2", "--tokens", "8", "--threads", "1", "--trainings", "gradual", *SMALL],
+        [
+            "--steps",
+            "16",
+            "--batch",
+            "2",
+            "--tokens",
+            "8",
+            "--threads",
+            "1",
+            "--trainings",
+            "gradual",
+            "distill",
+            *SMALL,
+        ],
         [
             "steps of 2 x 8 tokens, medians over steps",
             *(
@@ -50,7 +63,7 @@ BENCHES = {
             ),
             *(
                 f"{name} +1 thread.*: step +N ms without, unstructured, ratio N [(]N to N[)], with a prune step N"
-                for name in ("gradual",)
+                for name in ("gradual", "distill")
             ),
         ],
     ),
@@ -217,8 +230,10 @@ def test_the_error_of_one_of_several_threads_ends_all(bench):
 
 def test_all_trainings_in_turns_have_valid_options(bench, tmp_path):
     options = SimpleNamespace(steps=16, batch=2)
-    for name in bench.step.TRAININGS:
-        assert bench.step.sparse_arguments(str(tmp_path), name, options).resolve_groups()["weights"].target >= 0.5
+    for name, given in bench.step.TRAININGS.items():
+        arguments = bench.step.sparse_arguments(str(tmp_path), name, options)
+        assert arguments.resolve_groups()["weights"].target >= 0.5
+        assert given.items() <= vars(arguments).items()
 
 
 def test_no_benchmark_is_left_out(bench):
