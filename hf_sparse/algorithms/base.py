@@ -26,6 +26,10 @@ class Algorithm(ABC):
     default_scope: ClassVar[str | None] = None
     """The ranking scope where the options name none; None for that of the criterion."""
 
+    can_rewind: ClassVar[bool] = True
+    """Whether the weights of an earlier step can be restored: not where they follow from other values that are
+    learned."""
+
     def option_errors(self, options: SimpleNamespace, pattern: Pattern) -> list[str]:
         """Returns the errors of a parameter group's options that the algorithm does not support.
 

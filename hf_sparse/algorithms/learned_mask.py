@@ -75,6 +75,7 @@ class LearnedMask(Algorithm):
 
     uses_criterion = False
     reads_gradients = True
+    can_rewind = False
     trains_weights: ClassVar[bool] = True
     """Whether the trainer's optimizer trains W. If not, W stays as it is at the start, and the optimizer leaves the
     weight alone."""

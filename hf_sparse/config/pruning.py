@@ -15,6 +15,7 @@ from .distillation import DistillationOptions, distillation_errors
 from .options import DEFAULT_SOLVER
 from .penalty import PenaltyOptions, penalty_errors
 from .schedule import ScheduleOptions
+from .validation import target_of
 
 
 @dataclass
@@ -54,12 +55,24 @@ movement, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "ma
         "prune_start",
         "prune_end",
         "prune_every",
+        "rewind",
+        "rewind_weights",
         *(field.name for field in dataclasses.fields(DistillationOptions)),
     )
 
     def _errors(self) -> list[str]:
         checked, _ = self._check_types(self._values())
-        return [*super()._errors(), *distillation_errors(checked)]
+        errors = [*super()._errors(), *distillation_errors(checked)]
+        return errors or self._rewind_errors()
+
+    def _rewind_errors(self) -> list[str]:
+        groups = [SimpleNamespace(**values) for values in self._group_values().values() if isinstance(values, dict)]
+        if self.rewind is None or any(target_of(group) for group in groups):
+            return []
+        return [
+            "rewind restarts training after the last prune step, but nothing is pruned: give target_sparsity, as in "
+            "target_sparsity=0.8, or leave rewind out."
+        ]
 
     @classmethod
     def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -82,6 +95,11 @@ movement, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "ma
     def more_errors(self, options: SimpleNamespace, criterion: str | None) -> list[str]:
         algorithm: Algorithm = ALGORITHMS.create(options.algorithm, options.algorithm_kwargs)
         errors = algorithm.option_errors(options, get_pattern(options.pattern)) + penalty_errors(options)
+        if options.rewind is not None and options.rewind_weights and not algorithm.can_rewind:
+            errors.append(
+                f'rewind restores weights of an earlier step, but in algorithm "{options.algorithm}" they follow from '
+                'other values that are learned: use rewind_weights=False, or algorithm="gradual".'
+            )
         if not algorithm.uses_criterion and options.criterion is not None:
             errors.append(
                 f'criterion is "{options.criterion}", but algorithm "{options.algorithm}" ranks weights by what it '
@@ -96,8 +114,9 @@ movement, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "ma
         """Returns the prune steps of a training run of `max_steps` optimizer steps.
 
         Raises:
-            ValueError: the target would be reached after the last step, or pruning would end before it starts.
+            ValueError: the target would be reached after the last step, pruning would end before it starts, or no
+                step is left to rewind to or to train after that.
         """
         options = {name: getattr(self, name) for name in ("prune_start", "prune_end", "prune_every")}
         start, end, every = (self.defaults[name] if value is None else float(value) for name, value in options.items())
-        return PruningSchedule.from_fractions(start, end, every, max_steps)
+        return PruningSchedule.from_fractions(start, end, every, max_steps, self.rewind)

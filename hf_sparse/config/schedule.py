@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..algorithms import DEFAULT_ALGORITHM, Algorithm
-from .base import option
+from .base import FLAG, option
 
 
 @dataclass
@@ -48,6 +48,15 @@ class ScheduleOptions:
         "blocks and scope layer or global."
     )
 
+    rewind: float | None = option(
+        "Rewinding: after the last prune step, training restarts with the final mask from the weights and the "
+        "learning rate of this optimizer step, or fraction of training when below 1 (0: from the start). The learning "
+        "rate then runs through its schedule from there in the steps that remain. Left out: no rewinding."
+    )
+    rewind_weights: bool | None = option(
+        "With rewind: whether the weights are restored (the default), or only the learning rate.", **FLAG
+    )
+
     schedule_defaults: ClassVar[dict[str, object]] = {
         "algorithm": DEFAULT_ALGORITHM,
         "sparsity_decay_type": "cubic",
@@ -56,4 +65,5 @@ class ScheduleOptions:
         "prune_every": 0.01,
         "initial_sparsity": 0.0,
         "regrow": 0.0,
+        "rewind_weights": True,
     }

@@ -142,6 +142,7 @@ def _schedule_errors(options: SimpleNamespace) -> list[str]:
                 f"{name} is {format_value(value)}: it must be a whole number of steps, or a fraction of training "
                 "below 1."
             )
+    errors += _rewind_errors(options)
     start, end = options.prune_start, options.prune_end
     if 0 <= end < start and (start < 1) == (end < 1):
         errors.append(f"prune_start is {start}, after prune_end, {end}: swap them.")
@@ -151,6 +152,22 @@ def _schedule_errors(options: SimpleNamespace) -> list[str]:
             "0.9999 for the last, or a number of steps."
         )
     return errors
+
+
+def _rewind_errors(options: SimpleNamespace) -> list[str]:
+    rewind, end = options.rewind, options.prune_end
+    if rewind is None:
+        return [] if options.rewind_weights else ["rewind_weights needs rewind: give it, as in rewind=0.1."]
+    if not _is_steps_or_fraction(rewind):
+        return [
+            f"rewind is {format_value(rewind)}: it must be a whole number of steps, or a fraction of training below 1."
+        ]
+    if 0 <= end <= rewind and (rewind < 1) == (end < 1):
+        return [
+            f"rewind is {rewind}, not before prune_end, {end}: training can only restart from a step before the last "
+            "prune step. Lower rewind."
+        ]
+    return []
 
 
 def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:

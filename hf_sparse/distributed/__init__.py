@@ -5,8 +5,9 @@ The only package that imports torch.distributed, DeepSpeed or accelerate.
 
 from .build import build_shards
 from .communicator import SINGLE_PROCESS, Communicator, get_communicator, init_distributed, raise_on_all_ranks
+from .copies import write_copies
 from .offload import input_device, is_offloaded, iter_parameters, onload
-from .optimizer_state import elementwise_state_keys, optimizer_name, optimizer_state
+from .optimizer_state import elementwise_state_keys, optimizer_name, optimizer_state, reset_optimizer_state
 from .redistribute import Transfer, redistribute
 from .regions import ShardRegion, full_region, regions_of_range
 from .resharding import load_local_part
@@ -35,6 +36,8 @@ __all__ = [
     "onload",
     "optimizer_name",
     "optimizer_state",
+    "reset_optimizer_state",
+    "write_copies",
     "raise_on_all_ranks",
     "redistribute",
     "regions_of_range",

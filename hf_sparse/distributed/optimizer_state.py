@@ -52,6 +52,45 @@ def optimizer_state(optimizer: Any, shards: Mapping[str, Shard]) -> dict[str, di
     return {name: found[name] for name in shards if name in found}
 
 
+_ZERO_AT_START = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"}
+"""Keys of the state of optimizers, those of the Adam family, whose values are 0 before the first step."""
+
+
+@torch.no_grad()
+def reset_optimizer_state(optimizer: Any) -> None:
+    """Resets an optimizer to before its first step. Its learning rates and other options stay.
+
+    State that starts at zero is set to zero in place, since a sharded optimizer that has none would be given some when
+    it is saved. All other state is deleted: the optimizer makes it anew at its next step.
+
+    Args:
+        optimizer: of torch, or as accelerate has wrapped it.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.AdamW([weight])
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> reset_optimizer_state(optimizer)
+        >>> optimizer.state[weight]
+        {'step': tensor(0.), 'exp_avg': tensor([0., 0.]), 'exp_avg_sq': tensor([0., 0.])}
+    """
+    for state in _innermost(optimizer).state.values():
+        if state.keys() <= _ZERO_AT_START and all(_is_plain(value) for value in state.values()):
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    to_local(value).zero_()
+                else:
+                    state[key] = type(value)(0)
+        else:
+            state.clear()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number or a tensor of numbers: subclasses of tensors are quantized."""
+    return isinstance(value, (int, float)) or type(to_local(value)) is torch.Tensor
+
+
 def elementwise_state_keys(optimizer: Any) -> set[str] | None:
     """Returns the keys of the elementwise state that an optimizer will hold of a matrix, before its first step.
 

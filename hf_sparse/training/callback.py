@@ -25,6 +25,7 @@ from .best_metric import block_best_metric, clear_best_metric, unblock_best_metr
 from .new_run import new_run
 from .penalties import Penalties
 from .resume import CheckpointError, ResumeState, keep_pruned
+from .rewinding import Rewinding
 from .state_files import delete_state_files, write_state_file
 from .tuning import TUNINGS, Tuning
 from .tuning.tuner import Tuner
@@ -76,6 +77,8 @@ class SparsityCallback(TrainerCallback):
         """The algorithm at work, if there is a pruner."""
         self.penalties: Penalties
         """The terms of the loss that draw weights towards zero, if there is a pruner."""
+        self.rewinding: Rewinding | None = None
+        """What restores the weights of an earlier step after the last prune step; None if nothing does."""
         self.resume_state: ResumeState | None = None
         """The state that the next training resumes from. `SparseTrainer` sets it. With a stock Trainer it is read
         from the checkpoint of the current step."""
@@ -157,16 +160,23 @@ class SparsityCallback(TrainerCallback):
             raise ValueError("shrink needs SparseTrainer: a stock Trainer saves the whole model. Or leave shrink out.")
         if self.owns_saving and self.tuning is not None:
             raise ValueError("tune needs SparseTrainer: a stock Trainer trains all parameters. Or leave tune out.")
+        if self.owns_saving and config.rewind is not None:
+            raise ValueError(
+                "rewind needs SparseTrainer: a stock Trainer keeps its learning rate. Or leave rewind out."
+            )
         if self.owns_saving and self.is_finished:
             logger.warning("the run is finished, and a stock Trainer may train one more step: use SparseTrainer.")
         self.schedule = config.schedule(state.max_steps)
         pruner = Pruner(kwargs["model"], config)
-        run = new_run(pruner, self.schedule, kwargs.get("optimizer"), args.seed)
+        optimizer = kwargs.get("optimizer")
+        run = new_run(pruner, self.schedule, optimizer, args.seed)
+        restores_weights = self.schedule.rewind is not None and config.rewind_weights
+        self.rewinding = Rewinding(pruner, self.schedule, optimizer) if restores_weights else None
         if state.global_step > 0:
             resume_state = self.resume_state or ResumeState(_checkpoint_folder(args, state))
             with raise_on_all_ranks(CheckpointError):
                 resume_state.validate(pruner.groups, config, self.schedule, state.global_step, self.tuning)
-                resume_state.apply(pruner, run)
+                resume_state.apply(pruner, run, self.rewinding)
                 if self.tuner is not None:
                     resume_state.start_tuner(self.tuner)
         elif previous is not None:
@@ -174,13 +184,15 @@ class SparsityCallback(TrainerCallback):
         pruner.apply_masks()
         if state.global_step == 0:
             run.start()
+            if self.rewinding is not None:
+                self.rewinding.after_step(0)
             if self.tuner is not None:
                 self.tuner.start(None)
         self.pruner, self.run, self._zero_guard = pruner, run, ZeroGuard(pruner)
         self.penalties = Penalties(pruner, self.schedule, state.max_steps)
         self._remove_gradient_hook()
-        if is_deepspeed(kwargs.get("optimizer")):
-            self._install_gradient_hook(pruner, kwargs["optimizer"], state)
+        if is_deepspeed(optimizer):
+            self._install_gradient_hook(pruner, optimizer, state)
         self._earlier_sparsity = self._read_earlier_sparsity(state)
         if not self._is_at_final_sparsity(state):
             clear_best_metric(state)
@@ -252,6 +264,8 @@ class SparsityCallback(TrainerCallback):
         if self.tuner is not None:
             self.tuner.write()
         self.run.after_step(state.global_step + 1)
+        if self.rewinding is not None:
+            self.rewinding.after_step(state.global_step + 1)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -366,7 +380,7 @@ class SparsityCallback(TrainerCallback):
                     delete_state_files(directory)
         with raise_on_all_ranks(OSError):
             if step is not None:
-                write_state_file(directory, self.pruner, self.schedule, step, is_main, self.run)
+                write_state_file(directory, self.pruner, self.schedule, step, is_main, self.run, self.rewinding)
                 if self.tuner is not None and is_main:
                     self.tuner.save(directory, step)
             if is_main:

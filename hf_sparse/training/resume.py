@@ -19,6 +19,7 @@ from ..engine.saved_state import check_saved_state, is_count
 from ..files import STATE_FILE, TUNING_FILE, open_tensors, parse_json
 from ..schedulers import PruningSchedule
 from .algorithm_run import AlgorithmRun
+from .rewinding import Rewinding, check_rewind_description
 from .state_files import (
     FORMAT_VERSION,
     IN_STEPS,
@@ -98,6 +99,7 @@ def _check_description(values: Any, path: Path) -> None:
     if missing := _FIELDS - values.keys():
         raise ValueError(f"its description is incomplete: it lacks {', '.join(sorted(missing))}")
     check_saved_state(values)
+    check_rewind_description(values)
     if not is_count(values["step"]):
         raise ValueError(f"its step is {reprlib.repr(values['step'])}")
     processes = values["processes"]
@@ -267,8 +269,9 @@ class ResumeState:
                 "model, targets and exclude."
             )
 
-    def apply(self, pruner: Pruner, run: AlgorithmRun) -> None:
-        """Gives the masks and statistics to a pruner, and its state to the run of the algorithm, each rank its part.
+    def apply(self, pruner: Pruner, run: AlgorithmRun, rewinding: Rewinding | None = None) -> None:
+        """Gives the masks and statistics to a pruner, its state to the run of the algorithm, and the weights to rewind
+        to, each rank its part.
 
         Raises:
             CheckpointError: they do not fit the weights.
@@ -277,6 +280,8 @@ class ResumeState:
             states = [(file.tensors, file.values) for file in self.files]
             pruner.load_state_dict(*states)
             run.load(lambda kind: pruner.load_tensors(kind, *states), self.files[0].values.get("algorithm", {}))
+            if rewinding is not None:
+                rewinding.load(states, self.files[0].values["step"])
         except (ValueError, KeyError) as error:
             first, *others = [file.path for file in self.files]
             where = f"{first} and {len(others)} more" if others else first

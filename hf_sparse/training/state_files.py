@@ -30,6 +30,7 @@ from ..files import (
 )
 from ..schedulers import PruningSchedule
 from .algorithm_run import AlgorithmRun
+from .rewinding import Rewinding
 
 
 METADATA_KEY = "hf_sparse"
@@ -44,7 +45,7 @@ IN_STEPS = " (steps)"
 # Of the text of one option in an error.
 _MAX_LENGTH = 300
 # Options that are compared by their effect instead: the steps of the schedule, and the selected weights.
-_COMPARED_BY_EFFECT = ("prune_start", "prune_end", "prune_every", "targets", "exclude")
+_COMPARED_BY_EFFECT = ("prune_start", "prune_end", "prune_every", "rewind", "targets", "exclude")
 
 
 def find_state_files(directory: str | Path) -> list[Path]:
@@ -85,6 +86,7 @@ def write_state_file(
     step: int,
     is_main: bool = True,
     run: AlgorithmRun | None = None,
+    rewinding: Rewinding | None = None,
 ) -> None:
     """Writes what a resumed run needs at optimizer step `step`. All ranks call this; where every rank holds whole
     weights, the main one writes."""
@@ -94,6 +96,8 @@ def write_state_file(
     name = STATE_FILE if shard_count == 1 else state_shard_file(rank, shard_count)
     tensors, values = pruner.state_dict(None if run is None else run.tensors())
     values["algorithm"] = {} if run is None else run.values()
+    if rewinding is not None:
+        tensors, values = tensors | rewinding.tensors(), values | rewinding.values()
     values |= {"version": FORMAT_VERSION, "config": compared_options(pruner.config, schedule), "step": step}
     values["processes"] = get_communicator().world_size
     values["checksum"] = checksum(tensors, values)
@@ -131,6 +135,7 @@ def compared_options(config: PruningConfig, schedule: PruningSchedule | None) ->
     options["criterion"] = config.resolve_criterion(SimpleNamespace(**options))
     if schedule is not None:
         steps = {"prune_start": schedule.start, "prune_end": schedule.end, "prune_every": schedule.every}
+        steps |= {"rewind": schedule.rewind}
         options |= {f"{name}{IN_STEPS}": value for name, value in steps.items()}
     return json.loads(json.dumps(options))
 

@@ -22,6 +22,7 @@ from .checkpoint_search import find_checkpoint_error, newest_complete_checkpoint
 from .distillation.mixin import DistillationMixin
 from .model_card import write_trainer_card
 from .resume import CheckpointError, ResumeState
+from .rewinding_mixin import RewindingMixin
 from .shrinking import ShrinkMixin, check_shrink
 from .state_files import start_checkpoint
 from .tuning_mixin import TuningMixin
@@ -31,7 +32,7 @@ from .uploads import HubUploadMixin
 logger = logging.getLogger(__name__)
 
 
-class SparseTrainerMixin(ShrinkMixin, TuningMixin, DistillationMixin, HubUploadMixin):
+class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationMixin, HubUploadMixin):
     """Adds pruning to any Trainer: `class MyTrainer(SparseTrainerMixin, SomeTrainer)`. It keeps that trainer's
     signature.
 
@@ -42,6 +43,7 @@ class SparseTrainerMixin(ShrinkMixin, TuningMixin, DistillationMixin, HubUploadM
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         hide_token(self.args)
+        self._has_given_scheduler = self.lr_scheduler is not None
         self._has_given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         self._callback_of_arguments: SparsityCallback | None = None
         self._is_set_up = False
@@ -74,6 +76,7 @@ class SparseTrainerMixin(ShrinkMixin, TuningMixin, DistillationMixin, HubUploadM
                 config = cast(PruningConfig, cast(SparsityCallback, self.sparsity_callback).config)
                 check_shrink(cast(nn.Module, self.model), config, getattr(self.args, "heterogeneous", False))
             self._check_tuning()
+            self._check_rewinding()
             self._is_set_up = True
 
     def _warn_if_not_sharded(self) -> None:
@@ -135,6 +138,7 @@ class SparseTrainerMixin(ShrinkMixin, TuningMixin, DistillationMixin, HubUploadM
         if self._shrinks_by_default and not self._prunes:
             raise ValueError('shrink is set, but nothing is pruned: add pattern="neuron" and target_sparsity=0.5.')
         self._check_tuning()
+        self._check_rewinding()
         callback = self.sparsity_callback
         if callback is not None and callback.prunes:
             state = self._open_checkpoint(callback, resume_from_checkpoint) if resume_from_checkpoint else None

@@ -188,7 +188,7 @@ class SparsityCard:
             ValueError: the schedule in the config does not fit a training of this length.
         """
         start, end, every = (self.config[name] for name in ("prune_start", "prune_end", "prune_every"))
-        return PruningSchedule.from_fractions(start, end, every, max_steps)
+        return PruningSchedule.from_fractions(start, end, every, max_steps, self.config["rewind"])
 
     # Metadata
 

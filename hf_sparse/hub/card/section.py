@@ -157,6 +157,8 @@ def _method(card: SparsityCard) -> str:
         sentences.append(f"Pruned in one shot, without training.{preset}")
     elif any(group.get("target") for group in card.settings):
         sentences.append(_schedule(card))
+    if config.get("rewind") is not None and not card.oneshot:
+        sentences.append(_rewinding(card))
     if config.get("keep_zeros"):
         sentences.append("Zeros that the selected weights had at the start were kept (keep_zeros).")
     if card.tuned:
@@ -193,6 +195,14 @@ def _schedule(card: SparsityCard) -> str:
         return f"{scheduler}, one prune step, after optimizer step {schedule.end} of {card.max_steps}."
     steps = f"{schedule.total} prune steps, after optimizer steps {schedule.start} to {schedule.end}"
     return f"{scheduler}, {steps} of {card.max_steps}."
+
+
+def _rewinding(card: SparsityCard) -> str:
+    where = f"option rewind {card.config['rewind']}"
+    if card.max_steps is not None:
+        where = f"optimizer step {card.schedule(card.max_steps).rewind}"
+    what = "weights and learning rate" if card.config.get("rewind_weights") else "learning rate"
+    return f"Rewound after the last prune step to the {what} of {where}."
 
 
 def _plugins(card: SparsityCard) -> Iterator[str]:
