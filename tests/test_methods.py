@@ -17,7 +17,13 @@ from hf_sparse.solvers.sparsegpt import SparseGPT
 OPTIONS = {
     "criterion": {"snip_momentum": {"decay": 1.0}, "obs": {"ridge": 0.2, "columns_at_once": 4}, "ria": {"alpha": 1.0}},
     "allocation": {"owl": {"m": 3.0, "lambda_": 0.2}, "dlp": {"alpha": 0.2}, "lsa": {"beta": 0.2}},
-    "algorithm": {"elsa": {"strength": 0.5}},
+    "algorithm": {
+        "acdc": {"compressed_phases": 3},
+        "elsa": {"strength": 0.5},
+        "granet": {"fraction": 0.2, "decay": "linear"},
+        "rigl": {"fraction": 0.2, "decay": "linear", "initial_mask": "random"},
+        "set": {"fraction": 0.2, "decay": "constant", "initial_mask": "random"},
+    },
     "solver": {
         "admm": {"iterations": 10, "rho": 0.2, "dampening": 0.1},
         "sparsegpt": {"dampening": 0.1, "block_size": 64},

@@ -1,10 +1,12 @@
 """Algorithms: how training finds the zeros. One file each."""
 
-from . import elsa, gradual
+from . import acdc, elsa, gradual, granet, rigl, set
 from .base import ALGORITHMS, DEFAULT_ALGORITHM, Algorithm, register_algorithm
 from .constrained import ConstrainedTraining
+from .dynamic import DynamicSparsity
 from .learned_mask import LearnedMask, MaskContext
 
 
-__all__ = ["ALGORITHMS", "DEFAULT_ALGORITHM", "Algorithm", "ConstrainedTraining", "LearnedMask", "MaskContext"]
-__all__ += ["elsa", "gradual", "register_algorithm"]
+__all__ = ["ALGORITHMS", "DEFAULT_ALGORITHM", "Algorithm", "register_algorithm"]
+__all__ += ["ConstrainedTraining", "DynamicSparsity", "LearnedMask", "MaskContext"]
+__all__ += ["acdc", "elsa", "gradual", "granet", "rigl", "set"]

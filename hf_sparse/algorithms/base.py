@@ -26,6 +26,8 @@ class Algorithm(ABC):
     default_scope: ClassVar[str | None] = None
     """The ranking scope where the options name none; None for that of the criterion."""
 
+    follows_scheduler: ClassVar[bool] = True
+    """Whether the sparsity after a prune step is that of the scheduler."""
     can_rewind: ClassVar[bool] = True
     """Whether the weights of an earlier step can be restored: not where they follow from other values that are
     learned."""

@@ -417,7 +417,6 @@ class PruningOptions:
             exclude=options.exclude,
             on_indivisible=options.on_indivisible,
             keep_zeros=options.keep_zeros,
-            regrow=getattr(options, "regrow", 0.0),
             swaps=getattr(options, "swaps", None) or 0,
             permute=getattr(options, "permute", False),
             algorithm=algorithm,

@@ -58,8 +58,13 @@ def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
         {'solver': 'sparsegpt', 'solver_kwargs': {'dampening': 0.1}}
         >>> upgrade_options({"solver": "zero", "dampening": 0.01})
         {'solver': 'none'}
+    >>> upgrade_options({"criterion": "snip", "regrow": 0.3})["algorithm_kwargs"]
+    {'fraction': 0.3, 'decay': 'linear'}
+
+    Raises:
+        ValueError: an option has no present form.
     """
-    values = dict(values)
+    values = _upgrade_regrow(values)
     # These were options of the run, written whatever the solver was.
     old = {"dampening": values.pop("dampening", None), "block_size": values.pop("solver_block", None)}
     kwargs = {name: value for name, value in old.items() if value not in (None, _OLD_DEFAULTS.get(name))}
@@ -73,6 +78,34 @@ def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _OLD_DEFAULTS = {"dampening": 0.01}
+
+
+def _upgrade_regrow(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options with the algorithm that has replaced `regrow`, and the criterion that was the default then."""
+    values, groups = dict(values), values.get("groups")
+    found = [values.pop("regrow", None)]
+    if isinstance(groups, Mapping):
+        values["groups"] = {
+            name: dict(group) if isinstance(group, Mapping) else group for name, group in groups.items()
+        }
+        own = [group.pop("regrow", found[0]) for group in values["groups"].values() if isinstance(group, dict)]
+        found = own or found
+    fractions = [fraction or 0.0 for fraction in found]
+    if any(fraction != fractions[0] for fraction in fractions):
+        raise ValueError(
+            f"regrow of an earlier version differs between groups ({', '.join(map(str, fractions))}), and the option "
+            'that has replaced it, algorithm="granet", is of the whole run: give all groups one value.'
+        )
+    if not fractions[0]:
+        return values
+    for options in (values, *(group for group in values.get("groups") or {}.values() if isinstance(group, dict))):
+        if options.get("criterion") is None and (options is values or "criterion" in options):
+            options["criterion"] = _OLD_CRITERION
+    return values | {"algorithm": "granet", "algorithm_kwargs": {"fraction": fractions[0], "decay": "linear"}}
+
+
+_OLD_CRITERION = "snip_momentum"
+"""The criterion of regrowth, where the options named none."""
 
 
 def _upgrade_solver(values: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,6 @@ class ResolvedGroup:
         targets, exclude: which layers, see `select_layers`.
         on_indivisible: "error" or "skip", for weights that the pattern does not divide.
         keep_zeros: whether zeros that weights have at the start are kept.
-        regrow: fraction of kept weights that a prune step exchanges.
         swaps: the most swaps in each row that refine the mask before the solver.
         permute: whether channels are put in the order in which N:M keeps the most.
         algorithm: how training finds the zeros.
@@ -66,7 +65,6 @@ class ResolvedGroup:
     exclude: list[str] | None = None
     on_indivisible: str = "error"
     keep_zeros: bool = False
-    regrow: float = 0.0
     swaps: int = 0
     permute: bool = False
     algorithm: Algorithm = Gradual()
@@ -211,5 +209,5 @@ class ResolvedGroup:
         if self.swaps and self.target:
             values["swaps"] = self.swaps
         scheduler = next((name for name in SCHEDULERS.names() if SCHEDULERS[name] is type(self.scheduler)), None)
-        values["scheduler"] = scheduler if self.target else None
+        values["scheduler"] = scheduler if self.target and self.algorithm.follows_scheduler else None
         return values | {"target": self.target}

@@ -14,11 +14,13 @@ class ScheduleOptions:
     """When to prune: the schedule of prune steps, and how the sparsity increases over them."""
 
     algorithm: Algorithm | str | None = option(
-        "Pruning algorithm, how training finds the zeros: gradual (the default: prune steps by the criterion), elsa "
-        "(weights are drawn to a sparse point that each prune step selects anew), or a registered one."
+        "Pruning algorithm, how training finds the zeros: gradual (the default: prune steps by the criterion), granet "
+        "(gradual, with regrowth by gradients), set or rigl (sparse from the start, weights are exchanged at prune "
+        "steps), acdc (sparse and dense phases in turn), elsa (weights are drawn to a sparse point that each prune "
+        "step selects anew), or a registered one."
     )
     algorithm_kwargs: dict[str, Any] | str | None = option(
-        'Options of the algorithm, as JSON: {"strength": 0.1} for elsa.'
+        'Options of the algorithm, as JSON: {"fraction": 0.3} for rigl, {"strength": 0.1} for elsa.'
     )
     scheduler: str | None = option(
         "Scheduler: oneshot, iterative, or a registered one. Left out: oneshot when prune_start equals prune_end, "
@@ -42,11 +44,6 @@ class ScheduleOptions:
     initial_sparsity: float | None = option(
         "Sparsity at which the curve starts, from 0 (the default) to target_sparsity."
     )
-    regrow: float | None = option(
-        "Regrowth: fraction of the kept weights that each prune step exchanges for pruned ones with the largest "
-        "gradient, decreasing to 0 at the end (from 0, the default, to 1). Needs a pattern of single weights or "
-        "blocks and scope layer or global."
-    )
 
     rewind: float | None = option(
         "Rewinding: after the last prune step, training restarts with the final mask from the weights and the "
@@ -64,6 +61,5 @@ class ScheduleOptions:
         "prune_end": 0.7,
         "prune_every": 0.01,
         "initial_sparsity": 0.0,
-        "regrow": 0.0,
         "rewind_weights": True,
     }

@@ -114,7 +114,7 @@ def _name_errors(options: SimpleNamespace, criterion: str | None, solver: str) -
 
 def _range_errors(options: SimpleNamespace) -> list[str]:
     errors = []
-    shares = ("target_sparsity", "initial_sparsity", "min_sparsity_per_layer", "max_sparsity_per_layer", "regrow")
+    shares = ("target_sparsity", "initial_sparsity", "min_sparsity_per_layer", "max_sparsity_per_layer")
     for name in shares:
         value = getattr(options, name, None)
         if value is not None and not 0 <= value <= 1:
@@ -173,7 +173,7 @@ def _rewind_errors(options: SimpleNamespace) -> list[str]:
 def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[str]:
     """Returns the errors of valid options that contradict each other."""
     errors, pattern = [], get_pattern(options.pattern)
-    target, regrow = target_of(options) or 0.0, getattr(options, "regrow", 0.0)
+    target = target_of(options) or 0.0
     implied = pattern.implied_sparsity
     if implied is not None and target and abs(target - implied) > 1e-9:
         errors.append(
@@ -191,14 +191,6 @@ def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[
             f'allocation is "{options.allocation}", but scope "global" distributes nothing over layers: use '
             "scope=layer, or leave one of them out."
         )
-    if regrow and (not pattern.has_rows or options.scope == "row"):
-        scope = f' with scope "{options.scope}"' if options.scope else ""
-        errors.append(
-            f'regrow is {regrow}, but it does not support pattern "{options.pattern}"{scope}: use single weights or '
-            "blocks with scope layer or global, or regrow=0."
-        )
-    if regrow and options.keep_zeros:
-        errors.append("regrow restores pruned weights and keep_zeros forbids it: choose one.")
     return errors + _bound_errors(options, target)
 
 

@@ -49,6 +49,11 @@ class Shard:
         return self.parameter.grad
 
     @property
+    def keeps_gradient(self) -> bool:
+        """Whether `gradient` is the same until the next step begins."""
+        return True
+
+    @property
     def replicas(self) -> list[torch.Tensor]:
         """Other tensors with the same entries on this rank, which need the same zeros."""
         return []

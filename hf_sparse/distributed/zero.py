@@ -62,6 +62,10 @@ class ZeroShard(Shard):
         return self._gradient
 
     @property
+    def keeps_gradient(self) -> bool:
+        return False
+
+    @property
     def replicas(self) -> list[torch.Tensor]:
         if self._length and hasattr(self.parameter, "ds_id"):
             return [self.parameter.ds_tensor.detach()[: self._length]]

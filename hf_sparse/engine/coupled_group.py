@@ -53,6 +53,7 @@ class CoupledParameterGroup(ParameterGroup):
         shards: Mapping[str, Shard],
         masks: MaskStore,
         statistics: Mapping[str, torch.Tensor] | None = None,
+        gradients: Mapping[str, torch.Tensor | None] | None = None,
     ) -> float:
         if not self.target:
             return 0.0  # Only the zeros that the weights had at the start are kept.

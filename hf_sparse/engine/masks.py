@@ -82,6 +82,10 @@ class MaskStore(Mapping[str, torch.Tensor]):
             )
         bits.copy_(mask).neg_()
 
+    def open(self, name: str) -> None:
+        """Keeps all weights of `name`."""
+        self._bits[name].fill_(-1)
+
     def kept(self, name: str) -> int:
         """Returns the number of kept weights of `name`."""
         return int(torch.count_nonzero(self._bits[name]))

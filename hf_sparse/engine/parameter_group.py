@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
+from ..algorithms.dynamic import DynamicSparsity
 from ..allocations import LayerSize
 from ..config import ResolvedGroup
 from ..criteria import Criterion, GradientHistoryCriterion, ObservingCriterion
@@ -20,6 +21,7 @@ from ..numerics import gather_counts
 from ..requires import Requires
 from ..selection.apply import apply_thresholds
 from ..selection.budgets import largest_remainder
+from ..selection.exchange import exchange_units
 from ..selection.layer_scores import LayerScores
 from ..selection.threshold import Threshold, find_thresholds
 from ..selection.ties import split_ties
@@ -60,6 +62,8 @@ class ParameterGroup:
         self.options, self.communicator = options, communicator
         self.name, self.layers, self.pattern, self.scope = options.name, options.layers, options.pattern, options.scope
         self.criterion, self.target = options.criterion, options.target
+        self.dynamic = options.algorithm if isinstance(options.algorithm, DynamicSparsity) else None
+        """The algorithm, where weights return at prune steps."""
         self.statistics: dict[str, ObservedGradients] = {}
 
     @property
@@ -114,11 +118,17 @@ class ParameterGroup:
         return cast(ObservingCriterion, self.criterion).new_statistic(weight)
 
     def ratio(self, prune_step: int, total_steps: int, masks: MaskStore) -> float:
-        """Returns the scheduled sparsity after this prune step.
+        """Returns the sparsity after this prune step, 0 for the start, as the scheduler or the algorithm sets it.
 
         Raises:
             ValueError: the scheduler returns a sparsity outside of 0 to the target.
         """
+        scheduled = self._scheduled_ratio(prune_step, total_steps, masks) if prune_step else 0.0
+        if self.dynamic is None:
+            return scheduled
+        return self.dynamic.sparsity(scheduled, self.target, prune_step, total_steps)
+
+    def _scheduled_ratio(self, prune_step: int, total_steps: int, masks: MaskStore) -> float:
         scheduler = self.options.scheduler
         # The seed API says dict; a MaskStore is a mapping that makes each bool mask when it is read.
         value: object = scheduler.update_sparsity_ratio(self.target, prune_step, total_steps, cast(dict, masks))
@@ -145,6 +155,7 @@ class ParameterGroup:
         shards: Mapping[str, Shard],
         masks: MaskStore,
         statistics: Mapping[str, torch.Tensor] | None = None,
+        gradients: Mapping[str, torch.Tensor | None] | None = None,
     ) -> float:
         """Updates the masks to the scheduled sparsity, on all ranks at once.
 
@@ -153,6 +164,7 @@ class ParameterGroup:
             shards: the local part of each weight by name.
             masks: the masks of the local parts, which are updated.
             statistics: what the criterion requires, by layer name, where it is not the group's own sum of gradients.
+            gradients: of the local parts, by name, where the algorithm reads them at prune steps.
 
         Returns:
             The scheduled sparsity.
@@ -165,21 +177,42 @@ class ParameterGroup:
         ratio, known = self._start_prune_step(prune_step, total_steps, shards, masks, statistics)
         before = self._mask_bits_to_update(masks)
         scores = [self._layer_scores(layer, shards[layer.name], masks, known.get(layer.name)) for layer in self.layers]
-        floors, caps = self._current_bounds(scores, ratio)
-        total = self._num_pruned(ratio, floors, caps)
         with self._naming_nan_scores(scores, f'criterion "{self.options.criterion_name}"'):
-            if self.scope == "row":
-                self._prune_rows(scores, total, floors, caps)
-            elif total:
-                exchanged = self._exchanged_fraction(prune_step, total_steps, shards)
-                first, final = self._budgets(scores, total, floors, caps, exchanged)
-                self._apply_thresholds(scores, find_thresholds(scores, *first, self.communicator))
-                if first.total > final.total:
-                    growth = [self._growth_scores(layer) for layer in scores]
-                    self._apply_thresholds(growth, find_thresholds(growth, *final, self.communicator))
+            self._prune_to(ratio, scores)
+            if self.dynamic is not None and ratio:
+                fraction = self.dynamic.exchanged_fraction(prune_step, total_steps)
+                self._exchange(fraction, self.dynamic.growth(prune_step), ratio, scores, gradients or {})
         self._update_weights(shards, masks, before)
         self._restart_statistics()
         return ratio
+
+    def prune_initially(self, shards: Mapping[str, Shard], masks: MaskStore) -> None:
+        """Prunes to the target before training, on all ranks at once, where the algorithm starts sparse.
+
+        Args:
+            shards: the local part of each weight by name.
+            masks: the masks of the local parts, which are updated.
+        """
+        criterion = None if self.dynamic is None else self.dynamic.initial_criterion
+        if criterion is None or not self.target:
+            return
+        scores = [self._layer_scores(layer, shards[layer.name], masks, None, criterion) for layer in self.layers]
+        with self._naming_nan_scores(scores, f'algorithm "{self.options.algorithm_name}"'):
+            self._prune_to(self.target, scores)
+
+    def _prune_to(self, ratio: float, scores: list[LayerScores]) -> None:
+        """Prunes the lowest units to a sparsity."""
+        floors, caps = self._current_bounds(scores, ratio)
+        total = self._num_pruned(ratio, floors, caps)
+        if total or self.scope == "row":
+            self._prune_lowest(scores, total, floors, caps)
+
+    def _prune_lowest(self, scores: list[LayerScores], total: int, floors: list[int], caps: list[int]) -> None:
+        if self.scope == "row":
+            self._prune_rows(scores, total, floors, caps)
+        else:
+            budget = self._budget(total, floors, caps)
+            self._apply_thresholds(scores, find_thresholds(scores, *budget, self.communicator))
 
     def select(
         self,
@@ -215,11 +248,7 @@ class ParameterGroup:
             caps = [int(room.sum()) for room in self._prunable_by_row(layers)]
         total = self._num_pruned(ratio, floors, caps)
         with self._naming_nan_scores(layers, f'algorithm "{self.options.algorithm_name}"'):
-            if self.scope == "row":
-                self._prune_rows(layers, total, floors, caps)
-            else:
-                budget, _ = self._budgets(layers, total, floors, caps, 0.0)
-                self._apply_thresholds(layers, find_thresholds(layers, *budget, self.communicator))
+            self._prune_lowest(layers, total, floors, caps)
         return ratio
 
     @contextmanager
@@ -245,6 +274,9 @@ class ParameterGroup:
         ratio = self.ratio(prune_step, total_steps, masks)
         if prune_step == 1:
             self._warn_without_gradients(shards)
+        if self.dynamic is not None and self.dynamic.opens_masks(prune_step, total_steps):
+            for name in self.parameter_shapes:
+                masks.open(name)
         if statistics is None:
             statistics = self.scored_statistics(shards, masks)
         return ratio, statistics
@@ -300,11 +332,16 @@ class ParameterGroup:
             )
 
     def _layer_scores(
-        self, layer: PrunableLayer, shard: Shard, masks: MaskStore, statistic: torch.Tensor | None
+        self,
+        layer: PrunableLayer,
+        shard: Shard,
+        masks: MaskStore,
+        statistic: torch.Tensor | None,
+        criterion: Criterion | None = None,
     ) -> LayerScores:
         bits, by_row = masks.bits(layer.name), self.scope == "row"
         rest = shard, bits, statistic, by_row, self.communicator
-        return LayerScores(layer, self.required_criterion, self.pattern, *rest)
+        return LayerScores(layer, criterion or self.required_criterion, self.pattern, *rest)
 
     # The number of units to prune in each layer
 
@@ -354,20 +391,19 @@ class ParameterGroup:
         shares = self.options.allocation.allocate(total / sum(size.units for size in sizes), sizes)
         return largest_remainder(total, [shares[size.name] * size.units for size in sizes], floors, caps).tolist()
 
-    def _budgets(
-        self, scores: list[LayerScores], total: int, floors: list[int], caps: list[int], exchanged: float
-    ) -> tuple[_Budget, _Budget]:
-        """Returns how many units to prune first, and how many after regrowth of the exchanged fraction."""
+    def _budget(self, total: int, floors: list[int], caps: list[int]) -> _Budget:
+        """Returns how many units to prune in all and of each layer."""
         if self.scope == "global":
             # Pruned units score -inf and protected ones inf, which keeps the other bounds.
-            least = floors if self.options.min_sparsity_per_layer else None
-            most = caps if self.options.max_sparsity_per_layer < 1 else None
-            extra = min(round(exchanged * (sum(layer.numel for layer in scores) - total)), sum(caps) - total)
-            return _Budget(total + extra, least, most), _Budget(total, least, most)
+            return _Budget(total, *self._global_bounds(floors, caps))
         counts = self._allocate(total, floors, caps)
-        rooms = zip(scores, counts, caps, strict=True)
-        first = [count + min(round(exchanged * (layer.numel - count)), cap - count) for layer, count, cap in rooms]
-        return _Budget(sum(first), first, first), _Budget(total, counts, counts)
+        return _Budget(total, counts, counts)
+
+    def _global_bounds(self, floors: list[int], caps: list[int]) -> tuple[list[int] | None, list[int] | None]:
+        """Returns the bounds that options set, None for those that scores keep by themselves."""
+        least = floors if self.options.min_sparsity_per_layer else None
+        most = caps if self.options.max_sparsity_per_layer < 1 else None
+        return least, most
 
     # One layer at a time, as in one-shot pruning
 
@@ -421,26 +457,33 @@ class ParameterGroup:
         ends = np.cumsum([len(array) for array in arrays])[:-1]
         return np.split(self.communicator.sum_counts(np.concatenate(arrays)), ends)
 
-    # Regrowth
+    # Exchange
 
-    def _exchanged_fraction(self, prune_step: int, total_steps: int, shards: Mapping[str, Shard]) -> float:
-        """Returns the fraction of kept units that this prune step exchanges for pruned ones."""
-        fraction = self.options.regrow * (1 - prune_step / total_steps)
-        gradients = [shards[layer.name].gradient for layer in self.layers] if fraction else []
-        usable = [gradient for gradient in gradients if gradient is not None]
-        if self.communicator.any(len(usable) < len(gradients) or not all_finite(usable)):
-            logger.warning("prune step %d of group %s regrows nothing: no finite gradients.", prune_step, self.name)
-            return 0.0
-        return fraction
+    def _exchange(
+        self,
+        fraction: float,
+        growth: Criterion | None,
+        ratio: float,
+        scores: list[LayerScores],
+        gradients: Mapping[str, torch.Tensor | None],
+    ) -> None:
+        """Exchanges a fraction of the kept units for pruned ones, at the sparsity `ratio`."""
+        if not fraction or growth is None:
+            return
+        reads_gradients = bool(growth.requires & Requires.GRADIENTS)
+        if reads_gradients and not self._all_finite(gradients):
+            logger.warning('group "%s" exchanges nothing at this prune step: no finite gradients.', self.name)
+            return
+        known = gradients if reads_gradients else {}
+        # Bounds of the options alone, because zeros can go from one layer to another.
+        bounds = self._global_bounds(*self._bounds([0] * len(scores), ratio))
+        exchange_units(fraction, scores, growth, known, self.scope, self.communicator, bounds)
 
-    def _growth_scores(self, scores: LayerScores) -> LayerScores:
-        """Returns the scores by which pruned units regrow: |gradient|, and inf for what is kept."""
-        shard, bits = scores.shard, scores.mask_bits
-        if shard.gradient is None:
-            raise ValueError(f'regrow needs the gradient of "{scores.layer.name}", but there is none')
-        growth = shard.gradient.detach().float().abs().masked_fill_(bits != 0, torch.inf)
-        rest = self.scope == "row", self.communicator
-        return LayerScores(scores.layer, _GivenScores(), self.pattern, shard, bits, growth, *rest, prune_only=False)
+    def _all_finite(self, gradients: Mapping[str, torch.Tensor | None]) -> bool:
+        """Whether each layer has a gradient, and all are finite, on all ranks."""
+        found = [gradients.get(layer.name) for layer in self.layers]
+        usable = [gradient for gradient in found if gradient is not None]
+        return not self.communicator.any(len(usable) < len(found) or not all_finite(usable))
 
     def _given_scores(self, layer: PrunableLayer, shard: Shard, masks: MaskStore, scores: torch.Tensor) -> LayerScores:
         rest = masks.bits(layer.name), scores, self.scope == "row", self.communicator

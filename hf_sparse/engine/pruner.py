@@ -95,6 +95,11 @@ class Pruner:
         """Whether the criterion of any group sums over gradients."""
         return any(group.requires_gradients for group in self.groups)
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the algorithm reads the gradients of the steps at which it prunes."""
+        return any(group.dynamic is not None and group.dynamic.reads_gradients for group in self.groups)
+
     def observe(self) -> bool:
         """Adds the present gradients of the parameters to the statistics: once per optimizer step.
 
@@ -110,8 +115,22 @@ class Pruner:
             group.observe(self.shards)
         return True
 
-    def update(self, prune_step: int, total: int) -> SparsityReport:
+    def start_sparse(self) -> None:
+        """Prunes groups to their target before training, where the algorithm starts sparse. All ranks call this."""
+        for group in self.groups:
+            group.prune_initially(self.shards, self.masks)
+        self._check_masks_across_ranks()
+        self.apply_masks()
+
+    def update(
+        self, prune_step: int, total: int, gradients: Mapping[str, torch.Tensor | None] | None = None
+    ) -> SparsityReport:
         """Carries out prune step `prune_step` of `total`, from 1, on all ranks at once: new masks, and their zeros.
+
+        Args:
+            prune_step, total: this prune step, from 1, of how many.
+            gradients: of this step, of each shard's tensor by name, for algorithms that read them; left out, those
+                that the parameters have.
 
         Returns:
             The sparsity of the model afterwards.
@@ -121,9 +140,13 @@ class Pruner:
                 or ranks have different masks for the same weights.
             ValueError: scores are nan.
         """
+        if any(group.dynamic is not None for group in self.groups):
+            self.enforce()  # Weights that return start at zero, not where the optimizer has moved them.
+        if gradients is None:
+            gradients = {name: shard.gradient for name, shard in self.shards.items()} if self.reads_gradients else {}
         for group in self.groups:
             if group.ready():
-                group.prune(prune_step, total, self.shards, self.masks)
+                group.prune(prune_step, total, self.shards, self.masks, gradients=gradients)
             elif prune_step < total:
                 logger.warning(
                     'prune step %d of %d is skipped for group "%s": no finite gradient has been observed yet.',
@@ -260,7 +283,7 @@ class Pruner:
 
     def scheduled(self, prune_step: int, total: int) -> float:
         """Returns the scheduled sparsity of all selected weights after `prune_step` prune steps (0 at the start)."""
-        return self._mean_over_weights(lambda group: group.ratio(prune_step, total, self.masks) if prune_step else 0.0)
+        return self._mean_over_weights(lambda group: group.ratio(prune_step, total, self.masks))
 
     def _mean_over_weights(self, value: Callable[[ParameterGroup], float]) -> float:
         sizes = [sum(layer.numel for layer in group.layers) for group in self.groups]

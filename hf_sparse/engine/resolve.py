@@ -152,7 +152,7 @@ def _frozen_errors(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[st
         if group.algorithm.reads_gradients:
             remedy = 'use algorithm="gradual" and criterion="magnitude"'
             needs.append((f'algorithm "{group.algorithm_name}" needs gradients', remedy))
-        elif group.requires & Requires.GRADIENTS or group.regrow:
+        elif group.requires & Requires.GRADIENTS:
             needs.append((f'criterion "{group.criterion_name}" needs gradients', 'use criterion="magnitude"'))
         errors += [
             f'{what}, but "{frozen[0].name}" is frozen (requires_grad=False), one of {len(frozen)} such weights of '

@@ -54,6 +54,11 @@ class Pattern(ABC):
         return 1.0
 
     @property
+    def unprotected(self) -> Pattern:
+        """The pattern of the same units, any of which may be pruned for as long as others have not returned."""
+        return self
+
+    @property
     def n_of_m(self) -> tuple[int, int]:
         """(N, M), if units are single weights, and the N highest of every M adjacent inputs are protected."""
         return 0, 1

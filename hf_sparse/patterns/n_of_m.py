@@ -6,6 +6,7 @@ import torch
 
 from .base import Pattern, register_pattern
 from .n_of_m_kernel import keep_n_of_m
+from .unstructured import Unstructured
 
 
 @register_pattern("n_of_m")
@@ -44,6 +45,10 @@ class NOfM(Pattern):
     @property
     def max_sparsity(self) -> float:
         return 1.0 - self.keep / self.of
+
+    @property
+    def unprotected(self) -> Unstructured:
+        return Unstructured()
 
     @property
     def n_of_m(self) -> tuple[int, int]:

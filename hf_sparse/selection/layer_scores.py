@@ -90,6 +90,7 @@ class LayerScores:
         communicator: of the ranks that hold the shards of the weight.
         prune_only: whether masks may only lose weights. If not, pruned weights are scored like kept ones and may
             return.
+        grow_only: whether masks may only gain weights: kept ones score +inf. Not together with `prune_only`.
     """
 
     def __init__(
@@ -103,10 +104,11 @@ class LayerScores:
         by_row: bool,
         communicator: Communicator = SINGLE_PROCESS,
         prune_only: bool = True,
+        grow_only: bool = False,
     ):
         self.layer, self.criterion, self.pattern, self.shard = layer, criterion, pattern, shard
-        self.mask_bits, self._statistic = mask_bits, statistic
-        self._prune_only, self._communicator = prune_only, communicator
+        self.mask_bits, self.statistic = mask_bits, statistic
+        self._prune_only, self._grow_only, self._communicator = prune_only, grow_only, communicator
         self.device = mask_bits.device
         # Single weights may compete in any layout of the parameter, without a view of its matrices.
         self._is_flat, self._by_row = pattern.flat and not by_row, by_row
@@ -147,7 +149,7 @@ class LayerScores:
             views = [part.weight for part in self._owned_slices]
             if not (has_groups and all(view.shape[1] == 1 and view.is_contiguous() for view in views)):
                 return None
-        tensor = entries.entries(self.shard.tensor, self._statistic)
+        tensor = entries.entries(self.shard.tensor, self.statistic)
         together = (tensor, self.mask_bits)
         if tensor.device != self.mask_bits.device or not all(each.is_contiguous() for each in together):
             return None
@@ -271,6 +273,8 @@ class LayerScores:
                 scores.view(torch.int32).bitwise_and_(part.mask_bits).bitwise_or_(minus_infinity)
             else:
                 scores.masked_fill_(part.mask_bits == 0, -torch.inf)
+        elif self._grow_only:
+            scores.masked_fill_(part.mask_bits != 0, torch.inf)
         scores = self.pattern.pool(scores)
         if self._prune_only and not self.pattern.flat:
             # Also pruned units that the pattern would protect, so that every pruned unit counts as selected.
@@ -337,7 +341,7 @@ class LayerScores:
     def _tensors(self) -> list[torch.Tensor]:
         """Returns this rank's weight, mask and, if there is one, statistic."""
         tensors = [self.shard.tensor, self.mask_bits]
-        return tensors if self._statistic is None else [*tensors, self._statistic]
+        return tensors if self.statistic is None else [*tensors, self.statistic]
 
     def _slices(
         self,

@@ -61,6 +61,20 @@ class AlgorithmRun:
         else:
             self.pruner.enforce()
 
+    def is_at_final_sparsity(self, step: int) -> bool:
+        """Whether the model has its final sparsity after an optimizer step, and after all later ones: then a
+        checkpoint can be the best one.
+
+        Args:
+            step: of the optimizer, from 1; 0 before the first.
+        """
+        return step >= self.schedule.end
+
+    @property
+    def keeps_earlier_zeros(self) -> bool:
+        """Whether weights that are pruned before the first prune step remain so, or others in their place."""
+        return True
+
     def metrics(self) -> dict[str, float]:
         """Returns what to add to the logs of a training loss, equal on all ranks. All ranks call this."""
         return {}

@@ -201,6 +201,8 @@ class SparsityCallback(TrainerCallback):
         """Returns the sparsity from before the first prune step: by the masks, or, once there was a prune step, by the
         first log. All ranks call this."""
         pruner = cast(Pruner, self.pruner)
+        if not self.run.keeps_earlier_zeros:
+            return 0.0
         if self.schedule.done(state.global_step) == 0:
             return pruner.masked_sparsity()
         first = next((log for log in state.log_history if "target_sparsity" in log), None)
@@ -224,8 +226,6 @@ class SparsityCallback(TrainerCallback):
         with raise_on_all_ranks(NotImplementedError):
             for shard in shards:
                 shard.check_storage()
-        if any(group.options.regrow for group in pruner.groups):
-            raise NotImplementedError("regrow needs gradients at the prune step, which DeepSpeed has freed by then.")
         if pruner.observes or self.run.requires_gradients or self.penalties.groups:
             self._gradient_hook = observe_zero_gradients(optimizer, shards, lambda: self._before_step(state))
 
@@ -249,7 +249,7 @@ class SparsityCallback(TrainerCallback):
         if self.pruner is None:
             return
         step = state.global_step + 1
-        if self.pruner.observes and not self._is_at_final_sparsity(state) and not self.pruner.observe():
+        if self.pruner.observes and step <= self.schedule.end and not self.pruner.observe():
             logger.info("step %d: gradients are not finite and are not counted.", step)
         self.penalties.before_step(step)  # after the criterion has seen the gradients of the loss alone
         self.run.before_step(step)
@@ -448,8 +448,10 @@ class SparsityCallback(TrainerCallback):
         plot_layers(directory / LAYERS_PLOT_FILE, self._report)
 
     def _is_at_final_sparsity(self, state: TrainerState) -> bool:
-        """Whether the last prune step has happened, or there is none, as where only zeros are kept."""
-        return self.pruner is None or not self.pruner.target or state.global_step >= self.schedule.end
+        """Whether the sparsity is the final one from now on, also where no prune step is to come or changes it."""
+        if self.pruner is None or not self.pruner.target:
+            return True
+        return self.run.is_at_final_sparsity(state.global_step)
 
 
 def _stops_early(state: TrainerState) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..algorithms import Algorithm, ConstrainedTraining
+from ..algorithms import Algorithm, ConstrainedTraining, DynamicSparsity
 from ..engine.pruner import Pruner
 from ..schedulers import PruningSchedule
 from .algorithm_run import AlgorithmRun
 from .constrained_run import ConstrainedRun
+from .dynamic_run import DynamicRun
 
 
-RUNS: dict[type[Algorithm], type[AlgorithmRun]] = {ConstrainedTraining: ConstrainedRun}
+RUNS: dict[type[Algorithm], type[AlgorithmRun]] = {ConstrainedTraining: ConstrainedRun, DynamicSparsity: DynamicRun}
 """Kinds of algorithms that need more than prune steps."""
 
 

@@ -26,7 +26,7 @@ def test_every_error_is_reported_at_once():
         scope="local",
         pattern="4;1",
         on_indivisible="ignore",
-        regrow=1.5,
+        algorithm="rig",
         prune_start=1.5,
         prune_end=float("inf"),
         targets="encoder",
@@ -42,7 +42,7 @@ def test_every_error_is_reported_at_once():
         'scope is "local": it must be row or layer or global.',
         'on_indivisible is "ignore": it must be error or skip.',
         'unknown pattern "4;1": known are',
-        "regrow is 1.5: it must be a number from 0 to 1",
+        'algorithm is "rig": known are',
         "prune_start is 1.5: it must be a whole number of steps, or a fraction",
         "prune_end is inf: it must be a whole number of steps, or a fraction",
         'group "ffn": unknown option "patern". Did you mean "pattern"?',
@@ -72,16 +72,44 @@ def test_every_error_is_reported_at_once():
             'allocation is "erdos_renyi", but scope "global" distributes nothing over layers',
         ),
         (
-            {"target_sparsity": 0.5, "pattern": "channel", "regrow": 0.1},
-            'regrow is 0.1, but it does not support pattern "channel": use',
+            {"target_sparsity": 0.5, "pattern": "channel", "algorithm": "granet"},
+            'algorithm "granet" exchanges single weights, N:M or blocks, not units of pattern "channel": choose',
         ),
         (
-            {"target_sparsity": 0.5, "scope": "row", "regrow": 0.1},
-            'does not support pattern "unstructured" with scope "row"',
+            {"target_sparsity": 0.5, "pattern": "neuron", "algorithm": "rigl"},
+            'algorithm "rigl" exchanges single weights, N:M or blocks, not units of pattern "neuron": choose',
         ),
         (
-            {"target_sparsity": 0.5, "keep_zeros": True, "regrow": 0.1},
-            "regrow restores pruned weights and keep_zeros forbids it",
+            {"target_sparsity": 0.5, "keep_zeros": True, "algorithm": "acdc"},
+            'algorithm "acdc" restores pruned weights and keep_zeros forbids it: leave keep_zeros out',
+        ),
+        (
+            {"target_sparsity": 0.5, "initial_sparsity": 0.2, "algorithm": "set"},
+            'initial_sparsity is 0.2, but algorithm "set" sets the sparsity itself: leave initial_sparsity out.',
+        ),
+        (
+            {"target_sparsity": 0.5, "sparsity_decay_type": "cos", "algorithm": "rigl"},
+            "sparsity_decay_type is 'cos', but algorithm \"rigl\" sets the sparsity itself",
+        ),
+        (
+            {"target_sparsity": 0.5, "criterion": "obert", "algorithm": "rigl"},
+            'criterion "obert" updates the weights that remain, also those that algorithm "rigl" lets return at zero',
+        ),
+        (
+            {"algorithm": "rigl", "algorithm_kwargs": {"fraction": 1.5}},
+            'algorithm_kwargs: algorithm "rigl": fraction is 1.5: it must be a number from 0 to 1, as in 0.3.',
+        ),
+        (
+            {"algorithm": "set", "algorithm_kwargs": {"decay": "cosin"}},
+            'decay is "cosin": known are cosine, linear, constant. Did you mean "cosine"?',
+        ),
+        (
+            {"algorithm": "set", "algorithm_kwargs": {"initial_mask": "snip"}},
+            'initial_mask is "snip": it must be a criterion that can score weights before training, one of magnitude,',
+        ),
+        (
+            {"algorithm": "acdc", "algorithm_kwargs": {"compressed_phases": 0}},
+            "compressed_phases is 0: it must be at least 1, as in 5.",
         ),
         ({"target_sparsity": 0.5, "initial_sparsity": 0.6}, "initial_sparsity is 0.6, above the target, 0.5"),
         ({"target_sparsity": 0.5, "min_sparsity_per_layer": 0.6}, "min_sparsity_per_layer is 0.6, above the target"),
@@ -105,7 +133,8 @@ def test_unknown_options_name_the_nearest_and_come_with_other_errors():
     assert errors[0] == 'unknown option "target_sparsty". Did you mean "target_sparsity"?'
     assert errors[1].startswith('unknown option "zzz". Known are ') and ", scope, " in errors[1]
     assert errors[2].startswith('scope is "all"')
-    assert errors_of(PruningConfig.from_dict, {"regro": 0.1}) == ['unknown option "regro". Did you mean "regrow"?']
+    (error,) = errors_of(PruningConfig.from_dict, {"algoritm": "set"})
+    assert error == 'unknown option "algoritm". Did you mean "algorithm"?'
 
 
 RECIPE = """

@@ -100,7 +100,7 @@ def test_defaults_by_hand(config, options, changes):
 GROUPS = {
     "linear": {"targets": ["linear"], "pattern": "2:4"},
     "kernel": {"targets": ["conv*"], "pattern": "channel", "criterion": "magnitude", "max_sparsity_per_layer": 0.75},
-    "experts": {"targets": ["*.up"], "target_sparsity": 0.25, "criterion_kwargs": {"decay": 0.5}, "regrow": 0.0},
+    "experts": {"targets": ["*.up"], "target_sparsity": 0.25, "criterion_kwargs": {"decay": 0.5}},
 }
 
 

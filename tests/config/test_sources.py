@@ -7,6 +7,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_sparse import OneshotConfig, PruningConfig, PruningConfigError, SparseTrainingArguments, prune_oneshot
+from hf_sparse.algorithms.granet import GraNet
 from hf_sparse.criteria.snip_momentum import SnipMomentum
 from hf_sparse.patterns.block import Block
 from hf_sparse.solvers.none import NoUpdate
@@ -23,8 +24,7 @@ OTHER_VALUES = {
     "prune_end": 0.6,
     "prune_every": 0.02,
     "initial_sparsity": 0.1,
-    "regrow": 0.1,
-    "algorithm": "elsa",
+    "algorithm": "granet",
     "distill_alpha": 0.5,
     "distill_temperature": 3.0,
     "distill_hidden": 0.5,
@@ -42,7 +42,6 @@ NEEDED = {
     "forwards": {"target_sparsity": 0.5},
     "initial_sparsity": {"target_sparsity": 0.5},
     "permute": {"pattern": "2:4"},
-    "regrow": {"scope": "layer"},
     **{f"distill_{name}": {"distill_teacher": "self"} for name in ("alpha", "temperature", "hidden")},
 }
 """Further options with which the value is valid."""
@@ -150,11 +149,26 @@ def test_files_of_a_training_run_are_read_for_oneshot_pruning(tmp_path):
     with pytest.raises(PruningConfigError) as error:
         OneshotConfig.from_file(recipe)
     assert error.value.errors == [f"{recipe}: {SCHEDULE_ERROR}"]
-    groups = {"ffn": {"targets": ["*"], "regrow": 0.1}, "rest": {"targets": ["x"], "regrow": 0.0}}
-    with pytest.raises(PruningConfigError, match=r'group "ffn": one-shot pruning .* remove regrow \(0.1\)\.$'):
+    groups = {"ffn": {"targets": ["*"], "initial_sparsity": 0.1}, "rest": {"targets": ["x"], "initial_sparsity": 0.0}}
+    with pytest.raises(PruningConfigError, match=r'group "ffn": one-shot .* remove initial_sparsity \(0.1\)\.$'):
         OneshotConfig.from_dict({"target_sparsity": 0.5, "groups": groups})
-    groups["ffn"]["regrow"] = 0.0
+    groups["ffn"]["initial_sparsity"] = 0.0
     assert list(OneshotConfig.from_dict({"groups": groups}).groups["ffn"]) == ["targets"]
+
+
+def test_regrow_of_an_earlier_version_is_the_fraction_of_an_algorithm():
+    granet = {"algorithm": "granet", "algorithm_kwargs": {"fraction": 0.1, "decay": "linear"}}
+    old = {"target_sparsity": 0.5, "regrow": 0.1}
+    assert PruningConfig.from_dict(old) == PruningConfig(target_sparsity=0.5, criterion="snip_momentum", **granet)
+    assert PruningConfig.from_dict(old | {"regrow": 0.0}) == PruningConfig(target_sparsity=0.5)
+    groups = {"ffn": {"targets": ["*"]}, "rest": {"targets": ["x"], "criterion": "snip", "regrow": 0.1}}
+    config = PruningConfig.from_dict(old | {"groups": groups})
+    assert [group.criterion_name for group in config.resolve_groups().values()] == ["snip_momentum", "snip"]
+    assert [group.algorithm for group in config.resolve_groups().values()] == [GraNet(0.1, "linear")] * 2
+    with pytest.raises(PruningConfigError, match=r"regrow of an earlier version differs between groups \(0.1, 0.3\)"):
+        PruningConfig.from_dict(old | {"groups": groups | {"rest": {"targets": ["x"], "regrow": 0.3}}})
+    with pytest.raises(PruningConfigError, match="fraction is 3: it must be a number from 0 to 1"):
+        PruningConfig.from_dict(old | {"regrow": 3})
 
 
 def test_files_of_a_oneshot_run_are_refused_for_training_where_weights_would_be_updated(tmp_path):

@@ -305,7 +305,10 @@ REFUSED = {
         {"pattern": "layer", "allocation": "erdos_renyi"},
         'allocation is "erdos_renyi", but with pattern "layer" a layer is one unit',
     ),
-    "regrow": ({"pattern": "head", "regrow": 0.1}, 'regrow is 0.1, but it does not support pattern "head"'),
+    "granet": (
+        {"pattern": "head", "algorithm": "granet"},
+        'algorithm "granet" exchanges single weights, N:M or blocks, not units of pattern "head"',
+    ),
     "multiple": ({"pattern": "neuron:0"}, "keeps a multiple of 0 neurons: it must be at least 1"),
     "inputs": ({"pattern": "neuron", "criterion": "wanda"}, "needs inputs of the weights, which training does not"),
     "no_match": ({"pattern": "neuron", "targets": ["*.query"]}, "matches none of the 2 prunable parameters"),

@@ -42,8 +42,11 @@ SCOPES = ["row", "layer", "global"]
 # (number of scores to collect without a search, chunk size): the second makes small layers take the way of large ones.
 SIZES = ((4096, 262_080), (3, 40))
 OTHERS = [
-    {"pattern": "unstructured", "regrow": 0.3, "criterion": "snip"},
-    {"pattern": "4x1", "regrow": 0.3, "scope": "layer", "criterion": "magnitude"},
+    {"pattern": "unstructured", "algorithm": "granet", "criterion": "snip"},
+    {"pattern": "4x1", "algorithm": "rigl"},
+    {"pattern": "2:4", "algorithm": "rigl", "scope": "global"},
+    {"pattern": "2:4", "algorithm": "set", "algorithm_kwargs": {"initial_mask": "random"}},
+    {"pattern": "unstructured", "algorithm": "set", "scope": "row"},
     {"pattern": "unstructured", "keep_zeros": True, "criterion": "magnitude"},
     {"pattern": "2:4", "keep_zeros": True, "criterion": "magnitude", "scope": "row"},
     {"pattern": "unstructured", "max_sparsity_per_layer": 0.7, "min_sparsity_per_layer": 0.2, "criterion": "taylor"},
@@ -125,6 +128,8 @@ def difference(make, options, layout, mesh, constant):
     split(sharded, layout, mesh)
     config = PruningConfig(**options)
     pruners = [Pruner(whole, config), Pruner(sharded, config)]
+    for pruner in pruners:
+        pruner.start_sparse()
     for prune_step in (1, 2, 3):
         Mixed.fake_gradients(whole, prune_step)
         give_gradients(sharded, whole)

@@ -80,7 +80,6 @@ def test_fsdp2_with_other_options(ranks, change):
 
 
 REFUSED = {
-    "regrow": ("zero2", {"regrow": 0.1}, "NotImplementedError: regrow needs gradients"),
     "round_robin": (
         "zero2",
         {"deepspeed": lambda mode: deepspeed(mode, round_robin_gradients=True)},

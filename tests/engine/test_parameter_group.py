@@ -27,6 +27,11 @@ def magnitude(**options):
     return PruningConfig(criterion="magnitude", **options)
 
 
+def granet(fraction, **options):
+    """As the option `regrow` of earlier versions."""
+    return magnitude(algorithm="granet", algorithm_kwargs={"fraction": fraction, "decay": "linear"}, **options)
+
+
 # Kept zeros
 
 
@@ -91,7 +96,7 @@ def test_regrowth_keeps_the_count_and_restores_the_largest_gradients(pattern, sc
     target = 0.5
     options = {"pattern": pattern, "scope": scope, "sparsity_decay_type": "linear"}
     model = Mixed()
-    pruner = Pruner(model, magnitude(target_sparsity=target, regrow=1.0, **options))
+    pruner = Pruner(model, granet(target_sparsity=target, fraction=1.0, **options))
     unit = 4 if pattern == "4x1" else 1
     grown_at = []
     for step in range(1, 6):
@@ -118,7 +123,7 @@ def test_regrowth_by_hand():
     """Step 1 of 2 asks for 2 of 8 and exchanges half (0.5·6 = 3): the five lowest are pruned, and of those the three
     with the largest gradients are restored."""
     model = linear([[1.0, 2, 3, 4, 5, 6, 7, 8]])
-    config = magnitude(target_sparsity=0.5, regrow=1.0, sparsity_decay_type="linear")
+    config = granet(target_sparsity=0.5, fraction=1.0, sparsity_decay_type="linear")
     pruner = Pruner(model, config)
     model[0].weight.grad = torch.tensor([[9.0, -1, 5, 0, -7, 8, 8, 8]])
     pruner.update(1, 2)
@@ -130,13 +135,13 @@ def test_regrowth_by_hand():
 
 def test_without_finite_gradients_nothing_is_restored_and_a_warning_is_logged(caplog):
     model = linear([[1.0, 2, 3, 4]])
-    pruner = Pruner(model, magnitude(target_sparsity=0.5, regrow=0.5, sparsity_decay_type="linear"))
+    pruner = Pruner(model, granet(target_sparsity=0.5, fraction=0.5, sparsity_decay_type="linear"))
     for gradient in (None, torch.tensor([[1.0, float("inf"), 1, 1]])):
         model[0].weight.grad = gradient
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert pruner.update(1, 2).zeros == 1
-        assert "regrows nothing: no finite gradients" in caplog.text
+        assert "exchanges nothing at this prune step: no finite gradients" in caplog.text
 
 
 # Invalid and missing values

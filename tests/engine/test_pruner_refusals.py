@@ -53,7 +53,9 @@ def test_frozen_weights_need_a_criterion_without_gradients():
     model[1].weight.requires_grad_(False)
     (error,) = errors_of(model, target_sparsity=0.5, criterion="snip")
     assert error.startswith('criterion "snip" needs gradients, but "1.weight" is frozen') and 'exclude=["1"]' in error
-    assert len(errors_of(model, target_sparsity=0.5, criterion="magnitude", regrow=0.1)) == 1
+    (error,) = errors_of(model, target_sparsity=0.5, algorithm="rigl")
+    assert error.startswith('algorithm "rigl" needs gradients, but "1.weight" is frozen') and "gradual" in error
+    assert Pruner(model, PruningConfig(target_sparsity=0.5, algorithm="set"))
     config = PruningConfig(target_sparsity=0.5, criterion="magnitude", scope="layer")
     assert [layer.zeros for layer in Pruner(model, config).update(1, 1).layers] == [24, 12, 14]
 

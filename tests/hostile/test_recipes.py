@@ -115,7 +115,7 @@ def test_a_message_has_a_bounded_number_of_errors():
     assert len(str(error.value)) < 50_000 and "The other groups were not checked." in error.value.errors
 
 
-@pytest.mark.parametrize("option", ["prune_start", "prune_end", "prune_every", "target_sparsity", "regrow"])
+@pytest.mark.parametrize("option", ["prune_start", "prune_end", "prune_every", "target_sparsity", "initial_sparsity"])
 @pytest.mark.parametrize("value", [10**400, 10**5_000, -(10**400), float("inf"), float("nan")], ids=lambda v: "")
 def test_huge_numbers_are_refused(option, value):
     with pytest.raises(PruningConfigError, match=f"{option} is .*: it must be a (whole )?number"):

@@ -26,7 +26,7 @@ from hf_sparse import PruningConfig, SparseTrainer, SparsityCallback
 def spied(tmp_path, unit=1, target=TARGET, **options):
     """A SparseTrainer on the usual schedule, and the spy on it."""
     trainer = make(tmp_path, **{"target_sparsity": target, **SCHEDULE, **options})
-    spy = Spy(trainer.sparsity_callback, unit, target)
+    spy = Spy(trainer.sparsity_callback, unit, target, returns="algorithm" in options)
     trainer.add_callback(spy)
     return trainer, spy
 
@@ -90,7 +90,7 @@ FEATURES = {
     "no_clipping": {"max_grad_norm": 0.0},
     "movement": {"criterion": "movement"},
     "taylor_global": {"criterion": "taylor", "scope": "global"},
-    "regrow": {"criterion": "snip_momentum", "regrow": 0.3},
+    "granet": {"criterion": "snip_momentum", "algorithm": "granet"},
     "epochs": {"max_steps": -1, "num_train_epochs": 2.5, "per_device_train_batch_size": 6},
 }
 

@@ -38,8 +38,10 @@ LAST = f"checkpoint-{STEPS}"
 RESUMED_AT = (1, 5, 9)
 
 METHODS = {name: {"criterion": name} for name in CRITERIA.names() if not CRITERIA[name].requires & Requires.INPUTS} | {
-    "regrow": {"criterion": "snip_momentum", "regrow": 0.3},
-    "regrow_global": {"regrow": 0.5, "scope": "global"},
+    "granet": {"criterion": "snip_momentum", "algorithm": "granet"},
+    "set": {"algorithm": "set", "algorithm_kwargs": {"initial_mask": "random"}, "allocation": "erdos_renyi"},
+    "rigl_n_of_m": {"algorithm": "rigl", "pattern": "2:4"},
+    "acdc": {"algorithm": "acdc", "pattern": "4x1"},
     "rows": {"scope": "row", "criterion": "taylor"},
     "erdos_renyi": {"allocation": "erdos_renyi", "criterion": "movement"},
     "blocks": {"pattern": "4x1", "criterion": "snip_momentum"},
@@ -487,7 +489,7 @@ CHANGES = {
     "pattern": ("4x1", "pattern: 'unstructured' -> '4x1'"),
     "scope": ("layer", "scope: None -> 'layer'"),
     "sparsity_decay_type": ("linear", "sparsity_decay_type: 'cubic' -> 'linear'"),
-    "regrow": (0.1, "regrow: 0.0 -> 0.1"),
+    "algorithm": ("granet", "algorithm: 'gradual' -> 'granet'"),
     "groups": ({"all": {"targets": ["*.dense", "*.self.*"]}}, "groups: None -> {'all'"),
 }
 
@@ -529,10 +531,10 @@ def test_all_changes_are_named_together(tmp_path, saved):
     refuse(
         tmp_path,
         saved,
-        "target_sparsity.*scope.*regrow.*from its weights.$",
+        "target_sparsity.*scope.*initial_sparsity.*from its weights.$",
         target_sparsity=0.9,
         scope="global",
-        regrow=0.2,
+        initial_sparsity=0.2,
     )
 
 
@@ -573,10 +575,14 @@ def test_every_option_is_compared(saved):
 
 def test_options_of_an_earlier_version_are_compared_as_what_they_mean():
     current = PruningConfig(target_sparsity=0.5, groups={"a": {"targets": ["*"]}}).to_dict()
-    saved = {name: value for name, value in current.items() if name not in ("regrow", "criterion_kwargs")}
-    saved |= {"solver": "zero", "groups": {"a": {"targets": ["*"]}}}
+    saved = {name: value for name, value in current.items() if name not in ("algorithm", "criterion_kwargs")}
+    saved |= {"solver": "zero", "groups": {"a": {"targets": ["*"]}}, "regrow": 0.0}
     assert changed_options(saved, current) == []
-    assert changed_options(saved, current | {"regrow": 0.5}) == ["regrow: 0.0 -> 0.5"]
+    assert changed_options(saved, current | {"algorithm": "rigl"}) == ["algorithm: 'gradual' -> 'rigl'"]
+    granet = {"algorithm": "granet", "algorithm_kwargs": {"fraction": 0.5, "decay": "linear"}}
+    assert (
+        changed_options(saved | {"criterion": "snip", "regrow": 0.5}, current | {"criterion": "snip"} | granet) == []
+    )
     assert changed_options(saved, current | {"criterion_kwargs": {"decay": 0.5}}) == [
         "criterion_kwargs: None -> {'decay': 0.5}"
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.utils import yaml_dump
 
+from ...algorithms import DEFAULT_ALGORITHM
 from ...config import OneshotConfig, PruningConfig, Reconstruction
 from ...config.options import DEFAULT_SOLVER, METHODS
 from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
@@ -145,7 +146,8 @@ def _format_setting(group: dict[str, Any], name: str) -> str:
         return "yes"
     if name == "criterion" and value is None and target:
         return "selected by the solver"
-    kwargs = ", ".join(f"{option}={json.dumps(given)}" for option, given in group.get(f"{name}_kwargs", {}).items())
+    options = group.get(f"{name}_kwargs") or {}
+    kwargs = ", ".join(f"{option}={json.dumps(given)}" for option, given in options.items())
     return "-" if value is None else escape(f"{value} ({kwargs})" if kwargs else value)
 
 
@@ -163,8 +165,8 @@ def _method(card: SparsityCard) -> str:
         sentences.append("Zeros that the selected weights had at the start were kept (keep_zeros).")
     if card.tuned:
         sentences.append(f"Tuned: {escape(card.tuned)}.")
-    if config.get("regrow"):
-        sentences.append(f"Each prune step exchanged kept weights for pruned ones (regrow {config['regrow']}).")
+    if (config.get("algorithm") or DEFAULT_ALGORITHM) != DEFAULT_ALGORITHM:
+        sentences.append(f"Pruning algorithm: {_format_setting(config, 'algorithm')}.")
     if card.oneshot and config.get("reconstruct"):
         sentences.append(_reconstruction(config.get("reconstruct_kwargs") or {}))
     if card.calibration:
@@ -184,10 +186,10 @@ def _reconstruction(given: Mapping[str, Any]) -> str:
 
 def _schedule(card: SparsityCard) -> str:
     config = card.config
-    names = list(dict.fromkeys(group["scheduler"] for group in card.settings if group.get("target")))
+    names = list(dict.fromkeys(group["scheduler"] for group in card.settings if group.get("scheduler")))
     has_curve = any(name in SCHEDULERS and SCHEDULERS[name].has_curve for name in names)
     curve = f" ({config['sparsity_decay_type']} curve)" if has_curve else ""
-    scheduler = f"Scheduler: {escape(', '.join(map(str, names)) + curve)}"
+    scheduler = f"Scheduler: {escape(', '.join(map(str, names)) + curve)}" if names else "Sparsity by the algorithm"
     if card.max_steps is None:
         return f"{scheduler}."
     schedule = card.schedule(card.max_steps)
