@@ -137,9 +137,8 @@ def test_a_registered_algorithm_goes_through_whole_runs(tmp_path):
     assert [count > 0 for count in at_prune_steps(watch.returned)] == [False, True, True, False]
     resumed, _ = train(tmp_path / "resumed", bert(seed=9), str(tmp_path / "whole" / "checkpoint-4"), **options)
     last = f"checkpoint-{STEPS}"
+    assert content(tmp_path / "resumed" / last) == content(tmp_path / "whole" / last)
     trainer.save_model()
-    assert content(tmp_path / "resumed" / "checkpoint-8") == content(tmp_path / "whole" / "checkpoint-8")
-    assert last not in [path.name for path in (tmp_path / "resumed").iterdir()]
     trainer.create_model_card()
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "Pruning algorithm: halves (fraction=0.25)." in card and "Sparsity by the algorithm, 4 prune steps" in card
