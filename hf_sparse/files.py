@@ -30,6 +30,8 @@ STATE_SHARD_PATTERN = re.compile(r"pruning_state-(?P<number>[0-9]{5,})-of-(?P<co
 STATE_GLOB = "pruning_state*"
 TUNING_FILE = "pruning_tuning.safetensors"
 """Trained updates of weights, and the weights at the start, of a checkpoint."""
+DISTILLATION_FILE = "pruning_distillation.json"
+"""Options of distillation and a checksum of the teacher's weights, of a checkpoint."""
 CONFIG_FILE = "pruning_config.json"
 REPORT_FILE = "pruning_report.json"
 CARD_FILE = "pruning_card.json"

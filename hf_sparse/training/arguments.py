@@ -127,7 +127,13 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """`TrainingArguments.get_warmup_steps`. Any Trainer calls this right before training, to make the learning
         rate scheduler: the one public method by which the arguments can notice that nobody prunes."""
-        if getattr(self, "_read_object", None) != id(self) and self.prunes and self.process_index == 0:
+        unread = getattr(self, "_read_object", None) != id(self) and self.process_index == 0
+        if unread and self.distills:
+            logger.warning(
+                "distill_teacher is set in the arguments, but this trainer runs no teacher: use SparseTrainer instead "
+                "of Trainer."
+            )
+        if unread and self.prunes:
             what = "pruning" if self.target_sparsity is None else f"target_sparsity={self.target_sparsity}"
             logger.warning(
                 "%s is set in the arguments, but this trainer was made without a callback that prunes, and trains a "

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from ..config import PruningConfig
+from ..config.distillation import published_options
 from ..distributed import get_communicator, is_deepspeed, observe_zero_gradients, raise_on_all_ranks
 from ..engine.pruner import Pruner
 from ..engine.resolve import removal_warnings, resolve_layers
@@ -109,7 +110,12 @@ class SparsityCallback(TrainerCallback):
             NotImplementedError: the optimizer is not supported.
         """
         given, by_arguments = self._given_config, args if isinstance(args, PruningConfig) else None
-        if given is not None and by_arguments is not None and by_arguments is not given and by_arguments.prunes:
+        if (
+            given is not None
+            and by_arguments is not None
+            and by_arguments is not given
+            and (by_arguments.prunes or by_arguments.distills)
+        ):
             raise ValueError(f"{GIVEN_TWICE}: give it by one SparsityCallback or by the arguments, not by both.")
         self.config = by_arguments if given is None else given
         if self.config is None:
@@ -152,6 +158,8 @@ class SparsityCallback(TrainerCallback):
         if self._zero_guard is not None:
             self._zero_guard.remove_hooks()  # of a training that ended with an exception
         self._zero_guard = None
+        if self.owns_saving and config.distills:
+            raise ValueError("distill_teacher needs SparseTrainer: a stock Trainer runs no teacher. Or leave it out.")
         if not config.prunes:
             return
         if self.owns_saving and args.push_to_hub and "checkpoint" in HubStrategy(args.hub_strategy).value:
@@ -384,7 +392,7 @@ class SparsityCallback(TrainerCallback):
                 if self.tuner is not None and is_main:
                     self.tuner.save(directory, step)
             if is_main:
-                write_report_and_config(directory, self._report, PruningConfig.to_dict(self.pruner.config))
+                _write_summary(directory, self._report, self.pruner.config)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -436,7 +444,7 @@ class SparsityCallback(TrainerCallback):
         if self.pruner is None or self._report is None or not args.output_dir or not state.is_world_process_zero:
             return
         directory, pruner, schedule = Path(args.output_dir), self.pruner, self.schedule
-        write_report_and_config(directory, self._report, PruningConfig.to_dict(pruner.config))
+        _write_summary(directory, self._report, pruner.config)
         prune_steps = {step: schedule.prune_step(step) for step in range(1, state.max_steps + 1)}
         scheduled = [(step, self._target_after(count)) for step, count in prune_steps.items() if count]
         if self._earlier_sparsity:
@@ -452,6 +460,10 @@ class SparsityCallback(TrainerCallback):
         if self.pruner is None or not self.pruner.target:
             return True
         return self.run.is_at_final_sparsity(state.global_step)
+
+
+def _write_summary(directory: str | Path, report: SparsityReport, config: PruningConfig) -> None:
+    write_report_and_config(directory, report, published_options(PruningConfig.to_dict(config)))
 
 
 def _stops_early(state: TrainerState) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..config import PruningConfig
+from ..config.distillation import published_options
 from ..engine.pruner import Pruner
 from ..files import CARD_FILE, README_FILE, REPORT_FILE
 from ..hub.auto_classes import auto_class
@@ -195,7 +196,7 @@ def _sparsity_card(
     return SparsityCard(
         model_name=model_name,
         report=_current_report(trainer, pruner),
-        config=PruningConfig.to_dict(pruner.config),
+        config=published_options(PruningConfig.to_dict(pruner.config)),
         metadata=metadata,
         task=task,
         dataset=dataset,

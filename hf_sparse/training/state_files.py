@@ -6,6 +6,7 @@ number of ranks can read the files back, see `ResumeState`.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import zlib
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 
 from ..config import PruningConfig, upgrade_options
+from ..config.distillation import DistillationOptions
 from ..distributed import get_communicator
 from ..engine.pruner import Pruner
 from ..files import (
+    DISTILLATION_FILE,
     STATE_FILE,
     STATE_GLOB,
     STATE_SHARD_PATTERN,
@@ -44,8 +47,11 @@ IN_STEPS = " (steps)"
 
 # Of the text of one option in an error.
 _MAX_LENGTH = 300
-# Options that are compared by their effect instead: the steps of the schedule, and the selected weights.
-_COMPARED_BY_EFFECT = ("prune_start", "prune_end", "prune_every", "rewind", "targets", "exclude")
+# Options that are compared by their effect instead: the steps of the schedule, the selected weights, and the teacher.
+_COMPARED_BY_EFFECT = (
+    *("prune_start", "prune_end", "prune_every", "rewind", "targets", "exclude"),
+    *(field.name for field in dataclasses.fields(DistillationOptions)),
+)
 
 
 def find_state_files(directory: str | Path) -> list[Path]:
@@ -107,7 +113,8 @@ def write_state_file(
 def delete_state_files(directory: str | Path) -> None:
     """Deletes the state files of an earlier run, which may have had more ranks, and temporary files."""
     leftovers = [path for path in Path(directory).glob(TEMPORARY_GLOB) if path.is_file()]
-    for path in [*leftovers, *_state_files(Path(directory)), Path(directory) / TUNING_FILE]:
+    others = (Path(directory) / name for name in (TUNING_FILE, DISTILLATION_FILE))
+    for path in [*leftovers, *_state_files(Path(directory)), *others]:
         path.unlink(missing_ok=True)
 
 

@@ -145,7 +145,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
             resume_from_checkpoint = self.resumed_from = None if state is None else str(state.checkpoint)
             callback.resume_state = state
         try:
-            with self._distilling(), self._tuning():
+            with self._distilling(resume_from_checkpoint), self._tuning():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if callback is not None:
@@ -205,6 +205,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
         """
         directory = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         is_checkpoint = self._write_pruning_files(directory, _internal_call and output_dir is not None)
+        self._save_distillation(directory, _internal_call and output_dir is not None)
         with self._shrinking(shrink, heterogeneous, directory):
             if self._prunes and self.is_fsdp_enabled and not is_checkpoint:
                 if "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):

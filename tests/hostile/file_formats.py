@@ -25,7 +25,7 @@ from transformers import BertForSequenceClassification, TrainerState
 from hf_sparse import OneshotConfig, PruningConfig, PruningConfigError, SparsityReport
 from hf_sparse.engine.pruner import Pruner
 from hf_sparse.engine.resolve import resolve_layers
-from hf_sparse.files import DENSE_RESULTS_FILE, STATE_FILE, TUNING_FILE
+from hf_sparse.files import DENSE_RESULTS_FILE, DISTILLATION_FILE, STATE_FILE, TUNING_FILE
 from hf_sparse.hub.card import SparsityCard, render_card, rewrite_card, write_card
 from hf_sparse.inspection import InspectionError, inspect_checkpoint
 from hf_sparse.oneshot.resume import FinishedSubgraphs, ResumeError
@@ -33,6 +33,7 @@ from hf_sparse.oneshot.run import read_dense_metrics
 from hf_sparse.reporting.report import LayerReport
 from hf_sparse.structured.plan import ShrinkPlan, SizeChange
 from hf_sparse.training.checkpoint_search import find_checkpoint_error, newest_complete_checkpoint
+from hf_sparse.training.distillation.state_file import DistillationState
 from hf_sparse.training.resume import CheckpointError, ResumeState
 from hf_sparse.training.state_files import checksum
 from hf_sparse.training.tuning.masked_lora import MaskedLora
@@ -216,6 +217,17 @@ def read_tuning(path: Path) -> None:
     tuner.write()
 
 
+DISTILLATION = {"version": 1, "teacher": "dense", "distill_alpha": 0.9, "distill_temperature": 2.0, "checksum": 7}
+DISTILLATION |= {"distill_hidden": 0.0, "distill_teacher_dtype": None}
+
+
+def read_distillation(path: Path) -> None:
+    """As a run that resumes with the same teacher, which others may find to be another one."""
+    state = DistillationState(PruningConfig(distill_teacher="dense"), torch.nn.Linear(1, 1))
+    state.checksum = 7
+    state.compare(path.parent)
+
+
 FORMATS = (
     FileFormat(
         "recipe_yaml",
@@ -303,6 +315,14 @@ FORMATS = (
         write_tuning,
         read_tuning,
         mutate_tensor_file("hf_sparse", seal),
+        (CheckpointError,),
+    ),
+    FileFormat(
+        "distillation",
+        ("DISTILLATION_FILE",),
+        text_writer(DISTILLATION_FILE, DISTILLATION),
+        read_distillation,
+        mutate_json_file,
         (CheckpointError,),
     ),
     FileFormat(

@@ -11,6 +11,7 @@ from huggingface_hub.utils import yaml_dump
 
 from ...algorithms import DEFAULT_ALGORITHM
 from ...config import OneshotConfig, PruningConfig, Reconstruction
+from ...config.distillation import SELF, published_name
 from ...config.options import DEFAULT_SOLVER, METHODS
 from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ...patterns import Pattern, get_pattern
@@ -167,11 +168,21 @@ def _method(card: SparsityCard) -> str:
         sentences.append(f"Tuned: {escape(card.tuned)}.")
     if (config.get("algorithm") or DEFAULT_ALGORITHM) != DEFAULT_ALGORITHM:
         sentences.append(f"Pruning algorithm: {_format_setting(config, 'algorithm')}.")
+    if config.get("distill_teacher"):
+        sentences.append(_distillation(config))
     if card.oneshot and config.get("reconstruct"):
         sentences.append(_reconstruction(config.get("reconstruct_kwargs") or {}))
     if card.calibration:
         sentences.append(f"Calibration data: {escape(card.calibration)}.")
     return " ".join([*sentences, *_plugins(card)])
+
+
+def _distillation(config: Mapping[str, Any]) -> str:
+    teacher = config["distill_teacher"]
+    source = "the dense weights that the run started from" if teacher == SELF else escape(published_name(teacher))
+    named = ((name, config.get(f"distill_{name}")) for name in ("alpha", "temperature", "hidden"))
+    options = ", ".join(f"{name} {value:g}" for name, value in named if value is not None)
+    return f"Distilled from {source} ({options})."
 
 
 def _reconstruction(given: Mapping[str, Any]) -> str:

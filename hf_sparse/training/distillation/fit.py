@@ -46,10 +46,10 @@ def check_fit(options: DistillationOptions, student: nn.Module, teacher: nn.Modu
     Raises:
         TeacherError: they differ in what their inputs and outputs mean.
     """
-    configs = [getattr(model, "config", None) for model in (student, teacher)]
-    if not all(isinstance(config, PreTrainedConfig) for config in configs):
+    mine, other = (getattr(model, "config", None) for model in (student, teacher))
+    if not isinstance(mine, PreTrainedConfig) or not isinstance(other, PreTrainedConfig):
         return
-    errors = list(_differences(options, type(student).__name__.removeprefix("FSDP"), *configs))
+    errors = list(_differences(options, type(student).__name__.removeprefix("FSDP"), mine, other))
     if errors:
         raise TeacherError("\n".join(errors))
 
@@ -115,7 +115,7 @@ def _label_errors(name: str, student: PreTrainedConfig, teacher: PreTrainedConfi
 
 def _named_labels(config: PreTrainedConfig) -> dict[str, int]:
     """Returns the numbers of the labels by their names in lower case; {} where they have no names of their own."""
-    labels: Mapping[int, Any] = config.id2label or {}
+    labels: Mapping[Any, Any] = config.id2label or {}
     if all(str(label) in (f"LABEL_{number}", str(number)) for number, label in labels.items()):
         return {}
     return {str(label).lower(): int(number) for number, label in labels.items()}

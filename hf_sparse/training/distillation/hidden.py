@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def layer_pairs(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
@@ -41,13 +43,29 @@ def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Ten
     Reference: Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023
     (SquareHead; there one ratio for the whole batch).
     """
-    teacher = teacher.float()
-    difference = student.float() - teacher
-    if mask is not None:
-        difference = difference.masked_fill(~mask[..., None], 0.0)
-        teacher = teacher.masked_fill(~mask[..., None], 0.0)
-    squares = teacher.flatten(1).square().sum(1)
-    return difference.flatten(1).square().sum(1) / squares.clamp_min(torch.finfo(torch.float32).tiny)
+    return _RelativeError.apply(student, teacher, mask)
+
+
+class _RelativeError(torch.autograd.Function):
+    """Keeps the hidden states of both models, which are there anyway, in place of their difference in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        squares = _masked(teacher.float(), mask).flatten(1).square().sum(1)
+        squares = squares.clamp_min(torch.finfo(torch.float32).tiny)
+        ctx.save_for_backward(student, teacher, mask, squares)
+        return _masked(student.float() - teacher, mask).flatten(1).square().sum(1) / squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher, mask, squares = ctx.saved_tensors
+        factor = (2 * outer / squares).view(-1, *[1] * (student.ndim - 1))
+        return (_masked(student.float() - teacher, mask) * factor).to(student.dtype), None, None
+
+
+def _masked(states: Tensor, mask: Tensor | None) -> Tensor:
+    return states if mask is None else states.masked_fill(~mask[..., None], 0.0)
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:

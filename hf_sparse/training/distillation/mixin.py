@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
 
 from ...config import PruningConfig
 from ...config.distillation import SELF
 from ...distributed import build_shards, raise_on_all_ranks
 from ..callback import SparsityCallback
+from ..resume import CheckpointError
 from .distiller import Distiller
 from .fit import check_fit, check_tokenizer, shifts_labels
 from .logits import ItemLoss, LogitsLoss
 from .loss_log import LossLog
+from .state_file import DistillationState, read_state
 from .teacher import TeacherError, copy_of, load_teacher
 
 
@@ -34,9 +38,14 @@ class DistillationMixin(TrainerBase):
     """The teacher of the latest `train` with one, for the next."""
     _teacher_options: tuple[str | None, str | None] | None = None
     _distiller: Distiller | None = None
+    _distillation_state: DistillationState | None = None
     _loss_log: LossLog
     _has_distilled = False
     """Whether the present training step has called `compute_loss` of this class."""
+
+    @property
+    def _prunes(self) -> bool:
+        raise NotImplementedError
 
     @property
     def _distills(self) -> bool:
@@ -68,17 +77,45 @@ class DistillationMixin(TrainerBase):
         return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
     @contextmanager
-    def _distilling(self) -> Iterator[None]:
-        """Within, the loss has the terms of the teacher, if the options name one."""
-        self._distiller = None
+    def _distilling(self, resume_from_checkpoint: str | bool | None) -> Iterator[None]:
+        """Within, the loss has the terms of the teacher, if the options name one.
+
+        Raises:
+            TeacherError: the teacher cannot be loaded, or does not fit the model.
+            CheckpointError: the checkpoint to resume from is of a run with another teacher, or without one.
+        """
+        self._distiller = self._distillation_state = None
         if self._distills:
-            with raise_on_all_ranks(TeacherError):
+            with raise_on_all_ranks(Exception):  # loading a model may raise any error
                 self._distiller = self._prepare_distiller()
             self._loss_log = LossLog()
+        if resume_from_checkpoint and (self._distills or self._prunes):
+            with raise_on_all_ranks(CheckpointError):
+                self._check_resumed_teacher(resume_from_checkpoint)
         try:
             yield
         finally:
             self._distiller = None
+
+    def _check_resumed_teacher(self, resume_from_checkpoint: str | bool) -> None:
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(str(self.args.output_dir)) or ""
+        if self._distillation_state is not None and self.args.should_save:  # reads all weights of the teacher
+            self._distillation_state.compare(str(checkpoint))
+        elif self._distillation_state is None and read_state(str(checkpoint)) is not None:
+            raise CheckpointError(
+                f"{checkpoint} was saved by a run with distill_teacher, and this run has none. Resume with the same "
+                "teacher, or start a new run from its weights."
+            )
+
+    def _save_distillation(self, directory: Path, may_be_checkpoint: bool) -> None:
+        """Writes what a resumed run compares, if the folder is a checkpoint of this step. All ranks call this."""
+        state = self._distillation_state
+        if state is not None and may_be_checkpoint and directory.name == f"checkpoint-{self.state.global_step}":
+            with raise_on_all_ranks(OSError):
+                if self.args.should_save:
+                    state.save(directory)
 
     def _prepare_distiller(self) -> Distiller:
         config, student = self._distillation_config(), self._student()
@@ -90,6 +127,7 @@ class DistillationMixin(TrainerBase):
         self.teacher.to(self.args.device)
         problem_type = getattr(getattr(student, "config", None), "problem_type", None)
         compare = LogitsLoss(float(config.distill_temperature or 1), shifts_labels(student), problem_type)
+        self._distillation_state = DistillationState(config, self.teacher)
         return Distiller(self.teacher, config, compare, list(self.label_names))
 
     def _distillation_errors(self, config: PruningConfig) -> Iterator[str]:

@@ -6,7 +6,6 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,21 +22,12 @@ class TeacherError(ValueError):
     """A teacher that a run cannot distill from: what is wrong, and the remedy."""
 
 
-def teacher_name(name: str) -> str:
-    """Returns the name of a teacher for others to read: of a folder, its last part.
-
-    Example:
-        >>> teacher_name("textattack/bert-base-uncased-SST-2"), teacher_name("/home/me/runs/dense/")
-        ('textattack/bert-base-uncased-SST-2', 'dense')
-    """
-    is_local = Path(name).is_absolute() or name.startswith(("./", "../", "~")) or Path(name).is_dir()
-    return Path(name).name if is_local else name
-
-
 def copy_of(model: nn.Module, dtype: str | None) -> nn.Module:
     """Returns a copy of a model as it is before training, for a teacher."""
-    teacher = copy.deepcopy(model)
+    teacher: Any = copy.deepcopy(model)
     teacher.__dict__.pop("forward", None)  # that of a model that was prepared for training would run the model itself
+    if hasattr(teacher, "peft_config") and hasattr(teacher, "merge_and_unload"):
+        teacher = teacher.merge_and_unload()
     return teacher if dtype is None else teacher.to(getattr(torch, dtype))
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+
+# Logits of which the divergence is computed at once.
+_MAX_VALUES = 2**24
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -24,9 +32,35 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
     Reference: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
     """
-    expected = functional.log_softmax(teacher.float() / temperature, dim=-1)
-    found = functional.log_softmax(student.float() / temperature, dim=-1)
-    return temperature**2 * functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
+    return _Divergence.apply(student, teacher, temperature)
+
+
+class _Divergence(torch.autograd.Function):
+    """Computes the gradient with the value, some rows at a time: for large vocabularies the graph of the formula would
+    hold several times as much memory as the logits in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        classes = student.shape[-1]
+        rows, others = student.reshape(-1, classes), teacher.reshape(-1, classes)
+        values = torch.empty(len(rows), dtype=torch.float32, device=student.device)
+        gradient = torch.empty_like(rows)
+        size = max(1, _MAX_VALUES // classes)
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            log_p = functional.log_softmax(others[part].float() / temperature, dim=-1)
+            log_q = functional.log_softmax(rows[part].float() / temperature, dim=-1)
+            p = log_p.exp()
+            values[part] = torch.linalg.vecdot(p, log_p.sub_(log_q))
+            gradient[part] = log_q.exp_().sub_(p).mul_(temperature)
+        ctx.save_for_backward(gradient.view(student.shape))
+        return values.mul_(temperature**2).view(student.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[..., None].to(gradient.dtype), None, None
 
 
 def binary_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
