@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,11 +102,16 @@ def test_the_card_command_writes_the_card_again(workplace):
     assert f"| {report.zeros:,} | {report.selected:,} | 50.00% |" in Path(folder, "README.md").read_text()
 
 
-def commands() -> list[str]:
+def commands() -> list[Any]:
+    """The commands that start a script; torchrun, which starts the ranks of other tests, is left to the slow ones."""
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
     lines = [line for line in joined.splitlines() if "scripts/run_" in line]
     others = {"path/to/llm", "pruned", "--shrink"}
-    return [line for line in lines if not others & set(shlex.split(line))]
+    lines = [line for line in lines if not others & set(shlex.split(line))]
+    return [
+        pytest.param(line, id=shlex.split(line)[-1], marks=[pytest.mark.slow] * line.startswith("torchrun"))
+        for line in lines
+    ]
 
 
 # Arguments of the Python interpreter for each program of the README that starts processes, on a free port.
@@ -116,21 +122,19 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: shlex.split(command)[-1])
+@pytest.mark.parametrize("command", commands())
 def test_shell_commands_run(workplace, command, hub):
     words = shlex.split(command)
     program = "accelerate launch" if words[0] == "accelerate" else words[0]
     given = words[len(program.split()) :]
     extra = ["--max_steps", "6", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"]
     launcher = LAUNCHERS[program]
-    if program == "accelerate launch" and "--config_file" not in given:
-        launcher = [*launcher, "--cpu", "--num_processes", "1"]
-    several = program == "torchrun" or "--config_file" in given
-    if launcher:
-        environment = os.environ | ({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} if several else {})
+    several = bool(launcher)
+    if several:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         done = run_launcher([sys.executable, *launcher, *given, *extra], environment)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert ("process 0 of 2" in done.stdout) == several
+        assert "process 0 of 2" in done.stdout
     else:  # most of the time of a program is that of its imports; tests/scripts/ starts some
         run_in_process(command, *extra)
     output = Path(words[words.index("--output_dir") + 1])
