@@ -121,7 +121,7 @@ class UnitPenalty(GroupPenalty):
             if units.num_split:
                 factors = self._factors(self._split[number], units.size)
                 for ids, weight, part in units.split_parts(shard.tensor, gradient):
-                    part.add_(factors[ids].view(weight.shape) * weight, alpha=strength)
+                    part.add_(factors[ids] * weight, alpha=strength)
 
     def local_value(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.layers[0].shard.tensor.device)

@@ -81,11 +81,12 @@ class LayerUnits:
         if not self.shard.is_primary:
             return
         for units, weight in self.split_parts(self.shard.tensor):
-            sums.index_add_(0, units, weight.reshape(-1).double().square())
+            squares = weight.double().square().sum_to_size(units.shape)
+            sums.index_add_(0, units.reshape(-1), squares.reshape(-1))
 
     def split_parts(self, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yields chunks of the weights of divided units: the index of the unit of each weight (of the flattened
-        chunk), and views (R, P, C) of tensors of the shard's layout."""
+        """Yields chunks of the weights of divided units: the index of the unit of each weight, int64 of a shape that
+        broadcasts to (R, P, C), and views (R, P, C) of tensors of the shard's layout."""
         if not self.num_split:
             return
         views = [self.shard.local_views(tensor) for tensor in tensors if self.shard.local_regions]
@@ -97,9 +98,9 @@ class LayerUnits:
             expert = self._first_expert(part.region) + part.matrix
             for first in range(part.first, part.stop, step):
                 stop = min(part.stop, first + step)
-                units = self._unit_ids(expert, torch.arange(first, stop), positions, columns)
+                units = self._unit_ids(expert, first, stop, positions, columns)
                 chunk = slice(first - part.first, stop - part.first)
-                yield units.to(tensors[0].device), *(matrix[chunk] for matrix in matrices)
+                yield units, *(matrix[chunk] for matrix in matrices)
 
     # Layout
 
@@ -115,18 +116,41 @@ class LayerUnits:
 
     @cached_property
     def _block_units(self) -> torch.Tensor:
-        """The unit of each weight of a block of rows (R, P, C), int64."""
+        """The unit of each weight of a block of rows, int64 of a shape that broadcasts to (R, P, C): 1 in dimensions
+        along which units extend."""
         _, positions, columns = self.layer.matrix_shape
         shape = (self._height, positions, columns)
-        units = torch.arange(self._units_per_block).view(self.pattern.unit_shape(shape))
-        return self.pattern.expand(units, shape).expand(shape)
+        units = torch.arange(self._units_per_block, device=self._device).view(self.pattern.unit_shape(shape))
+        units = self.pattern.expand(units, shape).expand(shape)
+        for dim in range(3):
+            units = units.narrow(dim, 0, 1) if units.stride(dim) == 0 else units
+        return units
+
+    @cached_property
+    def _first_units(self) -> torch.Tensor:
+        """The index of the first divided unit of each block of rows, by matrix, int64; undefined without one."""
+        rows, *_ = self.layer.matrix_shape
+        first = torch.zeros(self.layer.num_matrices, rows // self._height, dtype=torch.int64)
+        for (matrix, block), index in self._block_index.items():
+            first[matrix, block] = index * self._units_per_block
+        return first.to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.shard.tensor.device
 
     def _unit_ids(
-        self, expert: int, rows: torch.Tensor, positions: torch.Tensor | slice, columns: slice
+        self, expert: int, first: int, stop: int, positions: torch.Tensor | slice, columns: slice
     ) -> torch.Tensor:
-        blocks = [self._block_index[expert, block] for block in (rows // self._height).tolist()]
-        within = self._block_units[:, :, columns][:, positions][rows % self._height]
-        return (within + torch.tensor(blocks)[:, None, None] * self._units_per_block).reshape(-1)
+        """Returns the index of the unit of each weight of rows first..stop-1, of a shape that broadcasts to them."""
+        within = self._block_units
+        within = within[:, :, columns] if within.shape[2] > 1 else within
+        within = within[:, positions] if within.shape[1] > 1 else within
+        if within.shape[0] == 1 and first // self._height == (stop - 1) // self._height:
+            return within + self._first_units[expert, first // self._height]
+        rows = torch.arange(first, stop, device=self._device)
+        within = within[rows % self._height] if within.shape[0] > 1 else within
+        return within + self._first_units[expert, rows // self._height][:, None, None]
 
     def _partition(self, region: ShardRegion) -> tuple[ShardRegion | None, list[ShardRegion]]:
         """Returns the part of a region that has whole units, and the other parts."""
@@ -174,7 +198,7 @@ class LayerUnits:
             return slice(None)
         shape = [self.layer.shape[dim] for dim in dims]
         index = tuple(slice(region.start[dim], region.stop[dim]) for dim in dims)
-        return torch.arange(self.layer.matrix_shape[1]).view(shape)[index].reshape(-1)
+        return torch.arange(self.layer.matrix_shape[1], device=self._device).view(shape)[index].reshape(-1)
 
 
 def _rows(region: ShardRegion, dim: int, first: int, stop: int) -> ShardRegion:

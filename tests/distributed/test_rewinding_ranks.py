@@ -1,8 +1,10 @@
 """Rewinding on several ranks: the weights of one process, in all copies, also when the run is resumed."""
 
 import pytest
+import torch
 from helpers.modes import MODES, mode_params
 from helpers.tiny import SCHEDULE, same
+from safetensors.torch import load_file
 
 
 OPTIONS = {"target_sparsity": 0.5, "criterion": "magnitude", "rewind": 2, "save_strategy": "steps", "save_steps": 4}
@@ -26,6 +28,26 @@ def test_two_ranks_train_as_one_process_and_resume(ranks, tmp_path, mode):
         checkpoint = tmp_path / mode / f"checkpoint-{step}"
         resumed = run(ranks, mode, tmp_path / f"resumed-{step}", seed=3, resume=str(checkpoint))
         assert same(resumed.weights, several.weights)
+
+
+@pytest.mark.parametrize("mode", mode_params("zero2", "zero3"))
+def test_zero_in_bf16_restores_the_masters_and_their_copies(ranks, tmp_path, mode):
+    """Right after the last prune step, copies that were not restored would differ from the resumed ones."""
+    options = OPTIONS | {"bf16": True, "deepspeed": MODES[mode].arguments["deepspeed"] | {"bf16": {"enabled": True}}}
+    options |= {"save_steps": 2}
+    run = ranks.run(mode, f"{mode}-rewind-bf16", output_dir=tmp_path / "run", options=options)
+    checkpoint = str(tmp_path / "run" / "checkpoint-8")
+    resumed = ranks.run(
+        mode,
+        f"{mode}-rewind-bf16-resumed",
+        output_dir=tmp_path / "resumed",
+        options=options,
+        resume=checkpoint,
+        seed=3,
+    )
+    assert same(resumed.weights, run.weights)
+    kept, restored = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (2, 8))
+    assert same(restored, {name: torch.where(restored[name] == 0, 0, weight) for name, weight in kept.items()})
 
 
 def test_another_number_of_ranks_resumes(ranks, tmp_path):
