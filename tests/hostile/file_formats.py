@@ -32,9 +32,11 @@ from hf_sparse.oneshot.resume import FinishedSubgraphs, ResumeError
 from hf_sparse.oneshot.run import read_dense_metrics
 from hf_sparse.reporting.report import LayerReport
 from hf_sparse.structured.plan import ShrinkPlan, SizeChange
+from hf_sparse.training.algorithm_run import AlgorithmRun
 from hf_sparse.training.checkpoint_search import find_checkpoint_error, newest_complete_checkpoint
 from hf_sparse.training.distillation.state_file import DistillationState
 from hf_sparse.training.resume import CheckpointError, ResumeState
+from hf_sparse.training.rewinding import Rewinding
 from hf_sparse.training.state_files import checksum
 from hf_sparse.training.tuning.masked_lora import MaskedLora
 from hf_sparse.training.tuning.tuner import Tuner
@@ -148,6 +150,15 @@ def trained() -> Path:
     return folder
 
 
+# The checkpoint of step 3 has the weights of step 1, which are restored at step 4.
+REWINDS = RUN | {"prune_end": 4, "max_steps": 5, "rewind": 1}
+
+
+def write_rewinding_state(folder: Path) -> Path:
+    make(folder, **REWINDS, save_strategy="steps", save_steps=3).train()
+    return folder / "checkpoint-3" / STATE_FILE
+
+
 def checkpoint_file(name: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         shutil.copytree(trained(), folder / "run")
@@ -167,19 +178,20 @@ def seal(tensors: dict[str, torch.Tensor], values: dict) -> None:
     values["checksum"] = checksum(tensors, values)
 
 
-def read_state(path: Path) -> None:
+def read_state(path: Path, options: dict = RUN) -> None:
     """As a run that resumes: is the checkpoint whole, does the state fit, and does the pruner take it?"""
     state = ResumeState(path.parent)
     if problem := find_checkpoint_error(state):
         raise CheckpointError(f"{path}: {problem}")
-    model, config = BertForSequenceClassification.from_pretrained(path.parent), PruningConfig(**pruning_options())
-    pruner = Pruner(model, config)
-    state.validate(pruner.groups, config, config.schedule(RUN["max_steps"]), step=3)
-    state.apply(pruner)
+    model, config = BertForSequenceClassification.from_pretrained(path.parent), PruningConfig(**pruning(options))
+    pruner, schedule = Pruner(model, config), config.schedule(options["max_steps"])
+    rewinding = None if schedule.rewind is None else Rewinding(pruner, schedule, None)
+    state.validate(pruner.groups, config, schedule, step=3)
+    state.apply(pruner, AlgorithmRun(pruner, schedule, None, 0), rewinding)
 
 
-def pruning_options() -> dict:
-    return {name: value for name, value in RUN.items() if name != "max_steps"}
+def pruning(options: dict) -> dict:
+    return {name: value for name, value in options.items() if name != "max_steps"}
 
 
 def find_checkpoint(path: Path) -> None:
@@ -306,6 +318,14 @@ FORMATS = (
         ("STATE_FILE", "STATE_SHARD_PATTERN"),
         checkpoint_file(STATE_FILE),
         read_state,
+        mutate_tensor_file("hf_sparse", seal),
+        (CheckpointError,),
+    ),
+    FileFormat(
+        "rewinding_state",
+        (),
+        write_rewinding_state,
+        functools.partial(read_state, options=REWINDS),
         mutate_tensor_file("hf_sparse", seal),
         (CheckpointError,),
     ),
