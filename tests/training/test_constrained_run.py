@@ -191,7 +191,7 @@ METHODS = {
     "defaults": {},
     "n_of_m": {"pattern": "2:4"},
     "blocks": {"pattern": "4x1", "scope": "layer", "algorithm_kwargs": {"strength": 1.0}},
-    "rmsprop": {"optim": "rmsprop"},
+    "channels": {"pattern": "channel", "optim": "rmsprop"},
 }
 
 
