@@ -19,7 +19,7 @@ OPTIONS = {
     "allocation": {"owl": {"m": 3.0, "lambda_": 0.2}, "dlp": {"alpha": 0.2}, "lsa": {"beta": 0.2}},
     "algorithm": {
         "acdc": {"compressed_phases": 3},
-        "elsa": {"strength": 0.5},
+        "elsa": {"strength": 0.5, "weighting": 1.0},
         "granet": {"fraction": 0.2, "decay": "linear"},
         "rigl": {"fraction": 0.2, "decay": "linear", "initial_mask": "random"},
         "set": {"fraction": 0.2, "decay": "constant", "initial_mask": "random"},

@@ -34,14 +34,19 @@ class ConstrainedTraining(Algorithm):
         """Returns the strength of the penalty after this fraction, above 0 and below 1, of the prune steps: a positive
         number."""
 
+    @property
+    def needs_second_moment(self) -> bool:
+        """Whether scores depend on the second moment, which the optimizer must hold then."""
+        return True
+
     @abstractmethod
-    def scores(self, point: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
+    def scores(self, point: torch.Tensor, second_moment: torch.Tensor | None) -> torch.Tensor:
         """Returns the importance scores by which a point is projected; higher is kept.
 
         Args:
             point: float32; not modified.
             second_moment: float32 of the same shape, the running mean of squared gradients that the optimizer holds;
-                not modified.
+                not modified. None unless `needs_second_moment`.
 
         Returns:
             A new tensor of the same shape: float32, finite where the arguments are.

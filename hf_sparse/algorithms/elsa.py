@@ -15,28 +15,41 @@ from .constrained import ConstrainedTraining
 class ELSA(ConstrainedTraining):
     """ADMM on the loss itself, without a layerwise surrogate: weights are drawn to the nearest sparse point.
 
-    The gradient of strength_t / 2 ‖x - z + u‖^2 is added to that of the loss. The projection is the nearest point in
-    the norm of Adam's second moment v, Σ v (z - x - u)^2: it keeps the units with the largest v (x + u)^2. The
-    strength grows linearly with the prune steps, strength_t = strength * c / n after prune step c of n.
+    The gradient of strength_t / 2 ‖x - z + u‖^2 is added to that of the loss. The strength grows linearly with the
+    prune steps, strength_t = strength * c / n after prune step c of n. The projection is the nearest point in the norm
+    Σ v^weighting (z - x - u)^2: it keeps the units with the largest v^weighting (x + u)^2, where v is the second
+    moment of the optimizer.
 
     Args:
         strength: positive; lambda in the paper.
+        weighting: from 0, the Euclidean norm, to 1, that of the paper. v contains the gradient of the penalty too, so
+            that weights far from z weigh more.
 
     Example:
-        >>> ELSA(strength=0.1).scores(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 0.25]))
+        >>> ELSA(weighting=1.0).scores(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 0.25]))
         tensor([4.0000, 2.2500])
 
     Reference: Lee et al., "The Unseen Frontier: Pushing the Limits of LLM Sparsity with Surrogate-Free ADMM", 2025.
     """
 
-    strength: float = 0.01
+    strength: float = 0.1
+    weighting: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.strength > 0:
-            raise ValueError(f"strength is {self.strength}: it must be positive, as in 0.01")
+            raise ValueError(f"strength is {self.strength}: it must be positive, as in 0.1")
+        if not 0 <= self.weighting <= 1:
+            raise ValueError(f"weighting is {self.weighting}: it must be from 0 to 1, as in 0.5")
+
+    @property
+    def needs_second_moment(self) -> bool:
+        return self.weighting > 0
 
     def strength_at(self, fraction: float) -> float:
         return self.strength * fraction
 
-    def scores(self, point: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
-        return point.square().mul_(second_moment)
+    def scores(self, point: torch.Tensor, second_moment: torch.Tensor | None) -> torch.Tensor:
+        scores = point.square()
+        if second_moment is None:
+            return scores
+        return scores.mul_(second_moment if self.weighting == 1 else second_moment**self.weighting)

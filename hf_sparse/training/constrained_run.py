@@ -32,7 +32,7 @@ class ConstrainedRun(AlgorithmRun):
     4 bytes more for the scores, and the checkpoint 8 bytes for z and u.
 
     Raises:
-        NotImplementedError: the optimizer holds no second moment of each weight.
+        NotImplementedError: scores need a second moment of each weight, which the optimizer does not hold.
         ValueError: the schedule has one prune step alone.
     """
 
@@ -42,7 +42,7 @@ class ConstrainedRun(AlgorithmRun):
         super().__init__(pruner, schedule, optimizer, seed)
         options = next(group.options for group in pruner.groups if group.target)
         self._algorithm, self._name = cast(ConstrainedTraining, options.algorithm), options.algorithm_name
-        keys = elementwise_state_keys(optimizer)
+        keys = elementwise_state_keys(optimizer) if self._algorithm.needs_second_moment else None
         if keys is not None and keys.isdisjoint(_SECOND_MOMENTS):
             raise NotImplementedError(self._refusal("each weight"))
         if schedule.total < 2:
@@ -95,12 +95,14 @@ class ConstrainedRun(AlgorithmRun):
             self._targets, self._masks = {}, MaskStore({})
 
     def _has_state(self, prune_step: int) -> bool:
-        """Whether the optimizer has taken a step. All ranks call this.
+        """Whether the optimizer has what scores need: it has taken a step. All ranks call this.
 
         Raises:
             RuntimeError: it has not, up to the last prune step.
         """
-        if self.pruner.communicator.any(bool(optimizer_state(self.optimizer, self._shards))):
+        if not self._algorithm.needs_second_moment:
+            return True
+        if self.pruner.communicator.any(bool(self._second_moments())):
             return True
         if prune_step == self.schedule.total:
             raise RuntimeError(
@@ -130,27 +132,39 @@ class ConstrainedRun(AlgorithmRun):
         self._targets, self._prune_step = points, prune_step
 
     def _scores(self, points: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns the scores of points, all ranks at once.
-
-        Raises:
-            NotImplementedError: the optimizer holds no second moment of one of the weights.
-        """
-        state = optimizer_state(self.optimizer, self._shards)
-        scores, refused = {}, None
+        """Returns the scores of points, all ranks at once."""
+        if not self._algorithm.needs_second_moment:
+            return {name: self._algorithm.scores(point.float(), None) for name, point in points.items()}
+        moments = self._second_moments()
+        scores = {}
         for name, point in points.items():
-            moments = [state[name][key] for key in _SECOND_MOMENTS if key in state.get(name, {})]
-            if not moments and name in state:
-                refused = refused or NotImplementedError(self._refusal(f'"{name}"'))
             # A weight without a gradient so far has no state.
-            moment = moments[0].float() if moments else torch.zeros_like(point, dtype=torch.float32)
+            moment = moments[name].float() if name in moments else torch.zeros_like(point, dtype=torch.float32)
             scores[name] = self._algorithm.scores(point.float(), moment)
-        self.pruner.communicator.raise_together(refused)
         return scores
 
+    def _second_moments(self) -> dict[str, torch.Tensor]:
+        """Returns the second moment of each weight that has had a gradient, all ranks at once.
+
+        Raises:
+            NotImplementedError: the optimizer holds none of one of the weights, which is named.
+        """
+        moments, refused = {}, None
+        for name, state in optimizer_state(self.optimizer, self._shards).items():
+            key = next((key for key in _SECOND_MOMENTS if key in state), None)
+            if key is None:
+                refused = refused or NotImplementedError(self._refusal(f'"{name}"'))
+            else:
+                moments[name] = state[key]
+        self.pruner.communicator.raise_together(refused)
+        return moments
+
     def _warn_of_unused(self) -> None:
-        """Warns of weights without a gradient: they score 0, and are pruned first."""
-        state = optimizer_state(self.optimizer, self._shards)
-        unused = [name for name, shard in self._shards.items() if name not in state and shard.tensor.numel()]
+        """Warns of weights without a gradient, where they score 0 and are pruned first."""
+        if not self._algorithm.needs_second_moment:
+            return
+        moments = self._second_moments()
+        unused = [name for name, shard in self._shards.items() if name not in moments and shard.tensor.numel()]
         if unused:
             logger.warning(
                 'the loss does not depend on %s, so algorithm "%s" prunes them first: exclude what should be kept.',

@@ -77,6 +77,7 @@ class Reference:
 
     keep: object
     target: float
+    algorithm: ELSA
 
     def __post_init__(self):
         self.layers = model(torch.float64)
@@ -87,7 +88,8 @@ class Reference:
 
     def project(self, points, ratio):
         moments = [self.optimizer.state[x]["exp_avg_sq"] for x in self.x]
-        return self.keep([moment * point**2 for moment, point in zip(moments, points, strict=True)], ratio)
+        power = self.algorithm.weighting
+        return self.keep([moment**power * point**2 for moment, point in zip(moments, points, strict=True)], ratio)
 
     def step(self, step):
         loss_of(self.layers, step).backward()
@@ -113,7 +115,7 @@ class Reference:
         kept = self.project(points, ratio)
         self.z = [point * mask for point, mask in zip(points, kept, strict=True)]
         self.u = [u + x.detach() - z for x, u, z in zip(self.x, self.u, self.z, strict=True)]
-        before, self.strength = self.strength, ELSA(STRENGTH).strength_at(fraction)
+        before, self.strength = self.strength, STRENGTH * fraction
         if before is not None:
             self.u = [u * before / self.strength for u in self.u]
 
@@ -126,12 +128,14 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("weighting", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("case", CASES)
-def test_every_step_is_that_of_the_equations(case):
+def test_every_step_is_that_of_the_equations(case, weighting):
     options, keep, target = CASES[case]
-    reference, layers = Reference(keep, target), model()
+    algorithm = ELSA(STRENGTH, weighting)
+    reference, layers = Reference(keep, target, algorithm), model()
     optimizer = torch.optim.AdamW(layers.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
-    pruner = Pruner(layers, PruningConfig(algorithm=ELSA(STRENGTH), **options))
+    pruner = Pruner(layers, PruningConfig(algorithm=algorithm, **options))
     run = new_run(pruner, PruningSchedule(start=3, end=10, every=2), optimizer, 0)
     run.start()
     for step in range(1, TOTAL_STEPS + 1):
@@ -181,7 +185,7 @@ def test_no_sparse_point_is_nearer_than_the_projection(pattern):
     layers = nn.Sequential(nn.Linear(4, len(masks[0]), bias=False))
     config = PruningConfig(algorithm="elsa", pattern=pattern, target_sparsity=0.5)
     pruner, point, moment = Pruner(layers, config), layers[0].weight.detach().clone(), torch.rand(len(masks[0]), 4)
-    pruner.select(1, 1, {"0.weight": ELSA().scores(point, moment)})
+    pruner.select(1, 1, {"0.weight": ELSA(weighting=1.0).scores(point, moment)})
     distances = {float((moment * (point * mask - point) ** 2).sum()) for mask in masks}
     found = float((moment * (layers[0].weight.detach() - point) ** 2).sum())
     assert len(distances) > 5 and found == pytest.approx(min(distances), rel=1e-5)
@@ -191,7 +195,9 @@ METHODS = {
     "defaults": {},
     "n_of_m": {"pattern": "2:4"},
     "blocks": {"pattern": "4x1", "scope": "layer", "algorithm_kwargs": {"strength": 1.0}},
-    "channels": {"pattern": "channel", "optim": "rmsprop"},
+    "weighted": {"algorithm_kwargs": {"weighting": 1.0}},
+    "channels": {"pattern": "channel", "optim": "rmsprop", "algorithm_kwargs": {"weighting": 0.5}},
+    "sgd": {"optim": "sgd", "learning_rate": 0.1},
 }
 
 
@@ -235,7 +241,8 @@ def test_weights_of_16_bits_have_a_sparse_point_of_32(tmp_path):
 
 @pytest.mark.parametrize("optim, name", [("sgd", "SGD"), ("adafactor", "Adafactor"), ("adagrad", "Adagrad")])
 def test_optimizers_without_a_second_moment_are_refused_before_training(tmp_path, optim, name):
-    trainer = make(tmp_path, algorithm="elsa", target_sparsity=0.5, optim=optim, **SCHEDULE)
+    weighted = {"algorithm": "elsa", "algorithm_kwargs": {"weighting": 1.0}}
+    trainer = make(tmp_path, target_sparsity=0.5, optim=optim, **weighted, **SCHEDULE)
     message = f'algorithm "elsa" projects .* which {name} does not: use optim="adamw_torch"'
     with pytest.raises(NotImplementedError, match=message):
         trainer.train()
@@ -249,6 +256,7 @@ def test_optimizers_without_a_second_moment_are_refused_before_training(tmp_path
         ({"keep_zeros": True}, 'keep_zeros is set, but algorithm "elsa" selects all zeros anew'),
         ({"criterion": "magnitude"}, "leave criterion out"),
         ({"algorithm_kwargs": {"strength": 0.0}}, "strength is 0.0: it must be positive"),
+        ({"algorithm_kwargs": {"weighting": 2.0}}, "weighting is 2.0: it must be from 0 to 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
