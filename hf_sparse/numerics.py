@@ -77,3 +77,32 @@ def count_true(mask: torch.Tensor) -> int | torch.Tensor:
     """
     array = as_fastest_array(mask)
     return int(np.count_nonzero(array)) if isinstance(array, np.ndarray) else torch.count_nonzero(array)
+
+
+# Odd 64-bit constants of the splitmix64 finalizer, as signed numbers.
+_MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+
+
+def hash_bits(numbers: torch.Tensor) -> torch.Tensor:
+    """Returns a hash of each number, int64, the same on every device.
+
+    Reference: Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014.
+    """
+    bits = numbers.clone()
+    for shift, factor in zip((30, 27), _MIX, strict=True):
+        bits = (bits ^ _logical_right_shift(bits, shift)) * factor
+    return bits ^ _logical_right_shift(bits, 31)
+
+
+def hash_uniform(numbers: torch.Tensor) -> torch.Tensor:
+    """Returns a hash of each number (int64) as float32, uniform in [0, 1), in steps of 2^-24.
+
+    Example:
+        >>> 0.49 < hash_uniform(torch.arange(10_000)).mean() < 0.51
+        tensor(True)
+    """
+    return _logical_right_shift(hash_bits(numbers), 40).to(torch.float32) / 2**24
+
+
+def _logical_right_shift(bits: torch.Tensor, count: int) -> torch.Tensor:
+    return (bits >> count) & ((1 << (64 - count)) - 1)

@@ -21,8 +21,11 @@ OPTIONS = {
         "acdc": {"compressed_phases": 3},
         "elsa": {"strength": 0.5, "weighting": 1.0},
         "granet": {"fraction": 0.2, "decay": "linear"},
+        "movement": {"learning_rate": 0.1, "init_scale": 0.5},
         "rigl": {"fraction": 0.2, "decay": "linear", "initial_mask": "random"},
         "set": {"fraction": 0.2, "decay": "constant", "initial_mask": "random"},
+        "soft_movement": {"learning_rate": 0.1, "init_scale": 0.5, "threshold": 0.2, "lambda_": 1.0},
+        "sr_ste": {"decay": 1e-3},
     },
     "solver": {
         "admm": {"iterations": 10, "rho": 0.2, "dampening": 0.1},

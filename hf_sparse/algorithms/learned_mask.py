@@ -73,6 +73,7 @@ class LearnedMask(Algorithm):
         ({'scores': tensor([ 0.5000, -1.0000])}, tensor([0.5000, 0.0000]))
     """
 
+    reads_gradients = True
     uses_criterion = False
     reads_gradients = True
     can_rewind = False
@@ -191,3 +192,9 @@ class LearnedMask(Algorithm):
                 'or use algorithm="gradual".'
             )
         return errors
+
+
+def check_learning_rate(learning_rate: float) -> None:
+    """Raises a ValueError if the option `learning_rate` is not a positive number."""
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate}: it must be above 0, as in 1e-2")

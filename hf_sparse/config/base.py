@@ -96,10 +96,10 @@ class PruningOptions:
         'heads), "layer".'
     )
     criterion: Criterion | str | None = option(
-        "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, movement, obert, in "
-        "one-shot pruning also wanda, ria, fluctuation and obs (of neurons and heads), block_influence (of layers), "
-        "or a registered one. Left out: snip_momentum in training; one-shot wanda, the solver's own selection, or "
-        "fluctuation for neurons and heads and block_influence for layers."
+        "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, greedy_movement, "
+        "obert, in one-shot pruning also wanda, ria, fluctuation and obs (of neurons and heads), block_influence (of "
+        "layers), or a registered one. Left out: snip_momentum in training; one-shot wanda, the solver's own "
+        "selection, or fluctuation for neurons and heads and block_influence for layers."
     )
     criterion_kwargs: dict[str, Any] | str | None = option(
         'Options of the criterion, as JSON: {"decay": 0.95} for snip_momentum, {"alpha": 0.5} for ria.'

@@ -56,10 +56,10 @@ def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> upgrade_options({"solver": "sparsegpt", "dampening": 0.1, "solver_block": None})
         {'solver': 'sparsegpt', 'solver_kwargs': {'dampening': 0.1}}
-        >>> upgrade_options({"solver": "zero", "dampening": 0.01})
-        {'solver': 'none'}
-    >>> upgrade_options({"criterion": "snip", "regrow": 0.3})["algorithm_kwargs"]
-    {'fraction': 0.3, 'decay': 'linear'}
+        >>> upgrade_options({"solver": "zero", "dampening": 0.01, "criterion": "movement"})
+        {'solver': 'none', 'criterion': 'greedy_movement'}
+        >>> upgrade_options({"criterion": "snip", "regrow": 0.3})["algorithm_kwargs"]
+        {'fraction': 0.3, 'decay': 'linear'}
 
     Raises:
         ValueError: an option has no present form.
@@ -68,10 +68,10 @@ def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
     # These were options of the run, written whatever the solver was.
     old = {"dampening": values.pop("dampening", None), "block_size": values.pop("solver_block", None)}
     kwargs = {name: value for name, value in old.items() if value not in (None, _OLD_DEFAULTS.get(name))}
-    values = _upgrade_solver(values, kwargs)
+    values = _upgrade_methods(values, kwargs)
     if isinstance(groups := values.get("groups"), Mapping):
         values["groups"] = {
-            name: _upgrade_solver(group, kwargs) if isinstance(group, Mapping) else group
+            name: _upgrade_methods(group, kwargs) if isinstance(group, Mapping) else group
             for name, group in groups.items()
         }
     return values
@@ -108,11 +108,15 @@ _OLD_CRITERION = "snip_momentum"
 """The criterion of regrowth, where the options named none."""
 
 
-def _upgrade_solver(values: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns options with the present name of the solver, and with its options where they name one."""
+_OLD_NAMES = {"solver": {"zero": DEFAULT_SOLVER}, "criterion": {"movement": "greedy_movement"}}
+
+
+def _upgrade_methods(values: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options with the present names of methods, and with the options of the solver where they name one."""
     values = dict(values)
-    if values.get("solver") == "zero":
-        values["solver"] = DEFAULT_SOLVER
+    for option, names in _OLD_NAMES.items():
+        if isinstance(value := values.get(option), str):
+            values[option] = names.get(value, value)
     if kwargs and values.get("solver") not in (None, DEFAULT_SOLVER):
         values["solver_kwargs"] = dict(kwargs)
     return values

@@ -90,7 +90,9 @@ def _name_errors(options: SimpleNamespace, criterion: str | None, solver: str) -
                     f"{name}_kwargs is {format_value(kwargs)}, but no {name} is used: name one, or leave them out."
                 )
         elif chosen not in registry:
-            errors.append(f"{name} is {registry.describe(chosen)}")
+            others = [other for other in METHODS if chosen in METHODS[other]]
+            hint = "".join(f' Another option has a method of this name: {other}="{chosen}".' for other in others)
+            errors.append(f"{name} is {registry.describe(chosen)}{hint}")
         else:
             try:
                 registry.create(chosen, kwargs)

@@ -5,8 +5,8 @@ from . import (
     fisher,
     fluctuation,
     gradient,
+    greedy_movement,
     magnitude,
-    movement,
     obert,
     obs,
     random_scores,
@@ -30,5 +30,5 @@ from .base import (
 
 __all__ = ["CRITERIA", "Criterion", "GradientCriterion", "GradientHistoryCriterion", "ObservingCriterion"]
 __all__ += ["TensorEntries", "UnitCriterion", "register_criterion"]
-__all__ += ["block_influence", "fisher", "fluctuation", "gradient", "magnitude", "movement", "obert", "obs"]
-__all__ += ["random_scores", "ria", "snip", "snip_momentum", "taylor", "wanda"]
+__all__ += ["block_influence", "fisher", "fluctuation", "gradient", "greedy_movement", "magnitude"]
+__all__ += ["obert", "obs", "random_scores", "ria", "snip", "snip_momentum", "taylor", "wanda"]

@@ -19,7 +19,7 @@ from ..numerics import count_true, gather_counts
 
 
 # The same-sized integer of each floating dtype.
-_BITS = {
+BITS = {
     torch.float32: torch.int32,
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
@@ -129,7 +129,7 @@ class MaskStore(Mapping[str, torch.Tensor]):
 
     def _parts(self, name: str, weight: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields the bits of a contiguous weight as integers and those of its mask: on a CPU in chunks."""
-        words, bits = weight.view(_BITS[weight.dtype]).view(-1), self._bits[name].to(weight.device).view(-1)
+        words, bits = weight.view(BITS[weight.dtype]).view(-1), self._bits[name].to(weight.device).view(-1)
         size = max(words.numel(), 1) if weight.is_cuda else _CHUNK
         return zip(words.split(size), bits.split(size), strict=True)
 

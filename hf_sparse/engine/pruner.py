@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -202,6 +202,38 @@ class Pruner:
                 if (copy := shard.full_copy) is not None:
                     copy.copy_(whole)
 
+    def replace_masks(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Replaces the masks of weights by given ones, and enforces all masks. All ranks call this.
+
+        Args:
+            masks: bool of each weight by name, of the shape of its shard's tensor; True is kept.
+
+        Raises:
+            RuntimeError: ranks have different masks for the same weights.
+        """
+        for name, mask in masks.items():
+            self.masks.replace(name, mask)
+        self._check_masks_across_ranks()
+        self.apply_masks()
+
+    @torch.no_grad()
+    def write_copies(self) -> None:
+        """Writes the values of each shard to all copies of its weight, on all ranks at once."""
+        transfers = []
+        for shard in self.shards.values():
+            for replica in shard.replicas:
+                replica.copy_(shard.tensor)
+        copied = [self.shards[name] for name in self._full_masks]
+        for shard in copied:
+            tensor = shard.tensor
+            targets = [(full_region(shard.shape),)] * self.communicator.world_size
+            views = shard.local_views(tensor) if shard.is_primary else []
+            transfers.append(Transfer(views, shard.primary_regions, targets, tensor))
+        if transfers:
+            for shard, (values,) in zip(copied, redistribute(transfers, self.communicator), strict=True):
+                if (copy := shard.full_copy) is not None:
+                    copy.copy_(values)
+
     def apply_masks(self) -> None:
         """Enforces changed masks: distributes them to the ranks that hold full copies of sharded weights, and sets
         pruned weights to zero."""
@@ -216,10 +248,14 @@ class Pruner:
                 self._full_masks.bits(name).copy_(mask)
         self.enforce()
 
-    def enforce(self) -> None:
-        """Sets pruned weights to +0.0, wherever this rank holds them."""
+    def enforce(self, done: Collection[str] = ()) -> None:
+        """Sets pruned weights to +0.0, wherever this rank holds them.
+
+        Args:
+            done: names of weights whose shard has its zeros already, and of which only copies are left.
+        """
         # All layers in one call, which is one kernel on CUDA.
-        self.masks.enforce({name: shard.tensor for name, shard in self.shards.items()})
+        self.masks.enforce({name: shard.tensor for name, shard in self.shards.items() if name not in done})
         for name, shard in self.shards.items():
             for replica in shard.replicas:
                 self.masks.enforce({name: replica})

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..algorithms import Algorithm, ConstrainedTraining, DynamicSparsity
+from ..algorithms import Algorithm, ConstrainedTraining, DynamicSparsity, LearnedMask
 from ..engine.pruner import Pruner
 from ..schedulers import PruningSchedule
 from .algorithm_run import AlgorithmRun
 from .constrained_run import ConstrainedRun
 from .dynamic_run import DynamicRun
+from .learned_masks.run import LearnedMaskRun
 
 
-RUNS: dict[type[Algorithm], type[AlgorithmRun]] = {ConstrainedTraining: ConstrainedRun, DynamicSparsity: DynamicRun}
+RUNS: dict[type[Algorithm], type[AlgorithmRun]] = {
+    ConstrainedTraining: ConstrainedRun,
+    DynamicSparsity: DynamicRun,
+    LearnedMask: LearnedMaskRun,
+}
 """Kinds of algorithms that need more than prune steps."""
 
 

@@ -64,4 +64,4 @@ def test_sums_that_restart_and_sums_that_continue():
     """After a prune step."""
     sums = [name for name in CRITERIA.names() if issubclass(CRITERIA[name], GradientCriterion)]
     persistent = {name for name in sums if CRITERIA[name].persistent}
-    assert {"movement", "snip_momentum"} <= persistent and not persistent & {"snip", "taylor", "gradient"}
+    assert {"greedy_movement", "snip_momentum"} <= persistent and not persistent & {"snip", "taylor", "gradient"}

@@ -204,7 +204,7 @@ def test_movement_and_snip_momentum_by_hand():
     """Two steps of weights 4, -3, 2, -1. movement sums -w·g over both and keeps it after the first prune step;
     snip_momentum is 0.9·|w·g| + |w·g|."""
     gradients = [torch.tensor([[1.0, 1, 1, 1]]), torch.tensor([[-1.0, 1, -2, 3]])]
-    sums = {"movement": [-4 + 4, 3 + 3, -2 + 4, 1 + 3], "snip_momentum": [3.6 + 4, 2.7 + 3, 1.8 + 4, 0.9 + 3]}
+    sums = {"greedy_movement": [-4 + 4, 3 + 3, -2 + 4, 1 + 3], "snip_momentum": [3.6 + 4, 2.7 + 3, 1.8 + 4, 0.9 + 3]}
     for criterion, expected in sums.items():
         model = linear([[4.0, -3, 2, -1]])
         pruner = Pruner(model, PruningConfig(target_sparsity=0.25, criterion=criterion, sparsity_decay_type="cube"))
@@ -215,7 +215,7 @@ def test_movement_and_snip_momentum_by_hand():
                 assert pruner.update(1, 2).zeros == 0
         assert pruner.groups[0].statistics["0.weight"].total.tolist()[0] == pytest.approx(expected)
         pruner.update(2, 2)
-        assert drawn(pruner) == [".###" if criterion == "movement" else "###."]
+        assert drawn(pruner) == [".###" if criterion == "greedy_movement" else "###."]
 
 
 def test_groups_with_their_own_patterns_at_once():

@@ -139,7 +139,7 @@ _scratch = tempfile.TemporaryDirectory(prefix="hf_sparse_hostile_")
 
 
 # With a checkpoint before the prune step and one after it.
-RUN = {"target_sparsity": 0.5, "criterion": "movement", "prune_start": 2, "prune_end": 2, "max_steps": 3}
+RUN = {"target_sparsity": 0.5, "criterion": "greedy_movement", "prune_start": 2, "prune_end": 2, "max_steps": 3}
 
 
 @functools.cache

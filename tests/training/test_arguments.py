@@ -48,11 +48,16 @@ def test_no_default_changes():
 
 def test_the_command_line():
     args = parse(
-        "--target_sparsity", "0.8", "--criterion", "movement", "--prune-end", "0.5", "--prune_every", "20",
+        "--target_sparsity", "0.8", "--criterion", "greedy_movement", "--prune-end", "0.5", "--prune_every", "20",
         "--targets", "*.query", "re:.*key", "--keep_zeros", "--learning_rate", "1e-3", "--groups",
         '{"a": {"targets": ["*.dense"]}}',
     )  # fmt: skip
-    assert (args.target_sparsity, args.criterion, args.prune_end, args.prune_every) == (0.8, "movement", 0.5, 20)
+    assert (args.target_sparsity, args.criterion, args.prune_end, args.prune_every) == (
+        0.8,
+        "greedy_movement",
+        0.5,
+        20,
+    )
     assert (args.targets, args.keep_zeros, args.learning_rate) == (["*.query", "re:.*key"], True, 1e-3)
     assert args.groups == {"a": {"targets": ["*.dense"]}}
     assert parse().target_sparsity is None

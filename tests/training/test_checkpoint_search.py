@@ -28,7 +28,7 @@ def newest(run):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    options = {"target_sparsity": 0.5, "criterion": "movement", **SCHEDULE}
+    options = {"target_sparsity": 0.5, "criterion": "greedy_movement", **SCHEDULE}
     make(folder, **options, save_strategy="steps", save_steps=2).train()
     return folder
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_without_its_own_masks_is_skipped(run, caplog):
     path.write_bytes(data)
     shutil.copy(run / "checkpoint-2" / STATE_FILE, run / "checkpoint-6" / STATE_FILE)
     (run / "checkpoint-4" / INDEX).write_text("{")
-    resumed = make(run, target_sparsity=0.5, criterion="movement", **SCHEDULE)
+    resumed = make(run, target_sparsity=0.5, criterion="greedy_movement", **SCHEDULE)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.resumed_from == str(run / "checkpoint-2")
     for text in ("checkpoint-10 holds no masks", "checksum", "of step 2, its weights of step 6", INDEX, "from .*-2,"):
@@ -182,7 +182,7 @@ def test_only_files_that_resuming_reads_are_judged(run):
     (folder / "pruning_state_notes").mkdir()
     assert find_checkpoint_error(folder) is None and newest(run) == folder
     steps = SCHEDULE | {"save_strategy": "steps", "save_steps": 2}
-    resumed = make(run, target_sparsity=0.5, criterion="movement", **steps)
+    resumed = make(run, target_sparsity=0.5, criterion="greedy_movement", **steps)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.resumed_from == str(folder)
     start_checkpoint(folder)

@@ -88,7 +88,7 @@ FEATURES = {
     "bf16": {"bf16": True},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "no_clipping": {"max_grad_norm": 0.0},
-    "movement": {"criterion": "movement"},
+    "greedy_movement": {"criterion": "greedy_movement"},
     "taylor_global": {"criterion": "taylor", "scope": "global"},
     "granet": {"criterion": "snip_momentum", "algorithm": "granet"},
     "epochs": {"max_steps": -1, "num_train_epochs": 2.5, "per_device_train_batch_size": 6},

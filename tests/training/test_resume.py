@@ -43,11 +43,11 @@ METHODS = {name: {"criterion": name} for name in CRITERIA.names() if not CRITERI
     "rigl_n_of_m": {"algorithm": "rigl", "pattern": "2:4"},
     "acdc": {"algorithm": "acdc", "pattern": "4x1"},
     "rows": {"scope": "row", "criterion": "taylor"},
-    "erdos_renyi": {"allocation": "erdos_renyi", "criterion": "movement"},
+    "erdos_renyi": {"allocation": "erdos_renyi", "criterion": "greedy_movement"},
     "blocks": {"pattern": "4x1", "criterion": "snip_momentum"},
     "channels": {"pattern": "channel", "criterion": "snip"},
     "n_of_m": {"pattern": "2:4", "criterion": "gradient"},
-    "optimizer": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1, "criterion": "movement"},
+    "optimizer": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1, "criterion": "greedy_movement"},
 }
 
 
@@ -77,7 +77,7 @@ def test_resume_with_accumulation_evaluation_and_a_model_of_conv1d(tmp_path):
 
 
 def test_a_stock_trainer_with_the_callback_resumes_too(tmp_path):
-    config = PruningConfig(target_sparsity=0.5, criterion="movement", **SCHEDULE)
+    config = PruningConfig(target_sparsity=0.5, criterion="greedy_movement", **SCHEDULE)
     for folder, kwargs in (("whole", {}), ("resumed", {"resume_from_checkpoint": True})):
         if folder == "resumed":
             shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
@@ -116,7 +116,7 @@ class StopsCounting(TrainerCallback):
 
 @pytest.mark.parametrize("kind, resolved", [("sparse", 2), ("sparse, named", 2), ("stock", 1)])
 def test_a_checkpoint_is_opened_and_verified_once(tmp_path, monkeypatch, kind, resolved):
-    config = {"target_sparsity": 0.5, "criterion": "movement", **SCHEDULE}
+    config = {"target_sparsity": 0.5, "criterion": "greedy_movement", **SCHEDULE}
     make(tmp_path, **config, **EVERY_STEP | {"save_steps": 4}).train()
     shutil.rmtree(tmp_path / LAST)
     if kind == "stock":
@@ -136,7 +136,7 @@ def test_a_checkpoint_is_opened_and_verified_once(tmp_path, monkeypatch, kind, r
 
 def test_a_retry_of_the_training_loop_reads_nothing_again(tmp_path, monkeypatch):
     """As with auto_find_batch_size: on_train_begin comes twice, and the state is applied twice."""
-    options = {"target_sparsity": 0.5, "criterion": "movement", **SCHEDULE, **EVERY_STEP}
+    options = {"target_sparsity": 0.5, "criterion": "greedy_movement", **SCHEDULE, **EVERY_STEP}
     make(tmp_path, **options).train()
 
     class OutOfMemoryOnce(TrainerCallback):
@@ -158,7 +158,7 @@ def test_a_retry_of_the_training_loop_reads_nothing_again(tmp_path, monkeypatch)
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
     """With max_steps inside an epoch: stock Trainer takes a step before it compares with max_steps."""
-    options = {"target_sparsity": 0.5, "criterion": "movement", **SCHEDULE, "save_strategy": "epoch"}
+    options = {"target_sparsity": 0.5, "criterion": "greedy_movement", **SCHEDULE, "save_strategy": "epoch"}
     options |= {"eval_strategy": "epoch", "load_best_model_at_end": True}
     finished = make(tmp_path, **options)
     finished.train()
@@ -175,7 +175,7 @@ def test_a_finished_run_is_not_trained_further(tmp_path):
 
 
 def test_a_stock_trainer_warns_that_it_trains_a_finished_run_further(tmp_path, caplog):
-    config = PruningConfig(target_sparsity=0.5, criterion="movement", **SCHEDULE)
+    config = PruningConfig(target_sparsity=0.5, criterion="greedy_movement", **SCHEDULE)
     for again in (None, True):
         assert "may train one more step" not in caplog.text
         stock = make(tmp_path, Trainer, callbacks=[SparsityCallback(config)], **EVERY_STEP)

@@ -18,7 +18,7 @@ from hf_sparse.training.checkpoint_search import find_checkpoint_error, newest_c
 from hf_sparse.training.resume import CheckpointError, ResumeState
 
 
-OPTIONS = {"target_sparsity": 0.5, "criterion": "movement", **SCHEDULE}
+OPTIONS = {"target_sparsity": 0.5, "criterion": "greedy_movement", **SCHEDULE}
 WEIGHT = "bert.pooler.dense.weight"
 
 
