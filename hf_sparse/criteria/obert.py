@@ -31,8 +31,8 @@ class OBert(GradientHistoryCriterion):
     by -F⁻¹_:Q·[F⁻¹]_QQ⁻¹·w_Q for all that it prunes there (Q): the least rise of the quadratic model ΔwᵀFΔw/2.
 
     Kept for each weight are `num_gradients` numbers of 2 bytes (4 with dtype="float32"), also in checkpoints; a step
-    costs one copy of the gradients. A prune step takes about 0.8 s for each million weights on one CPU core: use few,
-    as with prune_every=0.1.
+    costs one copy of the gradients. Sums of g·gᵀ would take 200 bytes, and two hundred times as long in each step. A
+    prune step takes 1.1 to 1.6 s for each million weights on one CPU core: use few, as with prune_every=0.1.
 
     Args:
         block_size: largest number of inputs in a block.

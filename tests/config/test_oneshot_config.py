@@ -43,6 +43,10 @@ from hf_sparse.config.quality import QUALITIES
             'swaps is 9, but with pattern "4x1" units are not single weights: use swaps=0',
         ),
         ({"swaps": 9, "pattern": "neuron"}, 'with pattern "neuron" units are not single weights'),
+        (
+            {"criterion": "obert"},
+            'criterion "obert" needs the gradients of many optimizer steps, and one-shot pruning',
+        ),
         ({"criterion": "snip_momentum"}, 'criterion "snip_momentum" weights later batches more'),
         ({"layer_sparsity": {"a": 2.0}}, r'group "a": .*target_sparsity is 2.0'),
         ({"layer_sparsity": "[1]"}, r"layer_sparsity is \[1\]: it must be a mapping"),

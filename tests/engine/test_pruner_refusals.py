@@ -129,6 +129,18 @@ def misshape_sum(tensors, values):
     tensors["stat/transposed.up"] = torch.zeros(3)
 
 
+def test_a_missing_gradient_of_a_history_is_refused():
+    first = trained("obert")
+    tensors, values = first.state_dict()
+    assert tensors["gradient2/experts.up"].dtype == torch.bfloat16
+    for damaged, message in (
+        ({name: tensor for name, tensor in tensors.items() if name != "gradient2/experts.up"}, "missing or misshapen"),
+        (tensors | {"gradient2/experts.up": torch.zeros(2, 4, 8)}, "torch.float32 instead of torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=f'"gradient2" of "experts.up" .*{message}'):
+            resumed(first).load_state_dict((damaged, values))
+
+
 def drop_counters(tensors, values):
     del values["counters"]["transposed.up"]
 
