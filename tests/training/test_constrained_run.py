@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_sparse import Pruner, PruningConfig, PruningConfigError
+from hf_sparse.algorithms import ALGORITHMS, ConstrainedTraining, register_algorithm
 from hf_sparse.algorithms.elsa import ELSA
 from hf_sparse.schedulers import PruningSchedule
 from hf_sparse.training.new_run import new_run
@@ -273,3 +274,34 @@ def test_frozen_weights_and_a_single_prune_step_are_refused(tmp_path):
     with pytest.raises(ValueError, match="prune_start and prune_end are both step 4: lower prune_start"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_registered_algorithm_goes_through_whole_runs(tmp_path, monkeypatch):
+    """Prunes the largest weights: a constant strength, and scores of its own."""
+    monkeypatch.setattr(ALGORITHMS, "_members", dict(ALGORITHMS._members))
+
+    @register_algorithm("largest")
+    @dataclass(frozen=True)
+    class Largest(ConstrainedTraining):
+        pull: float = 0.5
+        needs_second_moment = False
+
+        def strength_at(self, fraction):
+            return self.pull
+
+        def scores(self, point, second_moment):
+            assert second_moment is None
+            return -point.abs()
+
+    options = {"algorithm": "largest", "algorithm_kwargs": {"pull": 2.0}}
+    trainer = make(tmp_path, target_sparsity=0.5, scope="layer", **options, **SCHEDULE)
+    before = {name: weight.detach().abs().mean() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    logged = [log["constraint_strength"] for log in trainer.state.log_history if "constraint_strength" in log]
+    assert logged == [2.0] * 5
+    for name, mask in trainer.sparsity_callback.pruner.masks.items():
+        weight = dict(trainer.model.named_parameters())[name].detach()
+        assert mask.sum() == weight.numel() // 2 and weight[mask].abs().mean() < before[name]
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "Pruning algorithm: largest (pull=2.0)." in (tmp_path / "README.md").read_text()
