@@ -7,6 +7,7 @@ A scenario is a JSON object, the keyword arguments of `Ranks.run`:
     options         of the training arguments
     seed            of the model's initial weights
     config          changes to the default model config
+    copies          how often each batch of the data is there; default once for each rank that has its own
     pruned          fraction of the model's weights to prune before training
     raises          whether an error of `train` is a result, written as `error`
     resume          resume_from_checkpoint of `train`
@@ -116,7 +117,8 @@ def _trainer(scenario: dict, rank: int, result: dict) -> Trainer:
     model = build(mode, scenario.get("seed", 0), world, folder / "dense", **scenario.get("config", {}))
     if scenario.get("pruned"):
         Pruner(model, PruningConfig(target_sparsity=scenario["pruned"], criterion="magnitude")).update(1, 1)
-    data = repeated(world if MODES[mode].data_parallel else 1, MODES[mode].model == "llama")
+    copies = scenario.get("copies", world if MODES[mode].data_parallel else 1)
+    data = repeated(copies, MODES[mode].model == "llama")
     cls = PlainTrainer if scenario.get("trainer") == "plain" else SparseInOrder
     trainer = cls(model, args, train_dataset=data)
     if scenario.get("checked", True):
