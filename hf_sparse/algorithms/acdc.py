@@ -9,10 +9,11 @@ from .dynamic import DynamicSparsity
 @register_algorithm("acdc")
 @dataclass(frozen=True)
 class ACDC(DynamicSparsity):
-    """Alternating compressed and decompressed training. In a compressed phase the weights are at the target sparsity,
-    under the mask that the criterion selects at its start; in a dense phase all weights are trained, the pruned ones
-    again from 0. Training starts dense; the prune steps are divided into equal phases, the first and the last of them
-    compressed; the last one goes on after the last prune step.
+    """Alternating compressed and decompressed training: the weights are at the target sparsity in every second phase.
+
+    In a compressed phase they have the mask that the criterion selects at its start; in a dense phase all weights are
+    trained, the pruned ones again from 0. Training starts dense; the prune steps are divided into equal phases, the
+    first and the last of them compressed; the last one goes on after the last prune step.
 
     Args:
         compressed_phases: number of compressed phases, with a dense one between any two. With fewer prune steps than

@@ -135,5 +135,5 @@ def test_the_list_needs_no_transformers():
         "import sys; from hf_sparse.cli import main; sys.argv[1:] = ['methods', '--family', 'tune', '--json']\n"
         "try: main()\nfinally: print(sorted({'transformers', 'datasets', 'matplotlib'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "masked_lora" in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stderr
