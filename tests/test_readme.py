@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 
 import hf_sparse.cli.app
 from hf_sparse import OneshotConfig, Pruner, PruningConfig, SparseTrainingArguments, load_plugin
+from hf_sparse.algorithms import ALGORITHMS
 from hf_sparse.export import benchmark
 
 
@@ -241,6 +242,12 @@ def test_the_methods_are_listed():
     assert len(lines) == 2
     for line in lines:
         assert CliRunner().invoke(hf_sparse.cli.app.app, shlex.split(line)[1:]).exit_code == 0
+
+
+def test_every_algorithm_is_in_the_table():
+    table = README.split("### Algorithms and recipes\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", table, flags=re.MULTILINE)
+    assert set(", ".join(rows).replace("`", "").split(", ")) == {"algorithm", *ALGORITHMS.names()}
 
 
 def test_make_targets_of_the_readme_exist():
