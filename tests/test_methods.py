@@ -14,6 +14,8 @@ from hf_sparse.methods import MethodRegistry, type_name
 from hf_sparse.solvers.sparsegpt import SparseGPT
 
 
+SAMPLED = {"prior": "path/to/pruned", "prior_strength": 2.0, "learning_rate": 0.1, "scale_end": 3.0}
+SAMPLED |= {"temperature_start": 2.0, "temperature_end": 0.1, "norm_weight": 0.5}
 OPTIONS = {
     "criterion": {"snip_momentum": {"decay": 1.0}, "obs": {"ridge": 0.2, "columns_at_once": 4}, "ria": {"alpha": 1.0}},
     "allocation": {"owl": {"m": 3.0, "lambda_": 0.2}, "dlp": {"alpha": 0.2}, "lsa": {"beta": 0.2}},
@@ -21,6 +23,8 @@ OPTIONS = {
         "acdc": {"compressed_phases": 3},
         "elsa": {"strength": 0.5, "weighting": 1.0},
         "granet": {"fraction": 0.2, "decay": "linear"},
+        "gumbel_nm": SAMPLED,
+        "gumbel_sigmoid": {**SAMPLED, "density_weight": 0.3},
         "movement": {"learning_rate": 0.1, "init_scale": 0.5},
         "rigl": {"fraction": 0.2, "decay": "linear", "initial_mask": "random"},
         "set": {"fraction": 0.2, "decay": "constant", "initial_mask": "random"},
@@ -40,6 +44,7 @@ OPTIONS = {
 """A valid value that is not the default, of every option of the methods of hf_sparse."""
 # Methods of coupled units, and what they are used with.
 WITH = {
+    "gumbel_nm": {"pattern": "2:4"},
     "block_influence": {"pattern": "layer"},
     "fluctuation": {"pattern": "neuron", "scope": "layer"},
     "obs": {"pattern": "neuron", "scope": "layer"},

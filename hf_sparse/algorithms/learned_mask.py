@@ -78,8 +78,7 @@ class LearnedMask(Algorithm):
     reads_gradients = True
     can_rewind = False
     trains_weights: ClassVar[bool] = True
-    """Whether the trainer's optimizer trains W. If not, W stays as it is at the start, and the optimizer leaves the
-    weight alone."""
+    """Whether the trainer's optimizer trains W. If not, the whole model is frozen up to the last prune step."""
     is_soft: ClassVar[bool] = False
     """Whether w has no exact zeros until the last prune step. If not, w is W with the zeros of the mask, which is
     selected anew at each prune step: `weight` then defines the gradients alone."""

@@ -151,7 +151,7 @@ def _entry(name: str, member: Any) -> MethodEntry:
         # A pattern is selected by its text form.
         name=getattr(member, "example", name),
         summary=_summary(text),
-        options=tuple(_options(member, _descriptions(text))),
+        options=tuple(_options(member, _all_descriptions(member))),
         paper=_one_line(paper[1]) if paper else "",
         module=member.__module__,
     )
@@ -174,6 +174,12 @@ def _descriptions(text: str) -> dict[str, str]:
         r"^[ ]{4}(\w[\w, ]*): ((?:.*\n?)(?:[ ]{5,}.*\n?)*)", section[1] if section else "", re.MULTILINE
     )
     return {name: _one_line(words) for names, words in found for name in re.split(r",\s*", names)}
+
+
+def _all_descriptions(member: Any) -> dict[str, str]:
+    """Returns the descriptions of a class, and of the base classes from which it inherits options."""
+    classes = reversed(inspect.getmro(member)) if inspect.isclass(member) else [member]
+    return {name: words for each in classes for name, words in _descriptions(_docstring(each)).items()}
 
 
 def _options(member: Any, descriptions: Mapping[str, str]) -> list[MethodOption]:

@@ -24,6 +24,7 @@ from ...selection.row_blocks import keeps_units_whole
 from ...statistics import all_finite
 from ..algorithm_run import AlgorithmRun
 from .parts import WeightParts, noise_key
+from .prior import read_masks
 from .theta import TrainedTensors, computed
 
 
@@ -107,10 +108,12 @@ class LearnedMaskRun(AlgorithmRun):
 
     def _first_masks(self) -> dict[str, torch.Tensor]:
         """Returns the masks from which theta starts: those of zeros, or, where the algorithm starts from a mask at the
-        target sparsity, of the largest magnitudes."""
+        target sparsity, those of its prior or of the largest magnitudes."""
         masks = self.pruner.masks
         if not self.algorithm.starts_from_mask:
             return {weight.name: masks[weight.name] for weight in self.weights}
+        if self.algorithm.prior is not None:
+            return read_masks(self.algorithm.prior, self.weights, self.pruner.communicator)
         kept = {weight.name: masks[weight.name] for weight in self.weights}
         scores = {weight.name: weight.shard.tensor.abs().float() for weight in self.weights}
         self.pruner.select(1, 1, scores)
@@ -141,9 +144,10 @@ class LearnedMaskRun(AlgorithmRun):
                 self._restore_dense(gradients)
             if not is_finite:
                 logger.info("step %d: gradients are not finite, and learned masks do not change.", step)
-        if not self.algorithm.trains_weights:
-            for weight in self.weights:
-                weight.shard.parameter.grad = None  # so that the optimizer leaves it alone
+        if not self.algorithm.trains_weights and not self.is_final:
+            # The model is frozen: an optimizer leaves parameters without gradients alone.
+            for parameter in self.pruner.model.parameters():
+                parameter.grad = None
 
     def _update(self, gradients: Mapping[str, torch.Tensor], step: int) -> None:
         """Updates theta, and replaces the gradients of w by those of W, if W is trained."""
