@@ -6,6 +6,7 @@ units of W inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,7 +27,7 @@ class OBert(GradientHistoryCriterion):
     """w²/(2·[F⁻¹]_ii): the rise of the loss when a weight is removed and the others of its block adapt to that.
 
     F is the sum of g·gᵀ over the last gradients g of the kept weights of a block of adjacent inputs of a row, plus
-    dampening times the mean of its diagonal. The weights Q of a unit that lie in one row are scored together,
+    `dampening` times the mean of its diagonal. The weights Q of a unit that lie in one row are scored together,
     w_Qᵀ·[F⁻¹]_QQ⁻¹·w_Q / 2, and rows by themselves. Then the weights that a prune step leaves in a block are updated
     by -F⁻¹_:Q·[F⁻¹]_QQ⁻¹·w_Q for all that it prunes there (Q): the least rise of the quadratic model ΔwᵀFΔw/2.
 
@@ -37,7 +38,8 @@ class OBert(GradientHistoryCriterion):
     Args:
         block_size: largest number of inputs in a block.
         num_gradients: how many gradients F is the sum of.
-        dampening: share of the mean diagonal of a block that is added to its diagonal, above 0.
+        dampening: multiple of the mean diagonal of a block that is added to its diagonal, above 0: the less, the more
+            gradients are needed.
         update: whether the remaining weights are updated.
         dtype: of the kept gradients, bfloat16 or float32.
 
@@ -55,7 +57,7 @@ class OBert(GradientHistoryCriterion):
 
     block_size: int = 50
     num_gradients: int = 64
-    dampening: float = 1e-4
+    dampening: float = 1.0
     update: bool = True
     dtype: str = "bfloat16"
 
@@ -65,8 +67,8 @@ class OBert(GradientHistoryCriterion):
         for name in ("block_size", "num_gradients"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1, as in 50")
-        if not 0 < self.dampening <= 1:
-            raise ValueError(f"dampening is {self.dampening}: it must be above 0 and at most 1, as in 0.0001")
+        if not 0 < self.dampening < math.inf:
+            raise ValueError(f"dampening is {self.dampening}: it must be above 0, as in 1.0")
         if self.dtype not in DTYPES:
             raise ValueError(f'dtype is "{self.dtype}": it must be {" or ".join(DTYPES)}')
 

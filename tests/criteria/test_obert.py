@@ -163,7 +163,7 @@ def test_sizes_of_blocks():
     [
         ({"block_size": 0}, "block_size is 0: it must be at least 1"),
         ({"num_gradients": 0}, "num_gradients is 0: it must be at least 1"),
-        ({"dampening": 0.0}, "dampening is 0.0: it must be above 0 and at most 1"),
+        ({"dampening": 0.0}, "dampening is 0.0: it must be above 0"),
         ({"dtype": "float16"}, 'dtype is "float16": it must be bfloat16 or float32'),
     ],
 )
