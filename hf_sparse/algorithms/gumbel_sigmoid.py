@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 
@@ -69,7 +70,7 @@ class GumbelSigmoid(SampledMask):
 
     def density(self, context: MaskContext) -> torch.Tensor:
         """Returns D: the expected share of kept weights among those that compete (a float64 scalar)."""
-        kept, count = context.totals.double().unbind()
+        kept, count = cast(torch.Tensor, context.totals).double().unbind()
         return kept / _FIXED_POINT / count
 
     def penalty(
