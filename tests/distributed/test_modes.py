@@ -139,6 +139,24 @@ def _check_zeros(run, single, mode):
         assert [sum(row["zeros"] for row in ranks) for ranks in rows] == expected
 
 
+@pytest.mark.parametrize("mode", mode_params("ddp", "fsdp2", "zero2", "zero3"))
+@pytest.mark.parametrize(
+    "options",
+    [{"algorithm": "rigl", "pattern": "2:4"}, {"algorithm": "set", "algorithm_kwargs": {"initial_mask": "random"}}],
+    ids=["rigl", "set"],
+)
+def test_weights_are_exchanged_at_the_target_as_in_one_process(runs, mode, options):
+    """Weights that return are 0 for one step; what the optimizer has of them decides later weights."""
+    run, _ = runs(mode, "magnitude", options=options | {"scope": "layer"})
+    single, _ = runs.reference(mode, "magnitude", options=options | {"scope": "layer"})
+    assert same(run.weights, single.weights)
+    for rank in run.ranks:
+        assert not any(row["negative"] or row["unlike"] for row in rank["zeros"])
+    assert [row["zeros"] > SELECTED["bert"] // 2 for row in single.ranks[0]["zeros"]] == [
+        step in PRUNE_STEPS[:-1] for step in range(1, STEPS + 1)
+    ]
+
+
 @pytest.mark.parametrize("mode", mode_params("fsdp2", "zero2", "zero3"))
 def test_shards_of_unequal_size(runs, mode):
     """45 rows: 23 and 22."""
