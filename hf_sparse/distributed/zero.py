@@ -125,7 +125,8 @@ def observe_zero_gradients(optimizer: Any, shards: Iterable[Shard], observe: Cal
     if register is None:
         raise NotImplementedError(
             f"DeepSpeed steps with {type(inner or optimizer.optimizer).__name__}, which gives no access to gradients: "
-            'use a criterion without gradients, such as "magnitude", or an optimizer of torch.optim.'
+            'use a criterion and an algorithm without gradients, such as "magnitude" and "gradual", or an optimizer '
+            "of torch.optim."
         )
     zero_shards = [shard for shard in shards if isinstance(shard, ZeroShard)]
 
