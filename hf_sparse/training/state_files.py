@@ -141,8 +141,8 @@ def compared_options(config: PruningConfig, schedule: PruningSchedule | None) ->
     options = {name: value for name, value in PruningConfig.to_dict(config).items() if name not in _COMPARED_BY_EFFECT}
     options["criterion"] = config.resolve_criterion(SimpleNamespace(**options))
     if schedule is not None:
-        steps = {"prune_start": schedule.start, "prune_end": schedule.end, "prune_every": schedule.every}
-        steps |= {"rewind": schedule.rewind}
+        steps: dict[str, int | None] = {"prune_start": schedule.start, "prune_end": schedule.end}
+        steps |= {"prune_every": schedule.every, "rewind": schedule.rewind}
         options |= {f"{name}{IN_STEPS}": value for name, value in steps.items()}
     return json.loads(json.dumps(options))
 
