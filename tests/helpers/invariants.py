@@ -16,7 +16,7 @@ def cubic(prune_step: int, total: int, target: float) -> float:
 
 
 def exactly_positive_zero(weight: torch.Tensor, kept: torch.Tensor) -> bool:
-    bits = weight.detach().contiguous().view({4: torch.int32, 2: torch.int16}[weight.element_size()])
+    bits = weight.detach().contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[weight.element_size()])
     return not bits[~kept].any()
 
 

@@ -89,6 +89,8 @@ FEATURES = {
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "no_clipping": {"max_grad_norm": 0.0},
     "greedy_movement": {"criterion": "greedy_movement"},
+    "movement": {"algorithm": "movement", "criterion": None, "bf16": True, "gradient_accumulation_steps": 2},
+    "soft_movement": {"algorithm": "soft_movement", "criterion": None},
     "taylor_global": {"criterion": "taylor", "scope": "global"},
     "granet": {"criterion": "snip_momentum", "algorithm": "granet"},
     "epochs": {"max_steps": -1, "num_train_epochs": 2.5, "per_device_train_batch_size": 6},
