@@ -21,6 +21,14 @@ ACCELERATOR_CHUNK = 65 * CPU_CHUNK
 """Elements per chunk on accelerators, where launching a kernel costs more than memory traffic: a whole matrix of 2^24,
 as of 2048 x 8192."""
 
+BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float64: torch.int64,
+}
+"""The same-sized integer of each floating dtype."""
+
 
 def chunk_size(device: torch.device) -> int:
     """Returns the number of elements to process at a time on `device`."""
@@ -106,3 +114,15 @@ def hash_uniform(numbers: torch.Tensor) -> torch.Tensor:
 
 def _logical_right_shift(bits: torch.Tensor, count: int) -> torch.Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def keep_where_(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sets the entries of a tensor to +0.0 in place where a mask (bool) is False, whatever they hold; on CPUs several
+    times faster than `masked_fill_` and a multiplication.
+
+    Example:
+        >>> keep_where_(torch.tensor([-1.0, float("nan")]), torch.tensor([True, False]))
+        tensor([-1.,  0.])
+    """
+    tensor.view(BITS[tensor.dtype]).bitwise_and_(mask.view(torch.int8).neg())
+    return tensor

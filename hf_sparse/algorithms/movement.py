@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..numerics import keep_where_
 from .base import register_algorithm
 from .learned_mask import LearnedMask, MaskContext, Theta, check_learning_rate
 
@@ -64,4 +65,4 @@ class Movement(LearnedMask):
         gradient: torch.Tensor,
         context: MaskContext,
     ) -> tuple[Theta, torch.Tensor | None]:
-        return {"scores": gradient * dense}, gradient.mul_(mask)
+        return {"scores": gradient * dense}, keep_where_(gradient, mask)

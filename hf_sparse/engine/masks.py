@@ -15,16 +15,9 @@ import numpy as np
 import torch
 
 from ..kernels import has_kernels
-from ..numerics import count_true, gather_counts
+from ..numerics import BITS, count_true, gather_counts
 
 
-# The same-sized integer of each floating dtype.
-BITS = {
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float64: torch.int64,
-}
 # On a CPU the mask is widened to the weight's dtype in a temporary, which this many elements keep small.
 _CHUNK = 1 << 20
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..numerics import chunk_size
-from .masks import BITS
+from ..numerics import BITS, chunk_size
 
 
 @torch.no_grad()

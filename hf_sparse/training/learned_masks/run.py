@@ -93,13 +93,12 @@ class LearnedMaskRun(AlgorithmRun):
         first = self._first_masks()
         theta = {}
         for weight in self.weights:
+            by_part = []
+            context_of = partial(MaskContext, **self._context(weight, 1, None))
             parts = zip(weight.views(weight.shard.tensor), weight.views(first[weight.name]), strict=True)
-            by_part = [
-                self._checked(
-                    self.algorithm.init(computed(dense), mask, self._context(weight, index, 1, None)), dense, weight
-                )
-                for index, (dense, mask) in enumerate(parts)
-            ]
+            for index, (dense, mask) in enumerate(parts):
+                context = context_of(noise=partial(self._noise, weight, index, 1))
+                by_part.append(self._checked(self.algorithm.init(computed(dense), mask, context), dense, weight))
             theta[weight.name] = {key: weight.join([part[key] for part in by_part]) for key in by_part[0]}
         self.trained.start(theta)
         if not self.algorithm.is_soft:
@@ -295,27 +294,30 @@ class LearnedMaskRun(AlgorithmRun):
         lacks = not self.algorithm.is_soft and weight.name not in self._holds_dense
         pruned = weight.views(self._pruned[weight.name]) if lacks else []
         bits = weight.views(self.pruner.masks.bits(weight.name))
+        context_of = partial(MaskContext, **self._context(weight, step, totals.get(weight.name)))
         for index, theta in enumerate(self.trained.of_parts(weight)):
             own = dense[index]
             if lacks:
                 own = own.clone()
                 restore_pruned(own, pruned[index])
-            context = self._context(weight, index, step, totals.get(weight.name))
-            yield theta, computed(own), bits[index] != 0, context
+            # 0 and 1: the memory of a bool.
+            mask = (bits[index] & 1).view(torch.bool)
+            yield theta, computed(own), mask, context_of(noise=partial(self._noise, weight, index, step))
 
-    def _context(self, weight: WeightParts, part: int, step: int, totals: torch.Tensor | None) -> MaskContext:
+    def _context(self, weight: WeightParts, step: int, totals: torch.Tensor | None) -> dict[str, Any]:
+        """Returns the fields of `MaskContext` that all parts of a weight share."""
         group, schedule = self.group_of[weight.name], self.schedule
         done, length = schedule.done(step - 1), schedule.end - schedule.start
-        return MaskContext(
-            step=step,
-            progress=min(1.0, max(0.0, (step - schedule.start) / length)) if length else float(step > schedule.end),
-            sparsity=group.ratio(done, schedule.total, self.pruner.masks) if done else 0.0,
-            target=group.target,
-            num_weights=self.num_weights,
-            pattern=group.pattern,
-            noise=partial(self._noise, weight, part, step),
-            totals=totals,
-        )
+        linear = (step - schedule.start) / length if length else float(step > schedule.end)
+        return {
+            "step": step,
+            "progress": min(1.0, max(0.0, linear)),
+            "sparsity": group.ratio(done, schedule.total, self.pruner.masks) if done else 0.0,
+            "target": group.target,
+            "num_weights": self.num_weights,
+            "pattern": group.pattern,
+            "totals": totals,
+        }
 
     def _noise(self, weight: WeightParts, part: int, step: int, index: int) -> torch.Tensor:
         return weight.noise(part, noise_key(self.seed, step, index))

@@ -65,13 +65,14 @@ class TrainedTensors:
             gradients: of theta; overwritten.
             learning_rate: of this step.
         """
-        step_size = learning_rate / (1 - _BETAS[0] ** self.updates)
+        # The corrections of both moments are in the step size and in eps.
         correction = math.sqrt(1 - _BETAS[1] ** self.updates)
+        step_size = learning_rate * correction / (1 - _BETAS[0] ** self.updates)
         for key, gradient in gradients.items():
             theta, mean, square = self._views[weight.name][part][key]
             mean.lerp_(gradient, 1 - _BETAS[0])
             square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-            denominator = torch.sqrt(square, out=gradient).div_(correction).add_(_EPS)
+            denominator = torch.sqrt(square, out=gradient).add_(_EPS * correction)
             theta.addcdiv_(mean, denominator, value=-step_size)
 
     # Saving and resuming
