@@ -17,8 +17,9 @@ class ScheduleOptions:
         "Pruning algorithm, how training finds the zeros: gradual (the default: prune steps by the criterion), granet "
         "(gradual, with regrowth by gradients), set or rigl (sparse from the start, weights are exchanged at prune "
         "steps), acdc (sparse and dense phases in turn), elsa (weights are drawn to a sparse point that each prune "
-        "step selects anew), gumbel_nm or gumbel_sigmoid (the mask is learned on a frozen model, of N:M groups or of "
-        "single weights), or a registered one."
+        "step selects anew), movement or soft_movement (scores are learned, of pruned weights too), sr_ste "
+        "(magnitudes; pruned weights are trained on), gumbel_nm or gumbel_sigmoid (the mask is learned on a frozen "
+        "model, of N:M groups or of single weights), or a registered one."
     )
     algorithm_kwargs: dict[str, Any] | str | None = option(
         'Options of the algorithm, as JSON: {"fraction": 0.3} for rigl, {"strength": 0.2} for elsa.'
