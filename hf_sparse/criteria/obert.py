@@ -52,7 +52,8 @@ class OBert(GradientHistoryCriterion):
         tensor([[[0., 1.]]])
 
     Reference: Kurtic et al., "The Optimal BERT Surgeon: Scalable and Accurate Second-Order Pruning for Large Language
-    Models", 2022, eq. 4-6; the damping is relative there, so that the scale of the loss changes no mask.
+    Models", 2022. The damping of the paper is absolute; here it is relative, so that the scale of the loss changes no
+    mask.
     """
 
     block_size: int = 50
