@@ -288,8 +288,13 @@ class ParameterGroup:
                 layer.name: self._block_scores(layer, shards[layer.name]).weight_scores(masks.bits(layer.name))
                 for layer in self.layers
             }
+        return {name: statistic.total for name, statistic in self.gradient_sums.items()}
+
+    @property
+    def gradient_sums(self) -> dict[str, GradientStatistic]:
+        """The sums of a `GradientCriterion`, by layer name."""
         known = self.statistics.items()
-        return {name: statistic.total for name, statistic in known if isinstance(statistic, GradientStatistic)}
+        return {name: statistic for name, statistic in known if isinstance(statistic, GradientStatistic)}
 
     def _block_scores(self, layer: PrunableLayer, shard: Shard) -> BlockScores:
         criterion = cast(GradientHistoryCriterion, self.criterion)

@@ -78,7 +78,7 @@ def accumulate_gradients(
         finally:
             model.zero_grad(set_to_none=True)
     communicator.raise_together(error)
-    statistics = [statistic for group in groups for statistic in group.statistics.values()]
+    statistics = [statistic for group in groups for statistic in group.gradient_sums.values()]
     for statistic in (*statistics, *unit_masks.statistics.values()):
         communicator.all_reduce(statistic.total)
         statistic.count = int(communicator.sum_counts(np.array([statistic.count]))[0])

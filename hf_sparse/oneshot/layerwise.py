@@ -113,7 +113,7 @@ class LayerPruner:
         if group.criterion.requires & Requires.INPUT_NORMS:
             statistic = criterion_statistic(group.criterion, layer, weight, observers).expand(layer.shape)
         elif group.criterion.requires & Requires.GRADIENTS:
-            statistic = group.statistics[layer.name].total
+            statistic = group.gradient_sums[layer.name].total
         scores = LayerScores(
             layer, group.criterion, group.pattern, Shard(weight), bits, statistic, by_row=group.scope == "row"
         )

@@ -99,8 +99,8 @@ class ChannelPermuter:
         statistic = None
         if group.criterion.requires & Requires.INPUT_NORMS:
             statistic = group.criterion.prepare_statistic(weight_RC, norms_C)
-        elif layer.name in group.statistics:
-            statistic = layer.matrices(group.statistics[layer.name].total)[0][:, 0]
+        elif layer.name in group.gradient_sums:
+            statistic = layer.matrices(group.gradient_sums[layer.name].total)[0][:, 0]
         scores_RC = group.criterion.score(weight_RC, statistic)
         return scores_RC.masked_fill(weight_RC == 0, 0.0) if group.options.keep_zeros else scores_RC
 
@@ -111,7 +111,7 @@ class ChannelPermuter:
             tensors.append(self._masks[name])
         statistic: GradientStatistic | None = None
         if name in self._groups:
-            statistic = self._groups[name].statistics.get(name)
+            statistic = self._groups[name].gradient_sums.get(name)
         return tensors if statistic is None else [*tensors, statistic.total]
 
 
