@@ -310,3 +310,21 @@ def test_only_checkpoints_at_the_final_sparsity_can_be_the_best(tmp_path, kind, 
         if kind == "sparse" or state["global_step"] >= PRUNE_STEPS[-1]:
             assert state["best_metric"] is None or abs(state["best_metric"]) < 100
     assert strict_json(tmp_path / "trainer_state.json")["best_metric"] == trainer.state.best_metric
+
+
+def test_learned_masks_leave_out_steps_that_overflow(tmp_path, monkeypatch):
+    """The second of which has a prune step."""
+    monkeypatch.setattr(Float16Trainer, "overflows", (2, 5))
+    trainer, spy = spied(tmp_path, trainer=Float16Trainer, algorithm="movement", save_strategy="steps", save_steps=7)
+    updates = []
+
+    class Updates(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            updates.append(trainer.sparsity_callback.run.trained.updates)
+
+    trainer.add_callback(Updates())
+    trainer.train()
+    assert updates == [1, 1, 2, 3, 3, 4, 5, 0, 0, 0]  # dropped at the last prune step
+    assert spy.pruned_at[STEPS] == round(TARGET * spy.weights) and all(
+        torch.isfinite(weight).all() for weight in weights(trainer.model).values()
+    )
