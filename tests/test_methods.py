@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hf_sparse import OneshotConfig, PruningConfig, PruningConfigError
+from hf_sparse import OneshotConfig, PruningConfig, PruningConfigError, Requires
 from hf_sparse.algorithms import ALGORITHMS, DEFAULT_ALGORITHM
 from hf_sparse.allocations.owl import OWL
 from hf_sparse.config.options import METHODS
@@ -17,7 +17,12 @@ from hf_sparse.solvers.sparsegpt import SparseGPT
 SAMPLED = {"prior": "path/to/pruned", "prior_strength": 2.0, "learning_rate": 0.1, "scale_end": 3.0}
 SAMPLED |= {"temperature_start": 2.0, "temperature_end": 0.1, "norm_weight": 0.5}
 OPTIONS = {
-    "criterion": {"snip_momentum": {"decay": 1.0}, "obs": {"ridge": 0.2, "columns_at_once": 4}, "ria": {"alpha": 1.0}},
+    "criterion": {
+        "obert": {"block_size": 16, "num_gradients": 8, "dampening": 0.5, "update": False, "dtype": "float32"},
+        "obs": {"ridge": 0.2, "columns_at_once": 4},
+        "ria": {"alpha": 1.0},
+        "snip_momentum": {"decay": 1.0},
+    },
     "allocation": {"owl": {"m": 3.0, "lambda_": 0.2}, "dlp": {"alpha": 0.2}, "lsa": {"beta": 0.2}},
     "algorithm": {
         "acdc": {"compressed_phases": 3},
@@ -78,7 +83,8 @@ def test_an_instance_is_its_name_and_options(family, name, kwargs, tmp_path):
         instance.other = 1
 
     target = {"target_sparsity": 0.5} | WITH.get(name, {"scope": "layer"})
-    cls = OneshotConfig if family in OneshotConfig.options() else PruningConfig
+    in_training = getattr(registry[name], "requires", Requires.NOTHING) & Requires.GRADIENT_HISTORY
+    cls = PruningConfig if in_training or family not in OneshotConfig.options() else OneshotConfig
     by_name = cls(**target, **{family: name, f"{family}_kwargs": kwargs or None})
     by_instance = cls(**target, **{family: instance})
     assert by_name == by_instance and getattr(by_instance, f"{family}_kwargs") == (kwargs or None)
