@@ -17,6 +17,7 @@ from ..solvers import SOLVERS, Solver
 from .base import FLAG, PruningOptions, mappings, option
 from .distillation import DistillationOptions
 from .options import DEFAULT_SOLVER, merge_group_options
+from .penalty import PenaltyOptions
 from .pruning import PruningConfig
 from .quality import QUALITIES, RUN_OPTIONS, preset_options
 from .reconstruction import Reconstruction
@@ -223,7 +224,9 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     @classmethod
     def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
         schedule = set(ScheduleOptions.__annotations__) - {"schedule_defaults"}
-        schedule |= {field.name for field in dataclasses.fields(DistillationOptions)}
+        schedule |= {
+            field.name for kind in (DistillationOptions, PenaltyOptions) for field in dataclasses.fields(kind)
+        }
         defaults = ScheduleOptions.schedule_defaults | DistillationOptions.distillation_defaults
         given = {
             name: values[name] for name in schedule & values.keys() if values[name] not in (None, defaults.get(name))

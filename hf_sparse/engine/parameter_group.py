@@ -177,8 +177,14 @@ class ParameterGroup:
         ratio, known = self._start_prune_step(prune_step, total_steps, shards, masks, statistics)
         before = self._mask_bits_to_update(masks)
         scores = [self._layer_scores(layer, shards[layer.name], masks, known.get(layer.name)) for layer in self.layers]
+        floors, caps = self._current_bounds(scores, ratio)
+        total = self._num_pruned(ratio, floors, caps)
         with self._naming_nan_scores(scores, f'criterion "{self.options.criterion_name}"'):
-            self._prune_to(ratio, scores)
+            if self.scope == "row":
+                self._prune_rows(scores, total, floors, caps)
+            elif total:
+                budget = self._budget(total, floors, caps)
+                self._apply_thresholds(scores, find_thresholds(scores, *budget, self.communicator))
             if self.dynamic is not None and ratio:
                 fraction = self.dynamic.exchanged_fraction(prune_step, total_steps)
                 self._exchange(fraction, self.dynamic.growth(prune_step), ratio, scores, gradients or {})
@@ -198,14 +204,8 @@ class ParameterGroup:
             return
         scores = [self._layer_scores(layer, shards[layer.name], masks, None, criterion) for layer in self.layers]
         with self._naming_nan_scores(scores, f'algorithm "{self.options.algorithm_name}"'):
-            self._prune_to(self.target, scores)
-
-    def _prune_to(self, ratio: float, scores: list[LayerScores]) -> None:
-        """Prunes the lowest units to a sparsity."""
-        floors, caps = self._current_bounds(scores, ratio)
-        total = self._num_pruned(ratio, floors, caps)
-        if total or self.scope == "row":
-            self._prune_lowest(scores, total, floors, caps)
+            floors, caps = self._current_bounds(scores, self.target)
+            self._prune_lowest(scores, self._num_pruned(self.target, floors, caps), floors, caps)
 
     def _prune_lowest(self, scores: list[LayerScores], total: int, floors: list[int], caps: list[int]) -> None:
         if self.scope == "row":

@@ -19,6 +19,7 @@ OTHER_VALUES = {
     "allocation": "erdos_renyi",
     "on_indivisible": "skip",
     "keep_zeros": True,
+    "rewind_weights": False,
     "sparsity_decay_type": "linear",
     "prune_start": 0.1,
     "prune_end": 0.6,
@@ -42,6 +43,7 @@ NEEDED = {
     "forwards": {"target_sparsity": 0.5},
     "initial_sparsity": {"target_sparsity": 0.5},
     "permute": {"pattern": "2:4"},
+    "rewind_weights": {"target_sparsity": 0.5, "rewind": 0.1},
     **{f"distill_{name}": {"distill_teacher": "self"} for name in ("alpha", "temperature", "hidden")},
 }
 """Further options with which the value is valid."""
@@ -115,6 +117,7 @@ def test_options_of_methods_on_the_command_line():
 def test_training_has_no_solver_and_oneshot_pruning_no_schedule():
     training, oneshot = set(PruningConfig.options()), set(OneshotConfig.options())
     only = {"scheduler", "algorithm_kwargs", "distill_teacher", "distill_teacher_dtype"}
+    only |= {"penalty", "penalty_kwargs", "rewind"}
     assert training - oneshot == set(PruningConfig.defaults) - set(OneshotConfig.defaults) | only
     assert not {name for name in training if "solver" in name}
     with pytest.raises(TypeError, match="unexpected keyword argument 'solver'"):
