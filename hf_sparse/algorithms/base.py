@@ -33,13 +33,28 @@ class Algorithm(ABC):
     learned."""
 
     def option_errors(self, options: SimpleNamespace, pattern: Pattern) -> list[str]:
-        """Returns the errors of a parameter group's options that the algorithm does not support.
+        """Returns the errors of a parameter group's options that the algorithm does not support. Without a
+        criterion these are coupled units, and zeros that are kept.
 
         Args:
             options: of the group, valid by themselves.
             pattern: of the group.
         """
-        return []
+        errors: list[str] = []
+        if self.uses_criterion:
+            return errors
+        name = options.algorithm
+        if pattern.coupled_kind is not None:
+            errors.append(
+                f'algorithm "{name}" selects weights and blocks, not units of pattern "{pattern}": use '
+                f'pattern="unstructured", a block such as pattern="4x1", or algorithm="{DEFAULT_ALGORITHM}".'
+            )
+        if options.keep_zeros:
+            errors.append(
+                f'keep_zeros is set, but with algorithm "{name}" pruned weights may come back: leave keep_zeros out, '
+                f'or use algorithm="{DEFAULT_ALGORITHM}".'
+            )
+        return errors
 
 
 ALGORITHMS = MethodRegistry("algorithm", Algorithm)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from types import SimpleNamespace
 
 import torch
 
-from ..patterns import Pattern
 from .base import Algorithm
 
 
@@ -51,19 +49,3 @@ class ConstrainedTraining(Algorithm):
         Returns:
             A new tensor of the same shape: float32, finite where the arguments are.
         """
-
-    def option_errors(self, options: SimpleNamespace, pattern: Pattern) -> list[str]:
-        """Returns the errors of options that are not supported: coupled units, and zeros that are kept."""
-        name = options.algorithm
-        errors = []
-        if pattern.coupled_kind is not None:
-            errors.append(
-                f'algorithm "{name}" projects weights and blocks, not units of pattern "{pattern}": use '
-                'pattern="unstructured", a block such as pattern="4x1", or algorithm="gradual".'
-            )
-        if options.keep_zeros:
-            errors.append(
-                f'keep_zeros is set, but algorithm "{name}" selects all zeros anew: leave keep_zeros out, or use '
-                'algorithm="gradual".'
-            )
-        return errors

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
@@ -175,22 +174,6 @@ class LearnedMask(Algorithm):
         """Returns what is logged with the training loss, by name: numbers (float64) that are summed up over parts."""
         added = self.penalty(theta, dense, mask, context)
         return {} if added is None else {"mask_penalty": added.detach().double()}
-
-    def option_errors(self, options: SimpleNamespace, pattern: Pattern) -> list[str]:
-        """Returns the errors of options that no learned mask supports: coupled units, and zeros that are kept."""
-        name = options.algorithm
-        errors = []
-        if pattern.coupled_kind is not None:
-            errors.append(
-                f'algorithm "{name}" learns masks of weights and blocks, not of pattern "{pattern}": use '
-                'pattern="unstructured", a block such as pattern="4x1", or algorithm="gradual".'
-            )
-        if options.keep_zeros:
-            errors.append(
-                f'keep_zeros is set, but with algorithm "{name}" pruned weights may come back: leave keep_zeros out, '
-                'or use algorithm="gradual".'
-            )
-        return errors
 
 
 def check_learning_rate(learning_rate: float) -> None:

@@ -22,7 +22,7 @@ def test_the_criterion_that_had_this_name_is_read_from_old_files_and_refused_by_
     [
         ({"algorithm": "movement", "criterion": "snip"}, "ranks weights by what it learns: leave criterion out"),
         ({"algorithm": "movement", "keep_zeros": True}, "pruned weights may come back: leave keep_zeros out"),
-        ({"algorithm": "sr_ste", "pattern": "head"}, "learns masks of weights and blocks, not of pattern"),
+        ({"algorithm": "sr_ste", "pattern": "head"}, "selects weights and blocks, not units of pattern"),
         ({"algorithm": "soft_movement", "pattern": "2:4"}, "compares single weights with a threshold"),
         ({"algorithm": "movement", "algorithm_kwargs": {"learning_rate": 0}}, "it must be above 0, as in 1e-2"),
         ({"algorithm": "movement", "algorithm_kwargs": {"init_scale": -1}}, "it must be 0 or more, as in 1.0"),

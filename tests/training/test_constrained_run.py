@@ -253,8 +253,8 @@ def test_optimizers_without_a_second_moment_are_refused_before_training(tmp_path
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"pattern": "neuron"}, 'algorithm "elsa" projects weights and blocks, not units of pattern "neuron"'),
-        ({"keep_zeros": True}, 'keep_zeros is set, but algorithm "elsa" selects all zeros anew'),
+        ({"pattern": "neuron"}, 'algorithm "elsa" selects weights and blocks, not units of pattern "neuron"'),
+        ({"keep_zeros": True}, 'keep_zeros is set, but with algorithm "elsa" pruned weights may come back'),
         ({"criterion": "magnitude"}, "leave criterion out"),
         ({"algorithm_kwargs": {"strength": 0.0}}, "strength is 0.0: it must be positive"),
         ({"algorithm_kwargs": {"weighting": 2.0}}, "weighting is 2.0: it must be from 0 to 1"),

@@ -36,7 +36,7 @@ class TrainedTensors:
         self._views: dict[str, list[dict[str, list[torch.Tensor]]]] = {}
 
     def start(self, theta: Mapping[str, Theta]) -> None:
-        """Takes theta as it is at the start of training, of each weight by name."""
+        """Starts from initial values of theta, by the name of its weight, with moments of Adam that are zero."""
         self._set(theta, {moment: {name: _zeros_like(own) for name, own in theta.items()} for moment in _MOMENTS})
 
     def _set(self, theta: Mapping[str, Theta], moments: dict[str, dict[str, Theta]]) -> None:
