@@ -25,6 +25,7 @@ from ..distributed import (
 from ..reporting.report import SparsityReport
 from ..statistics import ObservedGradients, all_finite
 from .coupled_group import new_parameter_group
+from .emptied_layers import EmptiedLayers
 from .masks import MaskStore, unpack_mask, zero_counts
 from .parameter_group import ParameterGroup
 from .resolve import resolve_layers
@@ -79,9 +80,11 @@ class Pruner:
             {name: (shard.shape, shard.parameter.device) for name, shard in self.shards.items() if shard.has_full_copy}
         )
         self.refused_observations = 0
+        self._emptied = EmptiedLayers(self.groups)
         if config.keep_zeros:
             for group in self.groups:
                 group.keep_zeros(self.shards, self.masks)
+            self._emptied.add(self._num_pruned())  # before pruning
 
     def new_masks(self) -> MaskStore:
         """Returns masks of the selected weights, as far as this rank holds them, that keep everything."""
@@ -120,6 +123,7 @@ class Pruner:
         for group in self.groups:
             group.prune_initially(self.shards, self.masks)
         self._check_masks_across_ranks()
+        self._emptied.warn(self._num_pruned(), "before training")
         self.apply_masks()
 
     def update(
@@ -161,6 +165,7 @@ class Pruner:
                     "scale, or use a criterion without gradients."
                 )
         self._check_masks_across_ranks()
+        self._emptied.warn(self._num_pruned(), f"after prune step {prune_step} of {total}")
         self.write([layer.name for group in self.groups if group.updates_weights for layer in group.layers])
         self.apply_masks()
         return self.report()
@@ -184,6 +189,7 @@ class Pruner:
             group.select(prune_step, total, scores, self.shards, self.masks if masks is None else masks)
         self._check_masks_across_ranks(masks)
         if masks is None:
+            self._emptied.warn(self._num_pruned(), f"after prune step {prune_step} of {total}")
             self.apply_masks()
 
     @torch.no_grad()
@@ -214,6 +220,7 @@ class Pruner:
         for name, mask in masks.items():
             self.masks.replace(name, mask)
         self._check_masks_across_ranks()
+        self._emptied.warn(self._num_pruned(), "after masks were replaced")
         self.apply_masks()
 
     @torch.no_grad()
@@ -333,9 +340,13 @@ class Pruner:
     def masked_sparsity(self) -> float:
         """Returns the fraction of the selected weights that the masks prune, on all ranks at once."""
         weights = self._selected_weights
+        return sum(self._num_pruned().values()) / sum(shard.shape.numel() for shard in weights.values())
+
+    def _num_pruned(self) -> dict[str, int]:
+        """Returns how many entries of each selected weight the masks prune, by name, on all ranks at once."""
+        weights = self._selected_weights
         bits = [self.masks.bits(name) if shard.is_primary else None for name, shard in weights.items()]
-        pruned = self.communicator.sum_counts(zero_counts(bits)).sum()
-        return float(pruned / sum(shard.shape.numel() for shard in weights.values()))
+        return dict(zip(weights, self.communicator.sum_counts(zero_counts(bits)).tolist(), strict=True))
 
     @property
     def _selected_weights(self) -> dict[str, Shard]:

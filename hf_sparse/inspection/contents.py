@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..reporting.report import SparsityReport
+from ..reporting.report import EMPTIED, SparsityReport
 from ..reporting.tables import format_sparsity, format_table
 from .roles import OUTPUT_EMBEDDINGS
 from .structure import Structure
@@ -129,6 +129,12 @@ class CheckpointContents:
             notes.append(
                 f"{sum(negative):,} of the selected zeros, in {len(negative)} weights, are -0.0. hf_sparse writes "
                 "+0.0, so these may come from a multiplication of weights by a mask."
+            )
+        emptied = [tensor.name for tensor in self.selected if tensor.zeros >= EMPTIED * tensor.weights > 0]
+        if emptied:
+            notes.append(
+                f"(Almost) empty: less than {1 - EMPTIED:.1%} of the weights remain in {len(emptied)} of "
+                f"{len(self.selected)} layers: {', '.join(emptied)}."
             )
         for dtype, (tensors, values) in self.not_counted.items():
             notes.append(f"Not counted: {tensors} tensor{'s' * (tensors > 1)} of {dtype}, {values:,} values.")

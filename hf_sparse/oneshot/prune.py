@@ -20,6 +20,7 @@ from torch import nn
 from ..calibration.batches import first_row
 from ..config import OneshotConfig, PruningConfig
 from ..distributed import iter_parameters, onload, raise_on_all_ranks
+from ..engine.emptied_layers import EmptiedLayers
 from ..model.coupling import UnitGroup
 from ..numerics import count_zeros
 from ..reporting.report import SparsityReport
@@ -79,6 +80,7 @@ def prune_oneshot(
                 [0., 2., 0., 4.]])
     """
     run = prepare_run(model, calibration_data, OneshotConfig.of(config))
+    emptied = _emptied_layers(run)
     finished = None if state_dir is None else _open_finished(run, state_dir)
     trace = run.trace()
     channels = _verified_channels(run)
@@ -95,13 +97,17 @@ def prune_oneshot(
         masks=masks_from_dense_model(model, run.dense_ranked_groups, statistics) if run.dense_ranked_groups else {},
         on_unreached=str(run.config.on_unreached),
     )
+    emptied.warn({name: count_zeros(mask) for name, mask in layer_pruner.masks.items()}, "after the global ranking")
     if run.samples is None:
         _prune_unobserved(run, layer_pruner, unit_pruner)
     errors: Mapping[str, float] = {}
     if sequential is not None and (run.calibrated_layers or run.reconstructed_layers):
         permuter = ChannelPermuter(model, run.group_of, channels, layer_pruner.masks)
         errors = sequential.prune(layer_pruner, unit_pruner, permuter, finished, progress)
-    return _report(run, errors)
+    zeros = _zeros(run)
+    emptied.warn(zeros, "after pruning")
+    sizes = {name: tensor.numel() for name, tensor in iter_parameters(model)}
+    return SparsityReport.from_counts(run.groups, zeros, sizes, errors)
 
 
 def _verified_channels(run: PreparedRun) -> list[UnitGroup]:
@@ -139,8 +145,14 @@ def _open_finished(run: PreparedRun, folder: str | Path) -> FinishedSubgraphs:
     return finished
 
 
-def _report(run: PreparedRun, errors: Mapping[str, float]) -> SparsityReport:
-    zeros, sizes = {}, {}
-    for name, tensor in iter_parameters(run.model):
-        zeros[name], sizes[name] = count_zeros(tensor), tensor.numel()
-    return SparsityReport.from_counts(run.groups, zeros, sizes, errors)
+def _emptied_layers(run: PreparedRun) -> EmptiedLayers:
+    """Returns the layers that are empty before pruning, with the zeros that it keeps."""
+    emptied = EmptiedLayers(run.groups)
+    if run.config.keep_zeros:
+        emptied.add(_zeros(run))
+    return emptied
+
+
+def _zeros(run: PreparedRun) -> dict[str, int]:
+    """Returns the number of zeros of each parameter, by name."""
+    return {name: count_zeros(tensor) for name, tensor in iter_parameters(run.model)}

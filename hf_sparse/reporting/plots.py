@@ -39,10 +39,14 @@ def plot_schedule(
 
 
 def plot_layers(path: str | Path, report: SparsityReport) -> None:
-    """Plots the sparsity of each selected weight as a bar, and their overall sparsity as a line, into a PNG file."""
+    """Plots the sparsity of each selected weight as a bar, and their overall sparsity as a line, into a PNG file. Bars
+    of layers of which almost nothing is left are red."""
     names = [layer.name.removesuffix(".weight") for layer in report.layers]
     figure, axes = _new_figure(9, max(2.5, 0.22 * len(names) + 1.2))
-    axes.barh(range(len(names)), [layer.sparsity for layer in report.layers], color="tab:blue")
+    colors = ["tab:red" if layer.emptied else "tab:blue" for layer in report.layers]
+    axes.barh(range(len(names)), [layer.sparsity for layer in report.layers], color=colors)
+    if report.emptied:
+        axes.barh([], [], color="tab:red", label="less than 0.1% of the weights remain")
     axes.axvline(report.sparsity, color="tab:orange", label=f"all selected weights: {report.sparsity:.1%}")
     axes.set(xlabel="sparsity", xlim=(0, 1), yticks=range(len(names)))
     axes.set_yticklabels(names, fontsize=7)

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files import CONFIG_FILE, REPORT_FILE, read_json, write_json
-from .tables import format_sparsity, format_table
+from .tables import format_sparsity, format_table, without_empty_columns
+
+
+EMPTIED = 0.999
+"""Sparsity from which (almost) nothing is left of a layer."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,37 @@ class LayerReport:
     def sparsity(self) -> float:
         """zeros / weights."""
         return self.zeros / self.weights if self.weights else 0.0
+
+    @property
+    def emptied(self) -> bool:
+        """Whether less than 0.1% of the weights remain."""
+        return self.sparsity >= EMPTIED
+
+    @property
+    def note(self) -> str:
+        """ "empty" or "almost empty", for tables; "" for all other layers."""
+        return ("empty" if self.zeros == self.weights else "almost empty") if self.emptied else ""
+
+
+def layer_reports(
+    groups: Iterable[Any], zeros: Mapping[str, int], errors: Mapping[str, float] | None = None
+) -> list[LayerReport]:
+    """Returns the report of each layer of some parameter groups.
+
+    Args:
+        groups: `ParameterGroup`s or `ResolvedGroup`s.
+        zeros: number of zeros by name; layers that are not named are left out.
+        errors: relative squared output errors, where measured.
+    """
+    return [
+        LayerReport(
+            *(layer.name, group.name, str(group.pattern), layer.shape, layer.numel, zeros[layer.name]),
+            (errors or {}).get(layer.name),
+        )
+        for group in groups
+        for layer in group.layers
+        if layer.name in zeros
+    ]
 
 
 @dataclass(frozen=True)
@@ -79,12 +114,9 @@ class SparsityReport:
             zeros, sizes: number of zeros and of entries of every parameter of the model, by name.
             errors: relative squared output errors of the selected weights, where measured.
         """
-        errors, layers, requested = errors or {}, [], 0.0
-        for group in groups:
-            for layer in group.layers:
-                counts = layer.numel, zeros[layer.name], errors.get(layer.name)
-                layers.append(LayerReport(layer.name, group.name, str(group.pattern), layer.shape, *counts))
-            requested += group.target * sum(layer.numel for layer in group.layers)
+        groups = list(groups)
+        layers = layer_reports(groups, zeros, errors)
+        requested = sum(group.target * sum(layer.numel for layer in group.layers) for group in groups)
         target = requested / sum(layer.weights for layer in layers)
         return cls(tuple(layers), sum(sizes.values()), sum(zeros.values()), target)
 
@@ -108,15 +140,20 @@ class SparsityReport:
         """zeros of all parameters / all parameters."""
         return self.parameter_zeros / self.parameters if self.parameters else 0.0
 
+    @property
+    def emptied(self) -> tuple[LayerReport, ...]:
+        """The layers of which less than 0.1% of the weights remain."""
+        return tuple(layer for layer in self.layers if layer.emptied)
+
     def __str__(self) -> str:
-        has_errors = any(layer.error is not None for layer in self.layers)
-        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", "error")]
+        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", "error", "note")]
         for layer in self.layers:
             shape, error = "x".join(map(str, layer.shape)), "" if layer.error is None else f"{layer.error:.4f}"
-            rows.append((layer.name, shape, layer.pattern, *format_sparsity(layer.zeros, layer.weights), error))
-        rows.append(("selected", "", "", *format_sparsity(self.zeros, self.selected), ""))
-        rows.append(("parameters", "", "", *format_sparsity(self.parameter_zeros, self.parameters), ""))
-        return format_table(rows if has_errors else [row[:-1] for row in rows], text_columns=3)
+            counts = format_sparsity(layer.zeros, layer.weights)
+            rows.append((layer.name, shape, layer.pattern, *counts, error, layer.note))
+        rows.append(("selected", "", "", *format_sparsity(self.zeros, self.selected), "", ""))
+        rows.append(("parameters", "", "", *format_sparsity(self.parameter_zeros, self.parameters), "", ""))
+        return format_table(without_empty_columns(rows), text_columns=3)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all counts and the sparsities computed from them, ready for JSON."""
@@ -129,6 +166,7 @@ class SparsityReport:
             "parameters": self.parameters,
             "parameter_zeros": self.parameter_zeros,
             "sparsity_of_parameters": self.parameter_sparsity,
+            "emptied_layers": [layer.name for layer in self.emptied],
             "layers": layers,
         }
 

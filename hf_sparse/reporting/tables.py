@@ -55,3 +55,18 @@ def format_markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], 
     """
     rule = "|" + "---|" * text_columns + "--:|" * (len(header) - text_columns)
     return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def without_empty_columns(rows: Sequence[Sequence[str]], empty: str = "") -> list[tuple[str, ...]]:
+    """Returns rows without the columns that have no cell below the header, the first row.
+
+    Args:
+        rows: the cells of each row; all rows have the same length.
+        empty: what stands in a cell without a value.
+
+    Example:
+        >>> without_empty_columns([("layer", "error", "note"), ("a", "", "empty"), ("b", "", "")])
+        [('layer', 'note'), ('a', 'empty'), ('b', '')]
+    """
+    columns = [column for column in zip(*rows, strict=True) if any(cell not in ("", empty) for cell in column[1:])]
+    return list(zip(*columns, strict=True))

@@ -40,6 +40,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_emptied_layers_are_named(folder):
+    save_file(
+        {"layers.0.up.weight": torch.zeros(4, 4), "layers.0.down.weight": nonzero(4, 4)}, folder / "model.safetensors"
+    )
+    note = "(Almost) empty: less than 0.1% of the weights remain in 1 of 2 layers: layers.0.up.weight."
+    assert note in inspect_checkpoint(folder).notes
+
+
 def test_the_table(folder):
     assert str(inspect_checkpoint(folder)).splitlines() == [
         "layer               shape  type  structure  zeros  weights  sparsity",

@@ -48,3 +48,12 @@ def test_each_layer_has_a_bar(tmp_path, drawn, count):
     assert [bar.get_width() for bar in axes.patches] == [layer.sparsity for layer in layers]
     assert [label.get_text() for label in axes.get_yticklabels()][0] == "layer.0"
     assert axes.get_lines()[0].get_xdata()[0] == report.sparsity
+
+
+def test_bars_of_emptied_layers_are_red(tmp_path, drawn):
+    layers = tuple(LayerReport(name, "g", "unstructured", (2, 2), 4, zeros) for name, zeros in [("a", 3), ("b", 4)])
+    plots.plot_layers(tmp_path / "a.png", SparsityReport(layers, 8, 7, 0.5))
+    axes = drawn[0].axes[0]
+    blue, red = (matplotlib.colors.to_rgba(color) for color in ("tab:blue", "tab:red"))
+    assert [bar.get_facecolor() for bar in axes.patches] == [blue, red]
+    assert "less than 0.1% of the weights remain" in [text.get_text() for text in axes.get_legend().get_texts()]

@@ -16,9 +16,9 @@ def test_sparsities_by_hand():
     assert (report.selected, report.zeros, report.sparsity) == (20, 12, 0.6)
     assert report.parameter_sparsity == 0.35 and [layer.sparsity for layer in layers] == [0.5, 1.0]
     assert str(report).splitlines() == [
-        "layer       shape  pattern  zeros  weights  sparsity",
+        "layer       shape  pattern  zeros  weights  sparsity   note",
         "a.weight    2x8    2:4          8       16    50.00%",
-        "b.weight    4x1    4x1          4        4   100.00%",
+        "b.weight    4x1    4x1          4        4   100.00%  empty",
         "selected                       12       20    60.00%",
         "parameters                     14       40    35.00%",
     ]
@@ -61,3 +61,15 @@ def test_report_and_config_are_read_back(tmp_path):
     assert SparsityReport.load(tmp_path / "new" / "pruning_report.json") == report
     assert PruningConfig.from_file(tmp_path / "new" / "pruning_config.json") == config
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["pruning_config.json", "pruning_report.json"]
+
+
+def test_layers_with_almost_no_weights_left_are_marked():
+    sizes = {"full": (1000, 998), "almost": (1000, 999), "nothing": (8, 8)}
+    layers = tuple(LayerReport(name, "g", "unstructured", (n, 1), n, zeros) for name, (n, zeros) in sizes.items())
+    report = SparsityReport(layers, 2008, 2005, 0.9)
+    assert [layer.note for layer in layers] == ["", "almost empty", "empty"]
+    assert report.to_dict()["emptied_layers"] == ["almost", "nothing"]
+    table = str(report).splitlines()
+    assert table[0].endswith("sparsity          note") and [row.split("%")[1].strip() for row in table[1:4]] == [
+        *("", "almost empty", "empty")
+    ]

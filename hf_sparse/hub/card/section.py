@@ -16,7 +16,7 @@ from ...config.options import DEFAULT_SOLVER, METHODS
 from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ...patterns import Pattern, get_pattern
 from ...reporting.report import SparsityReport
-from ...reporting.tables import format_markdown_table, format_sparsity
+from ...reporting.tables import format_markdown_table, format_sparsity, without_empty_columns
 from ...schedulers import CURVES, SCHEDULERS
 from ...structured.plan import ShrinkPlan
 from .data import SparsityCard, select_metrics
@@ -119,12 +119,12 @@ def _size(shrunk: ShrinkPlan) -> str:
 
 
 def _layer_table(report: SparsityReport) -> str:
-    rows: list[tuple[str, ...]] = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", "error")]
+    rows: list[tuple[str, ...]] = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", "error", "note")]
     for layer in report.layers:
         shape, counts = "x".join(map(str, layer.shape)), format_sparsity(layer.zeros, layer.weights)
         error = "-" if layer.error is None else _format_number(layer.error)
-        rows.append((escape(layer.name), shape, escape(layer.pattern), *counts, error))
-    header, *rows = rows if _has_errors(report) else [row[:-1] for row in rows]
+        rows.append((escape(layer.name), shape, escape(layer.pattern), *counts, error, layer.note))
+    header, *rows = without_empty_columns(rows, empty="-")
     return format_markdown_table(header, rows, text_columns=3)
 
 
@@ -306,7 +306,10 @@ def _options(card: SparsityCard) -> str:
 
 
 def _limits(card: SparsityCard) -> Iterator[str]:
-    """Yields the notes on speed and size: of each pattern, and of what was removed."""
+    """Yields the notes on speed and size: of each pattern, and of what was removed; and on emptied layers."""
+    if emptied := card.report.emptied:
+        names = ", ".join(escape(layer.name) for layer in emptied)
+        yield f"Less than 0.1% of the weights remain in {len(emptied)} of {len(card.report.layers)} layers: {names}."
     if card.shrunk is not None:
         for reason in card.shrunk.kept:
             yield f"Zero, but not removed: {escape(reason)}"
