@@ -83,6 +83,9 @@ def report(
         bool, typer.Option("--verify", help="Exit with 1 if the weights do not agree with pruning_report.json.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="A row for each layer, also where many are grouped by kind and block.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all tensors.")] = False,
 ) -> None:
     """Report the sparsity of a checkpoint and the structure of its zeros, without building its model.
@@ -91,19 +94,22 @@ def report(
     one, those that look prunable by name and shape. Exit codes: 0 success, 1 a check failed, 2 it cannot be read.
     """
     from ..inspection import compare_checkpoints, inspect_checkpoint, unmet_expectations
+    from ..reporting.tabular import Tabular, console_text
 
+    result: Tabular
     if compare is not None:
         if min_sparsity is not None or expect is not None or verify:
             raise ValueError("--compare excludes --min-sparsity, --expect and --verify: run them by themselves.")
-        comparison = compare_checkpoints(checkpoint, compare, revision)
-        text, values = str(comparison), comparison.to_dict()
+        result = comparison = compare_checkpoints(checkpoint, compare, revision)
+        values = comparison.to_dict()
         lost = f"{comparison.total.lost:,} zeros of {checkpoint} are not zero in {compare}."
         unmet = [] if comparison.kept_all else [lost]
     else:
-        contents = inspect_checkpoint(checkpoint, revision)
-        text, values = str(contents), contents.to_dict()
+        result = contents = inspect_checkpoint(checkpoint, revision)
+        values = contents.to_dict()
         unmet = unmet_expectations(contents, min_sparsity, expect, verify)
-    typer.echo(json.dumps(values | {"unmet": unmet}, indent=2) if as_json else text)
+    shown = json.dumps(values | {"unmet": unmet}, indent=2) if as_json else console_text(result, all_layers or None)
+    typer.echo(shown)
     for line in unmet:
         typer.echo(f"hf-sparse: {line}", err=True)
     if unmet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 
 from ..numerics import count_zeros
-from ..reporting.tables import format_table
+from ..reporting.layer_groups import group_layers, group_rows, is_grouped
+from ..reporting.tables import Table
+from ..reporting.tabular import Tabular
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .roles import select_tensors
 from .tiles import read_tiles, tile_regions
@@ -40,9 +43,9 @@ class LayerComparison:
         return self.zeros - self.kept
 
 
-@dataclass(frozen=True)
-class CheckpointComparison:
-    """The zeros of two checkpoints, as `compare_checkpoints` returns them. `str` makes a table of them.
+@dataclass(frozen=True, repr=False)
+class CheckpointComparison(Tabular):
+    """The zeros of two checkpoints, as `compare_checkpoints` returns them. `print` and notebooks show a table of them.
 
     Args:
         first, second: paths or repository names of the checkpoints.
@@ -71,18 +74,30 @@ class CheckpointComparison:
         zeros, kept, new = (sum(getattr(layer, name) for layer in self.layers) for name in ("zeros", "kept", "new"))
         return LayerComparison("selected", zeros, kept, new)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        counts = f"{self.total.kept:,} of {self.total.zeros:,} zeros kept, {self.total.new:,} new"
+        return f"CheckpointComparison({self.first}, {self.second}, {counts})"
+
+    def tables(self, all_layers: bool | None = None) -> list[Table | str]:
+        names = [layer.name for layer in self.layers]
         has_problems = any(layer.problem for layer in self.layers)
-        rows: list[tuple[str, ...]] = [("layer", "problem", "zeros", "still zero", "lost", "new zeros")]
-        for layer in (*self.layers, self.total):
-            counts = (layer.zeros, layer.kept, layer.lost, layer.new)
-            rows.append((layer.name, layer.problem or "", *(f"{count:,}" for count in counts)))
-        rows = rows if has_problems else [(name, *counts) for name, _, *counts in rows]
+        header: tuple[str, ...] = ("zeros", "still zero", "lost", "new zeros")
+        if not has_problems and is_grouped(names, all_layers):
+            kinds = group_rows(group_layers(names)[1], [], lambda indices: _counts([self.layers[i] for i in indices]))
+            total = (self.total.name, f"{len(self.layers)}", *_counts(self.layers))
+            table = Table(("kind", "layers", *header), (*kinds, total), 1, totals=1)
+        else:
+            rows = [(layer.name, layer.problem or "", *_counts([layer])) for layer in (*self.layers, self.total)]
+            if has_problems:
+                table = Table(("layer", "problem", *header), tuple(rows), 2, totals=1)
+            else:
+                without = tuple((name, *counts) for name, _, *counts in rows)
+                table = Table(("layer", *header), without, 1, totals=1)
         notes = [f"Compared by name, with {self.prefix} in the second."] if self.prefix else []
-        for source, names in ((self.first, self.only_in_first), (self.second, self.only_in_second)):
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            notes += [f"Only in {source}: {', '.join(names[:5])}{more}."] if names else []
-        return "\n".join([format_table(rows, text_columns=len(rows[0]) - 4), "", *notes]).rstrip()
+        for source, only in ((self.first, self.only_in_first), (self.second, self.only_in_second)):
+            more = f" and {len(only) - 5} more" if len(only) > 5 else ""
+            notes += [f"Only in {source}: {', '.join(only[:5])}{more}."] if only else []
+        return [table, *notes]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the comparison as JSON values, as `hf-sparse report --compare --json` prints them."""
@@ -94,6 +109,11 @@ class CheckpointComparison:
             "only_in_first": list(self.only_in_first),
             "only_in_second": list(self.only_in_second),
         }
+
+
+def _counts(layers: Sequence[LayerComparison]) -> tuple[str, ...]:
+    counts = ([getattr(layer, name) for layer in layers] for name in ("zeros", "kept", "lost", "new"))
+    return tuple(f"{sum(values):,}" for values in counts)
 
 
 def compare_checkpoints(first: str | Path, second: str | Path, revision: str | None = None) -> CheckpointComparison:

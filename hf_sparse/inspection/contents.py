@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..reporting.layer_groups import group_layers, group_rows, is_grouped, sparsity_figures
 from ..reporting.report import EMPTIED, SparsityReport
-from ..reporting.tables import format_sparsity, format_table
+from ..reporting.tables import Table, format_sparsity
+from ..reporting.tabular import Tabular
 from .roles import OUTPUT_EMBEDDINGS
 from .structure import Structure
 
@@ -59,9 +61,9 @@ class TensorContents:
         return values
 
 
-@dataclass(frozen=True)
-class CheckpointContents:
-    """The contents of a checkpoint, as `inspect_checkpoint` returns them. `str` makes a table of them.
+@dataclass(frozen=True, repr=False)
+class CheckpointContents(Tabular):
+    """The contents of a checkpoint, as `inspect_checkpoint` returns them. `print` and notebooks show a table of them.
 
     Args:
         source: path or repository name of the checkpoint.
@@ -145,17 +147,41 @@ class CheckpointContents:
             notes.append(f"Tied: {subject} {stored}.")
         return notes + [f"Differs from the report: {difference}" for difference in self.differences]
 
-    def __str__(self) -> str:
-        rows = [("layer", "shape", "type", "structure", "zeros", "weights", "sparsity")]
-        for tensor in self.tensors:
-            if tensor.selected or (tensor.structures and tensor.zeros):
-                shape = "x".join(map(str, tensor.shape))
-                name = tensor.name if tensor.selected else f"({tensor.name})"
-                counts = format_sparsity(tensor.zeros, tensor.weights)
-                rows.append((name, shape, tensor.dtype, str(tensor.structure or ""), *counts))
-        rows.append(("selected", "", "", "", *format_sparsity(self.selected_zeros, self.selected_weights)))
-        rows.append(("parameters", "", "", "", *format_sparsity(self.parameter_zeros, self.parameters)))
-        return "\n".join([format_table(rows, text_columns=4), "", *self.notes])
+    def __repr__(self) -> str:
+        zeros, weights, sparsity = format_sparsity(self.selected_zeros, self.selected_weights)
+        return f"CheckpointContents({self.source}, {zeros} of {weights} selected weights are zero: {sparsity})"
+
+    def tables(self, all_layers: bool | None = None) -> list[Table | str]:
+        selected, others = self.selected, [tensor for tensor in self._with_zeros if not tensor.selected]
+        names = [tensor.name for tensor in selected]
+        totals = [
+            ("selected", format_sparsity(self.selected_zeros, self.selected_weights)),
+            ("parameters", format_sparsity(self.parameter_zeros, self.parameters)),
+        ]
+        header: tuple[str, ...] = ("shape", "type", "structure")
+        labels = [_labels(tensor) for tensor in selected]
+        if is_grouped(names, all_layers):
+            blocks, kinds = group_layers(names)
+            figures = sparsity_figures([tensor.zeros for tensor in selected], [tensor.weights for tensor in selected])
+            rows = group_rows(kinds, list(zip(*labels, strict=True)), figures)
+            rows += [(name, "", "", "", "", *counts, "", "") for name, counts in totals]
+            columns = ("layers", "zeros", "weights", "sparsity", "lowest", "highest")
+            by_kind = Table(("kind", *header, *columns), tuple(rows), 4, totals=2)
+            by_block = Table(("block", *columns), tuple(group_rows(blocks, [], figures)), 1)
+            zeros = sum(tensor.zeros for tensor in others)
+            note = [f"Not selected: {len(others)} layers with {zeros:,} zeros."] if others else []
+            return [by_kind, by_block, *note, *self.notes]
+        rows = []
+        for tensor in self._with_zeros:
+            name = tensor.name if tensor.selected else f"({tensor.name})"
+            rows.append((name, *_labels(tensor), *format_sparsity(tensor.zeros, tensor.weights)))
+        rows += [(name, "", "", "", *counts) for name, counts in totals]
+        return [Table(("layer", *header, "zeros", "weights", "sparsity"), tuple(rows), 4, totals=2), *self.notes]
+
+    @property
+    def _with_zeros(self) -> list[TensorContents]:
+        """The selected weights, and other layers that have zeros."""
+        return [tensor for tensor in self.tensors if tensor.selected or (tensor.structures and tensor.zeros)]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the contents as JSON values, as `hf-sparse report --json` prints them.
@@ -179,3 +205,7 @@ class CheckpointContents:
             "tied": self.tied,
             "differences": list(self.differences),
         }
+
+
+def _labels(tensor: TensorContents) -> tuple[str, str, str]:
+    return "x".join(map(str, tensor.shape)), tensor.dtype, str(tensor.structure or "")

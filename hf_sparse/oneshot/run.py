@@ -32,6 +32,7 @@ from ..hub.card.command import command_line
 from ..hub.loading import load_model, load_tokenizer
 from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
+from ..reporting.tabular import console_text
 from .arguments import OneshotArguments
 from .plan import OneshotPlan, plan_oneshot
 from .prepare import methods_requiring_data
@@ -137,7 +138,7 @@ class _CheckpointRun:
         reference = reference_outputs(self._model, eval_batches) if eval_batches else None
         dense_metrics = self._evaluate_dense(eval_batches, reference) if eval_batches else {}
         report = prune_oneshot(self._model, batches, self._config, state_dir=args.unfinished_dir)
-        self._echo(str(report))
+        self._echo(console_text(report))
         sparse_metrics = evaluate_model(self._model, eval_batches, reference) if eval_batches else {}
         if eval_batches:
             self._echo(f"before: {_format_metrics(dense_metrics)}\nafter:  {_format_metrics(sparse_metrics)}")

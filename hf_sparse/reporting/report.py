@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import CONFIG_FILE, REPORT_FILE, read_json, write_json
-from .tables import format_sparsity, format_table, without_empty_columns
+from .layer_groups import group_layers, group_rows, is_grouped, sparsity_figures
+from .tables import Table, format_sparsity, without_empty_columns
+from .tabular import Tabular
 
 
 EMPTIED = 0.999
@@ -73,9 +75,12 @@ def layer_reports(
     ]
 
 
-@dataclass(frozen=True)
-class SparsityReport:
+@dataclass(frozen=True, repr=False)
+class SparsityReport(Tabular):
     """The sparsity of the selected weights and of all parameters, counted in the weights themselves, not in the masks.
+
+    `print(report)` and notebooks show a table: a row per layer or, of many layers, per kind of layer and per block.
+    `print(report.format(all_layers=True))` shows every layer.
 
     Args:
         layers: the selected weights.
@@ -87,6 +92,8 @@ class SparsityReport:
         >>> report = SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5)
         >>> report.sparsity, report.parameter_sparsity
         (0.5, 0.4)
+        >>> report
+        SparsityReport(1 layer, 8 of 16 selected weights are zero: 50.00%)
         >>> print(report)
         layer       shape  pattern  zeros  weights  sparsity
         a.weight    4x4    2:4          8       16    50.00%
@@ -145,15 +152,55 @@ class SparsityReport:
         """The layers of which less than 0.1% of the weights remain."""
         return tuple(layer for layer in self.layers if layer.emptied)
 
-    def __str__(self) -> str:
-        rows = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", "error", "note")]
-        for layer in self.layers:
-            shape, error = "x".join(map(str, layer.shape)), "" if layer.error is None else f"{layer.error:.4f}"
+    def __repr__(self) -> str:
+        layers = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)}"
+        zeros, weights, sparsity = format_sparsity(self.zeros, self.selected)
+        return f"SparsityReport({layers}, {zeros} of {weights} selected weights are zero: {sparsity})"
+
+    @property
+    def summary(self) -> str:
+        """The sparsities in a sentence, each with its denominator.
+
+        Example:
+            >>> SparsityReport((LayerReport("a.weight", "weights", "2:4", (4, 4), 16, 8),), 20, 8, 0.5).summary
+            '50.00% of the 16 selected weights are zero (target 50.00%), 40.00% of all 20 parameters.'
+        """
+        return (
+            f"{self.sparsity:.2%} of the {self.selected:,} selected weights are zero (target {self.target:.2%}), "
+            f"{self.parameter_sparsity:.2%} of all {self.parameters:,} parameters."
+        )
+
+    @property
+    def _emptied_lines(self) -> list[str]:
+        return [f"{layer.note.capitalize()}: {layer.name}" for layer in self.emptied]
+
+    def tables(self, all_layers: bool | None = None) -> list[Table | str]:
+        names = [layer.name for layer in self.layers]
+        shapes = ["x".join(map(str, layer.shape)) for layer in self.layers]
+        patterns = [layer.pattern for layer in self.layers]
+        totals = [
+            ("selected", format_sparsity(self.zeros, self.selected)),
+            ("parameters", format_sparsity(self.parameter_zeros, self.parameters)),
+        ]
+        if is_grouped(names, all_layers):
+            blocks, kinds = group_layers(names)
+            figures = sparsity_figures(
+                [layer.zeros for layer in self.layers], [layer.weights for layer in self.layers]
+            )
+            rows = group_rows(kinds, [shapes, patterns], figures)
+            rows += [(name, "", "", "", *counts, "", "") for name, counts in totals]
+            header = ("layers", "zeros", "weights", "sparsity", "lowest", "highest")
+            by_kind = Table(("kind", "shape", "pattern", *header), tuple(rows), 3, totals=2)
+            by_block = Table(("block", *header), tuple(group_rows(blocks, [], figures)), 1)
+            return [by_kind, by_block, self.summary, *self._emptied_lines]
+        cells = [("layer", "shape", "pattern", "zeros", "weights", "sparsity", "error", "note")]
+        for layer, shape in zip(self.layers, shapes, strict=True):
+            error = "" if layer.error is None else f"{layer.error:.4f}"
             counts = format_sparsity(layer.zeros, layer.weights)
-            rows.append((layer.name, shape, layer.pattern, *counts, error, layer.note))
-        rows.append(("selected", "", "", *format_sparsity(self.zeros, self.selected), "", ""))
-        rows.append(("parameters", "", "", *format_sparsity(self.parameter_zeros, self.parameters), "", ""))
-        return format_table(without_empty_columns(rows), text_columns=3)
+            cells.append((layer.name, shape, layer.pattern, *counts, error, layer.note))
+        cells += [(name, "", "", *counts, "", "") for name, counts in totals]
+        columns, *rows = without_empty_columns(cells)
+        return [Table(columns, tuple(rows), 3, totals=2)]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all counts and the sparsities computed from them, ready for JSON."""

@@ -1,8 +1,51 @@
-"""Tables in plain text and in Markdown."""
+"""Tables in plain text, Markdown and HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose form is chosen when it is shown: plain text, HTML, or drawn on a console.
+
+    Args:
+        header: the name of each column.
+        rows: the cells of each row, totals last.
+        text_columns: number of leading columns that are aligned left; the others are aligned right.
+        totals: number of rows at the end that are totals.
+
+    Example:
+        >>> table = Table(("layer", "zeros"), (("a.weight", "8"), ("all", "8")), text_columns=1, totals=1)
+        >>> print(table)
+        layer     zeros
+        a.weight      8
+        all           8
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int
+    totals: int = 0
+
+    def __str__(self) -> str:
+        return format_table([self.header, *self.rows], self.text_columns)
+
+    def to_html(self) -> str:
+        """Returns the table as HTML that follows the colours of the page that shows it."""
+        first_total = len(self.rows) - self.totals
+        head = self._html_row(self.header, "th")
+        body = "".join(self._html_row(row, "td", bold=index >= first_total) for index, row in enumerate(self.rows))
+        return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+
+    def _html_row(self, cells: Sequence[str], tag: str, bold: bool = False) -> str:
+        row = ""
+        for column, cell in enumerate(cells):
+            align, content = "left" if column < self.text_columns else "right", escape(cell)
+            row += f'<{tag} style="text-align: {align}">{f"<b>{content}</b>" if bold else content}</{tag}>'
+        return f"<tr>{row}</tr>"
 
 
 def format_sparsity(zeros: int, weights: int) -> tuple[str, str, str]:

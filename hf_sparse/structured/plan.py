@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import SHRINK_FILE, read_json, write_json
+from ..reporting.tables import Table
+from ..reporting.tabular import Tabular
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,11 @@ class SizeChange:
         return f"{self.field} {self.before:,} -> {self.after:,}: {self.detail}"
 
 
-@dataclass(frozen=True)
-class ShrinkPlan:
-    """What `shrink` removes from a model, and what it keeps although it is zero. `str(plan)` is a summary.
+@dataclass(frozen=True, repr=False)
+class ShrinkPlan(Tabular):
+    """What `shrink` removes from a model, and what it keeps although it is zero.
+
+    `print(plan)` is a summary, which notebooks show with a table.
 
     Args:
         model_class: name of the class of the model, which does not change.
@@ -98,15 +102,29 @@ class ShrinkPlan:
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}. Remove it.") from error
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return f"ShrinkPlan({self._size})"
+
+    @property
+    def _size(self) -> str:
         before, after = self.parameters
         megabytes = " -> ".join(f"{num_bytes / 1e6:,.1f}" for num_bytes in self.num_bytes)
         share = f" ({100 * after / before:.1f} %)" if before else ""
-        lines = [f"{self.model_class}: {before:,} -> {after:,} parameters{share}, {megabytes} MB"]
+        return f"{self.model_class}: {before:,} -> {after:,} parameters{share}, {megabytes} MB"
+
+    def __str__(self) -> str:
+        lines = [self._size]
         lines += ["removed:", *(f"  {change}" for change in self.changes)] if self.changes else ["nothing is removed."]
-        if self.kept:
-            lines += ["zero, but kept:", *(f"  {reason}" for reason in self.kept)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._kept_lines])
+
+    @property
+    def _kept_lines(self) -> list[str]:
+        return ["zero, but kept:", *(f"  {reason}" for reason in self.kept)] if self.kept else []
+
+    def tables(self, all_layers: bool | None = None) -> list[Table | str]:
+        rows = [(change.field, f"{change.before:,}", f"{change.after:,}", change.detail) for change in self.changes]
+        table = Table(("removed", "before", "after", "what"), tuple(rows), 4)
+        return [self._size, table if rows else "nothing is removed.", *self._kept_lines]
 
 
 def _is_change(value: Any) -> bool:

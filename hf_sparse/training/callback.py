@@ -19,6 +19,7 @@ from ..files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ..hub.upload import hide_token
 from ..reporting.plots import plot_layers, plot_schedule
 from ..reporting.report import SparsityReport, write_report_and_config
+from ..reporting.tabular import console_text
 from ..schedulers import PruningSchedule
 from .algorithm_run import AlgorithmRun
 from .arguments import SparseTrainingArguments
@@ -435,7 +436,7 @@ class SparsityCallback(TrainerCallback):
         if self._zero_guard is not None and self._zero_guard.restore(state):
             self._report = self.pruner.report()
         if state.is_world_process_zero:
-            print(f"\n{self._report}\n", flush=True)
+            print(f"\n{console_text(self._report)}\n", flush=True)
         self.write_summary(args, state)
 
     def write_summary(self, args: TrainingArguments, state: TrainerState) -> None:
