@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The pinned version has a CPU build where an index offers one; TORCH=torch installs the newest.
 TORCH ?= torch==2.13.0
+# Whether DeepSpeed, for its tests, is tried, required, or left out (no).
+DEEPSPEED ?= try
 # Processes that run tests.
 JOBS ?= 2
 # Twice quiet: errors only, no warnings about packages that one of several indexes lacks.
@@ -10,7 +12,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-ch
 RUFF = $(VENV)/bin/ruff
 SOURCES = hf_sparse scripts tests setup.py
 
-.PHONY: demo test slow quality style clean
+.PHONY: demo test slow quality style matrix sdist clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/python scripts/demo.py
@@ -39,13 +41,29 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml
 	@$(PIP) -e ".[scripts,test,quality]"
 	@touch $@
 
-# DeepSpeed comes as source and compiles its kernels at first use; no test uses them.
+# DeepSpeed comes as source and compiles its kernels at first use; no test uses them. Where it fails to install, its
+# reason is shown, and the next `make` tries again; DEEPSPEED=no leaves it out.
 $(VENV)/.deepspeed: $(VENV)/.installed
+ifeq ($(DEEPSPEED),no)
+	@echo "DEEPSPEED=no: the tests of DeepSpeed are skipped."
+else
 	@echo "Installing DeepSpeed for its tests."
 	@$(PIP) --upgrade setuptools wheel
-	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation "deepspeed>=0.19" || \
-		echo "DeepSpeed cannot be installed here: its tests are skipped."
-	@touch $@
+	@if DS_BUILD_OPS=0 $(PIP) --no-build-isolation "deepspeed>=0.19"; then touch $@; else \
+		echo "DeepSpeed could not be installed, for the reason above: its tests are skipped. To leave it out," \
+			"use DEEPSPEED=no; to stop here, use DEEPSPEED=required."; \
+		test "$(DEEPSPEED)" != required; \
+	fi
+endif
+
+# One line for each row; ROWS="newest floors" runs some of them, TESTS="tests/hub" other tests.
+matrix: $(VENV)/.installed
+	@$(PIP) uv
+	@$(VENV)/bin/python scripts/matrix.py $(ROWS) --torch "$(TORCH)" $(if $(TESTS),--tests $(TESTS)) $(MATRIX)
+
+sdist: $(VENV)/.installed
+	@$(PIP) build
+	@$(VENV)/bin/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist .matrix .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Builds the wheel, installs it into a new virtual environment, and uses it there."""
+"""Builds the sdist and from it the wheel, installs it into a new virtual environment, and uses it there."""
 
 import os
 import shutil
@@ -32,14 +32,23 @@ def run(*command, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of the sources: a build writes into their folder."""
-    folder = tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory) -> Path:
+    """The unpacked sdist, built from a copy of the sources: a build writes into their folder."""
+    folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
-    shutil.copytree(ROOT / "hf_sparse", source / "hf_sparse", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    run(*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", folder, source, cwd=folder)
+    ignored = [name.rstrip("/") for name in (ROOT / ".gitignore").read_text().split()]
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", *ignored))
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, folder, cwd=source)
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder)
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", folder, sdist, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -57,6 +66,13 @@ def environment(wheel, tmp_path_factory) -> Path:
     (packages / "dependencies.pth").write_text("\n".join(others))
     run(*PIP, "--python", folder / "bin" / "python", "install", *OFFLINE, wheel, cwd=folder)
     return folder
+
+
+def test_the_sdist_has_what_its_tests_and_pages_need(sdist):
+    folders = [ROOT / name for name in ("hf_sparse", "tests", "scripts", "docs", "model_cards")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    names = {path.relative_to(ROOT) for path in files} | {Path(".ci/run"), Path("Makefile"), Path("pyproject.toml")}
+    assert not [str(name) for name in names if not (sdist / name).exists()]
 
 
 def test_the_wheel_has_all_files_of_the_package(wheel):
