@@ -1,10 +1,10 @@
 # The public names and where they come from: type checkers read this, and __init__.py does.
-from .algorithms import Algorithm, register_algorithm
+from .algorithms import Algorithm, ConstrainedTraining, DynamicSparsity, LearnedMask, register_algorithm
 from .allocations import Allocation, DenseLayer, MeasuringAllocation, register_allocation
 from .calibration.masking import mask_tokens
 from .calibration.text_batches import evaluation_batches
 from .config import OneshotConfig, PruningConfig, PruningConfigError
-from .criteria import Criterion, GradientCriterion, register_criterion
+from .criteria import Criterion, GradientCriterion, GradientHistoryCriterion, register_criterion
 from .engine.pruner import Pruner
 from .evaluation import reference_outputs
 from .export.semi_structured import accelerate_2of4
@@ -46,11 +46,15 @@ __all__ = [
     "Algorithm",
     "Allocation",
     "CheckpointError",
+    "ConstrainedTraining",
     "Criterion",
     "Curve",
     "DenseLayer",
+    "DynamicSparsity",
     "GradientCriterion",
+    "GradientHistoryCriterion",
     "IterativeScheduler",
+    "LearnedMask",
     "MeasuringAllocation",
     "MergeReport",
     "OneshotConfig",

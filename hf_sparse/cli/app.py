@@ -2,17 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from .. import __version__
 from .deployment import NumberListCommand, bench, export, shrink
+from .plugins import Plugins, load_plugins
+from .prune import load_prune_command, prune
 
 
-class _OneLineErrors(TyperGroup):
+class _Commands(TyperGroup):
     """Prints errors that users can correct on one line, with exit code 2. Other errors keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -24,36 +25,32 @@ class _OneLineErrors(TyperGroup):
             typer.echo(f"hf-sparse: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
 
-
-app = typer.Typer(cls=_OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-_PLUGIN_HELP = (
-    "Python file or module that registers criteria, patterns or other methods of your own. Repeat it for several. It "
-    "runs with your permissions."
-)
-Plugins = Annotated[list[str] | None, typer.Option(metavar="FILE_OR_MODULE", help=_PLUGIN_HELP)]
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Returns the command that runs, or completes its options: only then those of `prune` are read."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_prune_command() if name == prune.__name__ else command, rest
 
 
-@dataclass
-class PluginArguments:
-    """Plug-ins: methods of your own."""
+AllLayers = Annotated[
+    bool,
+    typer.Option("--all-layers", help="Show a row for each layer, also where many are grouped by kind and block."),
+]
 
-    plugin: list[str] | None = field(default=None, metadata={"help": _PLUGIN_HELP, "metavar": "FILE_OR_MODULE"})
-
-    def __post_init__(self) -> None:
-        _load_plugins(self.plugin)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def _load_plugins(plugins: Iterable[str] | None) -> None:
-    from ..plugins import load_plugin
-
-    for plugin in plugins or ():
-        load_plugin(plugin)
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"hf_sparse {__version__}")
+        raise typer.Exit()
 
 
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Prune, inspect and publish Hugging Face models."""
 
 
@@ -63,12 +60,6 @@ def report(
         str,
         typer.Argument(help="A .safetensors file, a folder with a checkpoint, or the name of a model on the Hub."),
     ],
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            help="Second checkpoint, such as the first after fine-tuning. Exit with 1 if it lost zeros of the first."
-        ),
-    ] = None,
     min_sparsity: Annotated[
         float | None,
         typer.Option(help="Least sparsity of the selected weights, from 0 to 1. Exit with 1 if it is lower."),
@@ -83,9 +74,7 @@ def report(
         bool, typer.Option("--verify", help="Exit with 1 if the weights do not agree with pruning_report.json.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
-    all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="A row for each layer, also where many are grouped by kind and block.")
-    ] = False,
+    all_layers: AllLayers = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all tensors.")] = False,
 ) -> None:
     """Report the sparsity of a checkpoint and the structure of its zeros, without building its model.
@@ -93,23 +82,47 @@ def report(
     Reads safetensors files part by part. The selected weights are those in pruning_report.json beside them; without
     one, those that look prunable by name and shape. Exit codes: 0 success, 1 a check failed, 2 it cannot be read.
     """
-    from ..inspection import compare_checkpoints, inspect_checkpoint, unmet_expectations
-    from ..reporting.tabular import Tabular, console_text
+    from ..inspection import inspect_checkpoint, unmet_expectations
 
-    result: Tabular
-    if compare is not None:
-        if min_sparsity is not None or expect is not None or verify:
-            raise ValueError("--compare excludes --min-sparsity, --expect and --verify: run them by themselves.")
-        result = comparison = compare_checkpoints(checkpoint, compare, revision)
-        values = comparison.to_dict()
-        lost = f"{comparison.total.lost:,} zeros of {checkpoint} are not zero in {compare}."
-        unmet = [] if comparison.kept_all else [lost]
-    else:
-        result = contents = inspect_checkpoint(checkpoint, revision)
-        values = contents.to_dict()
-        unmet = unmet_expectations(contents, min_sparsity, expect, verify)
-    shown = json.dumps(values | {"unmet": unmet}, indent=2) if as_json else console_text(result, all_layers or None)
-    typer.echo(shown)
+    contents = inspect_checkpoint(checkpoint, revision)
+    unmet = unmet_expectations(contents, min_sparsity, expect, verify)
+    _print_checked(contents, unmet, as_json, all_layers)
+
+
+@app.command()
+def compare(
+    first: Annotated[
+        str,
+        typer.Argument(help="A .safetensors file, a folder with a checkpoint, or the name of a model on the Hub."),
+    ],
+    second: Annotated[str, typer.Argument(help="The same of the checkpoint to compare with it.")],
+    keeps_zeros: Annotated[
+        bool,
+        typer.Option("--keeps-zeros", help="Exit with 1 if selected weights that are zero in the first are not zero."),
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the first on the Hub.")] = None,
+    second_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the second.")] = None,
+    all_layers: AllLayers = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two checkpoints of a model: parameters, zeros, file size, metrics of their cards, and each weight.
+
+    For example a model before and after pruning, or a pruned model before and after fine-tuning. Exit codes:
+    0 success, 1 zeros were lost and --keeps-zeros was given, 2 they cannot be read or compared.
+    """
+    from ..inspection import compare_checkpoints
+
+    comparison = compare_checkpoints(first, second, revision, second_revision)
+    lost = f"{comparison.total.lost:,} zeros of {first} are not zero in {second}."
+    _print_checked(comparison, [lost] if keeps_zeros and not comparison.kept_all else [], as_json, all_layers)
+
+
+def _print_checked(result: Any, unmet: list[str], as_json: bool, all_layers: bool) -> None:
+    """Prints a result as tables or JSON, and the checks that failed. Exits with 1 if there are some."""
+    from ..reporting.tabular import console_text
+
+    values = result.to_dict() | {"unmet": unmet}
+    typer.echo(json.dumps(values, indent=2) if as_json else console_text(result, all_layers or None))
     for line in unmet:
         typer.echo(f"hf-sparse: {line}", err=True)
     if unmet:
@@ -133,7 +146,7 @@ def methods(
     from .catalogue import read_catalogue
     from .methods import print_catalogue
 
-    _load_plugins(plugin)
+    load_plugins(plugin)
     families = read_catalogue(family)
     if as_json:
         typer.echo(json.dumps({"families": [found.to_dict() for found in families]}, indent=2, ensure_ascii=False))
@@ -163,7 +176,7 @@ def card(
     """
     from ..hub.card import rewrite_card
 
-    _load_plugins(plugin)
+    load_plugins(plugin)
     typer.echo(rewrite_card(directory, repo, benchmark=benchmark))
 
 
@@ -201,7 +214,7 @@ def push(
             "--token-from-env takes the name of an environment variable, never the token itself: there is no variable "
             "of this name, or it is empty."
         )
-    _load_plugins(plugin)
+    load_plugins(plugin)
     if has_card_files(directory) and "/" in repo and not path_in_repo:
         rewrite_card(directory, repo, token)
     try:
@@ -213,37 +226,10 @@ def push(
     typer.echo(commit.repo_url)
 
 
+app.command()(prune)
 app.command()(shrink)
 app.command()(export)
 app.command(cls=NumberListCommand)(bench)
-
-
-# The options come from dataclasses that need torch, so they are read when the command runs.
-@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def prune(context: typer.Context) -> None:
-    """Prune a pretrained model without training, from calibration data."""
-    from ..oneshot import OneshotArguments, OneshotConfig, run_oneshot
-    from .dataclass_options import dataclass_command, with_dashes
-
-    def run(plugins: PluginArguments, arguments: OneshotArguments, config: OneshotConfig) -> None:
-        """Prune a pretrained model without training, from calibration data, block by block.
-
-        The method is Wanda, unless --criterion or --solver names another, such as SparseGPT with --solver sparsegpt.
-        A run that was killed resumes after the last finished block when it is started again with the same options.
-        Exit codes: 0 success, 2 the options, the data or the model do not allow it.
-        """
-        run_oneshot(arguments, config, echo=typer.echo)
-
-    # Plug-ins come first: the other options may name what they register.
-    classes = (PluginArguments, OneshotArguments, OneshotConfig)
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    command.command(context_settings={"token_normalize_func": with_dashes})(
-        dataclass_command(classes, run, ("model_name_or_path", "output_dir"))
-    )
-    code = typer.main.get_command(command).main(
-        context.args, prog_name=context.command_path, standalone_mode=False, windows_expand_args=False
-    )
-    raise typer.Exit(code or 0)
 
 
 def main() -> None:

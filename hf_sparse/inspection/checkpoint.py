@@ -58,6 +58,11 @@ class Checkpoint:
     report: SparsityReport | None
     pruning_config: dict[str, Any]
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the weight files."""
+        return self.files[0].parent
+
 
 def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
     """Finds a checkpoint and reads its headers.

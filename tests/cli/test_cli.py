@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hf_sparse
 from hf_sparse import PruningConfig, SparsityReport
 from hf_sparse.cli.app import app
 from hf_sparse.reporting.report import LayerReport
@@ -56,12 +57,14 @@ def test_checks_decide_the_exit_code(folder, run):
 
 
 def test_compare_decides_the_exit_code(folder, run):
-    assert run("report", folder, "--compare", folder)[0] == 0
-    code, out, err = run("report", folder, "--compare", folder / "other", "--json")
-    assert code == 1 and json.loads(out)["kept_all"] is False and json.loads(out)["lost"] == 256
+    assert run("compare", folder, folder, "--keeps-zeros")[0] == 0
+    code, out, err = run("compare", folder, folder / "other", "--json", "--keeps-zeros")
+    found = json.loads(out)
+    assert code == 1 and found["kept_all"] is False and found["lost"] == 256 == found["first"]["zeros"]
     assert err == f"hf-sparse: 256 zeros of {folder} are not zero in {folder / 'other'}.\n"
+    assert run("compare", folder, folder / "other")[0] == 0  # nothing is checked
     # The other way about nothing is lost: there was nothing.
-    assert run("report", folder / "other", "--compare", folder)[0] == 0
+    assert run("compare", folder / "other", folder, "--keeps-zeros")[0] == 0
 
 
 def test_user_errors_are_one_line_with_exit_code_2(folder, run):
@@ -70,11 +73,34 @@ def test_user_errors_are_one_line_with_exit_code_2(folder, run):
         ("report", folder, "--expect", "2;4"),
         ("report", folder, "--min-sparsity", "50"),
         ("report", folder, "--verify"),
-        ("report", folder, "--compare", folder, "--verify"),
+        ("compare", folder, folder / "absent.safetensors"),
     ):
         code, out, err = run(*words)
         assert code == 2 and out == "" and err.startswith("hf-sparse: ") and err.count("\n") == 1
     assert run("report")[0] == run("nonsense")[0] == 2
+
+
+def test_version(run):
+    assert run("--version") == (0, f"hf_sparse {hf_sparse.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    (
+        ("hf-sparse co", ["compare"]),
+        ("hf-sparse compare --keep", ["--keeps-zeros"]),
+        ("hf-sparse prune --target", ["--target-sparsity", "--targets"]),
+    ),
+)
+def test_shell_completion(run, monkeypatch, words, completed):
+    """Also of the options that are read from dataclasses."""
+    monkeypatch.setenv("_HF_SPARSE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    code, out, _ = run()
+    assert code == 0 and sorted(out.split()) == completed
+    monkeypatch.setenv("_HF_SPARSE_COMPLETE", "source_bash")
+    assert "complete -o default -F _hf_sparse_completion hf-sparse" in run()[1]
 
 
 def test_help_imports_nothing_heavy():

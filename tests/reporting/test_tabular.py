@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from hf_sparse import ShrinkPlan, SparsityReport
-from hf_sparse.inspection.compare import CheckpointComparison, LayerComparison
+from hf_sparse.inspection.compare import CheckpointComparison, CheckpointTotals, LayerComparison
 from hf_sparse.inspection.contents import CheckpointContents, TensorContents
 from hf_sparse.reporting.report import LayerReport
 from hf_sparse.reporting.tabular import console_text
@@ -113,14 +113,15 @@ def test_inspections_and_comparisons():
     assert repr(contents) == "CheckpointContents(folder<b>, 725 of 2,900 selected weights are zero: 25.00%)"
     assert "Selected: guessed by name and shape" in str(contents)
 
-    layers = tuple(LayerComparison(name, zeros=5, kept=4, new=2) for name in names())
-    comparison = CheckpointComparison("a<b>", "c", "report", layers, ("x",), ())
-    (rows,) = Cells(comparison._repr_html_()).tables
+    layers = tuple(LayerComparison(name, zeros=5, kept=4, new=2, changed=3) for name in names())
+    totals = [CheckpointTotals(name, "report", 8, 4, 10, 5, 4_000_000, {"f1": 0.5}) for name in ("a<b>", "c")]
+    comparison = CheckpointComparison(*totals, layers, ("x",), ())
+    _, rows = Cells(comparison._repr_html_()).tables
     assert rows[1:] == [
-        ["up", "14", "70", "56", "14", "28"],
-        ["down", "14", "70", "56", "14", "28"],
-        ["model.pooler", "1", "5", "4", "1", "2"],
-        ["selected", "29", "145", "116", "29", "58"],
+        ["up", "14", "70", "56", "14", "28", "42"],
+        ["down", "14", "70", "56", "14", "28", "42"],
+        ["model.pooler", "1", "5", "4", "1", "2", "3"],
+        ["selected", "29", "145", "116", "29", "58", "87"],
     ]
     assert "Only in a&lt;b&gt;: x." in comparison._repr_html_()
     assert repr(comparison) == "CheckpointComparison(a<b>, c, 116 of 145 zeros kept, 58 new)"
