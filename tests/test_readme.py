@@ -190,7 +190,9 @@ def test_checkpoints_are_inspected(workplace, capsys):
         model.save_pretrained(name)
         report.save(f"{name}/pruning_report.json")
     lines = [
-        shlex.split(line) for line in "\n".join(blocks("bash")).splitlines() if line.startswith("hf-sparse report")
+        shlex.split(line)
+        for line in "\n".join(blocks("bash")).splitlines()
+        if line.startswith(("hf-sparse report", "hf-sparse compare"))
     ]
     assert len(lines) == 4
     for _, *words in lines:

@@ -21,6 +21,16 @@ class ConstrainedTraining(Algorithm):
     z and u change at the prune steps of the schedule. At the last one x is projected itself, and training goes on
     without the penalty and with these zeros. `ConstrainedRun` does this on the shards of each rank; subclasses have
     the formulas.
+
+    Example:
+        >>> class Nearest(ConstrainedTraining):
+        ...     needs_second_moment = False
+        ...     def strength_at(self, fraction):
+        ...         return 0.1 * fraction
+        ...     def scores(self, point, second_moment):
+        ...         return point.square()
+        >>> Nearest().scores(torch.tensor([1.0, -2.0]), None)
+        tensor([1., 4.])
     """
 
     uses_criterion = False

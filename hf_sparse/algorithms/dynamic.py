@@ -28,6 +28,15 @@ class DynamicSparsity(Algorithm):
     than N weights gains as many as it lacks, by the scores of its own weights.
 
     Masks follow from weights, gradients and positions alone, and are the same on any number of ranks.
+
+    Example:
+        >>> class LastStepSparse(DynamicSparsity):
+        ...     def sparsity(self, scheduled, target, prune_step, total):
+        ...         return target if prune_step == total else 0.0
+        ...     def opens_masks(self, prune_step, total):
+        ...         return True
+        >>> [LastStepSparse().sparsity(0.3, 0.9, step, 2) for step in (1, 2)]
+        [0.0, 0.9]
     """
 
     default_criterion = "magnitude"

@@ -193,6 +193,17 @@ class GradientHistoryCriterion(ObservingCriterion):
     constant.
 
     Shapes: M gradients, R output rows, P kernel positions, C inputs of a matrix, or of a part of it with whole blocks.
+
+    Example:
+        >>> class LargestGradient(GradientHistoryCriterion):
+        ...     num_gradients = 2
+        ...     def block_columns(self, columns, width):
+        ...         return columns
+        ...     def weight_scores(self, weight_RPC, kept_RPC, gradients, block, width):
+        ...         return torch.stack([gradient.float().abs() for gradient in gradients]).amax(0)
+        >>> weight, mask = torch.zeros(1, 1, 2), torch.ones(1, 1, 2, dtype=torch.bool)
+        >>> LargestGradient().weight_scores(weight, mask, [weight + 1, weight - 2], 2, 1)
+        tensor([[[2., 2.]]])
     """
 
     requires: ClassVar[Requires] = Requires.GRADIENTS | Requires.GRADIENT_HISTORY
