@@ -10,9 +10,9 @@ JOBS ?= 2
 # Twice quiet: errors only, no warnings about packages that one of several indexes lacks.
 PIP = $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 RUFF = $(VENV)/bin/ruff
-SOURCES = hf_sparse scripts tests setup.py
+SOURCES = hf_sparse scripts tests docs setup.py
 
-.PHONY: demo test slow quality style matrix sdist clean
+.PHONY: demo test slow quality docs style matrix sdist clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/python scripts/demo.py
@@ -29,6 +29,10 @@ quality: $(VENV)/.installed
 	$(RUFF) format --check $(SOURCES)
 	$(VENV)/bin/mypy
 
+# The site, in site/: nothing is downloaded, and a broken link or an undocumented public name is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+
 style: $(VENV)/.installed
 	$(RUFF) check --fix $(SOURCES)
 	$(RUFF) format $(SOURCES)
@@ -38,7 +42,7 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
 	@$(PIP) "$(TORCH)"
-	@$(PIP) -e ".[scripts,test,quality]"
+	@$(PIP) -e ".[scripts,test,quality,docs]"
 	@touch $@
 
 # DeepSpeed comes as source and compiles its kernels at first use; no test uses them. Where it fails to install, its
@@ -66,4 +70,4 @@ sdist: $(VENV)/.installed
 	@$(VENV)/bin/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) runs build dist .matrix .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist site .matrix .mypy_cache .pytest_cache .ruff_cache

@@ -89,6 +89,7 @@ def test_the_metadata_names_the_source_and_each_dependency_once(wheel):
     assert {line.split()[1].strip(",") for line in lines if line.startswith("Project-URL")} == {
         "Source",
         "Changelog",
+        "Documentation",
         "Issues",
     }
     requirements = [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]

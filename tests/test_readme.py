@@ -28,14 +28,16 @@ from transformers import (
 from typer.testing import CliRunner
 
 import hf_sparse.cli.app
-from hf_sparse import OneshotConfig, Pruner, PruningConfig, SparseTrainingArguments, load_plugin
+from hf_sparse import Pruner, PruningConfig, SparseTrainingArguments, load_plugin
 from hf_sparse.algorithms import ALGORITHMS
 from hf_sparse.export import benchmark
 
 
 PRUNING_FILES = ("pruning_report.json", "pruning_config.json", "pruning_schedule.png", "pruning_layers.png")
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = "structured trainer other-trainers distillation algorithms peft scripts oneshot"
+PAGES += " processes resume inspect hub plugins"
+README = "\n".join((ROOT / "docs" / "howto" / f"{name}.md").read_text(encoding="utf-8") for name in PAGES.split())
 
 
 def blocks(language: str) -> list[str]:
@@ -158,7 +160,7 @@ def test_models_get_smaller(workplace, monkeypatch):
     Pruner(model, PruningConfig(pattern="neuron", target_sparsity=0.5, criterion="magnitude")).update(1, 1)
     model.save_pretrained("pruned")
     monkeypatch.setattr(benchmark, "_measure_size", lambda name, *args: benchmark.ModelSize(name, 1, 1, None))
-    section = README.split("## Smaller and faster models")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "howto" / "structured.md").read_text(encoding="utf-8")
     shell = "\n".join(re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)).replace("\\\n", " ")
     training, *lines = filter(None, shell.splitlines())
     extra = ["--max_steps", "6", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"]
@@ -247,27 +249,18 @@ def test_the_methods_are_listed():
 
 
 def test_every_algorithm_is_in_the_table():
-    table = README.split("### Algorithms and recipes\n")[1].split("\n## ")[0]
+    table = README.split("# Algorithms of training")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", table, flags=re.MULTILINE)
     assert set(", ".join(rows).replace("`", "").split(", ")) == {"algorithm", *ALGORITHMS.names()}
 
 
 def test_make_targets_of_the_readme_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {line.split()[1] for line in "\n".join(blocks("bash")).splitlines() if line.startswith("make ")}
-    assert named == {"demo", "test"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"make ([a-z]+)", readme))
+    assert named == {"demo", "test", "docs"}
     assert named <= targets
     assert "make test" in (ROOT / ".ci" / "run").read_text()
-
-
-@pytest.mark.parametrize("config", [PruningConfig, OneshotConfig])
-def test_the_table_of_options_is_the_dataclass(config):
-    rows = [
-        f"| `{option.name}` | `{config.defaults.get(option.name)}` | {option.metadata['help']} |"
-        for option in dataclasses.fields(config)
-    ]
-    missing = [row for row in rows if row not in README]
-    assert not missing, "the README's table of options should have these rows:\n" + "\n".join(missing)
 
 
 # The rows of the table of modes, and the modes that test each of them.
@@ -286,7 +279,7 @@ ROWS = {
 
 def test_the_table_of_modes_is_what_is_tested():
     assert sorted(name for names in ROWS.values() for name in names) == sorted(MODES)
-    table = README.split("### Processes\n\n")[1].split("\n\n")[0].splitlines()
+    table = README.split("## What each mode supports\n\n")[1].split("\n\n")[0].splitlines()
     header, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table)
     rows = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     assert rows.keys() == ROWS.keys() | {"DataParallel"} and rows["DataParallel"]["tested"] == "no"
@@ -296,13 +289,6 @@ def test_the_table_of_modes_is_what_is_tested():
             assert rows[row]["checkpoint and resume"].startswith(resume if mode.checkpoints else "none"), row
             assert mode.load is None or f"DistributedConfig({mode.load}=2)" in rows[row]["how to enable it"], row
             assert rows[row]["tested"] == ("CPU" if mode.kind == "NO" else "CPU, 2 to 4 processes")
-
-
-def test_the_table_of_training_arguments_is_the_dataclass():
-    inherited = {option.name for parent in (TrainingArguments, PruningConfig) for option in dataclasses.fields(parent)}
-    for option in dataclasses.fields(SparseTrainingArguments):
-        if option.name not in inherited:
-            assert f"| `{option.name}` | `{option.default}` | {option.metadata['help']} |" in README
 
 
 def test_the_recipes_that_it_names_are_valid():

