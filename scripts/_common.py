@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from hf_sparse import UploadError, load_plugin
+from hf_sparse.hub.card_metadata import HELP, CardMetadata
+from hf_sparse.local_paths import is_local, published_name
 
 
 logger = logging.getLogger("scripts.common")
@@ -66,14 +68,21 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code from the model repository. Read that code first."}
     )
-    base_model: str | None = field(
-        default=None,
-        metadata={"help": "Hub name of the base model, for the model card, if the model is loaded from a folder."},
-    )
+    base_model: str | None = field(default=None, metadata={"help": HELP["base_model"]})
+    license: str | None = field(default=None, metadata={"help": HELP["license"]})
+    datasets: list[str] | None = field(default=None, metadata={"help": HELP["datasets"], "nargs": "+"})
+    pipeline_tag: str | None = field(default=None, metadata={"help": HELP["pipeline_tag"]})
     dense_results: str | None = field(
         default=None,
         metadata={"help": "all_results.json of a run without pruning, for the comparison in the model card."},
     )
+
+    def __post_init__(self):
+        self.card_metadata()
+
+    def card_metadata(self) -> CardMetadata:
+        """Returns what the user says of the model for its card."""
+        return CardMetadata(self.base_model, self.license, self.datasets, self.pipeline_tag)
 
     def hub_kwargs(self) -> dict:
         """Returns the arguments shared by all `from_pretrained` calls."""
@@ -225,12 +234,18 @@ def build_collator(tokenizer, pad_to_max_length: bool, training_args):
 
 def card_kwargs(model_args: ModelArguments, data_args, task: str) -> dict:
     """Returns the arguments of `create_model_card` that describe the origin of the model and its data."""
-    kwargs = {"finetuned_from": model_args.base_model or model_args.model_name_or_path, "tasks": task}
+    kwargs = {"finetuned_from": model_args.model_name_or_path, "tasks": task}
     if data_args.dataset_name is not None:
-        name, config = data_args.dataset_name, data_args.dataset_config_name
-        kwargs |= {"dataset_tags": name, "dataset": f"{name} {config}" if config else name}
+        name, config = published_name(data_args.dataset_name), data_args.dataset_config_name
+        kwargs |= {"dataset_tags": data_args.dataset_name, "dataset": f"{name} {config}" if config else name}
         kwargs |= {"dataset_args": config} if config else {}
-    return kwargs
+    return kwargs | model_args.card_metadata().to_dict()
+
+
+def trainers_card_kwargs(kwargs: dict) -> dict:
+    """Returns the arguments for a run without pruning, whose card is Trainer's: without the path of a local model."""
+    base = kwargs.get("base_model", kwargs["finetuned_from"])
+    return {**kwargs, "finetuned_from": None if is_local(base) else base}
 
 
 def train(trainer, n_samples: int | None) -> None:
@@ -255,6 +270,8 @@ def finish(trainer, card_kwargs: dict, model_args: ModelArguments) -> None:
     """Pushes the model to the Hub with `--push_to_hub`, else writes its card. Exits with code 1 if an upload fails."""
     if model_args.dense_results is not None:
         trainer.dense_metrics = json.loads(Path(model_args.dense_results).read_text(encoding="utf-8"))
+    if trainer.sparsity_callback is None or trainer.sparsity_callback.pruner is None:
+        card_kwargs = trainers_card_kwargs(card_kwargs)
     try:
         if trainer.args.push_to_hub:
             trainer.push_to_hub(**card_kwargs)

@@ -30,6 +30,7 @@ FLOORS = [
         "files",
         "import_hooks",
         "kernels",
+        "local_paths",
         "numerics",
         "optional_packages",
         "plugins",

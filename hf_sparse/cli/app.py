@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..hub.card_metadata import HELP
 from .deployment import NumberListCommand, bench, export, shrink
 from .plugins import Plugins, load_plugins
 from .prune import load_prune_command, prune
@@ -37,6 +38,12 @@ AllLayers = Annotated[
 ]
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+BaseModel = Annotated[str | None, typer.Option(help=HELP["base_model"])]
+License = Annotated[str | None, typer.Option(help=HELP["license"])]
+Datasets = Annotated[list[str] | None, typer.Option(help=f"{HELP['datasets']} Repeat it for several.")]
+PipelineTag = Annotated[str | None, typer.Option(help=HELP["pipeline_tag"])]
 
 
 def _print_version(requested: bool) -> None:
@@ -167,17 +174,22 @@ def card(
         str | None,
         typer.Option(help="Output of `bench --json` in which this folder was measured: the card shows the times."),
     ] = None,
+    base_model: BaseModel = None,
+    license: License = None,  # noqa: A002 - the Hub's name
+    datasets: Datasets = None,
+    pipeline_tag: PipelineTag = None,
     plugin: Plugins = None,
 ) -> None:
     """Rewrite the model card of a pruned model from the files beside its weights.
 
     The zeros are counted in the weights. Only the text between the two marks of hf_sparse is replaced, and only
-    metadata that nobody has edited.
+    metadata that nobody has edited, and what is given by options.
     """
-    from ..hub.card import rewrite_card
+    from ..hub.card import CardMetadata, rewrite_card
 
+    given = CardMetadata(base_model, license, datasets, pipeline_tag)
     load_plugins(plugin)
-    typer.echo(rewrite_card(directory, repo, benchmark=benchmark))
+    typer.echo(rewrite_card(directory, repo, benchmark=benchmark, given=given))
 
 
 @app.command()
@@ -197,16 +209,20 @@ def push(
             help="Environment variable that holds the token. Left out: HF_TOKEN, or the token of `hf auth login`.",
         ),
     ] = None,
+    base_model: BaseModel = None,
+    license: License = None,  # noqa: A002 - the Hub's name
+    datasets: Datasets = None,
+    pipeline_tag: PipelineTag = None,
     plugin: Plugins = None,
 ) -> None:
     """Upload a folder to the Hub and print the address. Checkpoints in subfolders are left out: push each by itself.
 
-    The card of a pruned model is rewritten before, as by `hf-sparse card --repo`, if `repo` is "user/name". Retries if
-    the Hub is busy or out of reach. Exit codes: 0 uploaded, 1 the upload failed, 2 there is no such folder.
+    The card of a pruned model is rewritten before, as by `hf-sparse card --repo`, if `repo` is "user/name"; if the
+    upload fails, the folder is as it was. Retries if the Hub is busy or out of reach. Exit codes: 0 uploaded, 1 the
+    upload failed, 2 there is no such folder.
     """
-    from ..hub.card import has_card_files, rewrite_card
+    from ..hub.card import CardMetadata, push_with_card
     from ..hub.upload import UploadError
-    from ..hub.upload import push as upload
 
     token = os.environ.get(token_from_env) if token_from_env else None
     if token_from_env is not None and not token:
@@ -214,12 +230,11 @@ def push(
             "--token-from-env takes the name of an environment variable, never the token itself: there is no variable "
             "of this name, or it is empty."
         )
+    given = CardMetadata(base_model, license, datasets, pipeline_tag)
     load_plugins(plugin)
-    if has_card_files(directory) and "/" in repo and not path_in_repo:
-        rewrite_card(directory, repo, token)
     try:
         options = {"revision": revision, "path_in_repo": path_in_repo, "message": message, "token": token}
-        commit = upload(directory, repo, private=private or None, **options)
+        commit = push_with_card(directory, repo, given, private=private or None, **options)
     except UploadError as error:
         typer.echo(f"hf-sparse: {error}", err=True)
         raise typer.Exit(1) from error

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from ..local_paths import published_name, published_values
 from ..registry import format_value
 from .base import option
 from .validation import choice_error
@@ -54,26 +54,16 @@ class DistillationOptions:
         return self.distill_teacher is not None
 
 
-def published_name(name: str) -> str:
-    """Returns the name of a teacher as others may read it: of a folder, its last part.
-
-    Example:
-        >>> published_name("textattack/bert-base-uncased-SST-2"), published_name("/home/me/runs/dense/")
-        ('textattack/bert-base-uncased-SST-2', 'dense')
-    """
-    is_local = Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).is_dir()
-    return (Path(name).name or Path(name).resolve().name) if is_local else name
-
-
 def published_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of a config as they are written beside weights, without the path of a teacher.
+    """Returns the options of a config as they are written beside weights, without the folders of this machine.
 
     Example:
         >>> published_options({"distill_teacher": "/home/me/runs/dense", "target_sparsity": 0.8})
         {'distill_teacher': 'dense', 'target_sparsity': 0.8}
     """
     teacher = options.get("distill_teacher")
-    return {**options, "distill_teacher": published_name(teacher)} if teacher else dict(options)
+    published = published_values(options)
+    return {**published, "distill_teacher": published_name(teacher)} if teacher else published
 
 
 def distillation_errors(options: SimpleNamespace) -> Iterator[str]:

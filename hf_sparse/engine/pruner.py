@@ -337,6 +337,11 @@ class Pruner:
         weights = self._selected_weights
         return float(self._num_zeros(weights).sum() / sum(shard.shape.numel() for shard in weights.values()))
 
+    def zeros_by_layer(self) -> dict[str, int]:
+        """Returns the number of zeros of each selected weight, counted in the weights, on all ranks at once."""
+        weights = self._selected_weights
+        return dict(zip(weights, self._num_zeros(weights).tolist(), strict=True))
+
     def masked_sparsity(self) -> float:
         """Returns the fraction of the selected weights that the masks prune, on all ranks at once."""
         weights = self._selected_weights

@@ -157,7 +157,6 @@ def _shrunk_card(source: Path, small: Any, plan: ShrinkPlan, name: str, keeps_ou
         if not keeps_outputs:
             card = replace(card, metrics={})
     else:
-        metadata = {} if source == Path(name) else {"base_model": name}
-        card = SparsityCard("", SparsityReport((), 0, 0), PruningConfig().to_dict(), metadata=metadata)
+        card = SparsityCard("", SparsityReport((), 0, 0), PruningConfig().to_dict(), metadata={"base_model": name})
     opens_with = card.auto_class or auto_class(type(small).__name__)
     return replace(card, report=shrunk_report(card.report, small, plan), shrunk=plan, auto_class=opens_with)

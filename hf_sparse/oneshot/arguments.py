@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..hub.card_metadata import HELP, CardMetadata
 from ..hub.loading import DTYPES
 
 
@@ -77,6 +78,11 @@ class OneshotArguments:
     cache_dir: str | None = option(None, "Cache folder for downloads and prepared data.")
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint. Read that code first.")
 
+    base_model: str | None = option(None, HELP["base_model"])
+    license: str | None = option(None, HELP["license"])
+    datasets: list[str] | None = option(None, HELP["datasets"])
+    pipeline_tag: str | None = option(None, HELP["pipeline_tag"])
+
     dry_run: bool = option(False, "Print what would be pruned, and the memory and time that it would take. No output.")
     overwrite: bool = option(False, "Replace the contents of output_dir.")
 
@@ -94,8 +100,16 @@ class OneshotArguments:
             errors.append("calibration_file and dataset_name exclude each other: leave one of them out.")
         if self.eval and not (self.validation_file or self.dataset_name):
             errors.append("eval needs texts: pass validation_file, or dataset_name and validation_split.")
+        try:
+            self.card_metadata()
+        except ValueError as error:
+            errors.append(str(error))
         if errors:
             raise ValueError(" ".join(errors))
+
+    def card_metadata(self) -> CardMetadata:
+        """Returns what the user says of the model for its card."""
+        return CardMetadata(self.base_model, self.license, self.datasets, self.pipeline_tag)
 
     def hub_options(self) -> dict[str, Any]:
         """Returns the keyword arguments of `from_pretrained` for the model."""

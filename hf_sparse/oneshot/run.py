@@ -30,6 +30,7 @@ from ..hub.auto_classes import auto_class
 from ..hub.card import SparsityCard, write_card
 from ..hub.card.command import command_line
 from ..hub.loading import load_model, load_tokenizer
+from ..local_paths import published_name
 from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
 from ..reporting.tabular import console_text
@@ -226,7 +227,7 @@ class _CheckpointRun:
         batches = self._reader.sample(self._texts, args.samples, args.seed)
         dataset = (args.dataset_name, args.dataset_config_name, args.dataset_split)
         self._calibration_info = {
-            "data": args.calibration_file or " ".join(filter(None, dataset)),
+            "data": _data_name(args.calibration_file, *dataset),
             "samples": args.samples,
             "unit": "rows" if self._reader.per_row else "blocks",
             "length": args.length,
@@ -254,7 +255,8 @@ class _CheckpointRun:
     def _save(self, report: SparsityReport, dense_metrics: dict[str, float], sparse_metrics: dict[str, float]) -> None:
         """Write the output folder and remove what is only needed to continue."""
         args = self._args
-        results: dict[str, Any] = {"model": args.model_name_or_path, "calibration": self._calibration_info or None}
+        model = published_name(args.model_name_or_path)
+        results: dict[str, Any] = {"model": model, "calibration": self._calibration_info or None}
         results |= {f"dense_{name}": value for name, value in dense_metrics.items()}
         results |= {f"eval_{name}": value for name, value in sparse_metrics.items()}
 
@@ -287,6 +289,7 @@ class _CheckpointRun:
             report=report,
             config=self._config.to_dict(),
             metadata=metadata,
+            given=args.card_metadata().to_dict(),
             task=task,
             dataset=_evaluation_dataset(args) if sparse_metrics else None,
             dense_metrics=_card_metrics(dense_metrics),
@@ -299,6 +302,13 @@ class _CheckpointRun:
         )
 
 
+def _data_name(file: str | None, dataset: str | None, *options: str | None) -> str:
+    """The calibration data as a reader knows them: a file without its folder, or a data set, its config and split."""
+    if file:
+        return Path(file).name
+    return " ".join(filter(None, (published_name(str(dataset)), *options)))
+
+
 def _evaluation_dataset(arguments: OneshotArguments) -> dict[str, Any]:
     """The evaluation data as the Hub's metadata name them: a data set of the Hub, or a file without its folder.
 
@@ -309,8 +319,7 @@ def _evaluation_dataset(arguments: OneshotArguments) -> dict[str, Any]:
     if arguments.validation_file:
         path = Path(arguments.validation_file)
         return {"type": BUILDERS[extension(path)][0], "name": path.stem}
-    name = str(arguments.dataset_name)
-    name = Path(name).resolve().name if Path(name).is_dir() else name
+    name = published_name(str(arguments.dataset_name))
     values = {"type": name, "name": name, "config": arguments.dataset_config_name, "split": arguments.validation_split}
     return {key: value for key, value in values.items() if value}
 

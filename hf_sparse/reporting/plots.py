@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..files import write_atomically
-from .report import SparsityReport
+from .layer_groups import OUTSIDE_BLOCKS, split_name
+from .report import LayerReport, SparsityReport
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+
+MAX_BARS = 30
+"""Of more layers, a heat map is easier to read than bars."""
+MAX_LABELLED_BLOCKS = 16
+"""With more blocks, the cells of a heat map have no room for numbers."""
 
 
 def plot_schedule(
@@ -39,8 +50,16 @@ def plot_schedule(
 
 
 def plot_layers(path: str | Path, report: SparsityReport) -> None:
-    """Plots the sparsity of each selected weight as a bar, and their overall sparsity as a line, into a PNG file. Bars
-    of layers of which almost nothing is left are red."""
+    """Plots the sparsity of each selected weight into a PNG file: of up to `MAX_BARS` as bars, with their overall
+    sparsity as a line, of more as a heat map of blocks and kinds of layers, where there are such. Layers of which
+    almost nothing is left are red."""
+    if len(report.layers) > MAX_BARS and len({split_name(layer.name)[0] for layer in report.layers}) > 2:
+        _plot_heat_map(path, report)
+    else:
+        _plot_bars(path, report)
+
+
+def _plot_bars(path: str | Path, report: SparsityReport) -> None:
     names = [layer.name.removesuffix(".weight") for layer in report.layers]
     figure, axes = _new_figure(9, max(2.5, 0.22 * len(names) + 1.2))
     colors = ["tab:red" if layer.emptied else "tab:blue" for layer in report.layers]
@@ -53,6 +72,52 @@ def plot_layers(path: str | Path, report: SparsityReport) -> None:
     axes.invert_yaxis()
     axes.legend(loc="lower left", fontsize=8)
     _save(figure, path)
+
+
+def _plot_heat_map(path: str | Path, report: SparsityReport) -> None:
+    """One cell for each block and kind; of a kind that a block has several times, such as experts, all of them
+    together. Layers outside blocks are a row of cells of their own."""
+    cells: dict[tuple[str, str], list[LayerReport]] = {}
+    for layer in report.layers:
+        cells.setdefault(split_name(layer.name), []).append(layer)
+    blocks = list(dict.fromkeys(block for block, _ in cells))
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    values = np.full((len(kinds), len(blocks)), np.nan)
+    figure, axes = _new_figure(max(6, 3 + 0.35 * len(blocks)), max(2.5, 1.8 + 0.3 * len(kinds)))
+    for (block, kind), layers in cells.items():
+        row, column = kinds.index(kind), blocks.index(block)
+        values[row, column] = share = sum(layer.zeros for layer in layers) / sum(layer.weights for layer in layers)
+        if any(layer.emptied for layer in layers):
+            axes.add_patch(_cell_border(row, column))
+        if len(blocks) <= MAX_LABELLED_BLOCKS:
+            color = "black" if share > 0.6 else "white"
+            axes.text(column, row, f"{share:.1%}", ha="center", va="center", fontsize=6, color=color)
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.set(xticks=range(len(blocks)), yticks=range(len(kinds)), xlabel="block")
+    axes.set_xticklabels(_shorten_names(blocks), fontsize=7, rotation=90 if len(blocks) > MAX_LABELLED_BLOCKS else 0)
+    axes.set_yticklabels(kinds, fontsize=7)
+    note = "; red: less than 0.1% of the weights remain" if report.emptied else ""
+    axes.set_title(f"sparsity; all selected weights: {report.sparsity:.1%}{note}", fontsize=9)
+    figure.colorbar(image, ax=axes)
+    _save(figure, path)
+
+
+def _cell_border(row: int, column: int) -> Rectangle:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.45, row - 0.45), 0.9, 0.9, fill=False, edgecolor="tab:red", linewidth=1.5)
+
+
+def _shorten_names(names: Sequence[str]) -> list[str]:
+    """Returns the names of blocks without the beginning that all of them share, up to the last dot in it.
+
+    Example:
+        >>> _shorten_names(["model.layers.0", "model.layers.1", "outside blocks"])
+        ['0', '1', 'outside blocks']
+    """
+    blocks = [name for name in names if name != OUTSIDE_BLOCKS]
+    common = os.path.commonprefix(blocks).rpartition(".")
+    return [name.removeprefix("".join(common[:2])) for name in names]
 
 
 def plot_latencies(path: str | Path, latencies: Sequence[Any]) -> None:

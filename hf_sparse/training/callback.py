@@ -94,6 +94,8 @@ class SparsityCallback(TrainerCallback):
         self._report: SparsityReport | None = None
         self._zero_guard: ZeroGuard | None = None
         self._earlier_sparsity = 0.0
+        self.zeros_by_layer: dict[str, int] = {}
+        """The number of zeros of each selected weight at the latest log of a training loss."""
 
     @property
     def prunes(self) -> bool:
@@ -351,7 +353,9 @@ class SparsityCallback(TrainerCallback):
         if self.pruner is None or not logs or "loss" not in logs or "sparsity" in logs:
             return {}
         target = self._target_after(self.schedule.done(state.global_step))
-        metrics = {"sparsity": round(self.pruner.sparsity(), 6), "target_sparsity": round(target, 6)}
+        self.zeros_by_layer = zeros = self.pruner.zeros_by_layer()
+        sparsity = sum(zeros.values()) / sum(self.pruner.shards[name].shape.numel() for name in zeros)
+        metrics = {"sparsity": round(sparsity, 6), "target_sparsity": round(target, 6)}
         return metrics | self.run.metrics() | self.penalties.metrics(state.global_step)
 
     # Saving

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from ..engine.pruner import Pruner
 from ..files import CARD_FILE, README_FILE, REPORT_FILE
 from ..hub.auto_classes import auto_class
 from ..hub.card import (
+    CardMetadata,
     CardVersion,
     SparsityCard,
     download_card,
@@ -31,6 +32,7 @@ from ..hub.card import (
 from ..hub.card.command import command_line
 from ..hub.card.escaping import escape
 from ..inspection import InspectionError
+from ..local_paths import is_local, is_path, published_name
 from ..reporting.report import SparsityReport
 from ..structured.plan import ShrinkPlan
 from .tuning.tuner import Tuner
@@ -72,7 +74,11 @@ def write_trainer_card(
     its arguments.
     """
     directory, token = Path(str(trainer.args.output_dir)), trainer.args.hub_token
-    arguments = _CardArguments.prepare(create_model_card, args, kwargs, directory.resolve().name)
+    given, kwargs = split_metadata(inspect.signature(create_model_card), kwargs)
+    arguments = _CardArguments.prepare(
+        create_model_card, args, kwargs, directory.resolve().name, _loaded_from(trainer)
+    )
+    arguments.name_given(given)
     local = CardVersion.read(directory / README_FILE, directory / CARD_FILE)
     remote = None
     if trainer.hub_model_id:
@@ -89,11 +95,37 @@ def write_trainer_card(
         stale = set(_pattern_tags(local)) - set(given_tags)
         metadata["tags"] = [tag for tag in _as_list(metadata.get("tags")) if tag not in stale]
         card = _sparsity_card(trainer, pruner, arguments.model_name, metadata)
-        write_card(directory, card, outer.content, edited, secrets=[token])
+        write_card(directory, card, outer.content, edited, secrets=[token], given=given)
     except BaseException:
         if local is not None:  # a person's changes survive a failure
             (directory / README_FILE).write_text(local.text, encoding="utf-8")
         raise
+
+
+def split_metadata(signature: inspect.Signature, kwargs: dict[str, Any]) -> tuple[CardMetadata, dict[str, Any]]:
+    """Returns the metadata among the arguments of `create_model_card`, and those of the arguments that the method of
+    this signature, the trainer's own, takes."""
+    given = {item.name: kwargs[item.name] for item in fields(CardMetadata) if item.name in kwargs}
+    passed_on = {name: value for name, value in kwargs.items() if name not in given or name in signature.parameters}
+    return CardMetadata(**given), passed_on
+
+
+def card_signature(create_model_card: Callable[..., None]) -> inspect.Signature:
+    """Returns the signature of a trainer's `create_model_card`, with the fields of `CardMetadata` that it lacks."""
+    signature = inspect.signature(create_model_card)
+    own = [
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=item.type)
+        for item in fields(CardMetadata)
+        if item.name not in signature.parameters
+    ]
+    return signature.replace(parameters=[*signature.parameters.values(), *own])
+
+
+def _loaded_from(trainer: TrainerWithMetrics) -> str | None:
+    """Returns what the model was loaded from, if that is a local file or folder: Trainer would call such a model
+    trained from scratch, or link a path that does not exist any more."""
+    name = getattr(trainer.model.config, "name_or_path", None) if hasattr(trainer.model, "config") else None
+    return name if isinstance(name, str) and name and is_local(name) else None
 
 
 @dataclass
@@ -106,35 +138,51 @@ class _CardArguments:
         model_name: not escaped.
         originals: escaped name -> name.
         local_base_model: folder name of the base model, if that is in a local folder.
+        local_datasets: folder names of data sets in local folders.
     """
 
     bound: inspect.BoundArguments
     model_name: str
     originals: dict[str, str]
     local_base_model: str | None = None
+    local_datasets: tuple[str, ...] = ()
 
     @classmethod
     def prepare(
-        cls, create_model_card: Callable[..., None], args: tuple, kwargs: dict[str, Any], default_name: str
+        cls,
+        create_model_card: Callable[..., None],
+        args: tuple,
+        kwargs: dict[str, Any],
+        default_name: str,
+        loaded_from: str | None,
     ) -> _CardArguments:
         signature = inspect.signature(create_model_card)
         bound = signature.bind(*args, **kwargs)
         values = bound.arguments
-        prepared = cls(bound, values.get("model_name") or default_name, {})
+        prepared = cls(bound, published_name(values.get("model_name") or default_name), {})
         if "model_name" in signature.parameters:
             values["model_name"] = prepared.model_name
         if isinstance(values.get("tags"), list):
             values["tags"] = list(values["tags"])  # Trainer appends to it
+        tags = _as_list(values.get("dataset_tags"))
+        prepared.local_datasets = tuple(published_name(name) for name in tags if is_local(name))
+        if tags:
+            values["dataset_tags"] = [published_name(name) for name in tags]
         for option in ("model_name", "dataset", "dataset_name"):
-            names = _as_list(values.get(option))
+            names = [published_name(name) if is_path(name) else name for name in _as_list(values.get(option))]
             if names:
                 prepared.originals |= {escape(name): name for name in names}
                 values[option] = escape(names[0]) if isinstance(values[option], str) else list(map(escape, names))
-        base = values.get("finetuned_from")
-        if isinstance(base, str) and base and Path(base).is_dir():
-            prepared.local_base_model = Path(base).resolve().name
+        base = values.get("finetuned_from") or loaded_from
+        if isinstance(base, str) and base and is_local(base) and "finetuned_from" in signature.parameters:
+            prepared.local_base_model = published_name(base)
             values["finetuned_from"] = _LOCAL_BASE_MODEL
         return prepared
+
+    def name_given(self, given: CardMetadata) -> None:
+        """Lets the trainer's card name the base model that was given."""
+        if isinstance(given.base_model, str) and "finetuned_from" in self.bound.signature.parameters:
+            self.bound.arguments["finetuned_from"], self.local_base_model = given.base_model, None
 
     def name_local_base_model(self, text: str) -> str:
         """Replaces links to the placeholder, and the placeholder itself, by the name of the folder."""
@@ -149,6 +197,9 @@ class _CardArguments:
         """Undoes the escaping, and drops a base model that is not on the Hub."""
         if metadata.get("base_model") == _LOCAL_BASE_MODEL:
             del metadata["base_model"]
+        if self.local_datasets and (datasets := _as_list(metadata.pop("datasets", None))):
+            public = [name for name in datasets if name not in self.local_datasets]
+            metadata |= {"datasets": public} if public else {}
         return _replace_strings(metadata, self.originals)
 
 

@@ -20,9 +20,10 @@ from .best_metric import unblock_best_metric
 from .callback import GIVEN_TWICE, SparsityCallback
 from .checkpoint_search import find_checkpoint_error, newest_complete_checkpoint, read_step
 from .distillation.mixin import DistillationMixin
-from .model_card import write_trainer_card
+from .model_card import card_signature, split_metadata, write_trainer_card
 from .resume import CheckpointError, ResumeState
 from .rewinding_mixin import RewindingMixin
+from .run_trackers import RunTrackers
 from .shrinking import ShrinkMixin, check_shrink
 from .state_files import start_checkpoint
 from .tuning_mixin import TuningMixin
@@ -55,6 +56,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
         """What `save_metrics` was given since training began."""
         self.resumed_from: str | None = None
         """The checkpoint that the latest `train` was resumed from."""
+        self._trackers = RunTrackers(())
         self._set_up_pruning()
 
     @property
@@ -139,6 +141,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
             raise ValueError('shrink is set, but nothing is pruned: add pattern="neuron" and target_sparsity=0.5.')
         self._check_tuning()
         self._check_rewinding()
+        self._trackers = RunTrackers(self.callback_handler.callbacks)
         callback = self.sparsity_callback
         if callback is not None and callback.prunes:
             state = self._open_checkpoint(callback, resume_from_checkpoint) if resume_from_checkpoint else None
@@ -152,6 +155,8 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
                 callback.resume_state = None
         if callback is not None:
             callback.finish(self.args, self.state)
+            if callback.pruner is not None:
+                self._trackers.add_figures(str(self.args.output_dir), self.state.global_step)
         self.finish_pushes()
         return result
 
@@ -262,22 +267,28 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's `create_model_card`, with a section on sparsity: what was pruned, how, and what it cost.
 
-        A later call rewrites this section and keeps what a person has changed elsewhere.
+        A later call rewrites this section and keeps what a person has changed elsewhere. Further arguments:
+        the fields of `CardMetadata` that Trainer's has not. `push_to_hub` passes them on.
         """
         if self.sparsity_callback is None or self.sparsity_callback.pruner is None or not self.is_world_process_zero():
-            super().create_model_card(*args, **kwargs)
+            create = super().create_model_card
+            create(*args, **split_metadata(inspect.signature(create), kwargs)[1])
         else:
             write_trainer_card(self, self.sparsity_callback.pruner, super().create_model_card, args, kwargs)
 
-    setattr(create_model_card, "__signature__", inspect.signature(Trainer.create_model_card))
+    setattr(create_model_card, "__signature__", card_signature(Trainer.create_model_card))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's `log`, with the sparsity and the terms of the loss at each logging step, for every reporting
         integration."""
-        if self.sparsity_callback is not None:
-            logs.update(self.sparsity_callback.sparsity_metrics(logs, self.state))
+        callback, metrics = self.sparsity_callback, {}
+        if callback is not None:
+            metrics = callback.sparsity_metrics(logs, self.state)
+            logs.update(metrics)
             logs.update(self._distillation_metrics(logs))
         super().log(logs, *args, **kwargs)
+        if callback is not None and metrics:
+            self._trackers.log(callback, self.state.global_step)
 
 
 def _signature_of_trainer(cls: type) -> inspect.Signature:

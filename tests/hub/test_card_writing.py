@@ -22,6 +22,8 @@ from hf_sparse.reporting.report import LayerReport
 GOLDEN = Path(__file__).with_name("golden.md")
 NASTY = "a|b`c` <i>d</i> --> {{ e }} {% f %}\n---\n# g: [h](i) 'j\" \\k"
 
+SECTIONS = ("Evaluation", "Details", "Use", "Reproduce", "Limits")
+
 
 def card(**values) -> SparsityCard:
     """Two layers of 16 weights, 8 and 4 of them zero; 40 parameters, 14 zero."""
@@ -218,7 +220,7 @@ def test_markup_in_names_does_not_change_the_structure(tmp_path):
     assert found.data.license == nasty and found.data.datasets == [nasty] and found.data.model_name == nasty
     assert found.data.eval_results[0].dataset_name == nasty
     headings = [line for line in found.text.splitlines() if line.startswith("#")]
-    assert headings[1:] == ["## Sparsity", "### Evaluation", "### Use", "### Reproduce", "### Limits"]
+    assert headings[1:] == ["## Sparsity", *(f"### {name}" for name in SECTIONS)]
     assert text.splitlines().count(SECTION_START) == text.splitlines().count(SECTION_END) == 1
     assert write_card(tmp_path, card(**values)).read_text(encoding="utf-8") == text
     assert render_card(SparsityCard.load(tmp_path)).content.rstrip("\n") == text.rstrip("\n")

@@ -39,6 +39,26 @@ def test_a_run_without_measurements_or_prune_steps_has_a_schedule_too(tmp_path, 
     assert drawn[1].axes[0].get_lines()[0].get_xydata().tolist() == [[0, 0], [10, 0]]
 
 
+def test_many_layers_are_a_heat_map_of_blocks_and_kinds(tmp_path, drawn):
+    """A kind that is absent from a block has an empty cell, experts share one, an emptied layer is framed."""
+    names = [f"model.layers.{block}.{kind}.weight" for block in range(12) for kind in ("attn.q", "mlp.up")]
+    names += [f"model.layers.11.mlp.experts.{expert}.up.weight" for expert in range(6)] + ["pooler.weight"]
+    zeros = [1000 if name == names[3] else index for index, name in enumerate(names)]
+    layers = tuple(LayerReport(*names[i : i + 1], "weights", "2:4", (10, 100), 1000, zeros[i]) for i in range(31))
+    plots.plot_layers(tmp_path / "a.png", SparsityReport(layers, 40000, 4000, 0.5))
+    axes = drawn[0].axes[0]
+    kinds, blocks = (
+        [label.get_text() for label in labels] for labels in (axes.get_yticklabels(), axes.get_xticklabels())
+    )
+    assert kinds == ["attn.q", "mlp.up", "mlp.experts.*.up", "pooler"]
+    assert blocks == [*map(str, range(12)), "outside blocks"]
+    values = axes.get_images()[0].get_array().filled(-1)
+    assert values[0].tolist() == [*(block * 2 / 1000 for block in range(12)), -1]
+    assert values[2].tolist() == [-1] * 11 + [sum(range(24, 30)) / 6000, -1] and values[3, 12] == 0.03
+    (border,) = axes.patches
+    assert (round(border.get_x()), round(border.get_y())) == (1, 1)
+
+
 @pytest.mark.parametrize("count", [1, 60])
 def test_each_layer_has_a_bar(tmp_path, drawn, count):
     layers = tuple(LayerReport(f"layer.{i}.weight", "weights", "2:4", (4, 4), 16, i % 17) for i in range(count))

@@ -64,8 +64,11 @@ def test_the_card_is_trainers_with_a_section_after_the_title(tmp_path):
     assert [result.metric_value for result in data.eval_results] == [logged[-1]]
 
 
-def test_the_signature_is_trainers():
-    assert inspect.signature(SparseTrainer.create_model_card) == inspect.signature(Trainer.create_model_card)
+def test_the_signature_is_trainers_and_more_metadata():
+    own = list(inspect.signature(SparseTrainer.create_model_card).parameters.items())
+    trainers = list(inspect.signature(Trainer.create_model_card).parameters.items())
+    assert own[: len(trainers)] == trainers
+    assert [name for name, _ in own[len(trainers) :]] == ["base_model", "datasets", "pipeline_tag"]
 
 
 def test_the_weights_are_counted_when_the_card_is_made(tmp_path):

@@ -3,7 +3,9 @@
 A card is generated from files alone, so that it can be generated again: the report, the config, and pruning_card.json.
 """
 
+from ..card_metadata import CardMetadata
 from .data import SparsityCard, select_metrics
+from .publishing import push_with_card
 from .writing import (
     PUBLISHED_FILES,
     CardVersion,
@@ -19,11 +21,13 @@ from .writing import (
 
 __all__ = [
     "PUBLISHED_FILES",
+    "CardMetadata",
     "CardVersion",
     "SparsityCard",
     "download_card",
     "has_card_files",
     "parse_card",
+    "push_with_card",
     "recount_zeros",
     "render_card",
     "rewrite_card",

@@ -9,6 +9,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...local_paths import is_path, published_name, shorten_paths
+
 
 # Options whose values are secret, such as --hub_token, --token and --api-key.
 _SECRET_OPTION = re.compile(
@@ -42,11 +44,12 @@ def command_line() -> str | None:
 
 
 def format_command(program: str, arguments: Sequence[str]) -> str:
-    """Returns a shell command without the options that hold secrets; a long one has a line for each option.
+    """Returns a shell command without the options that hold secrets and without the folders of this machine; a long
+    one has a line for each option.
 
     Example:
-        >>> format_command("python run.py", ["--hub_token", "abc", "--name", "a b", "--token=abc"])
-        "python run.py --name 'a b'"
+        >>> format_command("python run.py", ["--hub_token", "abc", "--model", "/home/me/bert", "--name", "a b"])
+        "python run.py --model path/to/bert --name 'a b'"
     """
     words: list[str] = []
     is_secret_value = False
@@ -54,12 +57,20 @@ def format_command(program: str, arguments: Sequence[str]) -> str:
         name, separator, _ = argument.partition("=")
         is_secret = _SECRET_OPTION.fullmatch(name.lower()) is not None
         if not is_secret and not (is_secret_value and not argument.startswith("-")):
-            words.append(_quote(argument))
+            words.append(_quote(_without_folders(argument)))
         is_secret_value = is_secret and not separator
     line = " ".join([program, *words])
     if len(line) <= _MAX_LINE_LENGTH:
         return line
     return program + "".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in words)
+
+
+def _without_folders(argument: str) -> str:
+    """Returns an argument with `path/to/` for folders of this machine."""
+    name, separator, value = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+    if " " in value and is_path(value):  # one path with spaces, which in a longer text would end it
+        return f"{name}{separator}path/to/{published_name(value)}"
+    return shorten_paths(argument)
 
 
 def _quote(argument: str) -> str:

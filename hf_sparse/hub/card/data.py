@@ -15,18 +15,19 @@ from types import UnionType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ...config import OneshotConfig, PruningConfig
 from ...config.base import PruningOptions
+from ...config.distillation import published_options
 from ...config.options import DEFAULT_SOLVER
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, SHRINK_FILE, read_json, write_json
+from ...local_paths import is_path, published_name, published_values, shorten_paths
 from ...plugins import loaded_plugins
 from ...reporting.report import SparsityReport, write_report_and_config
 from ...schedulers import PruningSchedule
 from ...structured.plan import ShrinkPlan
 from ..auto_classes import auto_class
+from ..card_metadata import CardMetadata, is_hub_name
 from .escaping import remove_secrets
 from .latency import is_latency
 
@@ -54,7 +55,9 @@ class SparsityCard:
         model_name: title of the card.
         config: pruning options, from `PruningConfig.to_dict` or `OneshotConfig.to_dict`.
         metadata: further metadata for the Hub, given by the user under the Hub's names (base_model, datasets,
-            language, license, ...), see `huggingface_hub.ModelCardData`. A local folder as base_model is removed.
+            language, license, ...), see `huggingface_hub.ModelCardData`. Local folders as base_model are removed.
+        given: metadata that the user has given for this model, see `CardMetadata`. They replace those in `metadata`.
+        local_base_model: name of the folder of the base model, if that is not on the Hub.
         task: the Hub's name of the task that the metrics belong to, such as "text-classification".
         dataset: the data set that the metrics were measured on: `type` and `name`, and optionally `config`, `split`,
             `args`. With `task` and `dataset` the metrics enter the metadata.
@@ -87,6 +90,8 @@ class SparsityCard:
     config: dict[str, Any]
 
     metadata: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    local_base_model: str | None = None
     task: str | None = None
     dataset: dict[str, Any] | None = None
     dense_metrics: dict[str, float] = field(default_factory=dict)
@@ -111,9 +116,8 @@ class SparsityCard:
     written: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not all(map(_is_hub_id, _as_list(self.metadata.get("base_model")))):
-            # The Hub refuses a card with a folder as base_model, and a local path may be private.
-            self.metadata = {name: value for name, value in self.metadata.items() if name != "base_model"}
+        self._remove_local_paths()
+        self.given = CardMetadata(**self.given).to_dict()
         config_class = OneshotConfig if self.oneshot else PruningConfig
         # Options that an earlier version did not have get their defaults.
         self.config = config_class().to_dict() | config_class.read_options(self.config)
@@ -123,6 +127,25 @@ class SparsityCard:
             self.settings = [group.to_dict() for group in groups]
             for group in self.settings:  # the default was another one
                 group["scope"] = scopes.get(group["group"], group["scope"])
+
+    def _remove_local_paths(self) -> None:
+        """Removes what may be private, and what the Hub refuses: folders as base_model and data sets."""
+        bases = _as_list(self.metadata.get("base_model"))
+        if not all(is_hub_name(name) and not Path(name).is_dir() for name in bases):
+            self.local_base_model = ", ".join(published_name(str(name)) for name in bases)
+            self.metadata = {name: value for name, value in self.metadata.items() if name != "base_model"}
+        datasets = _as_list(self.metadata.get("datasets"))
+        if any(is_path(str(name)) for name in datasets):
+            public = [name for name in datasets if not is_path(str(name))]
+            self.metadata = {name: value for name, value in self.metadata.items() if name != "datasets"}
+            self.metadata |= {"datasets": public} if public else {}
+        self.config, self.settings = published_options(self.config), published_values(self.settings)
+        self.command = shorten_paths(self.command) if self.command else self.command
+
+    @property
+    def base_model(self) -> str | list[str] | None:
+        """The base model on the Hub."""
+        return self.given.get("base_model") or self.metadata.get("base_model")
 
     # Files
 
@@ -209,7 +232,7 @@ class SparsityCard:
 
     def hub_metadata(self) -> dict[str, Any]:
         """Returns the metadata of the card: `metadata`, tags, metrics, and the sparsity."""
-        values = copy.deepcopy(self.metadata)
+        values = copy.deepcopy(self.metadata | self.given)
         values.setdefault("library_name", "transformers")
         kinds = ["pruned"] if self.is_dense else ["sparse", "pruned"]
         kinds += [] if self.shrunk is None else ["shrunk"]
@@ -335,14 +358,6 @@ def _read_training_files(directory: Path) -> dict[str, Any]:
         "max_steps": state.get("max_steps"),
         "auto_class": auto_class(architectures[0]),
     }
-
-
-def _is_hub_id(name: Any) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).is_dir()
 
 
 def _as_list(value: Any) -> list[Any]:

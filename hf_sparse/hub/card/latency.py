@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import read_json
+from ...local_paths import published_name
 from ...reporting.tables import format_markdown_table
 from .escaping import escape
 
@@ -44,8 +45,12 @@ def read_latency(path: str | Path, directory: str | Path) -> dict[str, Any]:
             for row in values["latencies"]
             if row["model"] == own
         ]
-        reference = Path(names[0]).resolve().name if Path(names[0]).exists() else names[0]
-        latency = {"reference": reference, "length": values["length"], "clock": values["clock"], "rows": rows}
+        latency = {
+            "reference": published_name(names[0]),
+            "length": values["length"],
+            "clock": values["clock"],
+            "rows": rows,
+        }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no output of hf-sparse bench --json: {error!r}") from error
     except ValueError as error:

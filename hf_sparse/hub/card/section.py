@@ -11,9 +11,10 @@ from huggingface_hub.utils import yaml_dump
 
 from ...algorithms import DEFAULT_ALGORITHM
 from ...config import OneshotConfig, PruningConfig, Reconstruction
-from ...config.distillation import SELF, published_name
+from ...config.distillation import SELF
 from ...config.options import DEFAULT_SOLVER, METHODS
 from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
+from ...local_paths import published_name
 from ...patterns import Pattern, get_pattern
 from ...reporting.report import SparsityReport
 from ...reporting.tables import format_markdown_table, format_sparsity, without_empty_columns
@@ -61,7 +62,7 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
     ]
     return {
         "title": escape(card.model_name),
-        "introduction": _introduction(card),
+        "introduction": introduction(card),
         "start": SECTION_START,
         "end": SECTION_END,
         "size": _size(card.shrunk) if card.shrunk is not None else None,
@@ -91,14 +92,20 @@ def template_values(card: SparsityCard, images: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _introduction(card: SparsityCard) -> str:
-    base, kind = card.metadata.get("base_model"), "sparse" if card.shrunk is None else "smaller"
-    if not base:
-        sentence = f"A {kind} model, pruned with hf_sparse."
-    else:
-        names = escape(", ".join(base) if isinstance(base, list) else base)
-        sentence = f"A {kind} version of {names}, pruned with hf_sparse."
+def introduction(card: SparsityCard) -> str:
+    """The first sentence of a card."""
+    kind, base = "sparse" if card.shrunk is None else "smaller", name_base_model(card)
+    of_what = f"version of {base}" if base else "model"
+    sentence = f"A {kind} {of_what}, pruned with hf_sparse."
     return f"{HETEROGENEOUS_NOTICE}\n\n{sentence}" if card.is_heterogeneous else sentence
+
+
+def name_base_model(card: SparsityCard) -> str | None:
+    """The name of the base model in a text: a link to the Hub, or the name of a local folder; None if unknown."""
+    if not card.base_model:
+        return f"{escape(card.local_base_model)} (a local folder)" if card.local_base_model else None
+    names = card.base_model if isinstance(card.base_model, list) else [card.base_model]
+    return ", ".join(f"[{escape(name)}](https://huggingface.co/{name})" for name in names)
 
 
 def _size(shrunk: ShrinkPlan) -> str:

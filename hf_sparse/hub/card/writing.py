@@ -28,11 +28,12 @@ from ...inspection.checkpoint import StoredTensor, open_checkpoint
 from ...inspection.tiles import read_tiles, tile_regions
 from ...numerics import count_zeros
 from ...reporting.report import SparsityReport
+from ..card_metadata import CardMetadata
 from .data import SparsityCard
 from .escaping import remove_secrets
 from .latency import read_latency
 from .merge import SECTION, chunk_digests, merge_metadata, merge_text, replace_section, split_chunks
-from .section import HETEROGENEOUS_NOTICE, IMAGES, template_values
+from .section import HETEROGENEOUS_NOTICE, IMAGES, introduction, name_base_model, template_values
 
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def write_card(
     enclosing_card: str | None = None,
     existing: Sequence[CardVersion] | None = None,
     secrets: Sequence[str | None] = (),
+    given: CardMetadata | None = None,
 ) -> Path:
     """Writes README.md and, beside it, the files that it is generated from.
 
@@ -113,10 +115,13 @@ def write_card(
         existing: cards whose edits are kept; of conflicting edits those of the last card win. None for the card in
             `directory`.
         secrets: strings that are removed from all files.
+        given: metadata that the user has just given, which win over edits.
 
     Returns: the path of README.md.
     """
-    directory = Path(directory)
+    directory, old_card = Path(directory), card
+    given_values = given.to_dict() if given is not None else {}
+    card = replace(card, given=card.given | given_values)
     if existing is None:
         local = CardVersion.read(directory / README_FILE, directory / CARD_FILE)
         existing = [local] if local is not None else []
@@ -131,6 +136,8 @@ def write_card(
         # The text around the section is not generated again: it is that of the existing card.
         *to_merge, last = existing
         text, digests = replace_section(parse_card(last.text).text, section), last.base.get("text", {})
+        if "base_model" in given_values:
+            text, digests = _rename_base_model(text, digests, old_card, card)
     else:
         text = rendered.text
     base = {"metadata": metadata, "text": chunk_digests(text) if digests is None else digests}
@@ -138,12 +145,28 @@ def write_card(
         metadata = merge_metadata(parse_card(version.text).data.to_dict(), version.base.get("metadata", {}), metadata)
     for version in to_merge:
         text = merge_text(parse_card(version.text).text, version.base.get("text", {}), text)
+    metadata |= given_values
     header = ModelCardData(**metadata).to_yaml(original_order=list(metadata))
     content = remove_secrets(f"---\n{header}\n---\n{text}".rstrip("\n") + "\n", secrets)
     replace(card, written=base).save(directory, secrets)
     path = directory / README_FILE
     write_atomically(path, lambda temporary: Path(temporary).write_text(content, encoding="utf-8"))
     return path
+
+
+def _rename_base_model(
+    text: str, digests: dict[str, str], old: SparsityCard, new: SparsityCard
+) -> tuple[str, dict[str, str]]:
+    """Replaces the name of the base model in the text around the section, and the digests of the chunks that it
+    changes, so that they do not count as edited."""
+    renamed = text.replace(introduction(old), introduction(new))
+    if old_name := name_base_model(old):
+        renamed = renamed.replace(old_name, str(name_base_model(new)))
+    before, after = chunk_digests(text), chunk_digests(renamed)
+    changed = {
+        key: after[key] for key in after if before.get(key) != after[key] and before.get(key) == digests.get(key)
+    }
+    return renamed, digests | changed
 
 
 def parse_card(text: str) -> ModelCard:
@@ -172,6 +195,7 @@ def rewrite_card(
     repo_id: str | None = None,
     token: str | None = None,
     benchmark: str | Path | None = None,
+    given: CardMetadata | None = None,
 ) -> Path:
     """Generates the card of a saved model again from the files beside it, with the zeros that its weights have now.
 
@@ -180,6 +204,7 @@ def rewrite_card(
         repo_id: repository that it will be uploaded to; edits in the card there are kept.
         token: access token for the repository.
         benchmark: output of `hf-sparse bench --json` with this folder, whose times the card shows from now on.
+        given: metadata of the card, which win over edits.
 
     Returns: the path of README.md.
 
@@ -195,7 +220,7 @@ def rewrite_card(
     remote = download_card(repo_id, token) if repo_id else None
     versions = (remote if remote is not None and remote.is_generated else None, local)
     existing = [version for version in versions if version is not None]
-    return write_card(directory, card, existing=existing, secrets=[token])
+    return write_card(directory, card, existing=existing, secrets=[token], given=given)
 
 
 def recount_zeros(directory: str | Path, report: SparsityReport) -> SparsityReport:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from ...config import PruningConfig
-from ...config.distillation import SELF, published_name
+from ...config.distillation import SELF
 from ...files import DISTILLATION_FILE, parse_json, read_text, write_json
+from ...local_paths import published_name
 from ..resume import CheckpointError
 from ..state_files import checksum
 
