@@ -26,7 +26,7 @@ OPTIONS = {
     "allocation": {"owl": {"m": 3.0, "lambda_": 0.2}, "dlp": {"alpha": 0.2}, "lsa": {"beta": 0.2}},
     "algorithm": {
         "acdc": {"compressed_phases": 3},
-        "elsa": {"strength": 0.5, "weighting": 1.0},
+        "elsa": {"strength": 0.5, "weighting": 0.5},
         "granet": {"fraction": 0.2, "decay": "linear"},
         "gumbel_nm": SAMPLED,
         "gumbel_sigmoid": {**SAMPLED, "density_weight": 0.3},

@@ -14,7 +14,7 @@ class ConstrainedTraining(Algorithm):
 
     z is a point of S and u the scaled dual variable of the constraint x = z:
 
-        x <- steps of the trainer's own optimizer on loss + strength / 2 ‖x - z + u‖^2
+        x <- a step of the trainer's own optimizer on the loss, then x - strength (x - z + u); several times
         z <- projection of x + u on S: its units with the lowest scores are zero
         u <- u + x - z
 
@@ -39,8 +39,8 @@ class ConstrainedTraining(Algorithm):
 
     @abstractmethod
     def strength_at(self, fraction: float) -> float:
-        """Returns the strength of the penalty after this fraction, above 0 and below 1, of the prune steps: a positive
-        number."""
+        """Returns the strength of the penalty after this fraction, above 0 and below 1, of the prune steps: above 0, up
+        to 1, which moves x to z - u in one step."""
 
     @property
     def needs_second_moment(self) -> bool:

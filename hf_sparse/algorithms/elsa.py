@@ -15,29 +15,32 @@ from .constrained import ConstrainedTraining
 class ELSA(ConstrainedTraining):
     """ADMM on the loss itself, without a layerwise surrogate: weights are drawn to the nearest sparse point.
 
-    The gradient of strength_t / 2 ‖x - z + u‖^2 is added to that of the loss. The strength grows linearly with the
+    Each optimizer step on the loss is followed by x <- x - strength_t (x - z + u). The strength grows linearly with the
     prune steps, strength_t = strength * c / n after prune step c of n. The projection is the nearest point in the norm
     Σ v^weighting (z - x - u)^2: it keeps the units with the largest v^weighting (x + u)^2, where v is the second
     moment of the optimizer.
 
+    Unlike in the paper, the penalty is decoupled from Adam, as the decay of AdamW is. Added to the gradient, it moves
+    a weight by no more than about the learning rate in a step, while u accumulates how far the weight still has to go.
+
     Args:
-        strength: positive; lambda in the paper.
-        weighting: from 0, the Euclidean norm, to 1, that of the paper. v contains the gradient of the penalty too, so
-            that weights far from z weigh more.
+        strength: above 0, up to 1: the fraction of the distance to z - u that a weight covers in one optimizer step, at
+            the end of the schedule.
+        weighting: from 0, the Euclidean norm, to 1, that of the paper.
 
     Example:
-        >>> ELSA(weighting=1.0).scores(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 0.25]))
+        >>> ELSA().scores(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 0.25]))
         tensor([4.0000, 2.2500])
 
     Reference: Lee et al., "The Unseen Frontier: Pushing the Limits of LLM Sparsity with Surrogate-Free ADMM", 2025.
     """
 
-    strength: float = 0.1
-    weighting: float = 0.0
+    strength: float = 0.3
+    weighting: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.strength > 0:
-            raise ValueError(f"strength is {self.strength}: it must be positive, as in 0.1")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}: it must be above 0 and at most 1, as in 0.3")
         if not 0 <= self.weighting <= 1:
             raise ValueError(f"weighting is {self.weighting}: it must be from 0 to 1, as in 0.5")
 

@@ -22,7 +22,7 @@ class ScheduleOptions:
         "model, of N:M groups or of single weights), or a registered one."
     )
     algorithm_kwargs: dict[str, Any] | str | None = option(
-        'Options of the algorithm, as JSON: {"fraction": 0.3} for rigl, {"strength": 0.2} for elsa.'
+        'Options of the algorithm, as JSON: {"fraction": 0.3} for rigl, {"strength": 0.1} for elsa.'
     )
     scheduler: str | None = option(
         "Scheduler: oneshot, iterative, or a registered one. Left out: oneshot when prune_start equals prune_end, "

@@ -26,6 +26,10 @@ _SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 class ConstrainedRun(AlgorithmRun):
     """Draws the weights x to a sparse point z, which each prune step projects anew; see `ConstrainedTraining`.
 
+    The step of the optimizer comes first, and then that of the penalty: x <- x - strength (x - z + u). As a gradient,
+    the penalty would pass through Adam, which moves a weight by about the learning rate, however far z is, and it would
+    enter the second moment by which points are projected.
+
     Memory: z and the dual variable u are both parts of the projected point p = x + u, since z = p and u = 0 where the
     mask keeps a weight, and z = 0 and u = p elsewhere. So z - u, which is all that the penalty needs, takes 4 bytes
     for each selected weight, float32 whatever the dtype of the weight, and the mask of z one more. A prune step has
@@ -35,8 +39,6 @@ class ConstrainedRun(AlgorithmRun):
         NotImplementedError: scores need a second moment of each weight, which the optimizer does not hold.
         ValueError: the schedule has one prune step alone.
     """
-
-    requires_gradients = True
 
     def __init__(self, pruner: Pruner, schedule: PruningSchedule, optimizer: Any, seed: int):
         super().__init__(pruner, schedule, optimizer, seed)
@@ -71,28 +73,31 @@ class ConstrainedRun(AlgorithmRun):
         return self._algorithm.strength_at(prune_steps / self.schedule.total)
 
     @torch.no_grad()
-    def before_step(self, step: int) -> None:
-        """Adds the gradient of the penalty, strength (x - z + u), to that of the loss."""
-        if not self._targets:
-            return
-        strength = self._strength(self._prune_step)
-        for name, target in self._targets.items():
-            gradient = self._shards[name].gradient
-            if gradient is not None:
-                gradient.add_(torch.sub(self._shards[name].tensor, target), alpha=strength)
-
     def after_step(self, step: int) -> None:
+        for name, target in self._targets.items():
+            weight, strength = self._shards[name].tensor, self._strength(self._prune_step)
+            if weight.dtype == target.dtype:
+                weight.lerp_(target, strength)
+            else:
+                weight.copy_(torch.lerp(weight.float(), target, strength))
         prune_step = self.schedule.prune_step(step)
         if prune_step is None or not self._has_state(prune_step):
-            self.pruner.enforce()
+            self._enforce()
         elif prune_step < self.schedule.total:
             self._project_point(prune_step)
-            self.pruner.enforce()
+            self._enforce()
         else:
             scores = self._scores({name: shard.tensor for name, shard in self._shards.items()})
             self._warn_of_unused()
+            self.pruner.write_copies()
             self.pruner.select(prune_step, self.schedule.total, scores)
             self._targets, self._masks = {}, MaskStore({})
+
+    def _enforce(self) -> None:
+        """Enforces earlier zeros, and writes the weights, which the penalty has moved, to all their copies."""
+        self.pruner.enforce()
+        if self._targets:
+            self.pruner.write_copies()
 
     def _has_state(self, prune_step: int) -> bool:
         """Whether the optimizer has what scores need: it has taken a step. All ranks call this.
@@ -176,7 +181,7 @@ class ConstrainedRun(AlgorithmRun):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Returns the strength of the next step and the residual of the constraint, ‖x - z‖ / ‖x‖ over all weights."""
+        """Returns the strength in the next step and the residual of the constraint, ‖x - z‖ / ‖x‖ over all weights."""
         if not self._targets:
             return {}
         device = next(iter(self._targets.values())).device

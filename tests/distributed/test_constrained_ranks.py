@@ -7,7 +7,7 @@ from helpers.tiny import SCHEDULE, same
 from spies import is_selected
 
 
-OPTIONS = {"algorithm": "elsa", "algorithm_kwargs": {"weighting": 1.0}, "target_sparsity": 0.5, **SCHEDULE}
+OPTIONS = {"algorithm": "elsa", "target_sparsity": 0.5, **SCHEDULE}
 _reference = {}
 
 

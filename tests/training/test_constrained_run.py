@@ -16,7 +16,7 @@ from hf_sparse.schedulers import PruningSchedule
 from hf_sparse.training.new_run import new_run
 
 
-TOTAL_STEPS, LEARNING_RATE, STRENGTH = 14, 0.02, 0.05
+TOTAL_STEPS, LEARNING_RATE, STRENGTH = 14, 0.02, 0.3
 PRUNE_STEPS = (3, 5, 7, 9, 10)
 
 
@@ -94,12 +94,12 @@ class Reference:
 
     def step(self, step):
         loss_of(self.layers, step).backward()
-        if self.z is not None:
-            for x, z, u in zip(self.x, self.z, self.u, strict=True):
-                x.grad += self.strength * (x.detach() - z + u)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
+            if self.z is not None:
+                for x, z, u in zip(self.x, self.z, self.u, strict=True):
+                    x -= self.strength * (x - z + u)
             if step in PRUNE_STEPS:
                 self.prune(PRUNE_STEPS.index(step) + 1)
             if self.masks is not None:
@@ -186,7 +186,7 @@ def test_no_sparse_point_is_nearer_than_the_projection(pattern):
     layers = nn.Sequential(nn.Linear(4, len(masks[0]), bias=False))
     config = PruningConfig(algorithm="elsa", pattern=pattern, target_sparsity=0.5)
     pruner, point, moment = Pruner(layers, config), layers[0].weight.detach().clone(), torch.rand(len(masks[0]), 4)
-    pruner.select(1, 1, {"0.weight": ELSA(weighting=1.0).scores(point, moment)})
+    pruner.select(1, 1, {"0.weight": ELSA().scores(point, moment)})
     distances = {float((moment * (point * mask - point) ** 2).sum()) for mask in masks}
     found = float((moment * (layers[0].weight.detach() - point) ** 2).sum())
     assert len(distances) > 5 and found == pytest.approx(min(distances), rel=1e-5)
@@ -195,10 +195,9 @@ def test_no_sparse_point_is_nearer_than_the_projection(pattern):
 METHODS = {
     "defaults": {},
     "n_of_m": {"pattern": "2:4"},
-    "blocks": {"pattern": "4x1", "scope": "layer", "algorithm_kwargs": {"strength": 1.0}},
-    "weighted": {"algorithm_kwargs": {"weighting": 1.0}},
+    "blocks": {"pattern": "4x1", "scope": "layer", "algorithm_kwargs": {"strength": 1.0, "weighting": 0.0}},
     "channels": {"pattern": "channel", "optim": "rmsprop", "algorithm_kwargs": {"weighting": 0.5}},
-    "sgd": {"optim": "sgd", "learning_rate": 0.1},
+    "sgd": {"optim": "sgd", "learning_rate": 0.1, "algorithm_kwargs": {"weighting": 0.0}},
 }
 
 
@@ -242,8 +241,7 @@ def test_weights_of_16_bits_have_a_sparse_point_of_32(tmp_path):
 
 @pytest.mark.parametrize("optim, name", [("sgd", "SGD"), ("adafactor", "Adafactor"), ("adagrad", "Adagrad")])
 def test_optimizers_without_a_second_moment_are_refused_before_training(tmp_path, optim, name):
-    weighted = {"algorithm": "elsa", "algorithm_kwargs": {"weighting": 1.0}}
-    trainer = make(tmp_path, target_sparsity=0.5, optim=optim, **weighted, **SCHEDULE)
+    trainer = make(tmp_path, target_sparsity=0.5, algorithm="elsa", optim=optim, **SCHEDULE)
     message = f'algorithm "elsa" projects .* which {name} does not: use optim="adamw_torch"'
     with pytest.raises(NotImplementedError, match=message):
         trainer.train()
@@ -256,7 +254,7 @@ def test_optimizers_without_a_second_moment_are_refused_before_training(tmp_path
         ({"pattern": "neuron"}, 'algorithm "elsa" selects weights and blocks, not units of pattern "neuron"'),
         ({"keep_zeros": True}, 'keep_zeros is set, but with algorithm "elsa" pruned weights may come back'),
         ({"criterion": "magnitude"}, "leave criterion out"),
-        ({"algorithm_kwargs": {"strength": 0.0}}, "strength is 0.0: it must be positive"),
+        ({"algorithm_kwargs": {"strength": 0.0}}, "strength is 0.0: it must be above 0 and at most 1"),
         ({"algorithm_kwargs": {"weighting": 2.0}}, "weighting is 2.0: it must be from 0 to 1"),
     ],
 )
@@ -293,15 +291,15 @@ def test_a_registered_algorithm_goes_through_whole_runs(tmp_path, monkeypatch):
             assert second_moment is None
             return -point.abs()
 
-    options = {"algorithm": "largest", "algorithm_kwargs": {"pull": 2.0}}
+    options = {"algorithm": "largest", "algorithm_kwargs": {"pull": 0.25}}
     trainer = make(tmp_path, target_sparsity=0.5, scope="layer", **options, **SCHEDULE)
     before = {name: weight.detach().abs().mean() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     logged = [log["constraint_strength"] for log in trainer.state.log_history if "constraint_strength" in log]
-    assert logged == [2.0] * 5
+    assert logged == [0.25] * 5
     for name, mask in trainer.sparsity_callback.pruner.masks.items():
         weight = dict(trainer.model.named_parameters())[name].detach()
         assert mask.sum() == weight.numel() // 2 and weight[mask].abs().mean() < before[name]
     trainer.save_model()
     trainer.create_model_card()
-    assert "Pruning algorithm: largest (pull=2.0)." in (tmp_path / "README.md").read_text()
+    assert "Pruning algorithm: largest (pull=0.25)." in (tmp_path / "README.md").read_text()
