@@ -12,13 +12,14 @@ from .base import Algorithm
 class ConstrainedTraining(Algorithm):
     """min loss(x) such that x is in S, the weights with the zeros of the pattern at the scheduled sparsity, by ADMM.
 
-    z is a point of S and u the scaled dual variable of the constraint x = z:
+    z is a point of S and u the scaled dual variable of the constraint x = z. Each optimizer step on the loss is
+    followed by one on strength / 2 ‖x - z + u‖^2, and each prune step of the schedule selects the zeros of z anew, as
+    those of the projection of x + u on S, whose units with the lowest scores are zero:
 
-        x <- a step of the trainer's own optimizer on the loss, then x - strength (x - z + u); several times
-        z <- projection of x + u on S: its units with the lowest scores are zero
-        u <- u + x - z
+        where z is zero:  x <- x - strength (x + u);  at a prune step  u <- u + x
+        elsewhere:        z = x, u = 0
 
-    z and u change at the prune steps of the schedule. At the last one x is projected itself, and training goes on
+    So weights that z keeps are trained freely. At the last prune step x is projected itself, and training goes on
     without the penalty and with these zeros. `ConstrainedRun` does this on the shards of each rank; subclasses have
     the formulas.
 
@@ -39,8 +40,8 @@ class ConstrainedTraining(Algorithm):
 
     @abstractmethod
     def strength_at(self, fraction: float) -> float:
-        """Returns the strength of the penalty after this fraction, above 0 and below 1, of the prune steps: above 0, up
-        to 1, which moves x to z - u in one step."""
+        """Returns the strength of the penalty after this fraction, above 0 and below 1, of the prune steps: above 0
+        and up to 1, which moves x to z - u in one step."""
 
     @property
     def needs_second_moment(self) -> bool:

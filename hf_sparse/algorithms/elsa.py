@@ -15,16 +15,17 @@ from .constrained import ConstrainedTraining
 class ELSA(ConstrainedTraining):
     """ADMM on the loss itself, without a layerwise surrogate: weights are drawn to the nearest sparse point.
 
-    Each optimizer step on the loss is followed by x <- x - strength_t (x - z + u). The strength grows linearly with the
-    prune steps, strength_t = strength * c / n after prune step c of n. The projection is the nearest point in the norm
-    Σ v^weighting (z - x - u)^2: it keeps the units with the largest v^weighting (x + u)^2, where v is the second
-    moment of the optimizer.
+    Each optimizer step on the loss is followed by x <- x - strength_t (x + u) where z is zero. The strength grows
+    linearly with the prune steps, strength_t = strength * c / n after prune step c of n. The zeros of z are those of
+    the point that is nearest to x + u in the norm Σ v^weighting (z - x - u)^2: it keeps the units with the largest
+    v^weighting (x + u)^2, where v is the second moment of the optimizer.
 
-    Unlike in the paper, the penalty is decoupled from Adam, as the decay of AdamW is. Added to the gradient, it moves
-    a weight by no more than about the learning rate in a step, while u accumulates how far the weight still has to go.
+    Unlike in the paper, the penalty is decoupled from Adam, as the decay of AdamW is, and z follows x where it is not
+    zero. Added to the gradient, the penalty moves a weight by no more than about the learning rate in a step, while u
+    accumulates how far it still has to go; and a fixed z holds the weights that are kept.
 
     Args:
-        strength: above 0, up to 1: the fraction of the distance to z - u that a weight covers in one optimizer step, at
+        strength: above 0, up to 1: the fraction of the distance to z - u that a weight covers in one optimizer step at
             the end of the schedule.
         weighting: from 0, the Euclidean norm, to 1, that of the paper.
 

@@ -24,16 +24,15 @@ _SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 
 
 class ConstrainedRun(AlgorithmRun):
-    """Draws the weights x to a sparse point z, which each prune step projects anew; see `ConstrainedTraining`.
+    """Draws the weights x to a sparse point z, whose zeros each prune step selects anew; see `ConstrainedTraining`.
 
-    The step of the optimizer comes first, and then that of the penalty: x <- x - strength (x - z + u). As a gradient,
-    the penalty would pass through Adam, which moves a weight by about the learning rate, however far z is, and it would
-    enter the second moment by which points are projected.
+    The step of the optimizer comes first, and then that of the penalty. As a gradient, the penalty would pass through
+    Adam, which moves a weight by about the learning rate, however far z is, and would enter the second moment by which
+    points are projected.
 
-    Memory: z and the dual variable u are both parts of the projected point p = x + u, since z = p and u = 0 where the
-    mask keeps a weight, and z = 0 and u = p elsewhere. So z - u, which is all that the penalty needs, takes 4 bytes
-    for each selected weight, float32 whatever the dtype of the weight, and the mask of z one more. A prune step has
-    4 bytes more for the scores, and the checkpoint 8 bytes for z and u.
+    Memory: z is x where the mask of z keeps a weight, and the dual variable u is zero there. So u, 4 bytes for each
+    selected weight, float32 whatever the dtype of the weight, and this mask, one byte, are all. A prune step has
+    4 bytes more for the scores, and the checkpoint 8 bytes for u and the mask.
 
     Raises:
         NotImplementedError: scores need a second moment of each weight, which the optimizer does not hold.
@@ -57,8 +56,8 @@ class ConstrainedRun(AlgorithmRun):
         }
         self._masks = MaskStore({})
         """Where z is not zero."""
-        self._targets: dict[str, torch.Tensor] = {}
-        """z - u of each weight; empty before the first and after the last prune step."""
+        self._duals: dict[str, torch.Tensor] = {}
+        """u of each weight, zero where z is not; empty before the first and after the last prune step."""
         self._prune_step = 0
         """At which z was projected."""
 
@@ -74,12 +73,10 @@ class ConstrainedRun(AlgorithmRun):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        for name, target in self._targets.items():
-            weight, strength = self._shards[name].tensor, self._strength(self._prune_step)
-            if weight.dtype == target.dtype:
-                weight.lerp_(target, strength)
-            else:
-                weight.copy_(torch.lerp(weight.float(), target, strength))
+        for name, dual in self._duals.items():
+            weight = self._shards[name].tensor
+            change = torch.add(weight, dual).mul_(-self._strength(self._prune_step))
+            weight.add_(change.masked_fill_(self._masks[name], 0))
         prune_step = self.schedule.prune_step(step)
         if prune_step is None or not self._has_state(prune_step):
             self._enforce()
@@ -91,12 +88,12 @@ class ConstrainedRun(AlgorithmRun):
             self._warn_of_unused()
             self.pruner.write_copies()
             self.pruner.select(prune_step, self.schedule.total, scores)
-            self._targets, self._masks = {}, MaskStore({})
+            self._duals, self._masks = {}, MaskStore({})
 
     def _enforce(self) -> None:
         """Enforces earlier zeros, and writes the weights, which the penalty has moved, to all their copies."""
         self.pruner.enforce()
-        if self._targets:
+        if self._duals:
             self.pruner.write_copies()
 
     def _has_state(self, prune_step: int) -> bool:
@@ -119,22 +116,21 @@ class ConstrainedRun(AlgorithmRun):
 
     @torch.no_grad()
     def _project_point(self, prune_step: int) -> None:
-        """Projects p = x + u onto the zeros of this prune step: z becomes p where it is kept, and u elsewhere."""
-        points = self._targets
+        """Projects p = x + u onto the zeros of this prune step. Where z is zero then, the new u is p."""
+        points = self._duals
         if not points:
             self._masks = self.pruner.new_masks()
             points = {
                 name: torch.zeros_like(shard.tensor, dtype=torch.float32) for name, shard in self._shards.items()
             }
         for name, point in points.items():
-            # u = -(z - u) where z is zero.
-            point.neg_().masked_fill_(self._masks[name], 0).add_(self._shards[name].tensor)
+            point.add_(self._shards[name].tensor)
         self.pruner.select(prune_step, self.schedule.total, self._scores(points), self._masks)
         # strength * u, the dual variable itself, does not change with the strength.
-        ratio = self._strength(self._prune_step) / self._strength(prune_step) if self._targets else 1.0
+        ratio = self._strength(self._prune_step) / self._strength(prune_step) if self._duals else 1.0
         for name, point in points.items():
-            torch.where(self._masks[name], point, point * -ratio, out=point)
-        self._targets, self._prune_step = points, prune_step
+            point.masked_fill_(self._masks[name], 0).mul_(ratio)
+        self._duals, self._prune_step = points, prune_step
 
     def _scores(self, points: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the scores of points, all ranks at once."""
@@ -182,15 +178,13 @@ class ConstrainedRun(AlgorithmRun):
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         """Returns the strength in the next step and the residual of the constraint, ‖x - z‖ / ‖x‖ over all weights."""
-        if not self._targets:
+        if not self._duals:
             return {}
-        device = next(iter(self._targets.values())).device
-        total = torch.zeros(2, device=device)
-        for name, target in self._targets.items():
+        total = torch.zeros(2, device=next(iter(self._duals.values())).device)
+        for name, dual in self._duals.items():
             if self._shards[name].is_primary:
-                weight = self._shards[name].tensor.to(target.dtype)
-                residual = torch.where(self._masks[name], weight - target, weight)
-                total += torch.stack([residual.square().sum(), weight.square().sum()])
+                squares = self._shards[name].tensor.to(dual.dtype).square()
+                total += torch.stack([squares.masked_fill(self._masks[name], 0).sum(), squares.sum()])
         self.pruner.communicator.all_reduce(total)
         residual_norm, norm = total.sqrt().tolist()
         return {
@@ -201,14 +195,12 @@ class ConstrainedRun(AlgorithmRun):
     # Saving and resuming
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        split, dual = {}, {}
-        for name, target in self._targets.items():
-            split[name] = target.masked_fill(~self._masks[name], 0)
-            dual[name] = (-target).masked_fill_(self._masks[name], 0)
-        return {"split": split, "dual": dual} if split else {}
+        if not self._duals:
+            return {}
+        return {"dual": dict(self._duals), "kept": {name: self._masks[name].float() for name in self._duals}}
 
     def values(self) -> dict[str, Any]:
-        return {"prune_step": self._prune_step} if self._targets else {}
+        return {"prune_step": self._prune_step} if self._duals else {}
 
     def load(self, read: Callable[[str], dict[str, torch.Tensor]], values: Mapping[str, Any]) -> None:
         prune_step = values.get("prune_step")
@@ -216,11 +208,10 @@ class ConstrainedRun(AlgorithmRun):
             return
         if not (is_count(prune_step) and 0 < prune_step < self.schedule.total):
             raise ValueError(f"its prune step is {prune_step!r}: there are {self.schedule.total}.")
-        split, dual, self._masks = read("split"), read("dual"), self.pruner.new_masks()
+        kept, duals, self._masks = read("kept"), read("dual"), self.pruner.new_masks()
         for name, shard in self._shards.items():
-            if name not in split or name not in dual:
+            if name not in kept or name not in duals:
                 raise ValueError(f'the sparse point of "{name}" is missing.')
-            device = shard.tensor.device
-            self._masks.replace(name, (split[name] != 0).to(device))
-            self._targets[name] = (split[name] - dual[name]).to(device)
+            self._masks.replace(name, (kept[name] != 0).to(shard.tensor.device))
+            self._duals[name] = duals[name].to(shard.tensor.device)
         self._prune_step = prune_step
