@@ -88,6 +88,29 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
         raise
 
 
+def check_writable(path: str | Path, option: str) -> None:
+    """Checks before any work that a folder can be written, or made.
+
+    Args:
+        path: the folder.
+        option: that names it, and its value, for the message: "output_dir out".
+
+    Raises:
+        OSError: it is a file, or its nearest parent that exists is none or cannot be written.
+    """
+    path = Path(path).absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{option} cannot be written, because {nearest} is a file: name another folder.")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{option} cannot be written, nor anything in {nearest} ({error.strerror}): name another folder."
+        ) from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

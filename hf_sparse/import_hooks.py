@@ -1,4 +1,5 @@
-"""Calls a function once another package is imported, without importing it."""
+"""Calls a function once another package is imported, without importing it; hides a package from what would import
+it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -57,3 +59,26 @@ def call_after_import(module: str, function: str) -> None:
 def _call(function: str) -> None:
     module, _, name = function.partition(":")
     getattr(importlib.import_module(module), name)()
+
+
+@contextmanager
+def hidden_package(name: str) -> Iterator[None]:
+    """Within, a package that was not imported before counts as not installed, for libraries that import whatever is
+    installed.
+
+    Example:
+        >>> import importlib.util
+        >>> with hidden_package("this"):
+        ...     importlib.util.find_spec("this") is None
+        True
+        >>> importlib.util.find_spec("this").name
+        'this'
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # as the import system defines it
+    try:
+        yield
+    finally:
+        sys.modules.pop(name, None)

@@ -1,51 +1,27 @@
-"""Shared by the example scripts: arguments, logging, loading of models, and the train and finish steps."""
+"""Shared by the example scripts that train: checks, logging, loading of models, and the train and finish steps."""
 
-import json
 import logging
-import re
 import sys
-import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import transformers
-import yaml
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, default_data_collator
+from transformers.trainer_utils import get_last_checkpoint
 
-from hf_sparse import UploadError, load_plugin
+from hf_sparse import SparseTrainingArguments, SparsityCallback, UploadError
+from hf_sparse.config.distillation import SELF
+from hf_sparse.files import DENSE_RESULTS_FILE, check_writable, read_json, write_json
+from hf_sparse.hub.card import select_metrics
 from hf_sparse.hub.card_metadata import HELP, CardMetadata
+from hf_sparse.hub.next_steps import format_next_steps
+from hf_sparse.hub.sources import check_model, check_tokenizer_source
 from hf_sparse.local_paths import is_local, published_name
 
 
 logger = logging.getLogger("scripts.common")
-
-# YAML 1.1 reads 5e-5 as text (it requires 5.0e-5), and a learning rate that is text fails only during training.
-_FLOAT_WITHOUT_POINT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-
-@dataclass
-class PluginArguments:
-    """Plug-ins with methods of your own. They are loaded before the options of pruning are checked."""
-
-    plugin: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Files (my_methods.py) or modules (my_package.methods) that register methods of your own.",
-            "action": "extend",
-        },
-    )
-
-    def __post_init__(self):
-        for plugin in [self.plugin] if isinstance(self.plugin, str) else self.plugin:
-            load_plugin(plugin)
 
 
 @dataclass
@@ -72,6 +48,13 @@ class ModelArguments:
     license: str | None = field(default=None, metadata={"help": HELP["license"]})
     datasets: list[str] | None = field(default=None, metadata={"help": HELP["datasets"], "nargs": "+"})
     pipeline_tag: str | None = field(default=None, metadata={"help": HELP["pipeline_tag"]})
+    eval_dense: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate the model before training too, for the comparison in the model card: of a model that is "
+            "fine-tuned for the task already."
+        },
+    )
     dense_results: str | None = field(
         default=None,
         metadata={"help": "all_results.json of a run without pruning, for the comparison in the model card."},
@@ -94,51 +77,7 @@ class ModelArguments:
         }
 
 
-def parse_args(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
-    """Parses a command line, or the one .json or .yaml file that it names, into the given dataclasses.
-
-    Adds the option `--plugin`, and `--no_X` for each boolean option X.
-
-    Args:
-        dataclass_types: the dataclasses, in the order in which their instances are returned.
-        argv: arguments without the name of the program; `sys.argv[1:]` if None.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser((PluginArguments, *dataclass_types))
-    if len(argv) != 1 or not argv[0].endswith((".json", ".yaml", ".yml")):
-        _, *parsed = parser.parse_args_into_dataclasses(args=_expand_negations(argv, dataclass_types))
-        return tuple(parsed)
-    path = Path(argv[0])
-    if not path.is_file():
-        raise FileNotFoundError(f'argument file "{path}" does not exist.')
-    # JSON is a subset of YAML.
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f'argument file "{path}" must hold one mapping of argument names to values.')
-    _, *parsed = parser.parse_dict({name: _as_number(value) for name, value in values.items()})
-    return tuple(parsed)
-
-
-def _expand_negations(argv: list[str], dataclass_types: tuple) -> list[str]:
-    """Replaces `--no_X` and `--no-X` of boolean options by `--X false`.
-
-    HfArgumentParser adds `--no_X` only where the default is True, and that of an option of pruning is None.
-    """
-    hints = [typing.get_type_hints(dataclass_type) for dataclass_type in dataclass_types]
-    flags = {name for types in hints for name, kind in types.items() if kind in (bool, bool | None)}
-    expanded = []
-    for argument in argv:
-        match = re.fullmatch(r"--no[-_]([\w-]+)", argument)
-        name = match[1].replace("-", "_") if match else None
-        expanded += [f"--{name}", "false"] if name in flags else [argument]
-    return expanded
-
-
-def _as_number(value):
-    return float(value) if isinstance(value, str) and _FLOAT_WITHOUT_POINT.fullmatch(value) else value
-
-
-def setup_logging(training_args: TrainingArguments) -> None:
+def setup_logging(training_args: SparseTrainingArguments) -> None:
     """Logs to stdout: INFO on the main process unless `--log_level` says otherwise, warnings on the others."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -161,30 +100,74 @@ def setup_logging(training_args: TrainingArguments) -> None:
     )
 
 
-def require_work(training_args: TrainingArguments, model_args: ModelArguments) -> None:
-    """Raises an error for a run with nothing to do, or without the file that it would read at its end."""
-    if model_args.dense_results is not None and not Path(model_args.dense_results).is_file():
-        raise FileNotFoundError(f'dense_results "{model_args.dense_results}" does not exist.')
+def check_run(training_args: SparseTrainingArguments, model_args: ModelArguments) -> None:
+    """Checks what needs neither the model nor the data, before either is loaded.
+
+    Raises:
+        ValueError, OSError: options that contradict each other, or a file, folder or model that does not exist.
+    """
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("nothing to do: pass --do_train, --do_eval or --do_predict.")
+    _check_comparison(training_args, model_args)
+    SparsityCallback().check(training_args, None)
+    if training_args.shrink and not training_args.prunes:
+        raise ValueError('shrink is set, but nothing is pruned: add pattern="neuron" and target_sparsity=0.5.')
+    if training_args.fp16 and training_args.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU, and this run is on the CPU: use --bf16, or leave fp16 out.")
+    if training_args.should_save:
+        check_writable(training_args.output_dir, f"output_dir {training_args.output_dir}")
+    if training_args.do_train:
+        resume_point(training_args)
+    _check_sources(training_args, model_args)
 
 
-def resume_point(training_args: TrainingArguments) -> str | bool | None:
+def _check_comparison(training_args: SparseTrainingArguments, model_args: ModelArguments) -> None:
+    if model_args.eval_dense and not (training_args.do_train and training_args.do_eval):
+        raise ValueError("eval_dense compares before and after training: add --do_train and --do_eval.")
+    if model_args.eval_dense and model_args.dense_results is not None:
+        raise ValueError("eval_dense and dense_results exclude each other: leave one of them out.")
+    if model_args.dense_results is not None:
+        if not Path(model_args.dense_results).is_file():
+            raise FileNotFoundError(f'dense_results "{model_args.dense_results}" does not exist.')
+        if not select_metrics(read_json(model_args.dense_results)):
+            raise ValueError(
+                f'dense_results "{model_args.dense_results}" has no metrics: give all_results.json of a run with '
+                "--do_eval."
+            )
+
+
+def _check_sources(training_args: SparseTrainingArguments, model_args: ModelArguments) -> None:
+    """Checks that models and tokenizers exist, which transformers takes half a minute to find out."""
+    access = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    named = access | {"revision": model_args.model_revision}
+    if model_args.model_name_or_path is not None:
+        check_model(model_args.model_name_or_path, "model_name_or_path", **named)
+    if model_args.tokenizer_name is not None:
+        check_tokenizer_source(model_args.tokenizer_name, "tokenizer_name", **named)
+    teacher = training_args.distill_teacher
+    if training_args.do_train and teacher not in (None, SELF):
+        check_model(teacher, "distill_teacher", cache_dir=None, token=training_args.hub_token)
+
+
+def resume_point(training_args: SparseTrainingArguments) -> str | bool | None:
     """Converts `--resume_from_checkpoint` to the argument of `Trainer.train`: True, None or an existing folder.
 
     On the command line True is the text "True", which the Trainer would take for the name of a folder.
     """
     value = training_args.resume_from_checkpoint
-    if value is None or isinstance(value, bool):
-        return value or None
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true" or None
-    if not Path(value).is_dir():
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
+    if isinstance(value, str) and not Path(value).is_dir():
         raise FileNotFoundError(
             f'resume_from_checkpoint "{value}" is not a folder. Pass the path of a checkpoint-N folder, or True for '
             f'the last checkpoint in "{training_args.output_dir}".'
         )
-    return value
+    output = training_args.output_dir
+    if value is True and not (Path(output).is_dir() and get_last_checkpoint(output)):
+        raise FileNotFoundError(
+            f'resume_from_checkpoint is True, but there is no checkpoint in "{output}": leave it out to start anew.'
+        )
+    return value or None
 
 
 def load_tokenizer(model_args: ModelArguments):
@@ -260,16 +243,47 @@ def train(trainer, n_samples: int | None) -> None:
     trainer.save_state()
 
 
+def check_dense_head(model_args: ModelArguments, loading_info: dict) -> None:
+    """Raises an error for `--eval_dense` where the checkpoint has no head for the task.
+
+    Args:
+        loading_info: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
+    """
+    new = sorted(loading_info["missing_keys"]) + sorted(name for name, *_ in loading_info["mismatched_keys"])
+    if model_args.eval_dense and new:
+        raise ValueError(
+            f'eval_dense: "{model_args.model_name_or_path}" lacks {len(new)} weights for this task, such as '
+            f'"{new[0]}", so that its metrics would be those of random weights. Fine-tune it without pruning first, '
+            "and pass the "
+            "all_results.json of that run as --dense_results."
+        )
+
+
+def measure_dense(trainer, evaluate: Callable[[], dict[str, float]], model_args: ModelArguments) -> None:
+    """Gives the trainer the metrics of the dense model, measured before training or those of another run."""
+    if model_args.dense_results is not None:
+        trainer.dense_metrics = read_json(model_args.dense_results)
+    if not model_args.eval_dense:
+        return
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            "eval_dense evaluates before training, when FSDP and DeepSpeed have not split the model: pass the "
+            "all_results.json of a run without pruning as --dense_results."
+        )
+    trainer.dense_metrics = evaluate()
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.args.output_dir) / DENSE_RESULTS_FILE, trainer.dense_metrics)
+
+
 def report(trainer, split: str, metrics: dict) -> None:
     """Prints metrics and writes them to {split}_results.json and all_results.json."""
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
 
 
-def finish(trainer, card_kwargs: dict, model_args: ModelArguments) -> None:
-    """Pushes the model to the Hub with `--push_to_hub`, else writes its card. Exits with code 1 if an upload fails."""
-    if model_args.dense_results is not None:
-        trainer.dense_metrics = json.loads(Path(model_args.dense_results).read_text(encoding="utf-8"))
+def finish(trainer, card_kwargs: dict) -> None:
+    """Pushes the model to the Hub with `--push_to_hub`, else writes its card, and prints what can be done next. Exits
+    with code 1 if an upload fails."""
     if trainer.sparsity_callback is None or trainer.sparsity_callback.pruner is None:
         card_kwargs = trainers_card_kwargs(card_kwargs)
     try:
@@ -279,4 +293,31 @@ def finish(trainer, card_kwargs: dict, model_args: ModelArguments) -> None:
             trainer.create_model_card(**card_kwargs)
     except UploadError as error:
         sys.exit(str(error))
+    if trainer.is_world_process_zero():
+        print(_closing_lines(trainer))
     trainer.accelerator.end_training()  # of several processes, none may exit while its backend still runs
+
+
+def _closing_lines(trainer) -> str:
+    """Returns the comparison with the dense model, or how to get one, and what can be done next."""
+    lines, output = [""], trainer.args.output_dir
+    dense, found = select_metrics(trainer.dense_metrics), select_metrics(trainer.saved_metrics)
+    shared = [name for name in found if name in dense]
+    for name in shared:
+        lines.append(f"{name}: {dense[name]:.4f} dense, {found[name]:.4f} now ({found[name] - dense[name]:+.4f})")
+    if trainer.args.prunes and trainer.args.do_eval and not shared:
+        lines.append(
+            "to compare with the dense model: run the same command without the options of pruning and with another "
+            "--output_dir, then this one with --dense_results OTHER/all_results.json; or, if the model is fine-tuned "
+            "for the task already, add --eval_dense."
+        )
+    if not trainer.args.do_train:
+        return "\n".join(lines).lstrip("\n")
+    lines.append(f"saved to {output}, with its model card, {Path(output) / 'README.md'}")
+    if not trainer.args.prunes:
+        lines.append(
+            f"next: prune it by the same command with --target_sparsity 0.8, --dense_results "
+            f"{Path(output) / 'all_results.json'} and another --output_dir"
+        )
+        return "\n".join(lines)
+    return "\n".join([*lines, format_next_steps(output, is_pushed=trainer.args.push_to_hub)])

@@ -23,17 +23,18 @@ import numpy as np
 from _common import (
     ModelArguments,
     card_kwargs,
+    check_run,
     finish,
     load_config,
     load_tokenizer,
-    parse_args,
+    measure_dense,
     report,
-    require_work,
     setup_logging,
     train,
     use_mean_loss,
 )
 from _data import TABLE_FILES, check_columns, load_files, load_from_hub, need_split
+from _program import parse_args, run_program
 from datasets import Dataset, IterableDataset
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, EvalPrediction, default_data_collator, set_seed
 
@@ -76,6 +77,8 @@ class ClmModelArguments(ModelArguments):
             raise ValueError(f'model_type "{self.model_type}" is not known to transformers. Try gpt2 or llama.')
         if not (self.tokenizer_name or self.model_name_or_path):
             raise ValueError("a model from scratch needs --tokenizer_name: a tokenizer is not trained here.")
+        if self.eval_dense and not self.model_name_or_path:
+            raise ValueError("eval_dense evaluates a model before training, and one from scratch has learned nothing.")
 
 
 @dataclass
@@ -196,13 +199,14 @@ def group(ids: list[list[int]], block_size: int) -> dict[str, list[list[int]]]:
     return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
 
 
-def cut_texts(splits: dict, tokenizer, block_size: int, data_args: DataTrainingArguments, training_args) -> dict:
+def cut_texts(
+    splits: dict, columns: dict, tokenizer, block_size: int, data_args: DataTrainingArguments, training_args
+) -> dict:
     """Converts texts to blocks of token ids; the main process first, so that the others can read its cache."""
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
     blocks = {}
     with training_args.main_process_first(desc="tokenization"):
         for split, dataset in splits.items():
-            column = text_column(dataset, split)
             options = {"remove_columns": dataset.column_names or list(next(iter(dataset)))}
             if not data_args.streaming:
                 options |= {
@@ -211,7 +215,7 @@ def cut_texts(splits: dict, tokenizer, block_size: int, data_args: DataTrainingA
                     "desc": f"Tokenizing {split}",
                 }
 
-            def to_blocks(rows, column=column):
+            def to_blocks(rows, column=columns[split]):
                 # No warning about texts longer than the model's limit: they are split into blocks.
                 return group(tokenizer(rows[column], verbose=False)["input_ids"], block_size)
 
@@ -276,33 +280,36 @@ def token_accuracy(result: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(predictions[counted] == labels[counted]))}
 
 
-def evaluate(trainer, n_blocks: int | None) -> None:
-    """Evaluates; perplexity = exp(mean loss per token)."""
+def evaluate(trainer, n_blocks: int | None) -> dict[str, float]:
+    """Returns the metrics; perplexity = exp(mean loss per token)."""
     metrics = trainer.evaluate()
     if n_blocks is not None:
         metrics["eval_samples"] = n_blocks
     loss = metrics["eval_loss"]
     # exp overflows past 709.
     metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-    report(trainer, "eval", metrics)
+    return metrics
+
+
+CLASSES = (ClmModelArguments, DataTrainingArguments, SparseTrainingArguments)
 
 
 def main(argv: list[str] | None = None) -> None:
-    classes = (ClmModelArguments, DataTrainingArguments, SparseTrainingArguments)
-    model_args, data_args, training_args = parse_args(classes, argv)
+    model_args, data_args, training_args = parse_args(CLASSES, argv)
     training_args.do_predict = False
-    require_work(training_args, model_args)
+    check_run(training_args, model_args)
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
         raise ValueError("a stream has no end to count epochs by: pass --max_steps with --streaming.")
     setup_logging(training_args)
     set_seed(training_args.seed)
 
-    splits = load_texts(data_args, model_args, training_args)
     config = build_config(model_args)
     tokenizer = load_tokenizer(model_args)
     block_size = choose_block_size(data_args.block_size, tokenizer, config)
+    splits = load_texts(data_args, model_args, training_args)
+    columns = {split: text_column(dataset, split) for split, dataset in splits.items()}
     model = build_model(model_args, config, tokenizer)
-    blocks = cut_texts(splits, tokenizer, block_size, data_args, training_args)
+    blocks = cut_texts(splits, columns, tokenizer, block_size, data_args, training_args)
     counts = {split: None if data_args.streaming else len(dataset) for split, dataset in blocks.items()}
 
     trainer = SparseTrainer(
@@ -315,12 +322,13 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=token_accuracy,
         preprocess_logits_for_metrics=most_likely_tokens,
     )
+    measure_dense(trainer, lambda: evaluate(trainer, counts["validation"]), model_args)
     if training_args.do_train:
         train(trainer, counts["train"])
     if training_args.do_eval:
-        evaluate(trainer, counts["validation"])
-    finish(trainer, card_kwargs(model_args, data_args, "text-generation"), model_args)
+        report(trainer, "eval", evaluate(trainer, counts["validation"]))
+    finish(trainer, card_kwargs(model_args, data_args, "text-generation"))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, CLASSES)

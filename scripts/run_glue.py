@@ -25,18 +25,20 @@ from _common import (
     ModelArguments,
     build_collator,
     card_kwargs,
+    check_dense_head,
+    check_run,
     finish,
     load_config,
     load_tokenizer,
-    parse_args,
+    measure_dense,
     report,
-    require_work,
     sequence_length,
     setup_logging,
     train,
     use_mean_loss,
 )
 from _data import check_columns, first_rows, load_files, load_from_hub, need_split
+from _program import parse_args, run_program
 from glue_labels import Labels, check_labels, find_labels, has_labels
 from glue_metrics import load_metric, with_combined_score
 from transformers import (
@@ -199,12 +201,14 @@ def build_model(model_args: GlueModelArguments, config, tokenizer, labels: Label
     config.problem_type = "regression" if labels.is_regression else "single_label_classification"
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
         model_args.model_name_or_path,
         config=config,
         ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+        output_loading_info=True,
         **model_args.hub_kwargs(),
     )
+    check_dense_head(model_args, loading)
     use_mean_loss(model)
     return model
 
@@ -231,13 +235,13 @@ def suffixed(metrics: dict, split: str) -> dict:
     return {f"{name}_mm": value for name, value in metrics.items()} if split.endswith("_mismatched") else metrics
 
 
-def evaluate(trainer, data: dict, names: list[str]) -> None:
-    """Evaluates on every given split and writes all metrics to one file."""
+def evaluate(trainer, data: dict, names: list[str]) -> dict[str, float]:
+    """Returns the metrics of every given split."""
     combined = {}
     for name in names:
         metrics = trainer.evaluate(eval_dataset=data[name]) | {"eval_samples": len(data[name])}
         combined |= suffixed(metrics, name)
-    report(trainer, "eval", combined)
+    return combined
 
 
 def predict(trainer, data: dict, names: list[str], labels: Labels, task: str | None) -> None:
@@ -274,10 +278,12 @@ def glue_card_kwargs(model_args: ModelArguments, data_args: DataTrainingArgument
     return kwargs
 
 
+CLASSES = (GlueModelArguments, DataTrainingArguments, SparseTrainingArguments)
+
+
 def main(argv: list[str] | None = None) -> None:
-    classes = (GlueModelArguments, DataTrainingArguments, SparseTrainingArguments)
-    model_args, data_args, training_args = parse_args(classes, argv)
-    require_work(training_args, model_args)
+    model_args, data_args, training_args = parse_args(CLASSES, argv)
+    check_run(training_args, model_args)
     setup_logging(training_args)
     set_seed(training_args.seed)
 
@@ -306,14 +312,15 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer, data_args.pad_to_max_length, training_args),
     )
+    measure_dense(trainer, lambda: evaluate(trainer, data, needed["eval"]), model_args)
     if training_args.do_train:
         train(trainer, len(data["train"]))
     if training_args.do_eval:
-        evaluate(trainer, data, needed["eval"])
+        report(trainer, "eval", evaluate(trainer, data, needed["eval"]))
     if training_args.do_predict:
         predict(trainer, data, needed["predict"], labels, data_args.task_name)
-    finish(trainer, glue_card_kwargs(model_args, data_args), model_args)
+    finish(trainer, glue_card_kwargs(model_args, data_args))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, CLASSES)

@@ -14,22 +14,17 @@ A run that was interrupted continues after the last finished block when it is st
 runs under `accelerate launch` and `torchrun` as well.
 """
 
-import sys
-
-from _common import parse_args
+from _program import parse_args, run_program
 
 from hf_sparse.oneshot import OneshotArguments, OneshotConfig, run_oneshot
 
 
+CLASSES = (OneshotArguments, OneshotConfig)
+
+
 def main(argv: list[str] | None = None) -> None:
-    run_oneshot(*parse_args((OneshotArguments, OneshotConfig), argv))
+    run_oneshot(*parse_args(CLASSES, argv))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"run_oneshot.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main, CLASSES)

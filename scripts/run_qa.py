@@ -19,18 +19,20 @@ from _common import (
     ModelArguments,
     build_collator,
     card_kwargs,
+    check_dense_head,
+    check_run,
     finish,
     load_config,
     load_tokenizer,
-    parse_args,
+    measure_dense,
     report,
-    require_work,
     sequence_length,
     setup_logging,
     train,
     use_mean_loss,
 )
 from _data import first_rows, load_from_hub, need_split
+from _program import parse_args, run_program
 from qa_data import Windows, check_questions, load_qa_files
 from qa_postprocessing import postprocess, write_answers
 from qa_trainer import SparseQuestionAnsweringTrainer
@@ -181,19 +183,25 @@ def build_metrics(data_args: DataTrainingArguments, model_args: ModelArguments):
     return compute_metrics
 
 
+CLASSES = (ModelArguments, DataTrainingArguments, SparseTrainingArguments)
+
+
 def main(argv: list[str] | None = None) -> None:
-    classes = (ModelArguments, DataTrainingArguments, SparseTrainingArguments)
-    model_args, data_args, training_args = parse_args(classes, argv)
-    require_work(training_args, model_args)
+    model_args, data_args, training_args = parse_args(CLASSES, argv)
+    check_run(training_args, model_args)
     setup_logging(training_args)
     set_seed(training_args.seed)
 
-    questions = load_questions(data_args, model_args, training_args)
     tokenizer = load_tokenizer(model_args)
     windows = build_windows(tokenizer, data_args)
-    model = AutoModelForQuestionAnswering.from_pretrained(
-        model_args.model_name_or_path, config=load_config(model_args), **model_args.hub_kwargs()
+    questions = load_questions(data_args, model_args, training_args)
+    model, loading = AutoModelForQuestionAnswering.from_pretrained(
+        model_args.model_name_or_path,
+        config=load_config(model_args),
+        output_loading_info=True,
+        **model_args.hub_kwargs(),
     )
+    check_dense_head(model_args, loading)
     use_mean_loss(model)
     features = cut_contexts(questions, windows, data_args, training_args)
 
@@ -208,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         post_process=build_post_process(data_args, training_args),
         compute_metrics=build_metrics(data_args, model_args),
     )
+    measure_dense(trainer, trainer.evaluate, model_args)
     if training_args.do_train:
         train(trainer, len(questions["train"]))
     if training_args.do_eval:
@@ -215,8 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     if training_args.do_predict:
         output = trainer.predict(features["test"], questions["test"])
         report(trainer, "test", output.metrics | {"test_samples": len(questions["test"])})
-    finish(trainer, card_kwargs(model_args, data_args, "question-answering"), model_args)
+    finish(trainer, card_kwargs(model_args, data_args, "question-answering"))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, CLASSES)

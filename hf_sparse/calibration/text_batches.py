@@ -168,10 +168,12 @@ class TextReader:
             drawn = self._cut_blocks(rows, self._shuffled_runs(rows, generator), samples)
         if len(drawn) < samples:
             unit = "rows with text" if self.per_row else f"blocks of {self._length} tokens"
-            shorter = "" if self.per_row else ", or a smaller length"
+            found = f"only {len(drawn)} {unit}" if drawn else f"no {unit}"
+            remedies = ["give more text"] + [f"use samples={len(drawn)}"] * bool(drawn)
+            remedies += [] if self.per_row else ["lower length"]
             raise ValueError(
-                f"samples is {samples}, but the {len(rows)} rows of the calibration data give only {len(drawn)} "
-                f"{unit}: give more text, or samples={len(drawn)}{shorter}."
+                f"samples is {samples}, but the {len(rows)} rows of the calibration data give {found}: "
+                f"{', or '.join(remedies)}."
             )
         return self._make_batches(drawn)
 

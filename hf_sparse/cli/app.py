@@ -9,9 +9,16 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..hub.card_metadata import HELP
+from ..import_hooks import hidden_package
 from .deployment import NumberListCommand, bench, export, shrink
+from .mistakes import MISTAKES, format_mistake, is_internal
 from .plugins import Plugins, load_plugins
 from .prune import load_prune_command, prune
+
+
+_UsageError: Any = typer.BadParameter.__base__  # of click, which typer includes under a private name
+_COMMAND = f"{__name__}.command"
+"""The key of the running command in what its context shares."""
 
 
 class _Commands(TyperGroup):
@@ -19,17 +26,35 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with hidden_package("deepspeed"):  # accelerate would import it, which takes seconds and logs what it finds
+                return super().invoke(ctx)
         except BrokenPipeError:  # click handles the end of a pipe, as in `| head`
             raise
-        except (ValueError, OSError, ImportError) as error:
-            typer.echo(f"hf-sparse: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from error
+        except _UsageError as error:
+            message = " ".join(error.format_message().split())
+            cause = error
+        except MISTAKES as error:
+            if is_internal(error):
+                raise
+            message, cause = format_mistake(error, _typed_options(ctx.meta.get(_COMMAND))), error
+        typer.echo(f"hf-sparse: {message}", err=True)
+        raise typer.Exit(2) from cause
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Returns the command that runs, or completes its options: only then those of `prune` are read."""
         name, command, rest = super().resolve_command(ctx, args)
-        return name, load_prune_command() if name == prune.__name__ else command, rest
+        command = ctx.meta[_COMMAND] = load_prune_command() if name == prune.__name__ else command
+        return name, command, rest
+
+
+def _typed_options(command: Any) -> dict[str, str]:
+    """Returns the names of the options of a command, and how they are typed; of arguments those that are no words."""
+    typed = {param.name: param.opts[0] for param in getattr(command, "params", ())}
+    return {
+        name: option if option.startswith("--") else name.upper()
+        for name, option in typed.items()
+        if option.startswith("--") or "_" in name
+    }
 
 
 AllLayers = Annotated[

@@ -159,9 +159,14 @@ def bench(
 
     The models run in turns, on random inputs, and are compared by ratios of times measured next to each other.
     """
+    from pathlib import Path
+
     from ..export.benchmark import benchmark_models
+    from ..files import check_writable
     from ..reporting.plots import plot_latencies
 
+    if plot is not None:
+        check_writable(Path(plot).absolute().parent, f"plot {plot}")
     result = benchmark_models(models, batch or (1, 8, 32), length, runtime, threads, seconds, device)
     if plot is not None:
         plot_latencies(plot, result.latencies)

@@ -4,7 +4,14 @@ The only package that imports torch.distributed, DeepSpeed or accelerate.
 """
 
 from .build import build_shards
-from .communicator import SINGLE_PROCESS, Communicator, get_communicator, init_distributed, raise_on_all_ranks
+from .communicator import (
+    SINGLE_PROCESS,
+    Communicator,
+    get_communicator,
+    init_distributed,
+    parse_device,
+    raise_on_all_ranks,
+)
 from .copies import write_copies
 from .offload import input_device, is_offloaded, iter_parameters, onload
 from .optimizer_state import elementwise_state_keys, optimizer_name, optimizer_state, reset_optimizer_state
@@ -27,6 +34,7 @@ __all__ = [
     "full_shape",
     "get_communicator",
     "init_distributed",
+    "parse_device",
     "input_device",
     "is_deepspeed",
     "is_offloaded",

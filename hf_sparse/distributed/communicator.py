@@ -168,6 +168,32 @@ def raise_on_all_ranks(*types: type[Exception]) -> Iterator[None]:
     get_communicator().raise_together(error)
 
 
+def parse_device(name: str) -> torch.device:
+    """Returns the device of a name such as "cpu" or "cuda:1".
+
+    Raises:
+        ValueError: there is no such device.
+
+    Example:
+        >>> parse_device("cpu")
+        device(type='cpu')
+        >>> parse_device("gpu")
+        Traceback (most recent call last):
+        ...
+        ValueError: device is "gpu": it must be one of torch, such as cpu, cuda or cuda:1.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'device is "{name}": it must be one of torch, such as cpu, cuda or cuda:1.') from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = "no CUDA device" if count == 0 else f"{count} CUDA device{'s' * (count > 1)}, counted from 0"
+        remedy = "device=cpu" if count == 0 else f"device=cuda:{count - 1}"
+        raise ValueError(f"device is {name}, but torch finds {found} here: use {remedy}.")
+    return device
+
+
 def init_distributed(device: str | None = None) -> torch.device:
     """Initialises the process group if torchrun or accelerate launched several processes.
 
@@ -176,11 +202,15 @@ def init_distributed(device: str | None = None) -> torch.device:
             where there is none.
 
     Returns: the device to compute on.
+
+    Raises:
+        ValueError: there is no such device.
     """
+    requested = parse_device(device) if device else None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
         default = PartialState(cpu=device == "cpu").device
     else:
         default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device) if device else default
+    return requested or default

@@ -23,7 +23,9 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 
+from ..distributed import parse_device
 from ..hub.loading import load_model
+from ..hub.sources import check_model
 from ..optional_packages import require
 from ..reporting.tables import format_table
 from .inputs import random_inputs
@@ -177,10 +179,14 @@ def _check(models: Sequence[str], batch_sizes: Sequence[int], runtimes: Sequence
         if name not in PACKAGES:
             raise ValueError(f'runtime is "{name}": it must be one of {", ".join(PACKAGES)}.')
         require("export", *PACKAGES[name])
+    parse_device(device)
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch is {list(batch_sizes)}: it must be one or more numbers from 1.")
     if device != "cpu" and set(runtimes or ()) & {"onnx", "openvino"}:
         raise ValueError(f'device is "{device}": onnx and openvino are measured on the CPU only.')
+    for model in models:
+        if exported_runtime(model) is None:
+            check_model(model)
     if all(exported_runtime(model) for model in models):
         raise ValueError("all models are exported: name a checkpoint as well, whose inputs are used.")
 

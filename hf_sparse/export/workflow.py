@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 from ..calibration.text_tables import find_text_columns, load_texts
-from ..files import write_folder_atomically
+from ..files import check_writable, write_folder_atomically
 from ..hub.loading import load_model, load_tokenizer
+from ..hub.sources import check_model
 from .agreement import Agreement, measure_agreement
 from .inputs import input_names, random_inputs, text_inputs
 from .onnx import ONNX_FILE, to_onnx
@@ -55,15 +56,20 @@ def export_model(
         ValueError: an option is not valid, or the model cannot be exported.
     """
     _check_options(to, dtype, int8, calibration_file)
+    check_writable(Path(output_dir).absolute().parent, f"output_dir {output_dir}")
+    check_model(model)
+    texts = None
+    if calibration_file is not None:
+        table = load_texts(calibration_file)
+        (column, *_) = find_text_columns(table, text_column)
+        texts = table[:samples][column]
     source = load_model(model, "float32")
     takes_images = input_names(source) == ["pixel_values"]
     batches = [random_inputs(source, 4, min(length, 32), seed) for seed in range(4)]
-    if calibration_file is not None:
+    if texts is not None:
         if takes_images:
             raise ValueError("calibration_file has texts, but the model takes images: leave it out.")
-        table = load_texts(calibration_file)
-        (column, *_) = find_text_columns(table, text_column)
-        batches = text_inputs(table[:samples][column], load_tokenizer(model), length)
+        batches = text_inputs(texts, load_tokenizer(model), length)
 
     def write(folder: Path) -> None:
         if Path(model).is_dir():

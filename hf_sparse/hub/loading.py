@@ -10,8 +10,10 @@ import transformers
 
 from ..files import parse_json, read_json
 from .auto_classes import auto_class
+from .sources import check_model
 
 
+_ACCESS_OPTIONS = ("revision", "cache_dir", "token")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -53,14 +55,15 @@ def load_model(
 
     Raises:
         OSError: there is no such model.
-        ValueError: an option is not valid.
+        ValueError: an option is not valid, or a weight file is damaged.
     """
     if dtype not in DTYPES:
         raise ValueError(f'dtype is "{dtype}": it must be one of {", ".join(DTYPES)}.')
+    check_model(name, **{option: value for option, value in hub_options.items() if option in _ACCESS_OPTIONS})
     try:
         config = transformers.AutoConfig.from_pretrained(name, **hub_options)
     except (OSError, ValueError) as error:
-        raise OSError(f'there is no folder "{name}" with a model, and no such model on the Hub: {error}') from error
+        raise OSError(f'"{name}" holds no model that transformers can open: {error}') from error
     placement: dict[str, Any] = {}
     if device_map is not None:
         placement["device_map"] = _parse_device_map(device_map)

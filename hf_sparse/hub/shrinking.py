@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from ..config import PruningConfig
-from ..files import CONFIG_FILE, REPORT_FILE, SCHEDULE_PLOT_FILE
+from ..files import CONFIG_FILE, REPORT_FILE, SCHEDULE_PLOT_FILE, check_writable
 from ..numerics import count_zeros
 from ..reporting.report import SparsityReport
 from ..structured.block_removal import LayersToKeep
@@ -64,6 +64,8 @@ def shrink_checkpoint(
         >>> print(shrink_checkpoint("bert-pruned", "bert-small"))  # doctest: +SKIP
         BertModel: 22,700,000 -> 19,100,000 parameters (84.1 %), 90.8 -> 76.4 MB
     """
+    if not dry_run:
+        check_writable(Path(output_dir).absolute().parent, f"output_dir {output_dir}")
     dense: Any = load_model(model)
     options: dict[str, Any] = {"layers": layers, "experts": experts, "multiple_of": multiple_of}
     options["heterogeneous"] = heterogeneous

@@ -17,7 +17,7 @@ _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 _INDEX = ".safetensors.index.json"
 _CONVERT = "load the model with from_pretrained, save it with save_pretrained, and inspect the result."
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPO = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Beginnings of the names of what a pruning run and Trainer save beside the weights.
 _NOT_WEIGHTS = ("pruning_", "optimizer", "scheduler", "scaler", "rng_state", "training_args")
 

@@ -94,6 +94,10 @@ class OneshotArguments:
             errors.append(_MISSING_OUTPUT)
         if self.dtype not in DTYPES:
             errors.append(f'dtype is "{self.dtype}": it must be one of {", ".join(DTYPES)}.')
+        for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("max_eval_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                errors.append(f"{name} is {value}: it must be {least} or more.")
         if self.device and self.device_map:
             errors.append("device and device_map exclude each other: leave one of them out.")
         if self.calibration_file and self.dataset_name:

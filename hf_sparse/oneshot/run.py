@@ -14,7 +14,7 @@ import torch
 from ..calibration.batches import count_tokens
 from ..calibration.data_files import BUILDERS, extension
 from ..calibration.text_batches import TextReader
-from ..calibration.text_tables import load_texts
+from ..calibration.text_tables import check_columns, load_texts
 from ..config import OneshotConfig
 from ..distributed import get_communicator, init_distributed, raise_on_all_ranks
 from ..evaluation import evaluate_model, metric_for, reference_outputs
@@ -22,6 +22,7 @@ from ..files import (
     DENSE_RESULTS_FILE,
     LAYERS_PLOT_FILE,
     ONESHOT_RESULTS_FILE,
+    check_writable,
     read_json,
     write_folder_atomically,
     write_json,
@@ -30,6 +31,8 @@ from ..hub.auto_classes import auto_class
 from ..hub.card import SparsityCard, write_card
 from ..hub.card.command import command_line
 from ..hub.loading import load_model, load_tokenizer
+from ..hub.next_steps import format_next_steps
+from ..hub.sources import check_model, check_tokenizer_source
 from ..local_paths import published_name
 from ..reporting.plots import plot_layers
 from ..reporting.report import SparsityReport
@@ -119,6 +122,7 @@ class _CheckpointRun:
         self._calibration_info: dict[str, Any] = {}
 
     def plan(self) -> OneshotPlan:
+        self._check_sources()
         self._load_texts()
         self._load_model()
         plan = plan_oneshot(self._model, self._calibration_batches(), self._config)
@@ -130,6 +134,7 @@ class _CheckpointRun:
         with raise_on_all_ranks(OSError):
             if self._is_main:
                 _check_output(args)
+        self._check_sources()
         self._load_texts()
         self._load_model()
         eval_batches = self._reader.first(self._eval_texts, args.max_eval_samples) if args.eval else []
@@ -142,12 +147,18 @@ class _CheckpointRun:
         self._echo(console_text(report))
         sparse_metrics = evaluate_model(self._model, eval_batches, reference) if eval_batches else {}
         if eval_batches:
-            self._echo(f"before: {_format_metrics(dense_metrics)}\nafter:  {_format_metrics(sparse_metrics)}")
+            self._echo(f"after pruning:  {_format_metrics(sparse_metrics)}")
         with raise_on_all_ranks(Exception):
             if self._is_main:
                 self._save(report, dense_metrics, sparse_metrics)
-        self._echo(f"saved to {args.output_dir}")
+        self._echo(self._closing_lines())
         return report
+
+    def _closing_lines(self) -> str:
+        """Returns where the model is, how to compare it where it was not evaluated, and what can be done next."""
+        args = self._args
+        compare = "to compare with the dense model: --eval, with --validation_file or --dataset_name\n"
+        return f"{'' if args.eval else compare}saved to {args.output_dir}\n{format_next_steps(args.output_path)}"
 
     def _echo(self, text: str) -> None:
         if self._is_main:
@@ -159,6 +170,13 @@ class _CheckpointRun:
         if count := count_finished_subgraphs(folder):
             self._echo(f"{event}: finished blocks in {folder}: {count}. {remedy}".rstrip())
 
+    def _check_sources(self) -> None:
+        """Check that model and tokenizer exist: before the texts, which may be downloaded."""
+        args, access = self._args, {"revision": self._args.model_revision, "cache_dir": self._args.cache_dir}
+        check_model(args.model_name_or_path, **access)
+        if args.tokenizer_name is not None:
+            check_tokenizer_source(args.tokenizer_name, "tokenizer_name", cache_dir=args.cache_dir)
+
     def _load_texts(self) -> None:
         """Load calibration and evaluation texts: before the model, which takes longer."""
         args = self._args
@@ -168,6 +186,8 @@ class _CheckpointRun:
             self._texts = load_texts(
                 args.calibration_file, args.dataset_name, args.dataset_config_name, args.dataset_split, **options
             )
+            for names in (args.text_column, args.label_column):
+                check_columns(self._texts, [name.strip() for name in names.split(",")] if names else ())
         else:
             for method in methods_requiring_data(self._config, self._config.resolve_groups().values()):
                 raise ValueError(f"{method} needs calibration data: pass calibration_file or dataset_name.")
@@ -244,11 +264,11 @@ class _CheckpointRun:
         arguments = {name: getattr(self._args, name) for name in _EVALUATION_ARGUMENTS}
         path = self._args.unfinished_dir / DENSE_RESULTS_FILE
         metrics = read_dense_metrics(path, arguments) if self._is_main else None
-        if self._communicator.any(metrics is not None):
-            return metrics or {}
-        metrics = evaluate_model(self._model, batches, reference)
-        if self._is_main:
-            write_json(path, {"asked": arguments, "metrics": metrics})
+        if not self._communicator.any(metrics is not None):
+            metrics = evaluate_model(self._model, batches, reference)
+            if self._is_main:
+                write_json(path, {"asked": arguments, "metrics": metrics})
+        metrics = metrics or {}
         self._echo(f"before pruning: {_format_metrics(metrics)}")
         return metrics
 
@@ -352,6 +372,7 @@ def _format_metrics(metrics: dict[str, float]) -> str:
 def _check_output(arguments: OneshotArguments) -> None:
     """Check that the result can be written to `output_dir`."""
     output = arguments.output_path
+    check_writable(output.absolute().parent, f"output_dir {output}")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir():

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from ..config import PruningConfig
+from ..config import PruningConfig, PruningConfigError
 from ..config.distillation import published_options
+from ..config.validation import training_errors
 from ..distributed import get_communicator, is_deepspeed, observe_zero_gradients, raise_on_all_ranks
 from ..engine.pruner import Pruner
 from ..engine.resolve import removal_warnings, resolve_layers
@@ -131,6 +132,8 @@ class SparsityCallback(TrainerCallback):
             raise NotImplementedError(
                 f"optim={optimizer} keeps a second copy of the weights that pruning cannot reach: use adamw_torch."
             )
+        if self.config.prunes and (errors := _training_errors(self.config)):
+            raise PruningConfigError(errors)
         if self.config.prunes and model is not None:
             groups, skipped = resolve_layers(model, self.config)
             if skipped:
@@ -478,3 +481,12 @@ def _stops_early(state: TrainerState) -> bool:
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _training_errors(config: PruningConfig) -> list[str]:
+    """Returns what the groups of a config need that training does not compute."""
+    return [
+        (f'group "{name}": ' if config.groups else "") + error
+        for name, group in config.resolve_groups().items()
+        for error in training_errors(group)
+    ]

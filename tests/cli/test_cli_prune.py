@@ -43,7 +43,8 @@ def given(monkeypatch):
 def test_it_prunes(model, tmp_path, run):
     words = ["--calibration-file", tmp_path / "texts.jsonl", "--samples", 4, "--length", 16, "--pattern", "2:4"]
     code, out, err = run(model, tmp_path / "out", *words)
-    assert code == 0 and out.splitlines()[-1] == f"saved to {tmp_path / 'out'}"
+    assert code == 0 and f"saved to {tmp_path / 'out'}\nnext:\n  hf-sparse report {tmp_path / 'out'} " in out
+    assert f"\n  hf-sparse push {tmp_path / 'out'} USER/out " in out and "hf-sparse shrink" not in out
     assert "calibration data: 4 blocks of 16 tokens" in out and "selected" in out
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[1].mlp.up_proj.weight
     assert ((weight != 0).reshape(32, 4, 4).sum(-1) == 2).all()
@@ -181,4 +182,4 @@ def test_the_program_by_itself(model, tmp_path):
     command += ["--criterion", "magnitude", "--scope", "layer"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1].startswith("saved to") and Path(tmp_path, "out", "README.md").is_file()
+    assert "\nsaved to" in done.stdout and Path(tmp_path, "out", "README.md").is_file()

@@ -69,12 +69,14 @@ def test_task_name_and_files_go_together(tiny_bert, tmp_path, files):
     assert model.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_the_card_compares_with_a_dense_run_and_names_the_base(tiny_bert, tmp_path, files):
+def test_the_card_compares_with_a_dense_run_and_names_the_base(tiny_bert, tmp_path, files, capsys):
     (tmp_path / "dense.json").write_text('{"eval_accuracy": 0.75, "epoch": 1.0}')
     named = ["--base_model", "user/base", "--dense_results", str(tmp_path / "dense.json")]
     parts = [*files, "--do_train", "--do_eval", "--target_sparsity", "0.5", *named]
     run_glue.main(arguments(tiny_bert, tmp_path / "out", *parts, max_steps=4))
     measured = read_json(tmp_path / "out" / "eval_results.json")["eval_accuracy"]
+    lines = capsys.readouterr().out.splitlines()
+    assert f"eval_accuracy: 0.7500 dense, {measured:.4f} now ({measured - 0.75:+.4f})" in lines
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert f"| eval_accuracy | 0.7500 | {measured:.4f} | {measured - 0.75:+.4f} |" in card.text
     assert card.data.base_model == "user/base" and tiny_bert not in str(card)
@@ -344,11 +346,11 @@ def test_logging_is_quiet_on_other_processes(caplog):
     assert "process 1 of 2" not in caplog.text
 
 
-@pytest.mark.parametrize("script", ["run_clm", "run_glue", "run_qa"])
+@pytest.mark.parametrize("script", ["run_clm", "run_glue", "run_oneshot", "run_qa"])
 def test_a_script_is_a_program(script):
     """One of them is started below."""
     *_, last = ast.parse((SCRIPTS / f"{script}.py").read_text()).body
-    assert ast.unparse(last) == "if __name__ == '__main__':\n    main()"
+    assert ast.unparse(last) == "if __name__ == '__main__':\n    run_program(main, CLASSES)"
 
 
 def test_the_script_runs_from_a_yaml_file(tiny_bert, tmp_path, files):
@@ -366,5 +368,7 @@ def test_the_script_runs_from_a_yaml_file(tiny_bert, tmp_path, files):
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(content) + "learning_rate: 5e-5\n")
     done = run_script("run_glue.py", str(tmp_path / "arguments.yaml"), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "eval_accuracy" in done.stdout
+    assert "eval_accuracy" in done.stdout and f"hf-sparse push {tmp_path / 'out'} USER/out" not in done.stdout
+    assert "next: prune it by the same command with --target_sparsity 0.8" in done.stdout
+    assert "Setting accelerator" not in done.stdout + done.stderr  # DeepSpeed says so when it is imported
     assert "eval_accuracy" in read_json(tmp_path / "out" / "eval_results.json")

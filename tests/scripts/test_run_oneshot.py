@@ -9,7 +9,7 @@ import pytest
 import run_clm
 import run_oneshot
 import torch
-from _common import parse_args
+from _program import parse_args
 from helpers.scripts import SCRIPTS, WORDS, read_json, run_script, train_args
 from transformers import AutoModelForCausalLM
 
