@@ -67,19 +67,6 @@ def test_compare_decides_the_exit_code(folder, run):
     assert run("compare", folder / "other", folder, "--keeps-zeros")[0] == 0
 
 
-def test_user_errors_are_one_line_with_exit_code_2(folder, run):
-    for words in (
-        ("report", folder / "absent.safetensors"),
-        ("report", folder, "--expect", "2;4"),
-        ("report", folder, "--min-sparsity", "50"),
-        ("report", folder, "--verify"),
-        ("compare", folder, folder / "absent.safetensors"),
-    ):
-        code, out, err = run(*words)
-        assert code == 2 and out == "" and err.startswith("hf-sparse: ") and err.count("\n") == 1
-    assert run("report")[0] == run("nonsense")[0] == 2
-
-
 def test_version(run):
     assert run("--version") == (0, f"hf_sparse {hf_sparse.__version__}\n", "")
 

@@ -147,21 +147,6 @@ def test_a_plugin_registers_a_method_before_the_options_are_checked(model, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def test_user_errors_are_one_line_with_exit_code_2(model, tmp_path, run):
-    for words, text in (
-        ((model, "out", "--target-sparsity", 1.5), "target_sparsity is 1.5: it must be a number from 0 to 1"),
-        ((model, "out", "--target-sparsity", 0.5), 'criterion "wanda" needs calibration data'),
-        ((model,), "missing output folder: pass output_dir"),
-        ((model, tmp_path, "--target-sparsity", 0.5), "is not empty: name another folder, or pass --overwrite"),
-        ((tmp_path / "no", "out", "--target-sparsity", 0.5, "--criterion", "magnitude"), "there is no folder"),
-    ):
-        code, out, err = run(*words)
-        assert code == 2 and text in err
-        assert [line for line in err.splitlines() if line.startswith("hf-sparse: ")] == err.splitlines()[-1:]
-    code, out, err = run(model, "out", "--target-sparsitty", 0.5)
-    assert code == 2 and "--target-sparsity" in err
-
-
 def test_ctrl_c_is_130(run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -19,6 +19,7 @@ MISTAKES = [
     ("report {model} --expect 2;4", "2;4"),
     ("report {model} --verify", "pruning_report.json"),
     ("report {torn}", "model.safetensors"),
+    ("compare {model} ./nowhere", "./nowhere does not exist"),
     ("report ./nowhere", "./nowhere does not exist"),
     ("methods --family criterium", 'Did you mean "criterion"?'),
     ("card {model}", "pruning_report.json does not exist"),

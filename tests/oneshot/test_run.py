@@ -84,7 +84,8 @@ def test_the_output_is_a_plain_checkpoint_with_report_results_and_card(run, inpu
     }
     assert 1 < results["dense_perplexity"] != results["eval_perplexity"] > 1
     assert (
-        "calibration data: 8 blocks of 16 tokens" in printed and f"after:  loss {results['eval_loss']:,.4g}" in printed
+        "calibration data: 8 blocks of 16 tokens" in printed
+        and f"after pruning:  loss {results['eval_loss']:,.4g}" in printed
     )
     card = SparsityCard.load(out)
     assert card.oneshot and card.dense_metrics == {
@@ -98,7 +99,7 @@ def test_a_classifier(run, inputs, tmp_path):
     options = {"criterion": "taylor", "target_sparsity": 0.5, "scope": "layer"}
     files = {"calibration_file": inputs["sentences"], "validation_file": inputs["sentences"]}
     printed = run(options, model_name_or_path=inputs["bert"], eval=True, **files)
-    assert "8 rows of at most 16 tokens" in printed and "after:  accuracy" in printed
+    assert "8 rows of at most 16 tokens" in printed and "after pruning:  accuracy" in printed
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
     zeros = sum(int((model.state_dict()[layer["name"]] == 0).sum()) for layer in report["layers"])
@@ -176,7 +177,7 @@ def test_a_killed_run_continues(run, inputs, tmp_path, monkeypatch):
     printed = run(options, eval=True, validation_file=inputs["held_out"])
     assert f"continuing: finished blocks in {state}: 2." in printed
     assert written == [2] and len(measured) == 1  # the metrics of the dense model were stored
-    assert "before: loss" in printed
+    assert "before pruning: loss" in printed
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
