@@ -69,6 +69,7 @@ class ClmModelArguments(ModelArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if not (self.model_name_or_path or self.model_type or self.config_name):
             raise ValueError("no model: pass --model_name_or_path, or --model_type or --config_name for a new one.")
         if self.config_overrides and (self.model_name_or_path or self.config_name):
