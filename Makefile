@@ -12,7 +12,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-ch
 RUFF = $(VENV)/bin/ruff
 SOURCES = hf_sparse scripts tests docs setup.py
 
-.PHONY: demo test slow quality docs style matrix sdist clean
+.PHONY: demo test slow quality docs style matrix dist clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/python scripts/demo.py
@@ -65,9 +65,13 @@ matrix: $(VENV)/.installed
 	@$(PIP) uv
 	@$(VENV)/bin/python scripts/matrix.py $(ROWS) --torch "$(TORCH)" $(if $(TESTS),--tests $(TESTS)) $(MATRIX)
 
-sdist: $(VENV)/.installed
-	@$(PIP) build
-	@$(VENV)/bin/python -m build --no-isolation
+# The files of a release, checked. A small environment of its own: nothing here needs torch.
+dist:
+	@rm -rf dist
+	@test -d $(VENV)/dist || $(PYTHON) -m venv $(VENV)/dist
+	@$(VENV)/dist/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	$(VENV)/dist/bin/python -m build
+	$(VENV)/dist/bin/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) runs build dist site .matrix .mypy_cache .pytest_cache .ruff_cache

@@ -215,6 +215,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", help="names of rows; all but main when left out")
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
+    parser.add_argument("--json", action="store_true", help="with --list, the names of all rows as JSON")
     parser.add_argument("--torch", default="torch", help='requirement of torch, as "torch==2.13.0"')
     parser.add_argument("--until", metavar="DAY", help="install only what was released by that day")
     parser.add_argument("--timeout", type=int, default=1200, help="seconds that the tests of a row may take")
@@ -230,6 +231,9 @@ def main() -> int:
         print(f"There is no row {', '.join(unknown)}: the rows are {', '.join(known)}.", file=sys.stderr)
         return 2
     chosen = [known[name] for name in args.rows] or [row for row in known.values() if row.name != "main"]
+    if args.list and args.json:
+        print(json.dumps(list(known)))
+        return 0
     if args.list:
         for row in chosen:
             print(row.name, row.python or "", *row.packages, "lowest" if row.lowest else "")

@@ -1,4 +1,4 @@
-"""Names of other libraries that the package uses without being documented for that: each must still exist.
+"""Names of other libraries that the package uses although they are not documented: why, and what else there is.
 
 A name that one of them renames fails here, before it fails in a run that is distributed, resumed or pushed.
 """
@@ -6,7 +6,9 @@ A name that one of them renames fails here, before it fails in a run that is dis
 import ast
 import importlib.util
 import re
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,61 +18,170 @@ import hf_sparse
 PACKAGE = Path(hf_sparse.__file__).parent
 SOURCES = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
-# Name -> (library, file below it, pattern that must occur in the file).
+
+class Private(NamedTuple):
+    """A name that its library does not document, and may change in any release.
+
+    Args:
+        library: that defines it.
+        file: below the library's folder.
+        pattern: regular expression that must occur in the file for our use to be right.
+        reason: why we need it.
+        without: what we would do without it.
+    """
+
+    library: str
+    file: str
+    pattern: str
+    reason: str
+    without: str
+
+
+TRAINER, CONFIGS = ("transformers", "trainer.py"), ("transformers", "configuration_utils.py")
+HOOKS, OFFLOAD = ("accelerate", "hooks.py"), ("accelerate", "utils/offload.py")
+ZERO3, PARTITION = ("deepspeed", "runtime/zero/stage3.py"), ("deepspeed", "runtime/zero/partition_parameters.py")
+FRAGMENT = ("deepspeed", "utils/tensor_fragment.py")
+# The reasons and plans that several names share.
+STORE = "zeros must reach the CPU or disk copy from which accelerate loads a weight, and it has no function for that"
+NO_OFFLOAD = "refuse to prune offloaded models, as `onload` does where no hook brings the weights"
+MASTER = "zeros must reach the fp32 master, and the public functions of DeepSpeed return copies of it"
+NO_MASTER = "refuse ZeRO-3 (stage 2 remains), as `check_storage` does where the master is not found"
+NO_FRAGMENT = "refuse ZeRO-1 and 2, or set whole weights by safe_set_full_fp32_param, one at a time"
+SHARD = "says which entries of a weight this rank holds"
+SPARSE = "times the 2:4 kernels of cuSPARSELt on packed weights, which the public tensor class hides"
+NO_SPARSE = "use torch.sparse.to_sparse_semi_structured alone, with its slower choice of kernel"
+TREES = "flattens inputs and outputs of blocks, of any nesting, as torch.export and transformers' caches do"
+CLASS = "ask users for the layout: the class has no attribute that tells it"
+
 PRIVATE_NAMES = {
     # Trainer. What we override must also be called, with what we take.
-    "_save_rng_state": ("transformers", "trainer.py", r"\bself\._save_rng_state\(output_dir\)"),
-    "_push_from_checkpoint": ("transformers", "trainer.py", r"\bself\._push_from_checkpoint\(output_dir\)"),
-    "_finish_current_push": ("transformers", "trainer.py", r"def _finish_current_push\(self\)"),
-    "push_in_progress": ("transformers", "trainer.py", r"self\.push_in_progress\.jobs\.extend\("),
-    "_save": ("transformers", "trainer.py", r"def _save\(self, output_dir: .*, state_dict: "),
-    "_internal_call": ("transformers", "trainer.py", r"self\.save_model\(output_dir, _internal_call=True\)"),
-    "_VALID_DICT_FIELDS": ("transformers", "training_args.py", r"for \w+ in self\._VALID_DICT_FIELDS:"),
-    "_experts_implementation": ("transformers", "configuration_utils.py", r"def _experts_implementation\(self\)"),
-    # accelerate
-    "_hf_hook": ("accelerate", "hooks.py", r"module\._hf_hook = hook"),
-    "weights_map": ("accelerate", "hooks.py", r"self\.weights_map = weights_map"),
-    "place_submodules": ("accelerate", "hooks.py", r"self\.place_submodules = place_submodules"),
-    "execution_device": ("accelerate", "hooks.py", r"self\.execution_device = execution_device"),
-    "prefix": ("accelerate", "utils/offload.py", r"self\.prefix = prefix"),
-    "dataset": ("accelerate", "utils/offload.py", r"self\.dataset = dataset"),
-    "save_folder": ("accelerate", "utils/offload.py", r"self\.save_folder = "),
-    "DeepSpeedOptimizerWrapper": ("accelerate", "utils/deepspeed.py", r"class DeepSpeedOptimizerWrapper\b"),
-    # DeepSpeed
-    "_hp_mapping": ("deepspeed", "utils/mixed_precision_linkage.py", r"\._hp_mapping = get_hp_fragment_mapping\("),
-    "lp_fragment_address": ("deepspeed", "utils/tensor_fragment.py", r"\blp_fragment_address: "),
-    "hp_fragment": ("deepspeed", "utils/tensor_fragment.py", r"\bhp_fragment: "),
-    "_z3_optimizer": ("deepspeed", "runtime/zero/stage3.py", r"\._z3_optimizer = self\b"),
-    "fp32_partitioned_groups_flat": (
-        "deepspeed",
-        "runtime/zero/stage3.py",
-        r"self\.fp32_partitioned_groups_flat\b.* = \[\]",
+    "_save_rng_state": Private(
+        *TRAINER,
+        r"\bself\._save_rng_state\(output_dir\)",
+        "overridden: all ranks wait before trainer_state.json, which marks a checkpoint as complete",
+        "`train` warns that a checkpoint may count as complete too early; the barrier would move to `on_save`",
     ),
-    "grad_position": ("deepspeed", "runtime/zero/stage3.py", r"self\.grad_position\[self\.get_param_id\("),
-    "get_param_id": ("deepspeed", "runtime/zero/stage3.py", r"def get_param_id\(self, param\)"),
-    "ds_id": ("deepspeed", "runtime/zero/partition_parameters.py", r"\bparam\.ds_id = "),
-    "ds_tensor": ("deepspeed", "runtime/zero/partition_parameters.py", r"\bparam\.ds_tensor = "),
-    "ds_persist": ("deepspeed", "runtime/zero/partition_parameters.py", r"\bparam\.ds_persist = "),
-    "ds_process_group": ("deepspeed", "runtime/zero/partition_parameters.py", r"\bparam\.ds_process_group = "),
+    "_push_from_checkpoint": Private(
+        *TRAINER,
+        r"\bself\._push_from_checkpoint\(output_dir\)",
+        "called after training for a checkpoint whose upload was left out or failed",
+        "`finish_pushes` logs that the last checkpoint is not on the Hub, and the command that uploads it",
+    ),
+    "push_in_progress": Private(
+        *TRAINER,
+        r"self\.push_in_progress\.jobs\.extend\(",
+        "has the futures of background uploads, whose failures Trainer never reads",
+        "`UploadWatcher` warns that failures cannot be seen; the repository would be compared after training",
+    ),
+    "_internal_call": Private(
+        *TRAINER,
+        r"self\.save_model\(output_dir, _internal_call=True\)",
+        "the second parameter of the public `save_model`, which marks the saves of checkpoints",
+        "recognize checkpoints by the names of their folders",
+    ),
+    "_experts_implementation": Private(
+        *CONFIGS,
+        r"def _experts_implementation\(self\)",
+        "says how fused experts are computed, to restore it; only where get_experts_implementation is missing",
+        "it goes when the oldest supported transformers has get_experts_implementation (5.6 has not)",
+    ),
+    # accelerate
+    "_hf_hook": Private(*HOOKS, r"module\._hf_hook = hook", STORE, NO_OFFLOAD),
+    "weights_map": Private(*HOOKS, r"self\.weights_map = weights_map", STORE, NO_OFFLOAD),
+    "place_submodules": Private(*HOOKS, r"self\.place_submodules = place_submodules", STORE, NO_OFFLOAD),
+    "execution_device": Private(
+        *HOOKS,
+        r"self\.execution_device = execution_device",
+        "says where the inputs of an offloaded model must be",
+        "take the first accelerator",
+    ),
+    "prefix": Private(*OFFLOAD, r"self\.prefix = prefix", STORE, NO_OFFLOAD),
+    "dataset": Private(*OFFLOAD, r"self\.dataset = dataset", STORE, NO_OFFLOAD),
+    "save_folder": Private(*OFFLOAD, r"self\.save_folder = ", STORE, NO_OFFLOAD),
+    # DeepSpeed
+    "_hp_mapping": Private(
+        "deepspeed",
+        "utils/mixed_precision_linkage.py",
+        r"\._hp_mapping = get_hp_fragment_mapping\(",
+        MASTER,
+        NO_FRAGMENT,
+    ),
+    "lp_fragment_address": Private(*FRAGMENT, r"\blp_fragment_address: ", SHARD, NO_FRAGMENT),
+    "hp_fragment": Private(*FRAGMENT, r"\bhp_fragment: ", MASTER, NO_FRAGMENT),
+    "_z3_optimizer": Private(*ZERO3, r"\._z3_optimizer = self\b", MASTER, NO_MASTER),
+    "fp32_partitioned_groups_flat": Private(
+        *ZERO3, r"self\.fp32_partitioned_groups_flat\b.* = \[\]", MASTER, NO_MASTER
+    ),
+    "grad_position": Private(*ZERO3, r"self\.grad_position\[self\.get_param_id\(", MASTER, NO_MASTER),
+    "get_param_id": Private(*ZERO3, r"def get_param_id\(self, param\)", MASTER, NO_MASTER),
+    "ds_id": Private(*PARTITION, r"\bparam\.ds_id = ", "marks the parameters that ZeRO-3 splits", NO_MASTER),
+    "ds_tensor": Private(*PARTITION, r"\bparam\.ds_tensor = ", MASTER, NO_MASTER),
+    "ds_persist": Private(
+        *PARTITION,
+        r"\bparam\.ds_persist = ",
+        "tells small parameters, which stay whole on every rank and need the zeros there too",
+        "set stage3_param_persistence_threshold to 0",
+    ),
+    "ds_process_group": Private(*PARTITION, r"\bparam\.ds_process_group = ", SHARD, "use the default process group"),
     # torch
-    "_is_flat_param": ("torch", "distributed/fsdp/_flat_param.py", r"\._is_flat_param = True"),
-    "_fsdp_flattened": ("torch", "distributed/fsdp/_common_utils.py", r'FSDP_FLATTENED = "_fsdp_flattened"'),
-    "_parameters": ("torch", "nn/modules/module.py", r"\b_parameters: dict\[str, "),
-    "_pytree": ("torch", "utils/_pytree.py", r"def tree_map\("),
-    "_cslt_sparse_mm": ("torch", "_C/_VariableFunctions.pyi", r"def _cslt_sparse_mm\("),
-    "_cslt_sparse_mm_search": ("torch", "_C/_VariableFunctions.pyi", r"def _cslt_sparse_mm_search\("),
-    "_version": ("torch", "_C/__init__.pyi", r"\b_version: (_int|int)\b"),
+    "_fsdp_flattened": Private(
+        "torch",
+        "distributed/fsdp/_common_utils.py",
+        r'FSDP_FLATTENED = "_fsdp_flattened"',
+        "tells weights of FSDP version 1, which are refused",
+        "read the version in accelerate's fsdp_plugin; torch removes version 1",
+    ),
+    "_pytree": Private("torch", "utils/_pytree.py", r"def tree_map\(", TREES, "depend on optree"),
+    "_cslt_sparse_mm": Private("torch", "_C/_VariableFunctions.pyi", r"def _cslt_sparse_mm\(", SPARSE, NO_SPARSE),
+    "_cslt_sparse_mm_search": Private(
+        "torch", "_C/_VariableFunctions.pyi", r"def _cslt_sparse_mm_search\(", SPARSE, NO_SPARSE
+    ),
+    "_version": Private(
+        "torch",
+        "_C/__init__.pyi",
+        r"\b_version: (_int|int)\b",
+        "tells whether an input was changed in place since an observer has seen it",
+        "observe shared inputs once for each weight, which costs time",
+    ),
+    # Classes that are known by name: importing their libraries takes seconds, and rooms below `training` must not.
+    "Conv1D": Private(
+        "transformers", "pytorch_utils.py", r"^class Conv1D\(nn\.Module\)", "its weight is (inputs, outputs)", CLASS
+    ),
+    "Llama4TextExperts": Private(
+        "transformers",
+        "models/llama4/modeling_llama4.py",
+        r"^class Llama4TextExperts\b",
+        "its weights are (experts, inputs, outputs), and it lacks is_transposed",
+        CLASS,
+    ),
+    "GptOssExperts": Private(
+        "transformers",
+        "models/gpt_oss/modeling_gpt_oss.py",
+        r"^class GptOssExperts\b(.|\n)*\[\.\.\., ::2\]",
+        "the rows of gate and up alternate in its weights",
+        CLASS,
+    ),
+    "DeepSpeedOptimizerWrapper": Private(
+        "accelerate",
+        "utils/deepspeed.py",
+        r"^class DeepSpeedOptimizerWrapper\b",
+        "tells an optimizer that steps inside backward",
+        "read accelerator.distributed_type, which the callback of a stock Trainer does not get",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", PRIVATE_NAMES)
 def test_a_private_name_still_exists(name):
-    library, file, pattern = PRIVATE_NAMES[name]
-    spec = importlib.util.find_spec(library)  # without importing it
+    private = PRIVATE_NAMES[name]
+    spec = importlib.util.find_spec(private.library)  # without importing it
     if spec is None:
-        pytest.skip(f"{library} is not installed")
-    path = Path(spec.submodule_search_locations[0]) / file
-    assert re.search(pattern, path.read_text()), f"{library}/{file} has changed: see how {name} is used"
+        pytest.skip(f"{private.library} is not installed")
+    path = Path(spec.submodule_search_locations[0]) / private.file
+    assert path.exists() and re.search(private.pattern, path.read_text(), flags=re.MULTILINE), (
+        f"{private.library} {version(private.library)} has changed {private.file}: {name} is not there as we use it. "
+        f"We need it because it {private.reason}. Without it: {private.without}."
+    )
 
 
 @pytest.mark.parametrize("name", PRIVATE_NAMES)

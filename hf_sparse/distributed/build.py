@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -39,13 +40,19 @@ def _build_shard(name: str, parameter: torch.Tensor) -> Shard:
             return ZeroShard(parameter)
         if hasattr(parameter, "device_mesh") and hasattr(parameter, "placements"):
             return DTensorShard(parameter)
-        if hasattr(parameter, "_is_flat_param") or getattr(parameter, "_fsdp_flattened", False):
+        if isinstance(parameter, _flat_parameter()) or getattr(parameter, "_fsdp_flattened", False):
             raise NotImplementedError("it is flattened by FSDP version 1: set fsdp_config version to 2")
         if parameter.is_meta:
             raise NotImplementedError("it is on the meta device, where it holds no values")
     except NotImplementedError as error:
         raise NotImplementedError(f'"{name}" cannot be pruned: {error}.') from None
     return Shard(parameter)
+
+
+def _flat_parameter() -> type | tuple[()]:
+    """The class of FSDP version 1, if anything has imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else fsdp.FlatParameter
 
 
 def _gather_regions(

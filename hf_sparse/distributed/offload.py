@@ -26,6 +26,11 @@ def onload(module: nn.Module) -> Iterator[None]:
                 hook.pre_forward(child)
                 hook.offload = False  # forwards inside the context neither onload nor offload
                 onloaded.append((child, hook))
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise NotImplementedError(
+                "some weights are on the meta device, and no hook of accelerate brings them: load the whole model, or "
+                "use the version of accelerate that hf_sparse was tested with."
+            )
         yield
     finally:
         for child, hook in onloaded:
@@ -71,7 +76,7 @@ def _offload_hooks(module: nn.Module) -> list[Any]:
     """The hooks of accelerate that onload the weights of `module`."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])
-    return [hook for hook in hooks if getattr(hook, "offload", False) and hasattr(hook, "weights_map")]
+    return [hook for hook in hooks if getattr(hook, "offload", False)]
 
 
 def _store(weights_map: Any, name: str, tensor: torch.Tensor) -> None:

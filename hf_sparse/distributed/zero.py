@@ -7,6 +7,7 @@ the zeros, or the next step or export would restore the weights.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -86,6 +87,12 @@ class ZeroShard(Shard):
         return not hasattr(self.parameter, "ds_id")
 
     def check_storage(self) -> None:
+        is_partitioned = hasattr(self.parameter, "ds_id")
+        if is_partitioned and self.parameter.requires_grad and not hasattr(self.parameter, "_z3_optimizer"):
+            raise NotImplementedError(
+                "this version of DeepSpeed does not show the master weights of ZeRO-3: use zero_optimization.stage 2, "
+                "or the version that hf_sparse was tested with."
+            )
         copies = self.replicas
         if self.full_copy is not None and len(self.local_regions) == 1:
             (region,) = self.local_regions
@@ -100,7 +107,8 @@ class ZeroShard(Shard):
 
 def is_deepspeed(optimizer: object) -> bool:
     """Whether an optimizer, as prepared by accelerate, is DeepSpeed's, which steps inside backward."""
-    return type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
+    wrappers = sys.modules.get("accelerate.utils.deepspeed")  # imported wherever there is such an optimizer
+    return wrappers is not None and isinstance(optimizer, wrappers.DeepSpeedOptimizerWrapper)
 
 
 def observe_zero_gradients(optimizer: Any, shards: Iterable[Shard], observe: Callable[[], None]) -> Any:

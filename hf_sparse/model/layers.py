@@ -205,7 +205,7 @@ def plain_name(name: str) -> str:
 
 def _prunable(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
     """Yields the prunable parameters that `module` itself holds, each with its kind."""
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         # A parametrized weight is recomputed at each access: it is not a parameter and cannot be pruned in place.
         if isinstance(weight, nn.Parameter):

@@ -166,7 +166,7 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 def set_layer_sizes(model: nn.Module) -> None:
     """Sets the sizes that linear layers and embeddings hold as attributes to those of their weights."""
     for module in model.modules():
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is None or weight.ndim != 2:
             continue
         for keys in (("out_features", "in_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim")):

@@ -61,16 +61,6 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
         metadata={"help": 'Options of tune, as JSON: {"rank": 16, "alpha": 32} for masked_lora.'},
     )
 
-    _VALID_DICT_FIELDS = [
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "groups",
-        "algorithm_kwargs",
-        "criterion_kwargs",
-        "allocation_kwargs",
-        "penalty_kwargs",
-        "tune_kwargs",
-    ]
-
     # Both parents have these methods. Those of TrainingArguments show every field and hide tokens.
     to_dict = TrainingArguments.to_dict
     __repr__ = TrainingArguments.__repr__

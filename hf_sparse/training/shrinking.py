@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,6 @@ from transformers import PreTrainedModel
 from ..config import PruningConfig, PruningConfigError
 from ..distributed import raise_on_all_ranks
 from ..engine.resolve import removal_warnings, resolve_layers
-from ..files import SHRINK_FILE
 from ..hub.shrinking import shrink_folder
 from .whole_weights import loading_whole_weights
 
@@ -69,55 +66,31 @@ class ShrinkMixin(TrainerBase):
 
     _save_options: tuple[bool, bool] | None = None
     """Of the save that is running: whether it writes a smaller model, and whether with layers of different sizes."""
-    _shrink_error: Exception | None = None
-    """What went wrong on this rank, until all ranks can raise."""
     is_output_shrunk = False
     """Whether the model in `output_dir` is smaller than that of the trainer."""
 
-    @contextmanager
-    def _shrinking(self, shrink: bool | None, heterogeneous: bool | None, directory: Path) -> Iterator[None]:
-        """Within, `_save` writes a smaller model if `shrink` says so or, where it is None, the arguments or an earlier
-        save. Afterwards all ranks raise if one could not."""
-        enclosing = self._save_options  # of a save that pushes, for which Trainer saves again
-        if shrink is None and enclosing is not None:
-            shrink, heterogeneous = enclosing
+    def _options_of_save(self, shrink: bool | None, heterogeneous: bool | None) -> tuple[bool, bool]:
+        """Replaces None by what the arguments, an earlier save, or the save that encloses this one say."""
+        if shrink is None and self._save_options is not None:  # of a save that pushes, for which Trainer saves again
+            shrink, heterogeneous = self._save_options
         if shrink is None:
             shrink = not self.is_in_train and (getattr(self.args, "shrink", False) or self.is_output_shrunk)
         if heterogeneous is None:
             heterogeneous = getattr(self.args, "heterogeneous", False)
-        self._save_options = shrink, heterogeneous
-        try:
-            yield
-        finally:
-            self._save_options = enclosing
-        if shrink:
-            error, self._shrink_error = self._shrink_error, None
-            with raise_on_all_ranks(Exception):
-                if error is not None:
-                    raise error
-        if directory == Path(str(self.args.output_dir)):
-            self.is_output_shrunk = shrink
+        return shrink, heterogeneous
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer's, which writes the whole model; then, where asked for, the main rank makes the files smaller."""
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        directory = Path(str(output_dir if output_dir is not None else self.args.output_dir))
-        (directory / SHRINK_FILE).unlink(missing_ok=True)
-        shrink, heterogeneous = self._save_options or (False, False)
-        if not shrink:
-            return
+    def _make_smaller(self, directory: Path, heterogeneous: bool) -> None:
+        """Replaces the whole model in a folder by a smaller one, on the main rank. All ranks raise if it cannot."""
         model_class = _model_class(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
-        try:
-            with loading_whole_weights(self.accelerator):
-                plan = shrink_folder(directory, model_class, heterogeneous)
-        except Exception as error:
-            # Other ranks may wait for this one in what follows: all raise together at the end of `save_model`.
-            self._shrink_error = error
-            logger.error("%s has the whole model: it was not made smaller. %s", directory, error)
-        else:
-            logger.info("%s", plan)
+        with raise_on_all_ranks(Exception):
+            if self.args.should_save:
+                try:
+                    with loading_whole_weights(self.accelerator):
+                        plan = shrink_folder(directory, model_class, heterogeneous)
+                except Exception as error:
+                    logger.error("%s has the whole model: it was not made smaller. %s", directory, error)
+                    raise
+                logger.info("%s", plan)
 
 
 def _model_class(model: nn.Module) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from ..config import PruningConfig
 from ..distributed import get_communicator, raise_on_all_ranks
 from ..engine.resolve import resolve_layers
+from ..files import SHRINK_FILE
 from ..hub.upload import UploadError, hide_token
 from .best_metric import unblock_best_metric
 from .callback import GIVEN_TWICE, SparsityCallback
@@ -28,6 +30,7 @@ from .shrinking import ShrinkMixin, check_shrink
 from .state_files import start_checkpoint
 from .tuning_mixin import TuningMixin
 from .uploads import HubUploadMixin
+from .whole_weights import saving_whole_weights
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
         self._has_given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         self._callback_of_arguments: SparsityCallback | None = None
         self._is_set_up = False
+        self._has_awaited_ranks = True
         self.sparsity_callback: SparsityCallback | None = None
         """The callback that prunes, if there are pruning options. With nothing to prune it does nothing."""
         self.dense_metrics: dict[str, float] = {}
@@ -148,7 +152,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
             resume_from_checkpoint = self.resumed_from = None if state is None else str(state.checkpoint)
             callback.resume_state = state
         try:
-            with self._distilling(resume_from_checkpoint), self._tuning():
+            with self._distilling(resume_from_checkpoint), self._tuning(), self._watching_uploads():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if callback is not None:
@@ -157,6 +161,11 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
             callback.finish(self.args, self.state)
             if callback.pruner is not None:
                 self._trackers.add_figures(str(self.args.output_dir), self.state.global_step)
+        if not self._has_awaited_ranks and get_communicator().world_size > 1:
+            logger.warning(
+                "This version of transformers does not call _save_rng_state: a checkpoint may count as complete while "
+                "a rank still writes its files. If a run is killed, resume from the checkpoint before the last."
+            )
         self.finish_pushes()
         return result
 
@@ -211,15 +220,26 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
         directory = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         is_checkpoint = self._write_pruning_files(directory, _internal_call and output_dir is not None)
         self._save_distillation(directory, _internal_call and output_dir is not None)
-        with self._shrinking(shrink, heterogeneous, directory):
-            if self._prunes and self.is_fsdp_enabled and not is_checkpoint:
-                if "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-                    # Trainer would save sharded weights, which from_pretrained cannot open.
-                    self._save(str(directory), state_dict=self.accelerator.get_state_dict(self.model))
-            try:
-                super().save_model(output_dir, _internal_call)
-            except UploadError as error:
-                logger.error("%s", error)
+        if _internal_call and output_dir is not None:
+            self._last_saved_checkpoint = output_dir
+        is_whole = self._prunes and self.is_fsdp_enabled and not is_checkpoint
+        enclosing, self._save_options = self._save_options, self._options_of_save(shrink, heterogeneous)
+        shrink, heterogeneous = self._save_options
+        try:
+            if self.args.should_save:
+                (directory / SHRINK_FILE).unlink(missing_ok=True)
+            with saving_whole_weights(self.accelerator) if is_whole else nullcontext():
+                super().save_model(output_dir, _internal_call or shrink)  # a smaller model is uploaded below
+            if shrink:
+                self._make_smaller(directory, heterogeneous)
+            if directory == Path(str(self.args.output_dir)):
+                self.is_output_shrunk = shrink
+            if shrink and self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        except UploadError as error:
+            logger.error("%s", error)
+        finally:
+            self._save_options = enclosing
 
     def _write_pruning_files(self, directory: Path, may_be_checkpoint: bool) -> bool:
         """Writes what is saved beside the weights. Returns whether the folder is a checkpoint of this step."""
@@ -229,6 +249,8 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
         is_checkpoint = may_be_checkpoint and directory.name == f"checkpoint-{step}"
         unblock_best_metric(self.state)
         self.sparsity_callback.restore_zeros(self.state)
+        if is_checkpoint:
+            self._has_awaited_ranks = bool(self.args.save_only_model)
         if is_checkpoint and self.args.should_save:
             start_checkpoint(directory)
         self.sparsity_callback.save(directory, self.args.should_save, step if is_checkpoint else None)
@@ -239,6 +261,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
         complete, and deletes older checkpoints only when all ranks have written theirs."""
         super()._save_rng_state(output_dir)
         get_communicator().any(False)
+        self._has_awaited_ranks = True
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's `get_batch_samples`; no batches where the run that is resumed was finished already. Trainer would

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..distributed import raise_on_all_ranks
@@ -32,12 +35,42 @@ else:
 logger = logging.getLogger(__name__)
 
 
+class UploadWatcher(TrainerCallback):
+    """Follows the uploads of checkpoints. Trainer starts them in the background, or leaves them out while one runs."""
+
+    def __init__(self, trainer: HubUploadMixin):
+        self.trainer = trainer
+        self._step_of_upload: int | None = None
+        self._watched: list[Future] = []
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_of_upload = state.global_step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        uploads = list(self.trainer.background_uploads)
+        started = [upload for upload in uploads if upload not in self._watched]
+        for upload in started:
+            upload.add_done_callback(_log_failure)
+        is_started = self._step_of_upload == state.global_step
+        if is_started and not started:
+            logger.warning(
+                "This version of transformers does not show the uploads that it starts: if one of them fails, nothing "
+                "says so. Look at the repository after training."
+            )
+        self._watched = uploads
+        self.trainer.is_upload_skipped = not is_started
+
+
 class HubUploadMixin(TrainerBase):
     """The methods of `SparseTrainerMixin` that upload to the Hub."""
 
     hub_model_id: str | None  # type: ignore[assignment] # Trainer's is inferred as None
     _last_saved_checkpoint: str | None = None
-    _is_upload_skipped = False
+    is_upload_skipped = False
     """Whether the latest checkpoint was not uploaded because an earlier upload was running."""
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -104,38 +137,44 @@ class HubUploadMixin(TrainerBase):
             result.add_done_callback(_log_failure)
         return result
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer's, which uploads in the background, or skips the upload while an earlier one is running, and never
-        reads the result. This logs each failure and records skipped uploads for `finish_pushes`."""
-        earlier = list(self._background_uploads)
-        super()._push_from_checkpoint(checkpoint_folder)
-        started = [upload for upload in self._background_uploads if upload not in earlier]
-        for upload in started:
-            upload.add_done_callback(_log_failure)
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            self._last_saved_checkpoint, self._is_upload_skipped = checkpoint_folder, not started
+    @contextmanager
+    def _watching_uploads(self) -> Iterator[None]:
+        """Within, the failures of uploads in the background are logged, which Trainer never reads."""
+        self._last_saved_checkpoint, self.is_upload_skipped = None, False
+        if not self.args.push_to_hub or self.args.hub_strategy == HubStrategy.END:
+            yield
+            return
+        watcher = UploadWatcher(self)
+        self.add_callback(watcher)
+        try:
+            yield
+        finally:
+            self.remove_callback(watcher)
 
     def finish_pushes(self) -> None:
         """Uploads the last checkpoint if its upload was skipped or failed for a transient reason. A failure is logged
         with its remedy. To be called after training."""
         failure = self._upload_failure()
-        is_missing = self._is_upload_skipped or (failure is not None and is_transient(failure))
-        if is_missing and self._last_saved_checkpoint is not None:
-            self._push_from_checkpoint(self._last_saved_checkpoint)
-            self._finish_current_push()
+        is_missing = self.is_upload_skipped or (failure is not None and is_transient(failure))
+        upload: Any = getattr(self, "_push_from_checkpoint", None)
+        if is_missing and upload is None:
+            failure = failure or RuntimeError("The upload was left out, because an earlier one was running.")
+        elif is_missing and self._last_saved_checkpoint is not None:
+            upload(self._last_saved_checkpoint)
+            wait(self.background_uploads)
             failure = self._upload_failure()
         if failure is not None:
             problem = upload_error(failure, str(self.args.output_dir), self._repo, self._push_command())
             logger.error("The last checkpoint is not on the Hub. %s", problem)
 
     @property
-    def _background_uploads(self) -> list[Future]:
+    def background_uploads(self) -> list[Future]:
         """The uploads that Trainer has started last."""
         return getattr(getattr(self, "push_in_progress", None), "jobs", [])
 
     def _upload_failure(self) -> BaseException | None:
         """Returns the error of the first of these uploads that failed."""
-        ended = [job.exception() for job in self._background_uploads if job.done() and not job.cancelled()]
+        ended = [job.exception() for job in self.background_uploads if job.done() and not job.cancelled()]
         return next((error for error in ended if error is not None), None)
 
     @property

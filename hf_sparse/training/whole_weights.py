@@ -1,4 +1,4 @@
-"""Loads models whole in a process whose own model is split over ranks."""
+"""Loads and saves models whole in a process whose own model is split over ranks."""
 
 from __future__ import annotations
 
@@ -19,3 +19,16 @@ def loading_whole_weights(accelerator: Any) -> Iterator[None]:
     finally:
         if plugin is not None:
             set_hf_deepspeed_config(plugin.hf_ds_config)
+
+
+@contextmanager
+def saving_whole_weights(accelerator: Any) -> Iterator[None]:
+    """Within, Trainer saves the whole model under FSDP, also where `state_dict_type` asks for shards, which
+    `from_pretrained` cannot open."""
+    plugin = accelerator.state.fsdp_plugin
+    given = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = given

@@ -65,7 +65,7 @@ def test_unsupported_parameters_are_refused():
     shards, communicator = build_shards({"w": weight})
     assert communicator.world_size == 1 and shards["w"].tensor.data_ptr() == weight.data_ptr()
     flattened = nn.Parameter(torch.ones(4))
-    flattened._is_flat_param = True
+    flattened._fsdp_flattened = True
     with pytest.raises(NotImplementedError, match='"w" cannot be pruned: it is flattened by FSDP version 1: set'):
         build_shards({"v": weight, "w": flattened})
     with pytest.raises(NotImplementedError, match="meta device"):

@@ -250,6 +250,27 @@ def test_a_transient_failure_of_a_background_upload_is_made_up_for(hub, tmp_path
     assert "background upload failed. The Hub answered 503" in caplog.text and "The last checkpoint" not in caplog.text
 
 
+def test_uploads_that_trainer_does_not_show_are_never_silent(hub, tmp_path, monkeypatch, caplog):
+    """As if a release of transformers had renamed its private method, and the attribute with the uploads."""
+    options = {"hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 5, "hub_always_push": True}
+    upload = Trainer._push_from_checkpoint
+
+    def renamed(trainer, folder):
+        upload(trainer, folder)
+        trainer._pushes, trainer.push_in_progress = trainer.push_in_progress, None
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", renamed)
+    trainer = pushing(tmp_path, **options)
+    trainer.train()
+    trainer._pushes.wait_until_done()
+    assert "does not show the uploads that it starts" in caplog.text
+
+    trainer.is_upload_skipped = True
+    monkeypatch.setattr(SparseTrainer, "_push_from_checkpoint", None)
+    trainer.finish_pushes()
+    assert caplog.text.rstrip().endswith(f"hf-sparse push {tmp_path / 'out'} {REPO}")
+
+
 @pytest.mark.parametrize("trainer", [SparseTrainer, Trainer], ids=["SparseTrainer", "Trainer"])
 def test_no_file_log_or_upload_has_the_token(hub, tmp_path, monkeypatch, caplog, capfd, trainer):
     pytest.importorskip("tensorboard")
