@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/options.md": options_page(),
         "reference/methods.md": methods_page(),
         "reference/commands.md": commands_page(),
-    } | api_pages()
+    } | api_pages() | notebook_pages()
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     for figure in sorted((ROOT / "model_cards").rglob("*.png")):
@@ -99,6 +100,27 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# Notebooks
+
+
+def notebook_pages() -> dict[str, str]:
+    """Returns the pages of the notebooks, with links to the notebooks themselves."""
+    return {
+        f"notebooks/{path.stem}.md": notebook_page(path.name, json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+    }
+
+
+def notebook_page(name: str, notebook: dict[str, Any]) -> str:
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        is_code = cell["cell_type"] == "code"
+        parts.append(f"```python\n{text}\n```" if is_code else text.replace(".ipynb)", ".md)"))
+    parts.insert(1, f"[Download this page as a notebook]({name}){{ download }}")
+    return "\n\n".join(parts) + "\n"
 
 
 # Options
