@@ -15,6 +15,7 @@ from ..algorithms import ALGORITHMS, DEFAULT_ALGORITHM, Algorithm
 from ..allocations import ALLOCATIONS, Allocation
 from ..criteria import CRITERIA, Criterion
 from ..files import parse_json, write_json
+from ..model.layers import DEFAULT_TARGETS
 from ..patterns import Pattern, get_pattern
 from ..penalties import PENALTIES, Penalty
 from ..plugins import load_installed_plugins
@@ -31,7 +32,7 @@ from .options import (
     upgrade_options,
 )
 from .recipe import read_recipe
-from .resolved import ResolvedGroup
+from .resolved import DEFAULT_MAX_SPARSITY, ResolvedGroup, resolve_max_sparsity
 from .validation import consistency_errors, option_errors, target_of, type_error
 
 
@@ -118,10 +119,13 @@ class PruningOptions:
         '{"beta": 0.08} for lsa.'
     )
     min_sparsity_per_layer: float | None = option("Minimum sparsity of each selected layer at the end, from 0 to 1.")
-    max_sparsity_per_layer: float | None = option("Maximum sparsity of each selected layer, from 0 to 1.")
+    max_sparsity_per_layer: float | None = option(
+        "Maximum sparsity of each selected layer, from 0 to 1. Below 1, a global ranking empties no layer."
+    )
     targets: list[str] | None = option(
-        "Layers to prune: globs, or regular expressions after re:, on parameter or module names. Left out: all "
-        "prunable weights of the model's body; no embeddings, no task head."
+        "Layers to prune: globs, or regular expressions after re:, on parameter or module names; all-blocks (the "
+        "default) for the weights of the model's repeated blocks, all-body to add those beside them, such as a "
+        "pooler. Embeddings and task head must be named."
     )
     exclude: list[str] | None = option("Layers to leave out: globs, or regular expressions after re:.")
     on_indivisible: str | None = option(
@@ -141,6 +145,8 @@ class PruningOptions:
     defaults: ClassVar[dict[str, Any]] = {
         "pattern": "unstructured",
         "allocation": DEFAULT_ALLOCATION,
+        "max_sparsity_per_layer": DEFAULT_MAX_SPARSITY,
+        "targets": list(DEFAULT_TARGETS),
         "on_indivisible": "error",
         "keep_zeros": False,
     }
@@ -163,7 +169,7 @@ class PruningOptions:
         self._fill_presets()
         for name in self.options():
             if getattr(self, name) is None or (name.endswith("_kwargs") and getattr(self, name) == {}):
-                setattr(self, name, self.defaults.get(name))
+                setattr(self, name, copy.copy(self.defaults.get(name)))
         errors += self._errors()
         if errors:
             raise PruningConfigError(errors, None if recipe is None else str(recipe))
@@ -367,7 +373,8 @@ class PruningOptions:
                 groups[name] = f"its options must be a mapping, but are {format_value(options)}."
                 continue
             allowed = {key: value for key, value in options.items() if key in self.group_options()}
-            groups[name] = merge_group_options(shared, allowed)
+            merged = merge_group_options(shared, allowed)
+            groups[name] = {key: self.defaults.get(key) if value is None else value for key, value in merged.items()}
         return groups
 
     def resolve_groups(self) -> dict[str, ResolvedGroup]:
@@ -402,6 +409,8 @@ class PruningOptions:
         algorithm: Algorithm = ALGORITHMS.create(
             getattr(options, "algorithm", DEFAULT_ALGORITHM), getattr(options, "algorithm_kwargs", None)
         )
+        target = target_of(options) or 0.0
+        options.max_sparsity_per_layer = resolve_max_sparsity(options.max_sparsity_per_layer, target, pattern)
         return ResolvedGroup(
             name=name,
             pattern=pattern,
@@ -410,9 +419,9 @@ class PruningOptions:
             scope=options.scope or self._default_scope(options.allocation, pattern, criterion, algorithm),
             allocation=ALLOCATIONS.create(options.allocation, options.allocation_kwargs),
             scheduler=self.resolve_scheduler(options),
-            target=target_of(options) or 0.0,
+            target=target,
             min_sparsity_per_layer=options.min_sparsity_per_layer or 0.0,
-            max_sparsity_per_layer=1.0 if options.max_sparsity_per_layer is None else options.max_sparsity_per_layer,
+            max_sparsity_per_layer=options.max_sparsity_per_layer,
             targets=options.targets,
             exclude=options.exclude,
             on_indivisible=options.on_indivisible,

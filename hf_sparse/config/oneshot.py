@@ -212,7 +212,8 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         given, self.layer_sparsity = self.layer_sparsity, None
         if not isinstance(given, Mapping):
             return [f"layer_sparsity is {format_value(given)}: it must be a mapping of names to sparsities."]
-        clashes = [name for name in ("groups", "targets", "target_sparsity") if getattr(self, name) is not None]
+        options = ("groups", "targets", "target_sparsity")
+        clashes = [name for name in options if getattr(self, name) not in (None, self.defaults.get(name))]
         if clashes:
             return [f"layer_sparsity names the layers and their sparsities: leave {', '.join(clashes)} out."]
         self.groups = {name: {"targets": [name], "target_sparsity": share} for name, share in given.items()}

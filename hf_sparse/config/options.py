@@ -9,6 +9,7 @@ from ..algorithms import ALGORITHMS
 from ..allocations import ALLOCATIONS
 from ..criteria import CRITERIA
 from ..methods import MethodRegistry
+from ..model.layers import BODY
 from ..patterns import Pattern, get_pattern
 from ..penalties import PENALTIES
 from ..registry import format_name, nearest
@@ -16,6 +17,8 @@ from ..solvers import SOLVERS
 
 
 DEFAULT_ALLOCATION, DEFAULT_SOLVER = "uniform", "none"
+EARLIER_DEFAULTS: dict[str, Any] = {"targets": [BODY], "max_sparsity_per_layer": 1.0}
+"""Defaults that earlier versions have written as None. Later versions have others, which are never None in a file."""
 METHODS: dict[str, MethodRegistry] = {
     "criterion": CRITERIA,
     "allocation": ALLOCATIONS,
@@ -64,7 +67,7 @@ def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an option has no present form.
     """
-    values = _upgrade_regrow(values)
+    values = upgrade_defaults(_upgrade_regrow(values))
     # These were options of the run, written whatever the solver was.
     old = {"dampening": values.pop("dampening", None), "block_size": values.pop("solver_block", None)}
     kwargs = {name: value for name, value in old.items() if value not in (None, _OLD_DEFAULTS.get(name))}
@@ -75,6 +78,12 @@ def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
             for name, group in groups.items()
         }
     return values
+
+
+def upgrade_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options with the defaults of the version that has written all of them, where these were others."""
+    earlier = EARLIER_DEFAULTS.items() if {"pattern", "groups"} <= values.keys() else ()
+    return {**values, **{name: value for name, value in earlier if values.get(name, value) is None}}
 
 
 _OLD_DEFAULTS = {"dampening": 0.01}

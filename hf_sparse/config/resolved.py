@@ -23,6 +23,34 @@ UNIT_INPUTS = Requires.INPUT_NORMS | Requires.INPUT_VARIANCES | Requires.GRAM
 """What criteria can require of the inputs of the matrices that read coupled units."""
 
 
+DEFAULT_MAX_SPARSITY = 1.0
+"""Default of `max_sparsity_per_layer`; 1 sets no bound."""
+
+
+def resolve_max_sparsity(given: float, target: float, pattern: Pattern) -> float:
+    """Returns the largest sparsity of a layer.
+
+        max(DEFAULT_MAX_SPARSITY, 1 - (1 - target) / 2) for the default, so that each layer keeps half of what the
+        target leaves of an average one, where that is less than the default leaves
+
+    Patterns that fix the sparsity of each layer (N:M), or whose units are whole layers, have no default bound.
+
+    Args:
+        given: the option.
+        target: of the group.
+        pattern: of the group.
+
+    Example:
+        >>> from hf_sparse.patterns import get_pattern
+        >>> resolve_max_sparsity(0.9, 0.8, get_pattern("4x1"))
+        0.9
+    """
+    if given != DEFAULT_MAX_SPARSITY:
+        return given
+    is_bounded = pattern.has_layers and pattern.max_sparsity == 1
+    return max(given, 1 - (1 - target) / 2) if is_bounded else 1.0
+
+
 @dataclass(frozen=True)
 class ResolvedGroup:
     """A parameter group: layers that share criterion, pattern, scope, allocation, solver and schedule.

@@ -17,7 +17,7 @@ from ..schedulers import CURVES, SCHEDULERS
 from ..selection.swaps import supports_swaps
 from ..solvers import SOLVERS
 from .options import DEFAULT_ALLOCATION, METHODS
-from .resolved import ResolvedGroup
+from .resolved import ResolvedGroup, resolve_max_sparsity
 
 
 SCOPES = ("row", "layer", "global")
@@ -210,8 +210,8 @@ def _scope_errors(options: SimpleNamespace) -> list[str]:
 
 
 def _bound_errors(options: SimpleNamespace, target: float) -> list[str]:
-    least, most = options.min_sparsity_per_layer or 0.0, options.max_sparsity_per_layer
-    most, initial = 1.0 if most is None else most, getattr(options, "initial_sparsity", 0.0)
+    least, initial = options.min_sparsity_per_layer or 0.0, getattr(options, "initial_sparsity", 0.0)
+    most = resolve_max_sparsity(options.max_sparsity_per_layer, target, get_pattern(options.pattern))
     errors = []
     if initial > target:
         errors.append(f"initial_sparsity is {initial}, above the target, {target}: lower it.")

@@ -28,6 +28,7 @@ from ..selection.ties import split_ties
 from ..statistics import GradientHistory, GradientStatistic, ObservedGradients, all_finite
 from .block_scores import BlockScores
 from .masks import MaskStore, zero_counts
+from .unreached_layers import warn_of_unreached
 
 
 logger = logging.getLogger(__name__)
@@ -329,12 +330,7 @@ class ParameterGroup:
         """Warns of weights without a gradient: they score 0, and are pruned first."""
         known = self.statistics.items()
         names = [name for name, statistic in known if not statistic.count and shards[name].tensor.numel()]
-        if names:
-            logger.warning(
-                'the loss does not depend on %s, so criterion "%s" prunes them first: exclude what should be kept.',
-                ", ".join(names),
-                self.options.criterion_name,
-            )
+        warn_of_unreached(names, f'criterion "{self.options.criterion_name}"')
 
     def _layer_scores(
         self,
@@ -363,14 +359,17 @@ class ParameterGroup:
         return floors, caps
 
     def _bounds(self, pruned: Sequence[int], ratio: float) -> tuple[list[int], list[int]]:
-        """The minimum sparsity grows with the schedule; what is pruned remains pruned."""
+        """The minimum sparsity grows with the schedule; what is pruned remains pruned. A maximum below 1 leaves each
+        layer a unit, as far as the target permits."""
         least = self.options.min_sparsity_per_layer * (ratio / self.target if self.target else 0.0)
         most = min(self.options.max_sparsity_per_layer, self.pattern.max_sparsity)
-        floors, caps = [], []
-        for units, count in zip(self.unit_counts, pruned, strict=True):
-            floors.append(max(count, int(least * units + 1e-9)))
-            caps.append(max(count, math.ceil(most * units - 1e-9)))
-        return floors, caps
+        sizes = self.unit_counts
+        floors = [max(count, int(least * units + 1e-9)) for units, count in zip(sizes, pruned, strict=True)]
+        rounded = [math.ceil(most * units - 1e-9) for units in sizes]
+        caps = [min(cap, units - (most < 1)) for cap, units in zip(rounded, sizes, strict=True)]
+        if sum(caps) < round(self.target * sum(sizes)):
+            caps = rounded
+        return floors, [max(count, cap) for count, cap in zip(pruned, caps, strict=True)]
 
     def _num_pruned(self, ratio: float, floors: list[int], caps: list[int]) -> int:
         """Returns the number of pruned units of all layers at this sparsity."""

@@ -17,7 +17,7 @@ from .structure import Structure
 _SELECTED_BY = {
     "report": "the weights that pruning_report.json names.",
     "config": "the weights that pruning_config.json selects among those that look prunable.",
-    "guess": "guessed by name and shape (no embeddings, no task head), as there is no pruning_report.json.",
+    "guess": "guessed by name and shape (no embeddings, pooler or task head), as there is no pruning_report.json.",
 }
 
 

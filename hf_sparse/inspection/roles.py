@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..model.layers import PrunableLayer, select_layers
+from ..model.layers import BODY, DEFAULT_TARGETS, PrunableLayer, mark_blocks, select_layers
 from .checkpoint import Checkpoint, StoredTensor
 
 
@@ -71,7 +71,7 @@ class Selection:
 
 def select_tensors(checkpoint: Checkpoint) -> Selection:
     layers = _prunable_layers(checkpoint)
-    guess = frozenset(layer.name for layer in layers if layer.in_body)
+    guess = frozenset(layer.name for layer in layers if layer.in_blocks)
     if checkpoint.report is not None:
         reported = {layer.name: layer.weights for layer in checkpoint.report.layers}
         stored = frozenset(reported.keys() & checkpoint.tensors.keys())
@@ -80,24 +80,27 @@ def select_tensors(checkpoint: Checkpoint) -> Selection:
         if missing and missing == sum(checkpoint.tensors[name].numel for name in guess - stored):
             return Selection("report", guess | stored, guess - stored)
         return Selection("report", stored) if stored else Selection("guess", guess)
-    config = checkpoint.pruning_config
-    if not config:
+    if not checkpoint.pruning_config:
         return Selection("guess", guess)
+    config = checkpoint.pruning_config
     selected: set[PrunableLayer] = set()
     for group in (config.get("groups") or {"weights": {}}).values():
-        targets, exclude = (group.get(option, config.get(option)) for option in ("targets", "exclude"))
-        selected.update(select_layers(layers, targets, exclude)[0])
+        targets = group.get("targets", config.get("targets", DEFAULT_TARGETS))
+        # An earlier version, whose default was the whole body, has written None.
+        targets = [BODY] if targets is None else targets
+        selected.update(select_layers(layers, targets, group.get("exclude", config.get("exclude")))[0])
     return Selection("config", frozenset(layer.name for layer in selected))
 
 
 def _prunable_layers(checkpoint: Checkpoint) -> list[PrunableLayer]:
     kinds = guess_kinds(checkpoint.tensors)
     vocabulary_sizes = _vocabulary_sizes(checkpoint.config)
-    return [
+    layers = [
         PrunableLayer(tensor.name, kinds[tensor.name][0], tensor.shape, _is_in_body(tensor, vocabulary_sizes))
         for tensor in checkpoint.tensors.values()
         if kinds[tensor.name] and _is_prunable(tensor)
     ]
+    return mark_blocks(layers, lambda layer: any(part.isdigit() for part in layer.name.split(".")))
 
 
 def _is_prunable(tensor: StoredTensor) -> bool:

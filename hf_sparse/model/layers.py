@@ -9,8 +9,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,10 @@ from ..registry import nearest
 
 # Modules whose experts have shape (E, I, O) without an attribute `is_transposed`.
 _TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
+
+BLOCKS, BODY = "all-blocks", "all-body"
+DEFAULT_TARGETS = (BLOCKS,)
+"""What is selected if nothing is named, see `select_layers`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class PrunableLayer:
             "experts_transposed" (E, I, O), for O outputs, I inputs and E experts.
         shape: shape of the parameter.
         in_body: whether it belongs to the body of the model, not to its embeddings or task head.
+        in_blocks: whether it belongs to the repeated blocks of the body, not to a pooler or a projection beside them.
 
     Example:
         >>> layer = PrunableLayer("mlp.experts.down_proj", "experts", (8, 16, 64))
@@ -88,6 +93,7 @@ class PrunableLayer:
     kind: str
     shape: tuple[int, ...]
     in_body: bool = True
+    in_blocks: bool = True
 
     @property
     def module(self) -> str:
@@ -141,11 +147,12 @@ def find_layers(model: nn.Module) -> list[PrunableLayer]:
 
     Returns:
         The layers, in the order of `model.named_modules()`. Layers of the task head and layers in modules with
-        "embed" in their name have `in_body=False`.
+        "embed" in their name have `in_body=False`. These, and layers in no `nn.ModuleList` if most weights of the
+        body are in one, have `in_blocks=False`.
 
     Example:
         >>> find_layers(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)))
-        [PrunableLayer(name='1.weight', kind='linear', shape=(2, 4), in_body=True)]
+        [PrunableLayer(name='1.weight', kind='linear', shape=(2, 4), in_body=True, in_blocks=True)]
     """
     parameters = dict(model.named_parameters())  # kept alive, so that their ids stay unique
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -163,7 +170,24 @@ def find_layers(model: nn.Module) -> list[PrunableLayer]:
                 seen.add(id(parameter))
                 in_body = id(parameter) in body and not is_embedding
                 layers.append(PrunableLayer(names[id(parameter)], kind, tuple(full_shape(parameter)), in_body))
-    return layers
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    prefixes = tuple(f"{path}." if path else "" for path in lists)
+    return mark_blocks(layers, lambda layer: layer.name.startswith(prefixes))
+
+
+def mark_blocks(layers: Sequence[PrunableLayer], is_repeated: Callable[[PrunableLayer], bool]) -> list[PrunableLayer]:
+    """Returns layers with their `in_blocks`: those of the body that are repeated, or the whole body if most of its
+    weights are not.
+
+    Args:
+        layers: the layers of a model.
+        is_repeated: whether a layer is in a list of modules.
+    """
+    body = [layer for layer in layers if layer.in_body]
+    blocks = {layer for layer in body if is_repeated(layer)}
+    if 2 * sum(layer.numel for layer in blocks) < sum(layer.numel for layer in body):
+        blocks = set(body)
+    return [replace(layer, in_blocks=layer in blocks) for layer in layers]
 
 
 def _body_parameters(model: nn.Module) -> set[int]:
@@ -228,11 +252,12 @@ def select_layers(
 
     A pattern is a glob or, after the prefix `re:`, a regular expression. A glob must match the whole name of a
     parameter or its module, of which leading parts may be left out; `*` also matches dots. A regular expression may
-    match anywhere in the parameter name.
+    match anywhere in the parameter name. "all-blocks" stands for the layers of the model's repeated blocks, "all-body"
+    for all of its body: also a pooler or a projection beside the blocks, but neither embeddings nor task head.
 
     Args:
         layers: the layers to select from.
-        targets: patterns of layers to select; None selects all layers of the model's body.
+        targets: patterns of layers to select; None means `DEFAULT_TARGETS`, "all-blocks".
         exclude: patterns of layers to leave out; None or an empty sequence excludes nothing.
 
     Returns:
@@ -245,15 +270,18 @@ def select_layers(
         ['1.weight']
     """
     errors: list[str] = []
-    if targets is None:
-        selected = [layer for layer in layers if layer.in_body]
-    else:
-        selected = _matching(layers, targets, "targets", errors)
+    selected = _matching(layers, DEFAULT_TARGETS if targets is None else targets, "targets", errors)
     excluded = set(_matching(layers, exclude or (), "exclude", errors))
     selected = [layer for layer in selected if layer not in excluded]
     if not selected and not errors:
         errors.append(f"nothing is left to prune: targets={targets}, exclude={exclude}.")
     return selected, errors
+
+
+_ALL: dict[str, Callable[[PrunableLayer], bool]] = {
+    BLOCKS: lambda layer: layer.in_blocks,
+    BODY: lambda layer: layer.in_body,
+}
 
 
 def _matching(
@@ -267,7 +295,7 @@ def _matching(
         except (re.error, OverflowError, RecursionError) as error:
             errors.append(f'{field}: "{pattern}" is not a regular expression: {error}.')
             continue
-        if not matches:
+        if not matches and pattern not in _ALL:
             names = [layer.module for layer in layers]
             errors.append(
                 f'{field}: "{pattern}" matches none of the {len(layers)} prunable parameters '
@@ -278,6 +306,8 @@ def _matching(
 
 
 def _matches(pattern: str, layer: PrunableLayer) -> bool:
+    if pattern in _ALL:
+        return _ALL[pattern](layer)
     if pattern.startswith("re:"):
         return re.search(pattern[3:], layer.name) is not None
     plain = plain_name(layer.name)  # so that patterns for a model also match once PEFT wraps it

@@ -180,14 +180,18 @@ class SparsityCallback(TrainerCallback):
             )
         if self.owns_saving and self.is_finished:
             logger.warning("the run is finished, and a stock Trainer may train one more step: use SparseTrainer.")
+        resume_state = None
+        if state.global_step > 0:
+            resume_state = self.resume_state or ResumeState(_checkpoint_folder(args, state))
+            with raise_on_all_ranks(CheckpointError):
+                self.config = config = resume_state.with_its_defaults(config)
         self.schedule = config.schedule(state.max_steps)
         pruner = Pruner(kwargs["model"], config)
         optimizer = kwargs.get("optimizer")
         run = new_run(pruner, self.schedule, optimizer, args.seed)
         restores_weights = self.schedule.rewind is not None and config.rewind_weights
         self.rewinding = Rewinding(pruner, self.schedule, optimizer) if restores_weights else None
-        if state.global_step > 0:
-            resume_state = self.resume_state or ResumeState(_checkpoint_folder(args, state))
+        if resume_state is not None:
             with raise_on_all_ranks(CheckpointError):
                 resume_state.validate(pruner.groups, config, self.schedule, state.global_step, self.tuning)
                 resume_state.apply(pruner, run, self.rewinding)

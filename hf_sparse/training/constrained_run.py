@@ -13,6 +13,7 @@ from ..distributed import elementwise_state_keys, optimizer_name, optimizer_stat
 from ..engine.masks import MaskStore
 from ..engine.pruner import Pruner
 from ..engine.saved_state import is_count
+from ..engine.unreached_layers import warn_of_unreached
 from ..schedulers import PruningSchedule
 from .algorithm_run import AlgorithmRun
 
@@ -166,12 +167,7 @@ class ConstrainedRun(AlgorithmRun):
             return
         moments = self._second_moments()
         unused = [name for name, shard in self._shards.items() if name not in moments and shard.tensor.numel()]
-        if unused:
-            logger.warning(
-                'the loss does not depend on %s, so algorithm "%s" prunes them first: exclude what should be kept.',
-                ", ".join(unused),
-                self._name,
-            )
+        warn_of_unreached(unused, f'algorithm "{self._name}"')
 
     # Logs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from ..config import PruningConfig, ResolvedGroup
+from ..config.options import EARLIER_DEFAULTS
 from ..distributed import get_communicator
 from ..engine.parameter_group import ParameterGroup
 from ..engine.pruner import Pruner
@@ -33,6 +36,8 @@ from .tuning import Tuning
 from .tuning.state_file import TuningState
 from .tuning.tuner import Tuner
 
+
+logger = logging.getLogger(__name__)
 
 _FIELDS = {"shapes", "boxes", "counters", "config", "step", "processes", "checksum"}
 _MAX_PROCESSES = 2**31 - 1
@@ -105,7 +110,7 @@ def _check_description(values: Any, path: Path) -> None:
     processes = values["processes"]
     if not is_count(processes) or not 1 <= processes <= _MAX_PROCESSES:
         raise ValueError(f"its number of processes is {reprlib.repr(processes)}")
-    for name in ("config", "algorithm"):
+    for name in ("config", "algorithm", "defaults"):
         if not isinstance(values.get(name, {}), dict):
             raise ValueError(f"its {name} is {reprlib.repr(values[name])}")
 
@@ -174,6 +179,28 @@ class ResumeState:
             return self.files[0].values["processes"]
         except CheckpointError:
             return None
+
+    def with_its_defaults(self, config: PruningConfig) -> PruningConfig:
+        """Returns the config of a run, with the earlier default of each option that has its present default, where the
+        checkpoint has the earlier one: its masks belong to the weights that this selects.
+
+        Raises:
+            CheckpointError: the state is missing or damaged.
+        """
+        saved = self.files[0].values.get("defaults", EARLIER_DEFAULTS)  # earlier versions have not written any
+        changed = {
+            name: earlier
+            for name, earlier in EARLIER_DEFAULTS.items()
+            if saved.get(name) == earlier and getattr(config, name) == config.defaults[name] != earlier
+        }
+        if not changed:
+            return config
+        config = copy.copy(config)
+        for name, earlier in changed.items():
+            setattr(config, name, copy.copy(earlier))
+        text = ", ".join(f"{name}={earlier}" for name, earlier in changed.items())
+        logger.warning("resuming with the options of %s: %s.", self.checkpoint, text)
+        return config
 
     def verify(self, step: int | None = None) -> None:
         """Compares the checksum of each file, once. Ranks share the work where there are several files.

@@ -19,6 +19,7 @@ import torch
 
 from ..config import PruningConfig, upgrade_options
 from ..config.distillation import DistillationOptions
+from ..config.options import EARLIER_DEFAULTS
 from ..distributed import get_communicator
 from ..engine.pruner import Pruner
 from ..files import (
@@ -105,6 +106,7 @@ def write_state_file(
     if rewinding is not None:
         tensors, values = tensors | rewinding.tensors(), values | rewinding.values()
     values |= {"version": FORMAT_VERSION, "config": compared_options(pruner.config, schedule), "step": step}
+    values["defaults"] = {name: getattr(pruner.config, name) for name in EARLIER_DEFAULTS}
     values["processes"] = get_communicator().world_size
     values["checksum"] = checksum(tensors, values)
     write_tensors(Path(directory) / name, tensors, {"format": "pt", METADATA_KEY: json.dumps(values)})
@@ -149,11 +151,11 @@ def compared_options(config: PruningConfig, schedule: PruningSchedule | None) ->
 
 def changed_options(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Compares the `compared_options` of a checkpoint, which an earlier version may have written, with those of this
-    run. An option that the checkpoint lacks had its default value.
+    run. An option that the checkpoint lacks had its default value at that time.
 
     Returns: "name: saved value -> current value" for each option that differs.
     """
-    saved = PruningConfig().to_dict() | upgrade_options(saved)
+    saved = PruningConfig().to_dict() | EARLIER_DEFAULTS | upgrade_options(saved)
     return [
         f"{name}: {_shortened(saved.get(name))} -> {_shortened(value)}"
         for name, value in current.items()

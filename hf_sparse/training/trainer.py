@@ -191,7 +191,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
             if weights_only:
                 text = "save_only_model is set: %s has no optimizer state, so the run is not resumed exactly."
                 logger.warning(text, state.checkpoint)
-            config = callback.check(self.args, None)
+            config = state.with_its_defaults(callback.check(self.args, None))
             groups, _ = resolve_layers(cast(nn.Module, self.model), config)
             state.validate(groups, config, step=read_step(state.checkpoint), tuning=callback.tuning)
         return state

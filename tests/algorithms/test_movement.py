@@ -38,6 +38,6 @@ def test_what_does_not_fit_is_refused(options, message):
 
 def test_frozen_weights_are_refused_by_name():
     model = deterministic_bert()
-    model.bert.pooler.dense.weight.requires_grad_(False)
-    with pytest.raises(PruningConfigError, match='algorithm "movement" needs gradients, but "bert.pooler.dense.weig'):
+    model.bert.encoder.layer[0].attention.self.query.weight.requires_grad_(False)
+    with pytest.raises(PruningConfigError, match='algorithm "movement" needs gradients, but "bert.encoder.layer.0'):
         Pruner(model, PruningConfig(target_sparsity=0.5, algorithm="movement"))

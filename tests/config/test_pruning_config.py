@@ -228,7 +228,11 @@ def test_targets_and_whether_anything_is_pruned():
 
 
 def test_nothing_is_shared_between_configs():
-    assert not any(isinstance(value, (list, dict, set)) for value in PruningConfig().to_dict().values())
+    PruningConfig().targets.append("x")
+    PruningConfig().to_dict()["targets"].append("y")
+    assert PruningConfig().targets == ["all-blocks"]
+    others = {name: value for name, value in PruningConfig().to_dict().items() if name != "targets"}
+    assert not any(isinstance(value, (list, dict, set)) for value in others.values())
     config = PruningConfig(target_sparsity=0.5, groups={"a": {"targets": ["x"]}})
     config.to_dict()["groups"]["a"]["targets"].append("y")
     assert config.groups == {"a": {"targets": ["x"]}}

@@ -144,3 +144,31 @@ def test_layers_are_added_once_the_model_is_known():
     assert group.layers == () and resolved.layers == tuple(layers)
     assert [resolved.num_units(layer) for layer in layers] == [12, 6]
     assert dataclasses.replace(resolved, layers=()) == group
+
+
+def test_the_default_bound_of_layers_leaves_room_for_any_target(monkeypatch):
+    """Half of what the target leaves of an average layer, where that is less than the default leaves."""
+    monkeypatch.setattr("hf_sparse.config.resolved.DEFAULT_MAX_SPARSITY", 0.99)
+    monkeypatch.setitem(PruningConfig.defaults, "max_sparsity_per_layer", 0.99)
+
+    def bound(target_sparsity=None, **options):
+        config = PruningConfig(target_sparsity=target_sparsity, criterion="magnitude", **options)
+        (group,) = config.resolve_groups().values()
+        return round(group.max_sparsity_per_layer, 6)
+
+    assert [bound(target) for target in (0.5, 0.98, 0.99, 0.999, 1.0)] == [0.99, 0.99, 0.995, 0.9995, 1.0]
+    assert bound(0.8, max_sparsity_per_layer=1.0) == 1.0 and bound(0.8, max_sparsity_per_layer=0.9) == 0.9
+    assert bound(pattern="2:4") == 1.0 and bound(0.5, pattern="layer") == 1.0 and bound(0.5, pattern="neuron") == 0.99
+    groups = {"all": {"targets": ["*"], "max_sparsity_per_layer": None}}
+    assert bound(0.5, groups=groups) == 0.99
+
+
+def test_a_config_of_an_earlier_version_selects_what_it_selected():
+    """Earlier versions have written all options, and None for those whose default has become another one."""
+    earlier = PruningConfig(target_sparsity=0.5).to_dict() | {"targets": None, "max_sparsity_per_layer": None}
+    (group,) = PruningConfig.from_dict(earlier).resolve_groups().values()
+    assert (group.targets, group.max_sparsity_per_layer) == (["all-body"], 1.0)
+    (group,) = PruningConfig.from_dict({"target_sparsity": 0.5, "targets": None}).resolve_groups().values()
+    assert group.targets == ["all-blocks"]
+    copied = PruningConfig.from_dict(PruningConfig(target_sparsity=0.5).to_dict())
+    assert copied == PruningConfig(target_sparsity=0.5)

@@ -17,6 +17,8 @@ from hf_sparse.solvers.sparsegpt import SparseGPT
 OTHER_VALUES = {
     "pattern": "4x1",
     "allocation": "erdos_renyi",
+    "max_sparsity_per_layer": 0.9,
+    "targets": ["all-body"],
     "on_indivisible": "skip",
     "keep_zeros": True,
     "rewind_weights": False,
@@ -67,7 +69,8 @@ def test_a_given_default_is_not_overridden_by_the_recipe(config, name, tmp_path)
     default, other = config.defaults[name], OTHER_VALUES[name]
     recipe = write(tmp_path / "recipe.json", **{name: other}, **NEEDED.get(name, {}))
     expected = f"{name} is {default!r} in the arguments but {other!r} in {recipe}: set it in one of them."
-    line = ("--pruning_config", recipe, f"--{name}", default)
+    values = default if isinstance(default, list) else [default]
+    line = ("--pruning_config", recipe, f"--{name}", *values)
     for make in (
         lambda: config(pruning_config=recipe, **{name: default}),
         lambda: parse(*line, cls=SparseTrainingArguments if config is PruningConfig else config),

@@ -232,7 +232,7 @@ def test_a_whole_run_of_a_new_member(tmp_path, signed):
     trainer = make(tmp_path, target_sparsity=0.5, algorithm=signed, **SCHEDULE)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert zeros(trainer.model) == 2400 and logs[-1]["sparsity"] == 0.5
+    assert zeros(trainer.model) == 2112 and logs[-1]["sparsity"] == 0.5
     assert 0 < logs[5]["mask_penalty"] < 1.1 and "mask_penalty" not in logs[-1]
 
 

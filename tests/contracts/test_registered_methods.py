@@ -253,8 +253,8 @@ def expected_mirrored(zeros, trainer):
 
 
 def expected_in_order(zeros, trainer):
-    """2,400 of 4,800 zeros, at most 90 % of each layer, the last names first."""
-    counts, left = {}, 2400
+    """2,112 of 4,224 zeros, at most 90 % of each layer, the last names first."""
+    counts, left = {}, 2112
     for name in sorted(zeros, reverse=True):
         counts[name] = min(left, -(-9 * zeros[name].numel() // 10))
         left -= counts[name]
@@ -263,9 +263,9 @@ def expected_in_order(zeros, trainer):
 
 
 def logged(zeros, trainer, shares):
-    """The shares of the 2,400 zeros at the prune steps."""
+    """The shares of the 2,112 zeros at the prune steps."""
     sparsities = {log["step"]: log["sparsity"] for log in trainer.state.log_history if "sparsity" in log}
-    assert [sparsities[step] for step in PRUNE_STEPS] == [round(round(share * 2400) / 4800, 6) for share in shares]
+    assert [sparsities[step] for step in PRUNE_STEPS] == [round(round(share * 2112) / 4224, 6) for share in shares]
     return zeros
 
 
@@ -289,7 +289,7 @@ def test_training(family, tmp_path):
     options, expected = TRAINING[family]
     trainer = train(tmp_path / "whole", **options)
     zeros = zeros_of(tmp_path / "whole")
-    assert sum(int(zero.sum()) for zero in zeros.values()) == 2400
+    assert sum(int(zero.sum()) for zero in zeros.values()) == 2112
     assert same_masks(zeros, expected(zeros, trainer))
 
     train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4"), **options)

@@ -89,3 +89,13 @@ def test_one_shot_pruning_warns_after_the_global_ranking(caplog, scope):
     report = prune_oneshot(Uneven(), None, config, progress=False)
     assert len(messages(caplog)) == len(report.emptied) == (scope == "global")
     assert not report.emptied or messages(caplog)[0].startswith("after the global ranking, ")
+
+
+@pytest.mark.parametrize("target", [0.5, 0.87, 0.97])
+def test_a_bound_below_one_leaves_each_layer_a_unit(target):
+    """0.99 of 8 rows are 8 rows, rounded up; the target is met nevertheless, as long as there are rows enough."""
+    config = PruningConfig(
+        target_sparsity=target, pattern="channel", scope="global", criterion="magnitude", max_sparsity_per_layer=0.99
+    )
+    report = Pruner(Uneven(), config).update(1, 1)
+    assert report.zeros == 8 * round(24 * target) and len(report.emptied) == (2 if target == 0.97 else 0)

@@ -246,7 +246,8 @@ def test_weights_that_the_loss_does_not_depend_on_are_named(caplog):
         pruner.update(2, 2)
     unreached, emptied = [record.message for record in caplog.records]
     assert unreached == (
-        'the loss does not depend on idle.weight, so criterion "snip" prunes them first: exclude what should be kept.'
+        'the loss does not depend on 1 selected weight, so criterion "snip" prunes it first: idle.weight. Exclude '
+        'what the model needs, as with exclude=["idle"].'
     )
     assert "1 layer: " in emptied and '"idle.weight" (0 of 16)' in emptied
     assert pruner.masks.pruned("idle.weight") == 16

@@ -161,8 +161,8 @@ def zero_fraction(state_dict: dict, is_pruned) -> tuple[int, int]:
 
 
 def is_encoder_matrix(name: str) -> bool:
-    """Returns whether the weight is a matrix of BERT's layers or pooler, not of embeddings or task head."""
-    return name.startswith(("bert.encoder.", "bert.pooler.")) and name.endswith(".weight")
+    """Returns whether the weight is a matrix of BERT's layers, not of embeddings, pooler or task head."""
+    return name.startswith("bert.encoder.") and name.endswith(".weight")
 
 
 def run_in_process(command: str, *more: str) -> None:

@@ -283,7 +283,7 @@ def test_masks_replace_zeros_with_and_without_peft_names():
     pruner = Pruner(attach(bert()), PruningConfig(target_sparsity=0.5, criterion="magnitude"))
     pruner.update(1, 1)
     merged, _ = merge_and_unload(pruner.model, pruner.masks)
-    assert int((merged.bert.pooler.dense.weight == 0).sum()) > 0
+    assert int((merged.bert.encoder.layer[0].output.dense.weight == 0).sum()) > 0
 
 
 def test_merged_adapter_is_unmerged_on_exit():
@@ -304,7 +304,7 @@ def test_merged_adapter_is_unmerged_on_exit():
 def test_a_refused_safe_merge_is_unmerged():
     model = attach(prune(bert()))
     before = weights(model)
-    model.get_base_model().bert.pooler.dense.lora_A["default"].weight.data[0, 0] = torch.nan
+    model.get_base_model().bert.encoder.layer[0].output.dense.lora_A["default"].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         merge_and_unload(model, safe_merge=True)
     torch.testing.assert_close(model.get_parameter(PEFT_QUERY).detach(), before[PEFT_QUERY], rtol=0, atol=1e-6)

@@ -9,6 +9,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -48,9 +49,11 @@ def selected(model):
 
 def test_bert_is_its_body_without_embeddings_and_head():
     names = [f"bert.encoder.layer.0.{name}" for name in BERT_LAYER]
-    assert selected(build(BertForSequenceClassification, BERT)) == dict.fromkeys(
-        [*names, "bert.pooler.dense"], "linear"
-    )
+    model = build(BertForSequenceClassification, BERT)
+    assert selected(model) == dict.fromkeys(names, "linear")
+    body, _ = select_layers(find_layers(model), ["all-body"], None)
+    assert [layer.module for layer in body] == [*names, "bert.pooler.dense"]
+    assert select_layers(find_layers(model), ["all-blocks", "pooler.dense"], None)[0] == body
     untied = BertConfig(**BERT.to_dict() | {"tie_word_embeddings": False})
     assert selected(build(BertForMaskedLM, untied)) == dict.fromkeys(names, "linear")
     heads = [layer.module for layer in find_layers(build(BertForMaskedLM, untied)) if not layer.in_body]
@@ -149,7 +152,7 @@ def test_globs_and_regular_expressions():
     assert modules(["*.attention.*"]) == BERT_LAYER[:4]
     assert modules(["query", "key.weight"]) == BERT_LAYER[:2]
     assert modules([r"re:self\.(key|value)"]) == BERT_LAYER[1:3]
-    assert modules(None, ["*.attention.*", "pooler.dense"]) == BERT_LAYER[4:]
+    assert modules(None, ["*.attention.*"]) == BERT_LAYER[4:]
     assert modules(["*"])[-1] == "classifier"
     # in the model's order, each once
     assert modules(["*.output.dense", "query", "query"]) == [BERT_LAYER[0], BERT_LAYER[3], BERT_LAYER[5]]
@@ -202,3 +205,19 @@ def test_a_projection_of_embeddings_is_pruned_only_when_named_and_a_one_byte_wei
     assert [layer.name for layer in select_layers(layers, None, None)[0]] == ["body.weight"]
     named = select_layers(layers, ["*embeddings*"], None)[0]
     assert [layer.name for layer in named] == ["embeddings_project.weight"]
+
+
+def test_a_model_most_of_whose_weights_are_in_no_list_is_selected_as_a_whole():
+    model = nn.ModuleDict({"trunk": nn.Linear(8, 8), "heads": nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 1)])})
+    assert [layer.module for layer in select_layers(find_layers(model), None, None)[0]] == [
+        *("trunk", "heads.0", "heads.1")
+    ]
+    model["heads"].append(nn.Linear(8, 8))
+    assert [layer.module for layer in find_layers(model) if layer.in_blocks] == ["heads.0", "heads.1", "heads.2"]
+
+
+def test_a_pooler_is_beside_the_blocks_whatever_the_model_is_wrapped_in():
+    """As sentence-transformers does, where the model is an entry of an `nn.Sequential`."""
+    model = nn.Sequential(build(BertModel, BERT), nn.Linear(8, 8))
+    layers = find_layers(model)
+    assert [layer.module for layer in layers if not layer.in_blocks] == ["0.pooler.dense", "1"]

@@ -117,7 +117,7 @@ def test_another_run_is_refused_before_anything_is_changed(cut_off):
         {"target_sparsity": 0.6},
         {"solver_kwargs": {"dampening": 0.02}},
         {"solver_kwargs": {"block_size": 8}},
-        {"exclude": ["*.pooler.*"]},
+        {"exclude": ["*.query"]},
         {"batches": batches[::-1]},
         {"batches": batches[:-1]},
         {"batches": flat[:3]},

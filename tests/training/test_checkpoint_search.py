@@ -223,7 +223,7 @@ def test_masks_take_an_eighth_of_a_byte_per_weight_and_sums_four(saved):
     sizes = dict.fromkeys(("mask", "stat"), 0)
     for name, tensor in tensors.items():
         sizes[name.split("/")[0]] += tensor.numel() * tensor.element_size()
-    assert sizes == {"mask": 4800 / 8, "stat": 4800 * 4}
+    assert sizes == {"mask": 4224 / 8, "stat": 4224 * 4}
 
 
 def test_a_changed_description_is_refused(run):

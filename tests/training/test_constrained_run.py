@@ -209,7 +209,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, method):
     options |= METHODS[method]
     trainer = make(tmp_path / "whole", **options)
     trainer.train()
-    assert zeros(trainer.model) == 2400
+    assert zeros(trainer.model) == 2112
     for name, mask in trainer.sparsity_callback.pruner.masks.items():
         weight = dict(trainer.model.named_parameters())[name]
         assert not weight.detach().view(torch.int32)[~mask].any()

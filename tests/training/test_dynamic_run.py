@@ -72,7 +72,7 @@ def test_training_is_at_the_target_from_the_start(tmp_path, name):
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert {log["target_sparsity"] for log in logs} == {0.5} and logs[-1]["sparsity"] == 0.5
     # A weight that has just returned is still zero, as one that never has a gradient remains.
-    assert all(log["sparsity"] >= round(0.5 + watch.returned[log["step"] - 1] / 4800, 6) for log in logs)
+    assert all(log["sparsity"] >= round(0.5 + watch.returned[log["step"] - 1] / 4224, 6) for log in logs)
 
 
 def test_gradual_pruning_with_regrowth_meets_the_schedule(tmp_path):
@@ -87,7 +87,7 @@ def test_dense_and_compressed_phases(tmp_path):
     """Four prune steps begin four phases: dense, compressed, dense, compressed."""
     trainer, watch = train(tmp_path, algorithm="acdc", pattern="4x1")
     assert watch.sparsities[1:] == [0, 0, 0, 0, 0.5, 0.5, 0, 0.5, 0.5, 0.5]
-    assert at_prune_steps(watch.returned) == [0, 0, 2400, 0]
+    assert at_prune_steps(watch.returned) == [0, 0, 2112, 0]
     logs = {log["step"]: log["target_sparsity"] for log in trainer.state.log_history if "target_sparsity" in log}
     assert [logs[step] for step in range(1, STEPS + 1)] == watch.sparsities[1:]
     assert watch.best == [step >= 8 for step in range(1, STEPS + 1)]

@@ -45,7 +45,7 @@ def test_a_target_that_is_set_later_is_reached_as_if_it_had_been_given(tmp_path,
     run.args.target_sparsity = 0.5
     run.args.save_strategy, run.args.save_steps = "steps", 5
     run.train()
-    assert zeros(run.model) == 2400
+    assert zeros(run.model) == 2112
     assert same(weights(run.model), weights(expected.model))
     files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in tmp_path.iterdir()]
     assert files[0] == files[1]
@@ -56,7 +56,7 @@ def test_arguments_that_replace_others_are_read(tmp_path):
     plain = make(tmp_path, Mixed)
     plain.args = sparse
     plain.train()
-    assert zeros(plain.model) == 2400
+    assert zeros(plain.model) == 2112
 
 
 class Trial(dict):
@@ -76,7 +76,7 @@ def test_each_trial_of_a_search_prunes_by_its_own_target(tmp_path, monkeypatch, 
     run = undecided(tmp_path, trainer, callbacks, model_init=lambda: bert())
     run.hp_search_backend, run.hp_name = HPSearchBackend.OPTUNA, None
     run.hp_space = lambda trial: trial.params
-    for target, pruned in [(0.5, 2400), (0.25, 1200), (0.0, 0), (0.75, 3600)]:
+    for target, pruned in [(0.5, 2112), (0.25, 1056), (0.0, 0), (0.75, 3168)]:
         run.train(trial=Trial(target_sparsity=target))
         assert zeros(run.model) == pruned
 
@@ -109,11 +109,11 @@ def test_a_callback_that_is_added_later_takes_the_place_of_arguments_without_a_t
     run.add_callback(callback)
     run.train()
     assert run.sparsity_callback is callback and not callback.owns_saving
-    assert zeros(run.model) == 2400
+    assert zeros(run.model) == 2112
     run.remove_callback(callback)
     run.add_callback(SparsityCallback(PruningConfig(target_sparsity=0.75, **OPTIONS)))
     run.train()
-    assert zeros(run.model) == 3600
+    assert zeros(run.model) == 3168
 
 
 # Nobody reads the arguments

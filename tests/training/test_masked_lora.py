@@ -41,7 +41,7 @@ def reference(model, tuning, seed):
     """The model with the parametrization on each selected weight, and the parameters frozen that are not trained."""
     trained = tuning.trained_parameters(model)
     generator = torch.Generator().manual_seed(seed)
-    layers = [layer for layer in find_layers(model) if layer.in_body]
+    layers = [layer for layer in find_layers(model) if layer.in_blocks]
     updates = {layer: tuning.new_update(layer, generator) for layer in layers}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -147,7 +147,7 @@ class Float16Trainer(SparseTrainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if self.state.global_step + 1 in (2, 5):
-            self.model.bert.pooler.dense.weight.grad[0, 0] = torch.inf
+            self.model.bert.encoder.layer[0].attention.self.query.weight.grad[0, 0] = torch.inf
         return loss
 
 
@@ -177,7 +177,7 @@ def test_the_loss_scale_does_not_reach_the_updates(tmp_path):
         options = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 3, "max_grad_norm": 0.0}
         tuned(tmp_path / name, model, trainer=cls, tune="masked_lora", **options).train()
         results.append(weights(model))
-    for name in ("bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.weight"):
+    for name in ("bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.0.output.dense.weight"):
         plain, scaled = (result[name] for result in results)
         assert relative(plain - scaled, plain - start[name]) < 0.1
 
@@ -210,7 +210,7 @@ def test_clipping_scales_the_gradients_of_the_updates(tmp_path):
         trainer = tuned(tmp_path, model, tune="masked_lora", logging_steps=1, **options)
         trainer.train()
         norm = trainer.state.log_history[0]["grad_norm"]
-        name = "bert.pooler.dense.weight"
+        name = "bert.encoder.layer.0.attention.self.query.weight"
         changes.append(float((weights(model)[name] - start[name]).norm()) / (limit / norm if limit else 1.0))
     assert changes[0] > 0 and changes[1] == pytest.approx(changes[0], rel=0.1)
 

@@ -69,10 +69,10 @@ def test_no_file_has_pruned_weights_that_another_callback_brought_back(tmp_path,
     folders = [folder for folder in tmp_path.glob("checkpoint-*") if int(folder.name.split("-")[1]) >= 9]
     assert len(folders) == (1 if event == "on_epoch_end" else 4)
     assert all(zeros_in(folder, callback) for folder in folders)
-    assert zeros(trainer.model) == 2400
+    assert zeros(trainer.model) == 2112
     quiet = event == "on_optimizer_step" and not ours_first  # as an optimizer does it
     assert caplog.text.count("brought back") == (0 if quiet else 1)
-    assert quiet or "2,400 pruned weights" in caplog.text
+    assert quiet or "2,112 pruned weights" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [SparseTrainer, Mixed])
@@ -81,8 +81,8 @@ def test_an_average_taken_at_the_end_has_the_zeros(tmp_path, caplog, kind):
     trainer, callback = run_with(tmp_path, kind, Averaging("on_train_end", {STEPS}), True)
     with caplog.at_level(logging.WARNING, "hf_sparse"):
         trainer.train()
-    assert zeros(trainer.model) == 2400
-    assert caplog.text.count("2,400 pruned weights") == 1
+    assert zeros(trainer.model) == 2112
+    assert caplog.text.count("2,112 pruned weights") == 1
     with torch.no_grad():
         for weight in trainer.model.parameters():
             weight.add_(0.01)
@@ -93,8 +93,8 @@ def test_an_average_taken_at_the_end_has_the_zeros(tmp_path, caplog, kind):
 def test_an_average_taken_before_ours_ends_training_in_a_stock_trainer(tmp_path, caplog):
     trainer, _ = run_with(tmp_path, Trainer, Averaging("on_train_end", {STEPS}), False)
     trainer.train()
-    assert zeros(trainer.model) == 2400
-    assert caplog.text.count("2,400 pruned weights") == 1
+    assert zeros(trainer.model) == 2112
+    assert caplog.text.count("2,112 pruned weights") == 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -167,7 +167,7 @@ def test_early_stopping_waits_for_the_final_sparsity_in_a_stock_trainer(tmp_path
     assert trainer.state.best_metric == -SCHEDULE["prune_end"]
     if strategy != "no":
         assert trainer.state.best_global_step == SCHEDULE["prune_end"]
-        assert zeros(trainer.model) == 2400
+        assert zeros(trainer.model) == 2112
 
 
 @pytest.mark.parametrize("metric", ["a_loss", "b_loss"])

@@ -37,12 +37,11 @@ def mixed(base: type) -> type:
 
 
 class Sentences:
-    """SentenceTransformerTrainer on a BERT of one layer. The loss does not reach its pooler: the mean over tokens is
-    taken."""
+    """SentenceTransformerTrainer on a BERT of one layer. The loss does not reach its pooler, which is not selected:
+    the mean over tokens is taken."""
 
     body = [f"0.model.encoder.layer.0.attention.self.{name}.weight" for name in ("query", "key", "value")]
     body += [f"0.model.encoder.layer.0.{name}.dense.weight" for name in ("attention.output", "intermediate", "output")]
-    body += ["0.model.pooler.dense.weight"]
     prefix = "0.model."
 
     def __init__(self, tmp_path):

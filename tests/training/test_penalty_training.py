@@ -216,6 +216,8 @@ def test_what_is_refused(options, text):
 
 def test_frozen_weights_are_refused(tmp_path):
     model = bert()
-    model.get_parameter("bert.pooler.dense.weight").requires_grad_(False)
-    with pytest.raises(PruningConfigError, match='penalty "l1" draws .*"bert.pooler.dense.weight" is frozen'):
+    model.get_parameter("bert.encoder.layer.0.attention.self.query.weight").requires_grad_(False)
+    with pytest.raises(
+        PruningConfigError, match='penalty "l1" draws .*"bert.encoder.layer.0.*query.weight" is frozen'
+    ):
         make(tmp_path, model=model, penalty="l1", **PENALIZED)

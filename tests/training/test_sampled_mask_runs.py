@@ -113,7 +113,7 @@ def magnitude_masks(model, algorithm):
 def reference(model, algorithm, seed, clock):
     """The model with the parametrization on each selected weight; everything else is frozen."""
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    masks, layers = magnitude_masks(model, algorithm), [layer for layer in find_layers(model) if layer.in_body]
+    masks, layers = magnitude_masks(model, algorithm), [layer for layer in find_layers(model) if layer.in_blocks]
     shards, _ = build_shards(dict(model.named_parameters()))
     parts = {layer: WeightParts(layer, shards[layer.name]) for layer in layers}
     with torch.no_grad():
@@ -138,7 +138,7 @@ def reference(model, algorithm, seed, clock):
 @pytest.mark.parametrize("algorithm", RUNS)
 def test_training_is_that_of_the_parametrized_model(tmp_path, algorithm, make_model):
     ours = make(tmp_path / "ours", model=make_model().double().eval(), **options_of(algorithm))
-    names = [layer.name for layer in find_layers(ours.model) if layer.in_body]
+    names = [layer.name for layer in find_layers(ours.model) if layer.in_blocks]
     clock = Clock(names)
     ours.add_callback(clock)
     ours.train()
@@ -179,7 +179,7 @@ def test_nothing_trains_but_the_mask_until_it_is_final(tmp_path, algorithm):
     for name, mask in masks.items():
         assert torch.equal(final[name], record.start[name].masked_fill(~mask, 0.0)), name
         assert bool(record.steps[2][name].all())  # samples are soft, and hard at the end
-    assert sum(int((~mask).sum()) for mask in masks.values()) == round(target * 4800)
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(target * 4224)
     if algorithm == "gumbel_nm":
         assert all(bool((mask.view(-1, 4).sum(1) == 2).all()) for mask in masks.values())
     # Afterwards the weights that are kept train as usual.

@@ -12,14 +12,14 @@ from helpers.bounds import bounded
 from helpers.tiny import SCHEDULE, bert, make, same, weights
 from safetensors.torch import save_file
 
-from hf_sparse.files import STATE_FILE, open_tensors
+from hf_sparse.files import CONFIG_FILE, STATE_FILE, open_tensors
 from hf_sparse.training import state_files
 from hf_sparse.training.checkpoint_search import find_checkpoint_error, newest_complete_checkpoint
 from hf_sparse.training.resume import CheckpointError, ResumeState
 
 
 OPTIONS = {"target_sparsity": 0.5, "criterion": "greedy_movement", **SCHEDULE}
-WEIGHT = "bert.pooler.dense.weight"
+WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +193,27 @@ def test_a_tensor_of_an_unusual_dtype_is_refused_by_name(checkpoint, kind):
 
 
 # Versions
+
+
+def test_a_checkpoint_of_an_earlier_version_selects_what_it_selected(tmp_path, caplog):
+    """Also the checkpoints of the run that has resumed from it."""
+    saving, body = {"save_strategy": "steps", "save_steps": 4}, {"targets": ["all-body"]}
+    whole = make(tmp_path / "whole", **OPTIONS, **saving, **body)
+    whole.train()
+
+    def as_before(tensors, values):
+        del values["defaults"]
+        values["config"]["max_sparsity_per_layer"] = None
+
+    craft(tmp_path / "whole" / "checkpoint-4", as_before)
+    for start in (tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-8"):
+        folder = tmp_path / ("resumed" if start.parent.name == "whole" else "again")
+        resumed = make(folder, model=bert(seed=9), **OPTIONS, **saving)
+        resumed.train(resume_from_checkpoint=str(start))
+        assert same(weights(resumed.model), weights(whole.model))
+        assert "bert.pooler.dense.weight" in resumed.sparsity_callback.pruner.masks
+        assert json.loads((folder / CONFIG_FILE).read_text())["targets"] == ["all-body"]
+    assert caplog.text.count("resuming with the options of") >= 2
 
 
 def test_files_have_a_format_version(saved):

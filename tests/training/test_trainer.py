@@ -141,7 +141,7 @@ def test_mixed_into_somebodys_trainer(tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == 0
     assert trainer.evaluate(samples(4), [1, 2])["eval_examples"] == 2
-    assert zeros(trainer.model) == 2400
+    assert zeros(trainer.model) == 2112
 
 
 def test_a_config_by_callback(tmp_path):
@@ -149,7 +149,7 @@ def test_a_config_by_callback(tmp_path):
     trainer = make(tmp_path, callbacks=[given])
     assert trainer.sparsity_callback is given
     trainer.train()
-    assert zeros(trainer.model) == 2400
+    assert zeros(trainer.model) == 2112
 
 
 def test_a_config_by_callback_and_by_arguments_is_refused(tmp_path):
@@ -164,7 +164,7 @@ def test_a_callback_class_takes_the_arguments(tmp_path):
     trainer = make(tmp_path, callbacks=[SparsityCallback], target_sparsity=0.5)
     assert sum(isinstance(callback, SparsityCallback) for callback in trainer.callback_handler.callbacks) == 1
     trainer.train()
-    assert zeros(trainer.model) == 2400
+    assert zeros(trainer.model) == 2112
 
 
 def test_a_callback_that_prunes_nothing_leaves_resume_to_trainer(tmp_path):
@@ -222,7 +222,7 @@ def test_sparsity_and_target_are_logged_at_each_logging_step(tmp_path, capsys):
 
     class Counter(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            seen[state.global_step] = zeros(model) / 4800
+            seen[state.global_step] = zeros(model) / 4224
 
     trainer.add_callback(Counter)
     trainer.train()
@@ -319,7 +319,7 @@ def test_the_table_is_printed_once_and_the_report_is_counted_in_the_weights(tmp_
     assert capsys.readouterr().out.count("selected                    ") == 1
     report = json.loads((tmp_path / "pruning_report.json").read_text())
     parameters = dict(trainer.model.named_parameters())
-    assert len(report["layers"]) == 7
+    assert len(report["layers"]) == 6
     for layer in report["layers"]:
         assert layer["zeros"] == int((parameters[layer["name"]] == 0).sum())
         assert layer["weights"] == parameters[layer["name"]].numel()
@@ -339,7 +339,7 @@ def test_only_the_main_process_writes(tmp_path, capsys, monkeypatch):
 
     trainer.add_callback(OtherProcess)
     trainer.train()
-    assert zeros(trainer.model) == 2400
+    assert zeros(trainer.model) == 2112
     assert "selected" not in capsys.readouterr().out
     assert [path.name for path in tmp_path.rglob("*") if "pruning" in path.name] == []
 

@@ -143,7 +143,7 @@ def test_what_is_trained_is_logged_and_in_the_card(tmp_path, caplog):
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
-    layers = 4 * 2 * (24 + 24) + 2 * 2 * (24 + 40) + 2 * (24 + 24)  # query, key, value, output; up, down; pooler
+    layers = 4 * 2 * (24 + 24) + 2 * 2 * (24 + 40)  # query, key, value, output; up, down
     others = norm_parameters(trainer.model) | bias_parameters(trainer.model) | head_parameters(trainer.model)
     count = layers + sum(trainer.model.get_parameter(name).numel() for name in others)
     total = trainer.model.num_parameters()

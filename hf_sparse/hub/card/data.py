@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ...config import OneshotConfig, PruningConfig
 from ...config.base import PruningOptions
 from ...config.distillation import published_options
-from ...config.options import DEFAULT_SOLVER
+from ...config.options import DEFAULT_SOLVER, upgrade_defaults
 from ...files import CARD_FILE, CONFIG_FILE, REPORT_FILE, SHRINK_FILE, read_json, write_json
 from ...local_paths import is_path, published_name, published_values, shorten_paths
 from ...plugins import loaded_plugins
@@ -176,6 +176,7 @@ class SparsityCard:
         directory = Path(directory)
         try:
             report, config = SparsityReport.load(directory / REPORT_FILE), read_json(directory / CONFIG_FILE)
+            config = upgrade_defaults(config)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error.filename} does not exist: a card is generated from the files that pruning writes beside the "

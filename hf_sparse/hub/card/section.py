@@ -15,6 +15,7 @@ from ...config.distillation import SELF
 from ...config.options import DEFAULT_SOLVER, METHODS
 from ...files import LAYERS_PLOT_FILE, SCHEDULE_PLOT_FILE
 from ...local_paths import published_name
+from ...model.layers import DEFAULT_TARGETS
 from ...patterns import Pattern, get_pattern
 from ...reporting.report import SparsityReport
 from ...reporting.tables import format_markdown_table, format_sparsity, without_empty_columns
@@ -290,9 +291,9 @@ def _loading(card: SparsityCard) -> str:
 
 
 def _fine_tuning(card: SparsityCard) -> str:
-    groups = (card.config.get("groups") or {}).values()
-    targets = [target for options in (card.config, *groups) for target in options.get("targets") or ()]
-    options = {"targets": list(dict.fromkeys(targets)), "exclude": card.config.get("exclude")}
+    default, groups = card.config.get("targets") or DEFAULT_TARGETS, card.config.get("groups") or {"weights": {}}
+    targets = list(dict.fromkeys(target for group in groups.values() for target in group.get("targets") or default))
+    options = {"targets": None if targets == list(DEFAULT_TARGETS) else targets, "exclude": card.config.get("exclude")}
     arguments = "".join(f", {name}={json.dumps(value)}" for name, value in options.items() if value)
     code = (
         "from hf_sparse import SparseTrainer, SparseTrainingArguments\n\n"
