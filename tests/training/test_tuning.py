@@ -321,4 +321,4 @@ def test_a_callback_says_what_is_tuned(tmp_path):
     callback = SparsityCallback(PruningConfig(keep_zeros=True), tune=MaskedLora(rank=2))
     trainer = make(tmp_path, model=pruned(), callbacks=[callback], trainer=SparseTrainer)
     trainer.train()
-    assert trainer.tuner.tuning == MaskedLora(rank=2) and len(trainer.tuner.layers) == 7
+    assert trainer.tuner.tuning == MaskedLora(rank=2) and len(trainer.tuner.layers) == 6
