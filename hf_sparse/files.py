@@ -152,7 +152,7 @@ def read_text(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> str:
 
     Raises:
         OSError: the file does not exist or cannot be read.
-        ValueError: it has more than `max_bytes` bytes, or is no text. The message does not have the path.
+        ValueError: it has more than `max_bytes` bytes, or is not text. The message does not have the path.
     """
     with open(path, "rb") as file:
         data = file.read(max_bytes + 1)
@@ -232,7 +232,9 @@ def read_weight_index(index: str | Path) -> list[Path]:
         raise ValueError(f"{index} is damaged: its weight_map must map names of tensors to names of files.")
     names = sorted(set(file_of.values()))
     if outside := [name for name in names if not name or Path(name).name != name or "\0" in name or len(name) > 255]:
-        raise ValueError(f"{index} names what can be no file in its directory: {reprlib.repr(outside[0])}.")
+        raise ValueError(
+            f"{index} names something that cannot be a file in its directory: {reprlib.repr(outside[0])}."
+        )
     return [index.parent / name for name in names]
 
 
@@ -249,7 +251,7 @@ def open_tensors(path: str | Path) -> tuple[Mapping[str, torch.Tensor], dict[str
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is cut short or is no safetensors file.
+        ValueError: the file is cut short or is not a safetensors file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -257,7 +259,7 @@ def open_tensors(path: str | Path) -> tuple[Mapping[str, torch.Tensor], dict[str
         file = safe_open(str(path), framework="pt")
         return _LazyTensors(file), file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
 class _LazyTensors(Mapping[str, torch.Tensor]):

@@ -61,7 +61,7 @@ def _load_file(path: Path) -> None:
         return
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"plug-in {path} cannot be imported: it is no Python file.")
+        raise ValueError(f"plug-in {path} cannot be imported: it is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:

@@ -30,16 +30,16 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub name of the pretrained model."})
     config_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of the configuration. Left out: that of the model."}
+        default=None, metadata={"help": "Folder or Hub name of the configuration. Default: that of the model."}
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of the tokenizer. Left out: that of the model."}
+        default=None, metadata={"help": "Folder or Hub name of the tokenizer. Default: that of the model."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads and prepared data."})
     use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use the fast tokenizer where there is one."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     token: str | None = field(
-        default=None, metadata={"help": "Hub access token. Left out: the one stored by `hf auth login`."}
+        default=None, metadata={"help": "Hub access token. Default: the one stored by `hf auth login`."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code from the model repository. Read that code first."}
@@ -110,6 +110,8 @@ def check_run(training_args: SparseTrainingArguments, model_args: ModelArguments
         raise ValueError("nothing to do: pass --do_train, --do_eval or --do_predict.")
     _check_comparison(training_args, model_args)
     SparsityCallback().check(training_args, None)
+    if training_args.do_train and (error := training_args.unused_error()) is not None:
+        raise ValueError(error)
     if training_args.shrink and not training_args.prunes:
         raise ValueError('shrink is set, but nothing is pruned: add pattern="neuron" and target_sparsity=0.5.')
     if training_args.fp16 and training_args.device.type == "cpu":

@@ -100,7 +100,7 @@ class DataTrainingArguments:
     block_size: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens per block. Left out: the least of the tokenizer's limit, the model's positions and "
+            "help": "Tokens per block. Default: the least of the tokenizer's limit, the model's positions and "
             f"{LONGEST_DEFAULT_BLOCK}."
         },
     )

@@ -47,5 +47,5 @@ def test_damaged_files_raise(tmp_path):
     whole = path.read_bytes()
     for damaged in (b"", whole[:20], whole[:-1], b"PK" + whole):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"file\.safetensors is damaged or is no safetensors file"):
+        with pytest.raises(ValueError, match=r"file\.safetensors is damaged or not a safetensors file"):
             open_tensors(path)

@@ -94,12 +94,12 @@ def report(
     ],
     min_sparsity: Annotated[
         float | None,
-        typer.Option(help="Least sparsity of the selected weights, from 0 to 1. Exit with 1 if it is lower."),
+        typer.Option(help="Exit with 1 if the sparsity of the selected weights, from 0 to 1, is lower than this."),
     ] = None,
     expect: Annotated[
         str | None,
         typer.Option(
-            help="Pattern of all selected weights: 2:4, 4x1, channel, channel:in. Exit with 1 if one does not have it."
+            help="Exit with 1 if a selected weight does not have this pattern: 2:4, 4x1, channel, channel:in."
         ),
     ] = None,
     verify: Annotated[
@@ -111,8 +111,8 @@ def report(
 ) -> None:
     """Report the sparsity of a checkpoint and the structure of its zeros, without building its model.
 
-    Reads safetensors files part by part. The selected weights are those in pruning_report.json beside them; without
-    one, those that look prunable by name and shape. Exit codes: 0 success, 1 a check failed, 2 it cannot be read.
+    Safetensors files are read part by part. The selected weights are those in pruning_report.json beside them; without
+    that file, those that look prunable by name and shape. Exit codes: 0 success, 1 a check failed, 2 unreadable.
     """
     from ..inspection import inspect_checkpoint, unmet_expectations
 
@@ -165,15 +165,15 @@ def _print_checked(result: Any, unmet: list[str], as_json: bool, all_layers: boo
 def methods(
     family: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Only the methods that this option selects, such as criterion."),
+        typer.Option(metavar="NAME", help="List only the methods of one option, such as criterion."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each option means.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with a description of each option.")] = False,
     plugin: Plugins = None,
 ) -> None:
-    """List all methods of pruning and training: what each does, its options with their defaults, and its paper.
+    """List the methods of pruning and training: what each does, its options and their defaults, and its paper.
 
-    A method is selected by the option of its family, as in `--criterion snip_momentum`, and its own options are given
-    by `--criterion_kwargs`. Those of plug-ins are listed too.
+    A method is selected by the option of its family, as in `--criterion snip_momentum`; its own options are given as
+    JSON, as in `--criterion_kwargs '{"decay": 0.95}'`. Methods of plug-ins are listed as well.
     """
     from .catalogue import read_catalogue
     from .methods import print_catalogue
@@ -193,11 +193,11 @@ def card(
     ],
     repo: Annotated[
         str | None,
-        typer.Option(help="Repository that the model will be uploaded to. Edits made to the card there are kept."),
+        typer.Option(help="Repository of the model on the Hub. Edits that were made to its card there are kept."),
     ] = None,
     benchmark: Annotated[
         str | None,
-        typer.Option(help="Output of `bench --json` in which this folder was measured: the card shows the times."),
+        typer.Option(help="Output of `bench --json` that includes this folder: the card shows the measured times."),
     ] = None,
     base_model: BaseModel = None,
     license: License = None,  # noqa: A002 - the Hub's name
@@ -207,8 +207,8 @@ def card(
 ) -> None:
     """Rewrite the model card of a pruned model from the files beside its weights.
 
-    The zeros are counted in the weights. Only the text between the two marks of hf_sparse is replaced, and only
-    metadata that nobody has edited, and what is given by options.
+    Zeros are counted in the weights. Only the section between the markers of hf_sparse is replaced, and metadata that
+    was not edited, or that the options give.
     """
     from ..hub.card import CardMetadata, rewrite_card
 
@@ -219,19 +219,21 @@ def card(
 
 @app.command()
 def push(
-    directory: Annotated[str, typer.Argument(help="Folder of a trainer, of one of its checkpoints, or of any model.")],
-    repo: Annotated[str, typer.Argument(help='"user/name", or "name" under your own. Created if it does not exist.')],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    directory: Annotated[
+        str, typer.Argument(help="Output folder of a trainer, one of its checkpoints, or the folder of any model.")
+    ],
+    repo: Annotated[
+        str, typer.Argument(help='"user/name", or "name" for your own account. Created if it does not exist.')
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is created.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
-    path_in_repo: Annotated[
-        str | None, typer.Option(help="Folder in the repository. Left out: its top level.")
-    ] = None,
+    path_in_repo: Annotated[str | None, typer.Option(help="Folder in the repository. Default: its top level.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     token_from_env: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Environment variable that holds the token. Left out: HF_TOKEN, or the token of `hf auth login`.",
+            help="Environment variable that holds the token. Default: HF_TOKEN, or the token of `hf auth login`.",
         ),
     ] = None,
     base_model: BaseModel = None,
@@ -240,11 +242,11 @@ def push(
     pipeline_tag: PipelineTag = None,
     plugin: Plugins = None,
 ) -> None:
-    """Upload a folder to the Hub and print the address. Checkpoints in subfolders are left out: push each by itself.
+    """Upload a folder to the Hub and print its URL. Checkpoints in subfolders are not uploaded: push each separately.
 
-    The card of a pruned model is rewritten before, as by `hf-sparse card --repo`, if `repo` is "user/name"; if the
-    upload fails, the folder is as it was. Retries if the Hub is busy or out of reach. Exit codes: 0 uploaded, 1 the
-    upload failed, 2 there is no such folder.
+    If `repo` is "user/name", the card of a pruned model is rewritten first, as by `hf-sparse card --repo`, unless
+    --path-in-repo is given; if the upload fails, the folder stays as it was. Transient failures are retried. Exit
+    codes: 0 uploaded, 1 the upload failed, 2 there is no such folder.
     """
     from ..hub.card import CardMetadata, push_with_card
     from ..hub.upload import UploadError

@@ -33,36 +33,34 @@ def shrink(
         list[str] | None,
         typer.Option(
             metavar="NUMBERS",
-            help="Layers to keep, as in 0,1,4,5: the others are removed, zero or not. Of encoder-decoder models "
-            "encoder=0,1,5, and decoder=... in a second --layers. Left out: only layers that are zero are removed.",
+            help="Layers to keep, as in 0,1,4,5; the others are removed, zero or not. For encoder-decoder models: "
+            "--layers encoder=0,1 --layers decoder=0,1. Default: only layers that are zero are removed.",
         ),
     ] = None,
     experts: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NUMBERS",
-            help="Experts to keep in every layer, as in 0,2,3; those of layer 4 alone with 4=0,2,3. Repeat it for "
-            "several layers.",
+            help="Experts to keep in every layer, as in 0,2,3, or in layer 4 alone, as in 4=0,2,3; repeat the option "
+            "for several layers.",
         ),
     ] = None,
     multiple_of: Annotated[
-        int, typer.Option(min=1, help="Widths of feed-forward networks that change become multiples of it.")
+        int, typer.Option(min=1, help="Round reduced feed-forward widths up to a multiple of this number.")
     ] = 8,
     heterogeneous: Annotated[
         bool,
         typer.Option(
             "--heterogeneous",
-            help="Give each layer the size that it uses. The model then opens only after `import hf_sparse`.",
+            help="Give each layer a size of its own. The model then opens only after `import hf_sparse`.",
         ),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be removed, and write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed; write nothing.")] = False,
 ) -> None:
-    """Remove the neurons, attention heads and layers of a checkpoint that are zero: a smaller model, same outputs.
+    """Remove the zero neurons, attention heads and layers of a checkpoint: a smaller model with the same outputs.
 
-    The result opens with plain `from_pretrained`, and has a model card. Exit codes: 0 success, 2 it is not possible,
-    or nothing can be removed.
+    The result opens with plain `from_pretrained` and has a model card. Exit codes: 0 success, 2 nothing can be
+    removed, or the model is not supported.
     """
     from ..hub.shrinking import shrink_checkpoint
 
@@ -102,29 +100,33 @@ def _numbers_to_keep(texts: list[str] | None, option: str) -> Any:
 def export(
     model: Annotated[str, typer.Argument(help="Checkpoint: a folder or a Hub name.")],
     output_dir: Annotated[str, typer.Argument(help="Folder to write. Replaced if it exists.")],
-    to: Annotated[str, typer.Option(help="onnx or openvino.")],
+    to: Annotated[str, typer.Option(help="Target format: onnx or openvino.")],
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="fp32, bf16 (OpenVINO only) or fp16. Left out: float32 weights, computed by OpenVINO in the fastest "
-            "precision of the CPU."
+            help="Precision: fp32, bf16 (OpenVINO only) or fp16. Default: float32 weights; OpenVINO computes in the "
+            "fastest precision of the CPU."
         ),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize to int8 (OpenVINO, with nncf).")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize weights and activations to int8 (OpenVINO only, with nncf).")
+    ] = False,
     calibration_file: Annotated[
         str | None,
-        typer.Option(help="Texts, to quantize and to compare with: .txt, .json, .jsonl, .csv, .tsv or .parquet."),
+        typer.Option(
+            help="Calibration texts, for int8 and for comparing outputs: .txt, .json, .jsonl, .csv, .tsv or .parquet."
+        ),
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option(help="Column with the texts. Left out: text, sentence, or the only text column.")
+        str | None, typer.Option(help="Column with the texts. Default: text, sentence, or the only text column.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of texts.")] = 100,
-    length: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of a text.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration texts.")] = 100,
+    length: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per text.")] = 128,
 ) -> None:
     """Export a checkpoint to ONNX or OpenVINO, and compare its outputs with those of the checkpoint.
 
-    Needs `pip install "hf_sparse[export]"`. Texts and images of any batch size, texts of any length; a causal language
-    model computes the logits of whole texts, without a cache. Exit codes: 0 exported, 2 it is not possible.
+    Needs `pip install "hf_sparse[export]"`. The exported model takes any batch size and text length; a causal language
+    model returns the logits of the whole text, without a cache. Exit codes: 0 exported, 2 not possible.
     """
     from ..export.workflow import export_model
 
@@ -138,26 +140,28 @@ def bench(
     models: Annotated[
         list[str], typer.Argument(help="Checkpoints, and folders written by `export`. The first is the reference.")
     ],
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. Left out: 1 8 32.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="Number of tokens of each text.")] = 128,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. Default: 1 8 32.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Number of tokens per text.")] = 128,
     runtime: Annotated[
         list[str] | None,
         typer.Option(
-            help="torch, compile, onnx, openvino, or generate (32 tokens in torch). Repeat it for several. Left out: "
-            "torch, and what is installed of onnx and openvino."
+            help="Runtime: torch, compile, onnx, openvino, or generate (32 tokens in torch); repeat the option for "
+            "several. Default: torch, and those of onnx and openvino that are installed."
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Number of threads. Left out: all cores. With 1, CPU time is measured.")
+        int | None, typer.Option(min=1, help="Number of threads. Default: all cores. With 1, CPU time is measured.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="About how long to measure each batch size.")] = 20.0,
-    device: Annotated[str, typer.Option(help="cpu or cuda, for torch.")] = "cpu",
-    plot: Annotated[str | None, typer.Option(help="PNG file for a figure of the ratios.")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Approximate measuring time per batch size, in seconds.")
+    ] = 20.0,
+    device: Annotated[str, typer.Option(help="Device for torch: cpu or cuda.")] = "cpu",
+    plot: Annotated[str | None, typer.Option(help="Write a figure of the ratios to this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure the speed, file size and memory of models side by side.
 
-    The models run in turns, on random inputs, and are compared by ratios of times measured next to each other.
+    The models run in turns on random inputs. Ratios compare times that were measured next to each other.
     """
     from pathlib import Path
 

@@ -49,7 +49,7 @@ def format_mistake(error: BaseException, spelled: Mapping[str, str]) -> str:
 
 def spell_options(text: str, spelled: Mapping[str, str]) -> str:
     """Returns a text in which options are named as they are typed: in `name=value`, names of several words anywhere,
-    and other names where a sentence begins with them, a quoted value follows, or a verb is about them.
+    and other names where a sentence begins with them, a quoted value follows, or a verb is about them, also in a list.
 
     Args:
         text: one line.
@@ -64,6 +64,8 @@ def spell_options(text: str, spelled: Mapping[str, str]) -> str:
         'the pattern of "text_column": --exclude "*.query", --text-column.'
         >>> print(spell_options('set criterion_kwargs={"decay": 1.0}.', spelled))
         set --criterion-kwargs '{"decay": 1.0}'.
+        >>> spell_options("scope, text_column, pattern have no effect: leave scope, pattern out.", spelled)
+        '--scope, --text-column, --pattern have no effect: leave --scope, --pattern out.'
     """
     names = "|".join(sorted(map(re.escape, spelled), key=len, reverse=True))
     if not names:
@@ -73,7 +75,10 @@ def spell_options(text: str, spelled: Mapping[str, str]) -> str:
     text = re.sub(rf"{word}={value}", lambda match: _typed(spelled[match[1]], match[2]), text)
     text = re.sub(rf"{word}{end}", lambda match: spelled[match[1]] if "_" in match[1] else match[0], text)
     text = re.sub(rf"(?<!the ){word}(?= \"[^ ])", lambda match: spelled[match[1]], text)
-    before = r"(^|[.:;?] (?:- )?|\b(?:leave|needs|pass|set|lower|raise|give|add) )"
+    text = re.sub(
+        rf"(?<=, )({names})(?=(?:, [\w-]+)*(?: have no effect| out\b))", lambda match: spelled[match[1]], text
+    )
+    before = r"(^|[.:;?] (?:- )?|\b(?:leave|needs|pass|set|lower|raise|give|add|without) )"
     return re.sub(rf"{before}{word}{end}", lambda match: match[1] + spelled[match[2]], text)
 
 

@@ -8,8 +8,8 @@ import typer
 
 
 _HELP = (
-    "Python file or module that registers criteria, patterns or other methods of your own. Repeat it for several. It "
-    "runs with your permissions."
+    "Python file or module that registers your own criteria, patterns or other methods; repeat the option for "
+    "several. It runs with your permissions."
 )
 Plugins = Annotated[list[str] | None, typer.Option(metavar="FILE_OR_MODULE", help=_HELP)]
 

@@ -29,7 +29,7 @@ def load_prune_command() -> TyperCommand:
 
         The method is Wanda, unless --criterion or --solver names another, such as SparseGPT with --solver sparsegpt.
         A run that was killed resumes after the last finished block when it is started again with the same options.
-        Exit codes: 0 success, 2 the options, the data or the model do not allow it.
+        Exit codes: 0 success, 2 invalid options, data or model.
         """
         run_oneshot(arguments, config, echo=typer.echo)
 

@@ -87,31 +87,32 @@ class PruningOptions:
     """
 
     target_sparsity: float | None = option(
-        "Target sparsity: the fraction of the selected weights to prune, from 0 to 1. Left out: nothing is pruned, or "
+        "Target sparsity: the fraction of the selected weights to prune, from 0 to 1. Default: nothing is pruned, or "
         "what the pattern implies (0.5 for 2:4)."
     )
     pattern: Pattern | str | None = option(
-        'Granularity, what is pruned as one unit: "unstructured" (the default: single weights), "N:M" (2:4 keeps 2 of '
-        'every 4), "RxC" blocks (4x1), "channel" (output rows), "channel:in" (input columns); coupled over weights: '
-        '"neuron" (of feed-forward networks; a multiple of 8 is kept, with "neuron:1" any number), "head" (attention '
-        'heads), "layer".'
+        'Pruning granularity: "unstructured" (single weights, the default), "N:M" (2:4 keeps 2 of every 4), "RxC" '
+        'blocks (4x1), "channel" (output rows), "channel:in" (input columns); structured over several weights: '
+        '"neuron" (of feed-forward networks; keeps a multiple of 8, "neuron:1" any number), "head" (attention heads), '
+        '"layer".'
     )
     criterion: Criterion | str | None = option(
         "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, greedy_movement, "
         "obert, in one-shot pruning also wanda, ria, fluctuation and obs (of neurons and heads), block_influence (of "
-        "layers), or a registered one. Left out: snip_momentum in training; one-shot wanda, the solver's own "
-        "selection, or fluctuation for neurons and heads and block_influence for layers."
+        "layers), or a registered one. Default: snip_momentum in training; in one-shot pruning wanda or the solver's "
+        "own selection, fluctuation for neurons and heads, block_influence for layers."
     )
     criterion_kwargs: dict[str, Any] | str | None = option(
         'Options of the criterion, as JSON: {"decay": 0.95} for snip_momentum, {"alpha": 0.5} for ria.'
     )
     scope: str | None = option(
-        "Ranking scope, the units that compete: row, layer or global. Left out: the criterion's (global, row for "
-        "wanda, layer for ria), or layer for channels, neurons and heads, for an allocation other than uniform, and "
-        "in one-shot pruning for criteria without gradients, such as magnitude."
+        "Ranking scope: units compete within a row, a layer, or all layers (global); those of N:M always within their "
+        "group. Default: that of the criterion (global; row for wanda, layer for ria); layer for channels, neurons "
+        "and heads, with an allocation other than uniform, and in one-shot pruning with criteria without gradients, "
+        "such as magnitude."
     )
     allocation: Allocation | str | None = option(
-        "Allocation of the target over layers, with scope row or layer: uniform (the default), erdos_renyi, in "
+        "Allocation of the target sparsity to layers, with scope row or layer: uniform (the default), erdos_renyi, in "
         "one-shot pruning also owl, dlp, lsa and global, or a registered one."
     )
     allocation_kwargs: dict[str, Any] | str | None = option(
@@ -127,19 +128,20 @@ class PruningOptions:
         "default) for the weights of the model's repeated blocks, all-body to add those beside them, such as a "
         "pooler. Embeddings and task head must be named."
     )
-    exclude: list[str] | None = option("Layers to leave out: globs, or regular expressions after re:.")
+    exclude: list[str] | None = option("Layers not to prune: globs, or regular expressions after re:.")
     on_indivisible: str | None = option(
-        "Weights whose shape the pattern does not divide: error (the default), or skip (they are logged)."
+        "What to do with weights whose shape the pattern does not divide: error (the default), or skip (they are "
+        "logged)."
     )
     keep_zeros: bool | None = option(
-        "Keep the zeros that the selected weights already have, and fine-tune the other weights.", **FLAG
+        "Keep the existing zeros of the selected weights, as when a pruned model is fine-tuned.", **FLAG
     )
     pruning_config: str | None = option(
-        "Recipe file (.yaml or .json) with any of these options, and groups with options of their own."
+        "Recipe file (.yaml or .json) with any of these options and with parameter groups."
     )
     groups: dict[str, Any] | str | None = option(
-        "Parameter groups: name -> options for the layers that its targets match; options that a group leaves out are "
-        "those above. Best written in a recipe file."
+        "Parameter groups, as JSON: name -> options for the layers that its targets match; options that a group "
+        "leaves out are inherited. Easier to write in a recipe file."
     )
 
     defaults: ClassVar[dict[str, Any]] = {

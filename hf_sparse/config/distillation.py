@@ -23,23 +23,23 @@ class DistillationOptions:
     """A teacher, and the weights of the terms of the loss, (1 - alpha) * task + alpha * logits + hidden * states."""
 
     distill_teacher: str | None = option(
-        "Teacher to distill from: folder or Hub name of a dense model that is fine-tuned for the task, or self, a "
-        "copy of the weights that the run starts from. Left out: no distillation."
+        "Teacher to distill from: folder or Hub name of a dense model that is fine-tuned for the task, or self (a "
+        "copy of the initial weights of the run). Default: no distillation."
     )
     distill_alpha: float | None = option(
-        "Weight of the loss between the logits of student and teacher, from 0 to 1 (0.9 by default); the loss of the "
-        "task has the rest."
+        "Weight of the loss between the logits of student and teacher, from 0 to 1 (default 0.9); the task loss has "
+        "the rest."
     )
     distill_temperature: float | None = option(
-        "Temperature by which both logits are divided (2 by default); the loss is multiplied by its square."
+        "Temperature that divides both logits (default 2); the loss is multiplied by its square."
     )
     distill_hidden: float | None = option(
         "Weight of the loss between hidden states (SquareHead): squared distance to those of the teacher, relative to "
-        "their own square, mean over layers. 0 (the default): none."
+        "their squared norm, averaged over layers. Default: 0, none."
     )
     distill_teacher_dtype: str | None = option(
-        "Type of the teacher's weights: float32, bfloat16 or float16. Left out: that of its files, or with self that "
-        "of the model."
+        "Data type of the teacher's weights: float32, bfloat16 or float16. Default: that of its files, or with self "
+        "that of the model."
     )
 
     distillation_defaults: ClassVar[dict[str, object]] = {

@@ -55,56 +55,57 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     """
 
     quality: str | None = option(
-        "Preset for the options that are not given: fast (Wanda), good (SparseGPT), or best (the best known methods, "
-        "which take several times as long). Left out: fast."
+        "Preset for the options that are not given: fast (the default; Wanda), good (SparseGPT), or best (the most "
+        "accurate known methods, several times slower)."
     )
     solver: Solver | str | None = option(
-        "Weight update after pruning: none leaves the remaining weights as they are, sparsegpt updates them to "
-        "compensate, admm with a lower error in more time, lstsq those of whole columns and the bias, or a registered "
-        "one. Left out: lstsq for neurons and heads, else none."
+        "Weight update after pruning: none (the remaining weights stay unchanged), sparsegpt (compensates the error), "
+        "admm (lower error, slower), lstsq (least squares for whole columns, with the bias), or a registered one. "
+        "Default: lstsq for neurons and heads, else none."
     )
     solver_kwargs: dict[str, Any] | str | None = option(
         'Options of the solver, as JSON: {"dampening": 0.01, "block_size": 128} for sparsegpt, {"iterations": '
         '30, "rho": 0.1, "dampening": 0.01} for admm, {"ridge": 0.1} for lstsq.'
     )
     swaps: int | None = option(
-        "Mask refinement (SparseSwaps): the most swaps of a kept and a pruned weight in each row, made while they "
-        "lower the error of the outputs, after the criterion has selected. For single weights and N:M; most of the "
-        "gain comes with 25. 0 (the default): none."
+        "Mask refinement (SparseSwaps): maximum number of swaps of a kept and a pruned weight per row, made after the "
+        "criterion's selection while they lower the output error. For single weights and N:M; 25 gives most of the "
+        "gain. Default: 0, none."
     )
     permute: bool | None = option(
-        "With N:M patterns, first put the neurons of feed-forward networks and the values of heads in the order in "
-        "which the most is kept. The layers before them take the order over, so that nothing is added to the model.",
+        "For N:M patterns: first reorder the neurons of feed-forward networks and the value channels of heads, so "
+        "that N:M keeps the most. The preceding layers absorb the order; nothing is added to the model.",
         **FLAG,
     )
     layer_sparsity: dict[str, Any] | str | None = option(
-        'Sparsity of each layer, as JSON: {"*.q_proj": 0.4, "*.mlp.*": 0.6}; names are globs, or regular expressions '
+        'Sparsity per layer, as JSON: {"*.q_proj": 0.4, "*.mlp.*": 0.6}; names are globs, or regular expressions '
         "after re:. No other layer is pruned."
     )
     sequential: bool | None = option(
-        "Order: true (the default) prunes block by block, each on inputs that passed through the pruned blocks before "
+        "Pruning order: true (the default) prunes block by block, each on inputs computed by the pruned blocks before "
         "it; false prunes all layers at once, on inputs of the dense model.",
         nargs="?",
         const=True,
     )
     forwards: int | None = option(
-        "Forward passes per block: 2 observes the inputs, then propagates through the pruned block; 1 does both at "
-        "once, with all calibration data in one batch, and prunes each layer when its inputs arrive. Left out: 1 for "
-        "neurons and heads if all batches have one length, without reconstruct; else 2."
+        "Forward passes per block: 2 observes the inputs, then recomputes the outputs of the pruned block; 1 does "
+        "both in one pass, with all calibration data in one batch, and prunes each layer when its inputs arrive. "
+        "Default: 1 for neurons and heads if all batches have one length, without reconstruct; else 2."
     )
     activations: str | None = option(
-        "Storage of the outputs of blocks: cpu (the default), disk (TMPDIR), or device, where they are computed."
+        "Where block outputs are stored: cpu (the default), disk (TMPDIR), or device (where they are computed)."
     )
     reconstruct: bool | None = option(
-        "Tune the remaining weights, biases and norms of each block after pruning, so that its outputs on the "
-        "calibration data are those of the dense model. Takes several times as long.",
+        "Tune the remaining weights, biases and norms of each block after pruning, to reproduce the outputs of the "
+        "dense model on the calibration data. Takes several times as long.",
         **FLAG,
     )
     reconstruct_kwargs: dict[str, Any] | str | None = option(
         'Options of reconstruct, as JSON: {"steps": 300, "samples": 16, "window": 3, "learning_rate": 0.01}.'
     )
     on_unreached: str | None = option(
-        "Experts that no calibration token reaches: error (the default), or magnitude to prune them by magnitude."
+        "What to do with experts that no calibration token reaches: error (the default), or magnitude (prune them by "
+        "magnitude)."
     )
 
     defaults: ClassVar[dict[str, Any]] = PruningOptions.defaults | {

@@ -33,7 +33,7 @@ def merge_group_options(shared: Mapping[str, Any], group: Mapping[str, Any]) -> 
     """Returns the options of one group: its own, and for the others those that all groups share.
 
     A group that names a method does not inherit the shared options of that method, and a group whose pattern implies a
-    target (2:4) does not inherit the shared target.
+    target (2:4) inherits neither the shared target nor an allocation of it.
 
     Example:
         >>> merge_group_options({"pattern": "4x1", "target_sparsity": 0.8}, {"pattern": "2:4"})
@@ -43,13 +43,14 @@ def merge_group_options(shared: Mapping[str, Any], group: Mapping[str, Any]) -> 
     for method in METHODS:
         if method in group and f"{method}_kwargs" not in group and f"{method}_kwargs" in merged:
             merged[f"{method}_kwargs"] = None
-    if "target_sparsity" not in group and "target_sparsity" in merged:
-        try:
-            implied = get_pattern(merged["pattern"]).implied_sparsity
-        except (ValueError, KeyError):  # an unknown pattern is an error of its own
-            implied = None
-        if implied is not None:
-            merged["target_sparsity"] = None
+    try:
+        implied = get_pattern(merged["pattern"]).implied_sparsity
+    except (ValueError, KeyError):  # an unknown pattern is an error of its own
+        implied = None
+    if implied is not None:
+        foreign = {"target_sparsity": None, "allocation": DEFAULT_ALLOCATION, "allocation_kwargs": None}
+        given = group.keys() | ({"allocation_kwargs"} if "allocation" in group else set())
+        merged |= {name: value for name, value in foreign.items() if name in merged and name not in given}
     return merged
 
 

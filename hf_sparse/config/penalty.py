@@ -17,7 +17,7 @@ class PenaltyOptions:
 
     penalty: Penalty | str | None = option(
         "Penalty on the selected weights, a term of the loss: group_lasso (of whole units of the pattern), l1 (of "
-        "single weights), or a registered one. Left out: none."
+        "single weights), or a registered one. Default: none."
     )
     penalty_kwargs: dict[str, Any] | str | None = option(
         'Options of the penalty, as JSON: {"strength": 1e-4, "warmup": 0.1, "until_prune_end": true}.'

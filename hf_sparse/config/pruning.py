@@ -95,6 +95,7 @@ greedy_movement, magnitude, obert, obs, random, ria, snip, snip_momentum, taylor
     def more_errors(self, options: SimpleNamespace, criterion: str | None) -> list[str]:
         algorithm: Algorithm = ALGORITHMS.create(options.algorithm, options.algorithm_kwargs)
         errors = algorithm.option_errors(options, get_pattern(options.pattern)) + penalty_errors(options)
+        errors += self._scheduler_errors(options) if algorithm.follows_scheduler else []
         if options.rewind is not None and options.rewind_weights and not algorithm.can_rewind:
             errors.append(
                 f'rewind restores weights of an earlier step, but in algorithm "{options.algorithm}" they follow from '
@@ -109,6 +110,39 @@ greedy_movement, magnitude, obert, obs, random, ria, snip, snip_momentum, taylor
 
     def resolve_scheduler(self, options: SimpleNamespace) -> Scheduler:
         return get_scheduler(options)
+
+    def _scheduler_errors(self, options: SimpleNamespace) -> list[str]:
+        """Returns an error for each option that the scheduler does not read."""
+        unused = [
+            name
+            for name in self.resolve_scheduler(options).unused_options
+            if getattr(options, name) != self.defaults[name]
+        ]
+        reason = "the target is reached in the first prune step"
+        remedy = 'leave it out, or use scheduler="iterative" with prune_end after prune_start.'
+        return [f"{name} has no effect, because {reason}: {remedy}" for name in unused]
+
+    @property
+    def unused_options(self) -> list[str]:
+        """The options that were given although nothing is pruned, so that they have no effect."""
+        groups = [values for values in self._group_values().values() if isinstance(values, dict)]
+        targets = [target_of(SimpleNamespace(**values)) for values in groups]
+        if any(target is not None for target in targets):
+            return []  # 0 is said to prune nothing
+        used = {"keep_zeros", *(field.name for field in dataclasses.fields(DistillationOptions))}
+        used |= {"pattern", "targets", "exclude", "on_indivisible", "groups"} if self.keep_zeros else set()
+        return [name for name in self.options() if name not in used and getattr(self, name) != self.defaults.get(name)]
+
+    def unused_error(self) -> str | None:
+        """Returns the error of options that have no effect because nothing is pruned, or None."""
+        if not (names := self.unused_options):
+            return None
+        verb = "has" if len(names) == 1 else "have"
+        reason = "keep_zeros alone prunes nothing more" if self.keep_zeros else "nothing is pruned"
+        return (
+            f"{', '.join(names)} {verb} no effect, because {reason}: give target_sparsity, as in target_sparsity=0.8, "
+            f"or leave {', '.join(names)} out."
+        )
 
     def schedule(self, max_steps: int) -> PruningSchedule:
         """Returns the prune steps of a training run of `max_steps` optimizer steps.

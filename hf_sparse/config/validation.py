@@ -182,6 +182,11 @@ def consistency_errors(options: SimpleNamespace, criterion: str | None) -> list[
             f'target_sparsity is {target}, but pattern "{options.pattern}" always gives {implied:g}: leave '
             "target_sparsity out or choose another pattern."
         )
+    if implied is not None and options.allocation != DEFAULT_ALLOCATION:
+        errors.append(
+            f'allocation is "{options.allocation}", but pattern "{options.pattern}" gives every layer {implied:g}: '
+            "leave allocation out, or choose another pattern."
+        )
     if not pattern.has_layers:
         errors += _scope_errors(options)
     elif options.scope == "row" and not pattern.has_rows:

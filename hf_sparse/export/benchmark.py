@@ -184,6 +184,8 @@ def _check(models: Sequence[str], batch_sizes: Sequence[int], runtimes: Sequence
         raise ValueError(f"batch is {list(batch_sizes)}: it must be one or more numbers from 1.")
     if device != "cpu" and set(runtimes or ()) & {"onnx", "openvino"}:
         raise ValueError(f'device is "{device}": onnx and openvino are measured on the CPU only.')
+    if device != "cpu" and (exported := [model for model in models if exported_runtime(model)]):
+        raise ValueError(f'device is "{device}": {exported[0]} is exported, and measured on the CPU only.')
     for model in models:
         if exported_runtime(model) is None:
             check_model(model)

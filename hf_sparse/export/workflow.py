@@ -21,6 +21,7 @@ _TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # What is not the model itself, so that the folder can be used with the model's tokenizer or image processor.
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHT_INDEX = "*.index.json"
+_SAMPLES = 100
 
 
 def export_model(
@@ -31,7 +32,7 @@ def export_model(
     int8: bool = False,
     calibration_file: str | None = None,
     text_column: str | None = None,
-    samples: int = 100,
+    samples: int = _SAMPLES,
     length: int = 128,
 ) -> Agreement:
     """Exports a checkpoint to ONNX or OpenVINO, with its config and tokenizer.
@@ -56,6 +57,9 @@ def export_model(
         ValueError: an option is not valid, or the model cannot be exported.
     """
     _check_options(to, dtype, int8, calibration_file)
+    if calibration_file is None and (text_column is not None or samples != _SAMPLES):
+        name = "samples" if text_column is None else "text_column"
+        raise ValueError(f"{name} has no effect without calibration_file: give that too, or leave {name} out.")
     check_writable(Path(output_dir).absolute().parent, f"output_dir {output_dir}")
     check_model(model)
     texts = None

@@ -9,7 +9,7 @@ from ..local_paths import is_path
 
 
 HELP = {
-    "base_model": "Model card: Hub name of the base model. Left out: the model that was pruned, if it is on the Hub.",
+    "base_model": "Model card: Hub name of the base model. Default: the model that was pruned, if it is on the Hub.",
     "license": "Model card: license of the model, as in apache-2.0.",
     "datasets": "Model card: Hub names of the datasets that the model was trained on.",
     "pipeline_tag": "Model card: task of the model as the Hub names it, as in text-classification.",

@@ -38,6 +38,8 @@ def find_weight_files(source: str | Path, revision: str | None = None) -> list[P
         InspectionError: if there is no such checkpoint, some of its files are missing, or it is stored as pickle.
     """
     path = Path(source)
+    if revision is not None and path.exists():
+        raise InspectionError(f"revision is of models on the Hub, and {source} is on this machine: leave it out.")
     if path.is_dir():
         return _files_in(path)
     if path.is_file():

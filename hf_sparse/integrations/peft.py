@@ -234,7 +234,7 @@ def _masks_by_plain_name(
     by_plain_name = {plain_name(name): mask for name, mask in (masks or {}).items()}
     unknown = sorted(by_plain_name.keys() - set(parameters))
     if unknown:
-        raise ValueError(f'masks: "{unknown[0]}" is no parameter of the model.{nearest(unknown[0], parameters)}')
+        raise ValueError(f'masks: "{unknown[0]}" is not a parameter of the model.{nearest(unknown[0], parameters)}')
     return by_plain_name
 
 

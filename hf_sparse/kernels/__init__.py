@@ -62,6 +62,6 @@ def _can_run(device: torch.device) -> bool:
         enforce_masks([(weight, torch.tensor([-1, 0], dtype=torch.int8, device=device))])
         works = weight.tolist() == [1.0, 0.0]
     except Exception as error:  # whatever a compiler raises: there is another way
-        logger.warning("Triton kernels do not run on %s, so slower torch code does: %s", device, error)
+        logger.warning("Triton kernels do not run on %s; slower torch code is used instead: %s", device, error)
         works = False
     return works

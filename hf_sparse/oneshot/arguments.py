@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class OneshotArguments:
     output_dir: str | None = option(None, "Output folder for the pruned model. Not needed for a dry run.")
 
     calibration_file: str | None = option(
-        None, "Calibration texts: a .txt (one text per line), .json, .jsonl, .csv, .tsv or .parquet file."
+        None, "Calibration texts: a .txt file (one text per line), .json, .jsonl, .csv, .tsv or .parquet."
     )
     dataset_name: str | None = option(None, "Calibration texts: a dataset on the Hub, instead of a file.")
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
@@ -34,26 +35,26 @@ class OneshotArguments:
     streaming: bool = option(False, "Download only the first 10,000 rows of the split.")
     text_column: str | None = option(
         None,
-        'Column with the texts, or "first,second" for text pairs. Left out: text, sentence, or the only text column; '
+        'Column with the texts, or "first,second" for text pairs. Default: text, sentence, or the only text column; '
         "tokens, with lists of words, and question,context for models that read these.",
     )
     label_column: str | None = option(
         None,
         "Column with the labels of a classifier, the labels of words, the answers to questions, or the target texts "
-        "of an encoder-decoder model. Left out: label or labels; for words also ner_tags or tags; for questions "
+        "of an encoder-decoder model. Default: label or labels; for words also ner_tags or tags; for questions "
         "answers, as in SQuAD.",
     )
     samples: int = option(128, "Number of calibration samples (blocks or rows), drawn from the whole data.")
     length: int = option(
-        512, "Number of tokens of a block, or the maximum of a row. At most the number of positions of the model."
+        512, "Number of tokens per block, or the maximum per row; at most the number of positions of the model."
     )
-    batch_size: int = option(8, "Number of samples per forward.")
+    batch_size: int = option(8, "Number of samples per forward pass.")
     per_row: bool = option(
         False,
-        "Use each text as a sample, padded, instead of blocks of concatenated texts. Always so for models other than "
+        "Use each text as one padded sample instead of blocks of concatenated texts. Always on for models other than "
         "causal language models.",
     )
-    seed: int = option(0, "Random seed of the choice of samples.")
+    seed: int = option(0, "Random seed for choosing the samples.")
 
     eval: bool = option(
         False,
@@ -62,14 +63,14 @@ class OneshotArguments:
         "head the cosine similarity of its embeddings to those of the dense model.",
     )
     validation_file: str | None = option(None, "Evaluation texts: a file in one of the formats above.")
-    validation_split: str = option("validation", "Evaluation split of the dataset, if there is no validation file.")
-    max_eval_samples: int | None = option(None, "Maximum number of evaluation samples (the first ones).")
+    validation_split: str = option("validation", "Evaluation split of the dataset, without a validation file.")
+    max_eval_samples: int | None = option(None, "Maximum number of evaluation samples, from the start of the data.")
 
     dtype: str = option("auto", "Data type of the weights: auto (as in the checkpoint), bfloat16, float16 or float32.")
-    device: str | None = option(None, "Device to compute on: cpu, cuda, cuda:1. Left out: a GPU if there is one.")
+    device: str | None = option(None, "Device to compute on: cpu, cuda, cuda:1. Default: a GPU if there is one.")
     device_map: str | None = option(
         None,
-        "Split a model that is larger than the GPU across devices, CPU and disk, as in accelerate: auto, balanced, "
+        "Split a model that is larger than the GPU across GPUs, CPU and disk, as in accelerate: auto, balanced, "
         "sequential, or a JSON object that maps modules to devices.",
     )
     offload_folder: str | None = option(None, "Folder for weights that device_map offloads to disk.")
@@ -83,7 +84,7 @@ class OneshotArguments:
     datasets: list[str] | None = option(None, HELP["datasets"])
     pipeline_tag: str | None = option(None, HELP["pipeline_tag"])
 
-    dry_run: bool = option(False, "Print what would be pruned, and the memory and time that it would take. No output.")
+    dry_run: bool = option(False, "Print what would be pruned, and the memory and time it would take; write nothing.")
     overwrite: bool = option(False, "Replace the contents of output_dir.")
 
     def __post_init__(self) -> None:
@@ -108,12 +109,44 @@ class OneshotArguments:
             self.card_metadata()
         except ValueError as error:
             errors.append(str(error))
+        errors += self._unused_options()
         if errors:
             raise ValueError(" ".join(errors))
 
     def card_metadata(self) -> CardMetadata:
         """Returns what the user says of the model for its card."""
         return CardMetadata(self.base_model, self.license, self.datasets, self.pipeline_tag)
+
+    def _unused_options(self) -> Iterator[str]:
+        """Yields an error for the options that were given and have no effect without another one."""
+        calibrates = bool(self.calibration_file or self.dataset_name)
+        for names, needed, is_given in (
+            (("dataset_config_name", "dataset_split", "streaming"), "dataset_name", bool(self.dataset_name)),
+            (("samples", "seed"), "calibration_file or dataset_name", calibrates),
+            (
+                ("text_column", "label_column", "length", "batch_size", "per_row"),
+                "calibration_file or dataset_name",
+                self.reads_texts,
+            ),
+            (("validation_file", "validation_split", "max_eval_samples"), "eval", self.eval),
+            (("offload_folder",), "device_map", bool(self.device_map)),
+        ):
+            unused = [] if is_given else [name for name in names if self._is_set(name)]
+            if unused:
+                listed = ", ".join(unused)
+                verb = "has" if len(unused) == 1 else "have"
+                yield f"{listed} {verb} no effect without {needed}: give that too, or leave {listed} out."
+        if self.eval and self.validation_file and self._is_set("validation_split"):
+            yield "validation_split is of dataset_name, not of validation_file: leave one of the two out."
+        if self._is_set("model_revision") and Path(self.model_name_or_path or "").is_dir():
+            yield (
+                f"model_revision is of models on the Hub, and {self.model_name_or_path} is a folder: leave "
+                "model_revision out."
+            )
+
+    def _is_set(self, name: str) -> bool:
+        """Whether an option has another value than its default."""
+        return getattr(self, name) != next(field.default for field in fields(self) if field.name == name)
 
     def hub_options(self) -> dict[str, Any]:
         """Returns the keyword arguments of `from_pretrained` for the model."""

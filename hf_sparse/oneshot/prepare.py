@@ -189,7 +189,7 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
             pieces = samples.batches
         except ValueError as error:
             errors.append(str(error))
-    errors += _data_errors(config, groups, pieces, communicator.world_size)
+    errors += _data_errors(config, groups, pieces, communicator.world_size) + _unused_options(config, groups)
     observed = [group for group in groups if group.requires_calibration or group.requires_dense_pass]
     observed_layers = [layer for group in observed for layer in group.observed_layers]
     single_forward = _is_single_forward(config, groups, observed_layers, batches)
@@ -297,6 +297,20 @@ def _data_errors(
     if methods and len(batches) < world_size:
         return [f"{len(batches)} calibration batches are too few for {world_size} processes: make smaller batches."]
     return []
+
+
+def _unused_options(config: OneshotConfig, groups: Sequence[ResolvedGroup]) -> list[str]:
+    """Returns an error for each option about the pass of data through the model, where no data are needed."""
+    if methods_requiring_data(config, groups) or not any(group.target for group in groups):
+        return []
+    given = {"sequential": config.sequential is False, "forwards": config.forwards == 1}
+    given |= {"activations": config.activations != config.defaults["activations"]}
+    return [
+        f"{name} has no effect, because no method that was chosen observes inputs: leave it out, or use a method that "
+        'does, as in criterion="wanda".'
+        for name, is_given in given.items()
+        if is_given
+    ]
 
 
 def _layer_errors(layers: Sequence[PrunableLayer], config: OneshotConfig, batches: Sequence[Any]) -> list[str]:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from ..calibration.batches import first_row
-from ..config import OneshotConfig, PruningConfig
+from ..config import OneshotConfig, PruningConfig, PruningConfigError
 from ..distributed import iter_parameters, onload, raise_on_all_ranks
 from ..engine.emptied_layers import EmptiedLayers
 from ..model.coupling import UnitGroup
@@ -34,9 +33,6 @@ from .resume import FinishedSubgraphs, ResumeError, run_digest
 from .sequential import SequentialPruner
 from .unit_pruner import UnitPruner
 from .unit_selection import select_units
-
-
-logger = logging.getLogger(__name__)
 
 
 def prune_oneshot(
@@ -111,13 +107,19 @@ def prune_oneshot(
 
 
 def _verified_channels(run: PreparedRun) -> list[UnitGroup]:
-    """The channels to permute. Warns if the options ask for it and there are none."""
+    """The channels to permute.
+
+    Raises:
+        PruningConfigError: the options ask for it, and there are none.
+    """
     if not any(group.options.permute for group in run.groups):
         return []
     row = first_row(run.batches[0])
     channels = verify_free_channels(run.model, run.free_channels, row, run.communicator)
     if not channels:
-        logger.warning("permute has no effect: no layer before the selected weights can take over their order.")
+        raise PruningConfigError(
+            ["permute has no effect: no layer before the selected weights can take over their order. Leave it out."]
+        )
     return channels
 
 

@@ -99,7 +99,7 @@ class BlockReconstructor:
             result = self._tune(blocks)
         if result.after == result.before > 0:
             logger.warning(
-                "%s: tuning does not make the error on held-out samples smaller; its weights remain as they were.",
+                "%s: tuning does not lower the error on held-out samples; its weights stay as they were.",
                 window[-1].name,
             )
         logger.info("%s: %s with learning rate %g", window[-1].name, result, result.learning_rate)

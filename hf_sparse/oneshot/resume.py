@@ -65,7 +65,7 @@ class FinishedSubgraphs:
             values = parse_json(metadata["hf_sparse"])
             digest, errors = values["identity"], dict(values["errors"])
             if not all(type(error) is float for error in errors.values()):
-                raise TypeError("its errors are no numbers")
+                raise TypeError("its errors are not numbers")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ResumeError(f"{path} is damaged or foreign: {error}. Remove it to start over from there.") from error
         if digest != self._digest:

@@ -182,15 +182,17 @@ class _CheckpointRun:
         args = self._args
         self._texts = self._eval_texts = None
         options: dict[str, Any] = {"streaming": args.streaming, "cache_dir": args.cache_dir}
-        if args.calibration_file or args.dataset_name:
+        methods = methods_requiring_data(self._config, self._config.resolve_groups().values())
+        if methods and not (args.calibration_file or args.dataset_name):
+            raise ValueError(f"{methods[0]} needs calibration data: pass calibration_file or dataset_name.")
+        if methods:
             self._texts = load_texts(
                 args.calibration_file, args.dataset_name, args.dataset_config_name, args.dataset_split, **options
             )
             for names in (args.text_column, args.label_column):
                 check_columns(self._texts, [name.strip() for name in names.split(",")] if names else ())
-        else:
-            for method in methods_requiring_data(self._config, self._config.resolve_groups().values()):
-                raise ValueError(f"{method} needs calibration data: pass calibration_file or dataset_name.")
+        elif args.calibration_file or args.dataset_name:
+            self._echo("The calibration data are not read: no method that was chosen needs any.")
         if args.eval:
             dataset = (None, None) if args.validation_file else (args.dataset_name, args.dataset_config_name)
             self._eval_texts = load_texts(

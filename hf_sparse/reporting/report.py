@@ -233,7 +233,7 @@ class SparsityReport(Tabular):
             if not all(_has_type(size, int) for size in given["shape"]) or not (
                 error is None or _has_type(error, float)
             ):
-                raise ValueError(f"layers[{number}] has a shape or an error that is no number")
+                raise ValueError(f"layers[{number}] has a shape or an error that is not a number")
             layers.append(LayerReport(**given | {"shape": tuple(given["shape"])}, error=error))
         return cls(tuple(layers), totals["parameters"], totals["parameter_zeros"], totals["target_sparsity"])
 
@@ -253,7 +253,7 @@ class SparsityReport(Tabular):
         try:
             return cls.from_dict(values)
         except ValueError as error:
-            raise ValueError(f"{path} is no report of hf_sparse, or damaged: {error}. Remove it.") from error
+            raise ValueError(f"{path} is not a report of hf_sparse, or is damaged: {error}. Remove it.") from error
 
 
 def _typed(values: Any, kinds: Mapping[str, type], where: str = "") -> dict[str, Any]:

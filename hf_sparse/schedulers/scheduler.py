@@ -76,6 +76,8 @@ class Scheduler(ABC):
 
     has_curve: ClassVar[bool] = False
     """Whether `sparsity_decay_type` selects the curve along which the sparsity increases."""
+    unused_options: ClassVar[tuple[str, ...]] = ()
+    """Options of the config that have no effect."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -119,6 +121,8 @@ class OneshotScheduler(Scheduler):
 
     Reference: Intel Neural Compressor, pytorch_pruner.
     """
+
+    unused_options = ("sparsity_decay_type", "initial_sparsity")
 
     def update_sparsity_ratio(
         self, aggressive_ratio: float, current_prune_step: int, total_prune_steps: int, masks: dict[str, torch.Tensor]

@@ -180,7 +180,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
         sparsegpt_triton.eliminate(eye.clone(), kept, eye, block=2)
     except Exception as error:  # Triton raises errors of many kinds where it has no compiler or no such GPU
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        logger.warning("SparseGPT runs without its kernels, many times slower, as Triton cannot run: %s", reason)
+        logger.warning("SparseGPT runs without its Triton kernels, many times slower: %s", reason)
         return None
     return sparsegpt_triton
 

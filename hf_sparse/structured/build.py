@@ -14,13 +14,13 @@ from .reduction import Reduction, ShrinkError
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises a ShrinkError if a model is none of transformers, or its weights are not whole."""
+    """Raises a ShrinkError if a model is not one of transformers, or its weights are not whole."""
     name = type(model).__name__
     if hasattr(model, "peft_config"):
         raise ShrinkError(f"{name} has adapters of PEFT: merge them first, with hf_sparse.merge_and_unload(model).")
     if not hasattr(model, "save_pretrained") or not hasattr(getattr(model, "config", None), "model_type"):
         raise ShrinkError(
-            f"{name} is no model of transformers. Of a wrapper, pass the model inside: model.module of DDP, "
+            f"{name} is not a model of transformers. Pass the model inside a wrapper: model.module of DDP, "
             "model[0].auto_model of a SentenceTransformer."
         )
     if getattr(model, "is_quantized", False):

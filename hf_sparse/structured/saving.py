@@ -42,7 +42,7 @@ def save_shrunk(
         write_more: called with the new folder before it is renamed, to write further files into it.
 
     Raises:
-        FileNotFoundError: `source` is no folder.
+        FileNotFoundError: `source` is not a folder.
         ValueError: `directory` is `source`, or one is in the other.
 
     Example:
@@ -53,7 +53,7 @@ def save_shrunk(
     if source is not None:
         source = Path(source)
         if not source.is_dir():
-            raise FileNotFoundError(f"source is {source}, which is no folder: name the folder of the dense model.")
+            raise FileNotFoundError(f"source is {source}, which is not a folder: name the folder of the dense model.")
         inner, outer = directory.resolve(), source.resolve()
         if inner == outer or outer in inner.parents or inner in outer.parents:
             raise ValueError(f"directory is {directory}, and source is {source}: write to a folder beside the source.")

@@ -83,8 +83,8 @@ def shrink(
         verify: whether to compare both models on a small random batch.
 
     Raises:
-        ShrinkError: `model` is no model of transformers or is split over devices; `layers` or `experts` is not valid;
-            or the outputs of both models differ by more than 1e-4 relatively (float32).
+        ShrinkError: `model` is not a model of transformers or is split over devices; `layers` or `experts` is not
+            valid; or the outputs of both models differ by more than 1e-4 relatively (float32).
 
     Example:
         >>> from transformers import BertConfig, BertModel

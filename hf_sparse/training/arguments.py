@@ -36,14 +36,14 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
     shrink: bool = field(
         default=False,
         metadata={
-            "help": "Save the final model without the neurons, heads and layers that were pruned: smaller and faster, "
-            "with the same outputs. Checkpoints keep their size, so that runs can be resumed."
+            "help": "Save the final model without the pruned neurons, heads and layers: smaller and faster, with the "
+            "same outputs. Checkpoints keep their size, so that runs can be resumed."
         },
     )
     heterogeneous: bool = field(
         default=False,
         metadata={
-            "help": "With shrink: each layer gets a size of its own, which the config cannot express. The saved model "
+            "help": "With shrink: give each layer a size of its own, which the config cannot express. The saved model "
             "then opens only after `import hf_sparse`."
         },
     )
@@ -51,9 +51,9 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
     tune: Tuning | str | None = field(
         default=None,
         metadata={
-            "help": "Train only some parameters of a model that is pruned already, with keep_zeros: norms, biases, "
-            "masked_lora (low-rank updates of the selected weights that keep their zeros), or a registered one. Left "
-            "out: all parameters are trained."
+            "help": "Train only part of the parameters of an already pruned model, with keep_zeros: norms, biases, "
+            "masked_lora (low-rank updates of the selected weights that keep their zeros), or a registered one. "
+            "Default: all parameters are trained."
         },
     )
     tune_kwargs: dict[str, Any] | str | None = field(

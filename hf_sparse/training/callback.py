@@ -166,6 +166,8 @@ class SparsityCallback(TrainerCallback):
         self._zero_guard = None
         if self.owns_saving and config.distills:
             raise ValueError("distill_teacher needs SparseTrainer: a stock Trainer runs no teacher. Or leave it out.")
+        if (error := config.unused_error()) is not None:
+            raise PruningConfigError([error])
         if not config.prunes:
             return
         if self.owns_saving and args.push_to_hub and "checkpoint" in HubStrategy(args.hub_strategy).value:

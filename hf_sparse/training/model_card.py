@@ -256,6 +256,7 @@ def _sparsity_card(
         settings=[group.options.to_dict() for group in pruner.groups],
         metrics=_metrics_of_final_weights(trainer),
         max_steps=trainer.state.max_steps,
+        step=_step_of_weights(trainer),
         processes=trainer.args.world_size,
         command=command_line(),
         auto_class=None if is_adapter else auto_class(type(model).__name__),
@@ -277,17 +278,21 @@ def _current_report(trainer: TrainerWithMetrics, pruner: Pruner) -> SparsityRepo
     try:
         return recount_zeros(directory, saved)
     except InspectionError as error:
-        logger.warning("The model card shows the sparsity of %s, not counted anew: %s", REPORT_FILE, error)
+        logger.warning("The model card shows the sparsity in %s; zeros were not counted again: %s", REPORT_FILE, error)
         return saved
+
+
+def _step_of_weights(trainer: TrainerWithMetrics) -> int:
+    """Returns the last step, or the best one if its checkpoint was loaded at the end."""
+    return (trainer.args.load_best_model_at_end and trainer.state.best_global_step) or trainer.state.global_step
 
 
 def _metrics_of_final_weights(trainer: TrainerWithMetrics) -> dict[str, float]:
     """Returns the evaluation of the last step, or of the best step if its checkpoint was loaded at the end, updated
     with the metrics that the script saved."""
-    state = trainer.state
-    step = (trainer.args.load_best_model_at_end and state.best_global_step) or state.global_step
+    step = _step_of_weights(trainer)
     metrics: dict[str, float] = {}
-    for log in state.log_history:
+    for log in trainer.state.log_history:
         if log.get("step") == step:
             metrics |= {name: value for name, value in log.items() if name.startswith("eval_")}
     return select_metrics(metrics | trainer.saved_metrics)

@@ -51,7 +51,7 @@ def check_shrink(model: nn.Module, config: PruningConfig, heterogeneous: bool) -
             "merge_and_unload(model) and shrink(model)."
         )
     elif not isinstance(model, PreTrainedModel):
-        errors.append(f"shrink needs a model of transformers, but {type(model).__name__} is none: leave shrink out.")
+        errors.append(f"shrink needs a model of transformers, which {type(model).__name__} is not: leave shrink out.")
     else:
         uneven = [group for group in coupled if not (heterogeneous and group.pattern.has_layers)]
         errors = [f"shrink: {warning}" for warning in removal_warnings(model, uneven)]
@@ -88,7 +88,7 @@ class ShrinkMixin(TrainerBase):
                     with loading_whole_weights(self.accelerator):
                         plan = shrink_folder(directory, model_class, heterogeneous)
                 except Exception as error:
-                    logger.error("%s has the whole model: it was not made smaller. %s", directory, error)
+                    logger.error("%s has the whole model, because it could not be shrunk: %s", directory, error)
                     raise
                 logger.info("%s", plan)
 

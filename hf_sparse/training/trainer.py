@@ -93,7 +93,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
             if (option or launched) and runs.startswith("MULTI_") and self.is_local_process_zero():
                 logger.warning(
                     f"{name} was requested, but accelerate runs {runs}: DDP, with the whole model on each of "
-                    f"{self.args.world_size} ranks. It does so where it finds no accelerator, as on CPU."
+                    f"{self.args.world_size} ranks. It does so without an accelerator, as on CPU."
                 )
 
     def _check_deepspeed_export(self) -> None:

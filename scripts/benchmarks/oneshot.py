@@ -187,7 +187,8 @@ class Bench:
         meter = Meter()
         if form == PLAIN:
             return meter.measure(lambda: plain.prune(self.model, self.batches, meter, **method.plain))
-        config = OneshotConfig(target_sparsity=0.5, forwards=form, **method.options)
+        forwards = None if method.plain is None else form  # magnitude observes no inputs
+        config = OneshotConfig(target_sparsity=0.5, forwards=forwards, **method.options)
         watched = {
             (InputObserver, "observe"): "statistics",
             (LayerPruner, "prune_layers"): "solve",

@@ -126,7 +126,7 @@ def test_an_unknown_family_is_refused(run):
     code, out, err = run("--family", "criteria")
     assert (code, out) == (2, "")
     assert re.fullmatch(
-        'hf-sparse: family is "criteria": known are .*, tune, loss. Did you mean "criterion"[?]\n', err
+        'hf-sparse: --family is "criteria": known are .*, tune, loss. Did you mean "criterion"[?]\n', err
     )
 
 

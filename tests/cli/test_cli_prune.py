@@ -74,30 +74,36 @@ def test_its_options_are_those_of_the_script(run, given):
         "max_sparsity_per_layer": 0.9,
         "max_eval_samples": 7,
     }
-    left_out = {"pruning_config", "groups", "layer_sparsity", "dataset_name", "device_map", "model_name_or_path"}
+    left_out = {"pruning_config", "groups", "layer_sparsity", "model_name_or_path"}
+    left_out |= {"device_map", "offload_folder"}  # which exclude device
     flags = {"keep_zeros": True, "sequential": False, "permute": False, "reconstruct": False}
-    by_script, by_program = ["--model_name_or_path", "m"], []
-    for field in (field for cls in (OneshotArguments, OneshotConfig) for field in dataclasses.fields(cls)):
-        if field.name in left_out:
-            continue
-        dashed = "--" + field.name.replace("_", "-")
-        if isinstance(field.default, bool) or field.name in flags:
-            value = flags.get(field.name, not field.default)
-            by_script += [f"--{field.name}", str(value)]
-            by_program += [dashed if value else dashed.replace("--", "--no-", 1)]
-        elif field.name in ("targets", "exclude"):
-            by_script += [f"--{field.name}", "*.a", "*.b"]
-            by_program += [dashed, "*.a", dashed, "*.b"]
-        else:
-            value = others.get(field.name, 7 if isinstance(field.default, int) else "x")
-            by_script += [f"--{field.name}", str(value)]
-            by_program += ["x"] if field.name == "output_dir" else [dashed, str(value)]
-    code, out, err = run("m", *by_program)
-    assert (code, err) == (0, "")
-    expected = HfArgumentParser((OneshotArguments, OneshotConfig)).parse_args_into_dataclasses(by_script)
-    assert given == [tuple(expected)]
-    changed = [getattr(expected[0], field.name) != field.default for field in dataclasses.fields(OneshotArguments)]
-    assert changed.count(False) == 2  # dataset_name and device_map
+    files = {"calibration_file", "validation_file"}
+    hub = {"dataset_name", "dataset_config_name", "dataset_split", "streaming", "validation_split"}
+    changed = set()
+    for exclusive in (files, hub):  # data come from files, or from the Hub
+        by_script, by_program = ["--model_name_or_path", "m"], []
+        for field in (field for cls in (OneshotArguments, OneshotConfig) for field in dataclasses.fields(cls)):
+            if field.name in left_out | exclusive:
+                continue
+            dashed = "--" + field.name.replace("_", "-")
+            changed.add(field.name)
+            if isinstance(field.default, bool) or field.name in flags:
+                value = flags.get(field.name, not field.default)
+                by_script += [f"--{field.name}", str(value)]
+                by_program += [dashed if value else dashed.replace("--", "--no-", 1)]
+            elif field.name in ("targets", "exclude"):
+                by_script += [f"--{field.name}", "*.a", "*.b"]
+                by_program += [dashed, "*.a", dashed, "*.b"]
+            else:
+                value = others.get(field.name, 7 if isinstance(field.default, int) else "x")
+                by_script += [f"--{field.name}", str(value)]
+                by_program += ["x"] if field.name == "output_dir" else [dashed, str(value)]
+        code, out, err = run("m", *by_program)
+        assert (code, err) == (0, "")
+        expected = HfArgumentParser((OneshotArguments, OneshotConfig)).parse_args_into_dataclasses(by_script)
+        assert given.pop() == tuple(expected)
+    fields = {field.name for cls in (OneshotArguments, OneshotConfig) for field in dataclasses.fields(cls)}
+    assert fields - changed == left_out
 
 
 def test_underscores_and_mappings(run, given):

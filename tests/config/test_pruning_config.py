@@ -114,6 +114,18 @@ def test_every_error_is_reported_at_once():
         ({"target_sparsity": 0.5, "initial_sparsity": 0.6}, "initial_sparsity is 0.6, above the target, 0.5"),
         ({"target_sparsity": 0.5, "min_sparsity_per_layer": 0.6}, "min_sparsity_per_layer is 0.6, above the target"),
         ({"target_sparsity": 0.5, "max_sparsity_per_layer": 0.4}, "max_sparsity_per_layer is 0.4, below the target"),
+        (
+            {"target_sparsity": 0.5, "initial_sparsity": 0.2, "scheduler": "oneshot"},
+            "initial_sparsity has no effect, because the target is reached in the first prune step: leave it out, or",
+        ),
+        (
+            {"target_sparsity": 0.5, "sparsity_decay_type": "cos", "prune_start": 5, "prune_end": 5},
+            "sparsity_decay_type has no effect, because the target is reached in the first prune step",
+        ),
+        (
+            {"pattern": "2:4", "allocation": "erdos_renyi"},
+            'allocation is "erdos_renyi", but pattern "2:4" gives every layer 0.5: leave allocation out',
+        ),
         ({"groups": "{"}, "groups is '{': it must be a JSON object"),
         ({"groups": "[1]"}, "groups is [1]: it must be a mapping"),
     ],
@@ -126,6 +138,32 @@ def test_single_errors(options, text):
 def test_an_error_in_options_that_groups_share_is_reported_once():
     groups = {"a": {"targets": ["a"]}, "b": {"targets": ["b"]}}
     assert len(errors_of(PruningConfig, target_sparsity=3, prune_end=-1, groups=groups)) == 2
+
+
+def test_groups_whose_pattern_implies_a_target_do_not_inherit_an_allocation():
+    groups = {"a": {"targets": ["a"], "pattern": "2:4"}, "b": {"targets": ["b"]}}
+    config = PruningConfig(target_sparsity=0.5, allocation="erdos_renyi", scope="layer", groups=groups)
+    found = {name: group.allocation_name for name, group in config.resolve_groups().items()}
+    assert found == {"a": "uniform", "b": "erdos_renyi"}
+
+
+@pytest.mark.parametrize(
+    "options, unused",
+    [
+        ({}, []),
+        ({"distill_teacher": "self", "distill_alpha": 0.5}, []),
+        ({"pattern": "4x1", "prune_end": 0.5}, ["pattern", "prune_end"]),
+        ({"criterion": "magnitude", "groups": {"a": {"targets": ["*"]}}}, ["criterion", "groups"]),
+        ({"criterion": "magnitude", "target_sparsity": 0.0}, []),  # which says that nothing is pruned
+        ({"criterion": "magnitude", "groups": {"a": {"targets": ["*"], "pattern": "2:4"}}}, []),
+        ({"keep_zeros": True, "targets": ["*"]}, []),
+        ({"keep_zeros": True, "scope": "layer"}, ["scope"]),
+    ],
+)
+def test_options_without_anything_to_prune(options, unused):
+    config = PruningConfig(**options)
+    assert sorted(config.unused_options) == unused
+    assert (config.unused_error() or "").startswith(", ".join(config.unused_options))
 
 
 def test_unknown_options_name_the_nearest_and_come_with_other_errors():

@@ -72,6 +72,9 @@ def test_ratios_are_medians_of_neighbouring_times():
         ({"runtimes": ["onnx"], "device": "cuda"}, "measured on the CPU only"),
     ],
 )
-def test_options_are_checked_first(options, message):
+def test_options_are_checked_first(options, message, tmp_path):
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ValueError, match="is exported, and measured on the CPU only"):
+        benchmark.benchmark_models(["a", str(tmp_path)], device="cuda")
     with pytest.raises(ValueError, match=message):
         benchmark.benchmark_models(**{"models": ["a", "b"]} | options)

@@ -72,6 +72,7 @@ def test_openvino_in_bf16_and_int8(folder, tmp_path):
         ({"to": "onnx", "dtype": "bf16"}, 'use to="openvino", or dtype="fp16"'),
         ({"to": "onnx", "int8": True}, 'use to="openvino"'),
         ({"to": "openvino", "int8": True}, "int8 needs calibration_file"),
+        ({"to": "onnx", "samples": 7}, "samples has no effect without calibration_file"),
         ({"to": "openvino", "int8": True, "calibration_file": "a.txt", "dtype": "bf16"}, "exclude each other"),
     ],
 )

@@ -91,6 +91,21 @@ def test_unknown_values_are_left_out():
     assert "model-index" not in card(metrics={}).hub_metadata()
 
 
+def test_what_a_checkpoint_has_not_reached_is_not_claimed():
+    """Prune steps after steps 1, 26 and 50 of 100."""
+    config = PruningConfig(target_sparsity=0.5, prune_end=0.5, prune_every=0.25, rewind=0.1).to_dict()
+    for step, told, rewound in (
+        (30, "These weights are those of optimizer step 30, after 2 of 3 prune steps.", False),
+        (60, "These weights are those of optimizer step 60, after 3 of 3 prune steps.", True),
+        (100, None, True),
+        (None, None, True),
+    ):
+        text = render_card(card(config=config, step=step)).text
+        assert "3 prune steps, after optimizer steps 1 to 50 of 100." in text
+        assert (told or "3 prune steps") in text and ("These weights are those" in text) == (told is not None)
+        assert ("Rewound after the last prune step" in text) == rewound
+
+
 @pytest.mark.parametrize(
     "pattern, words",
     [

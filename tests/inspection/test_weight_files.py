@@ -52,6 +52,8 @@ def test_what_is_refused(tmp_path):
 
     refused(tmp_path / "gone" / "model.safetensors", "does not exist")
     refused("a/b/c", "does not exist")
+    with pytest.raises(InspectionError, match="revision is of models on the Hub, and .* is on this machine"):
+        find_weight_files(tmp_path, revision="main")
     refused(tmp_path, "no safetensors file", "save_pretrained")
     save(tmp_path / "checkpoint-5" / "model.safetensors")
     refused(tmp_path, f"Did you mean {tmp_path / 'checkpoint-5'}?")
@@ -82,7 +84,7 @@ def test_damaged_files_are_refused(tmp_path):
     refused(tmp_path, "must hold a JSON object, but holds list")
     (tmp_path / "config.json").unlink()
     (tmp_path / "pruning_report.json").write_text('{"layers": [{}]}')
-    refused(tmp_path, "pruning_report.json is no report of hf_sparse")
+    refused(tmp_path, "pruning_report.json is not a report of hf_sparse")
 
 
 def test_damaged_shards_are_refused(tmp_path):
@@ -92,7 +94,7 @@ def test_damaged_shards_are_refused(tmp_path):
         inspect_checkpoint(folder)
     index = folder / "model.safetensors.index.json"
     for content, words in (
-        ({"weight_map": {"t": "../x.safetensors"}}, "no file in its directory: '../x"),
+        ({"weight_map": {"t": "../x.safetensors"}}, "cannot be a file in its directory: '../x"),
         ({"weight_map": {"t": 3}}, "is damaged"),
         ({}, "is damaged"),
     ):

@@ -200,3 +200,11 @@ def test_the_printed_plan():
     chosen = f"scope layer, allocation {group.allocation_name}, solver {group.solver_name}, reconstruct"
     plan = plan_oneshot(llama(1), BATCHES, OneshotConfig(target_sparsity=0.5, quality="best"))
     assert plan.methods == (f"quality best: {chosen}",)
+
+
+@pytest.mark.parametrize("option", [{"sequential": False}, {"forwards": 1}, {"activations": "disk"}], ids=str)
+def test_options_of_the_data_need_a_method_that_observes_inputs(option):
+    (name,) = option
+    config = OneshotConfig(target_sparsity=0.5, criterion="magnitude", **option)
+    with pytest.raises(PruningConfigError, match=f"^{name} has no effect, because no method that was chosen observes"):
+        prepare_run(llama(1), BATCHES, config)

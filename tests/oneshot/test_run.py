@@ -75,7 +75,7 @@ def test_the_output_is_a_plain_checkpoint_with_report_results_and_card(run, inpu
     assert tokenizer("good film")["input_ids"] == [1, 2, 4] and tokenizer.pad_token is None
     results = json.loads((out / "oneshot_results.json").read_text())
     assert results["calibration"] == {
-        "data": inputs["texts"],
+        "data": "texts.jsonl",  # without the folder
         "samples": 8,
         "unit": "blocks",
         "length": 16,
@@ -112,7 +112,11 @@ def test_rows_of_different_lengths_pass_through_in_one_batch(run, inputs):
 
 
 def test_magnitude_needs_no_texts(run, tmp_path):
-    assert "calibration" not in run({"target_sparsity": 0.5, "criterion": "magnitude"}, calibration_file=None)
+    defaults = {"samples": 128, "length": 512, "batch_size": 8}
+    options = {"target_sparsity": 0.5, "criterion": "magnitude"}
+    assert "alibration" not in run(options, calibration_file=None, **defaults)
+    assert "The calibration data are not read: no method that was chosen needs any." in run(options, overwrite=True)
+    assert "Calibration data" not in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "oneshot_results.json").read_text())["calibration"] is None
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
@@ -249,7 +253,16 @@ def test_errors_are_raised_before_a_model_is_loaded(run, inputs, monkeypatch):
     monkeypatch.setattr(run_module, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
     for given, error, text in (
         ({"calibration_file": "no.txt"}, FileNotFoundError, 'calibration file "no.txt" does not exist'),
-        ({"calibration_file": None}, ValueError, 'criterion "wanda" needs calibration data: pass calibration_file or'),
+        (
+            {"calibration_file": None, "samples": 128, "length": 512, "batch_size": 8},
+            ValueError,
+            'criterion "wanda" needs calibration data: pass calibration_file or',
+        ),
+        (
+            {"calibration_file": None},
+            ValueError,
+            "^samples has no effect without calibration_file or dataset_name: give",
+        ),
         ({"eval": True}, ValueError, "eval needs texts: pass validation_file, or dataset_name"),
         ({"eval": True, "validation_file": "no.txt"}, FileNotFoundError, 'validation file "no.txt" does not exist'),
         ({"dataset_name": "x"}, ValueError, "calibration_file and dataset_name exclude each other"),
@@ -263,7 +276,7 @@ def test_errors_are_raised_before_a_model_is_loaded(run, inputs, monkeypatch):
 
 
 def test_errors_of_models_tokenizers_and_device_maps(run, inputs, tmp_path):
-    with pytest.raises(OSError, match='there is no folder "/no/model" with a model, and no such model on the Hub'):
+    with pytest.raises(OSError, match='there is no folder "/no/model".'):
         run(model_name_or_path="/no/model")
     llama().save_pretrained(tmp_path / "mute")
     with pytest.raises(OSError, match='(?s)mute" has no tokenizer .* name one with tokenizer_name'):

@@ -263,7 +263,7 @@ def test_wrong_arguments_are_refused(name, options, message):
 
 
 def test_models_that_cannot_be_shrunk_are_refused():
-    with pytest.raises(ShrinkError, match="Sequential is no model of transformers.*model.module of DDP"):
+    with pytest.raises(ShrinkError, match="Sequential is not a model of transformers.*model.module of DDP"):
         plan_shrink(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ShrinkError, match="is on the meta device: save the whole model"):
         plan_shrink(MODEL_TYPES["bert"].make().to("meta"))

@@ -11,7 +11,14 @@ import yaml
 from helpers.tiny import make
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_sparse import PruningConfig, PruningConfigError, Scheduler, SparseTrainingArguments, register_scheduler
+from hf_sparse import (
+    PruningConfig,
+    PruningConfigError,
+    Scheduler,
+    SparseTrainingArguments,
+    SparsityCallback,
+    register_scheduler,
+)
 from hf_sparse.training.arguments import SparseSeq2SeqTrainingArguments
 
 
@@ -44,6 +51,19 @@ def test_no_default_changes():
     assert not {field.name for field in dataclasses.fields(TrainingArguments)} & {
         field.name for field in dataclasses.fields(PruningConfig)
     }
+
+
+def test_options_that_prune_nothing_are_refused(tmp_path):
+    """Before the first step: a target may be set until then."""
+    for trainer in (
+        make(tmp_path, pattern="4x1"),
+        make(tmp_path, callbacks=[SparsityCallback(PruningConfig(pattern="4x1"))]),
+    ):
+        with pytest.raises(
+            PruningConfigError, match="^pattern has no effect, because nothing is pruned: give target_"
+        ):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 def test_the_command_line():

@@ -67,6 +67,8 @@ class SparsityCard:
         metrics: metrics of the pruned model, under the names that `Trainer.evaluate` gives them.
         oneshot: whether the model was pruned without training.
         max_steps: number of optimizer steps of the training; None if unknown.
+        step: the optimizer step of the weights, which is less than `max_steps` in checkpoints and after a training
+            that ended early; None if unknown.
         processes: world size of the run.
         command: the command that started the run.
         auto_class: the class of transformers whose `from_pretrained` opens the model; None if there is none.
@@ -102,6 +104,7 @@ class SparsityCard:
     metrics: dict[str, float] = field(default_factory=dict)
     oneshot: bool = False
     max_steps: int | None = None
+    step: int | None = None
     processes: int = 1
     command: str | None = None
     auto_class: str | None = None
@@ -357,6 +360,7 @@ def _read_training_files(directory: Path) -> dict[str, Any]:
     return {
         "metrics": select_metrics(results),
         "max_steps": state.get("max_steps"),
+        "step": state.get("global_step"),
         "auto_class": auto_class(architectures[0]),
     }
 

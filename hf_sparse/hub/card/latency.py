@@ -52,11 +52,11 @@ def read_latency(path: str | Path, directory: str | Path) -> dict[str, Any]:
             "rows": rows,
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no output of hf-sparse bench --json: {error!r}") from error
+        raise ValueError(f"{path} is not the output of hf-sparse bench --json: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not is_latency(latency):
-        raise ValueError(f"{path} is no output of hf-sparse bench --json, or damaged.")
+        raise ValueError(f"{path} is not the output of hf-sparse bench --json, or is damaged.")
     return latency
 
 

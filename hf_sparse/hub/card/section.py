@@ -168,7 +168,7 @@ def _method(card: SparsityCard) -> str:
         sentences.append(f"Pruned in one shot, without training.{preset}")
     elif any(group.get("target") for group in card.settings):
         sentences.append(_schedule(card))
-    if config.get("rewind") is not None and not card.oneshot:
+    if config.get("rewind") is not None and not card.oneshot and _is_rewound(card):
         sentences.append(_rewinding(card))
     if config.get("keep_zeros"):
         sentences.append("Zeros that the selected weights had at the start were kept (keep_zeros).")
@@ -212,10 +212,21 @@ def _schedule(card: SparsityCard) -> str:
     if card.max_steps is None:
         return f"{scheduler}."
     schedule = card.schedule(card.max_steps)
-    if schedule.total == 1:
-        return f"{scheduler}, one prune step, after optimizer step {schedule.end} of {card.max_steps}."
     steps = f"{schedule.total} prune steps, after optimizer steps {schedule.start} to {schedule.end}"
-    return f"{scheduler}, {steps} of {card.max_steps}."
+    if schedule.total == 1:
+        steps = f"one prune step, after optimizer step {schedule.end}"
+    planned = f"{scheduler}, {steps} of {card.max_steps}."
+    if card.step is None or card.step >= card.max_steps:
+        return planned
+    done = f"{schedule.done(card.step)} of {schedule.total} prune steps"
+    return f"{planned} These weights are those of optimizer step {card.step}, after {done}."
+
+
+def _is_rewound(card: SparsityCard) -> bool:
+    """Whether the weights are from after the last prune step, at which training is rewound."""
+    if card.step is None or card.max_steps is None:
+        return True
+    return card.step >= card.schedule(card.max_steps).end
 
 
 def _rewinding(card: SparsityCard) -> str:

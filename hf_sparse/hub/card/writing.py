@@ -65,11 +65,11 @@ class CardVersion:
             try:
                 base = read_json(card_file).get("written", {})
             except ValueError as error:
-                logger.warning("%s The whole text of %s is kept as if it were written by hand.", error, readme)
+                logger.warning("%s The whole text of %s is kept as hand-written.", error, readme)
         try:
             text = Path(readme).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{readme} is no text in UTF-8: correct it, or delete the file. {error}") from error
+            raise ValueError(f"{readme} is not UTF-8 text: correct it, or delete the file. {error}") from error
         return cls(
             text, base if isinstance(base, dict) and all(isinstance(part, dict) for part in base.values()) else {}
         )

@@ -106,7 +106,7 @@ def _label_errors(name: str, student: PreTrainedConfig, teacher: PreTrainedConfi
         )
     else:
         logger.warning(
-            "distill_teacher %s calls its labels %s, the model %s: their order is taken to be the same.",
+            "distill_teacher %s names its labels %s, the model %s: the same order is assumed.",
             name,
             ", ".join(other),
             ", ".join(mine),

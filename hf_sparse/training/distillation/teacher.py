@@ -68,7 +68,7 @@ def _class_for(student: nn.Module, model_type: str | None) -> Any:
     """Returns the class that opens a teacher of the given type for the task of the student."""
     if not isinstance(student, PreTrainedModel):
         raise TeacherError(
-            f"distill_teacher is loaded with the class of the model, but {type(student).__name__} is no model of "
+            f"distill_teacher is loaded with the class of the model, but {type(student).__name__} is not a model of "
             "transformers: override load_teacher of the trainer to return the teacher."
         )
     # Without what FSDP adds to a class.

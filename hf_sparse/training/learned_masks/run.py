@@ -142,7 +142,7 @@ class LearnedMaskRun(AlgorithmRun):
             elif self.algorithm.trains_weights:
                 self._restore_dense(gradients)
             if not is_finite:
-                logger.info("step %d: gradients are not finite, and learned masks do not change.", step)
+                logger.info("step %d: gradients are not finite, so learned masks are not updated.", step)
         if not self.algorithm.trains_weights and not self.is_final:
             # The model is frozen: an optimizer leaves parameters without gradients alone.
             for parameter in self.pruner.model.parameters():

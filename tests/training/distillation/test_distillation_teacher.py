@@ -140,7 +140,7 @@ def test_other_models_have_a_teacher_by_an_override(tmp_path):
     trainer = make(tmp_path, Mine, model=Linear(), distill_teacher="mine", max_steps=2)
     trainer.train()
     assert type(trainer.teacher) is Linear and "loss_distill" in trainer.state.log_history[0]
-    with pytest.raises(TeacherError, match="Linear is no model of transformers: override load_teacher"):
+    with pytest.raises(TeacherError, match="Linear is not a model of transformers: override load_teacher"):
         make(tmp_path, model=Linear(), distill_teacher=str(tmp_path)).train()
 
 
