@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -427,3 +428,15 @@ def test_training_that_stops_before_the_target_says_so(tmp_path, caplog):
     trainer.evaluate()
     trainer.save_state()
     assert json.loads((tmp_path / "trainer_state.json").read_text())["best_metric"] is None
+
+
+def test_checkpoints_that_do_not_wait_for_all_ranks_are_not_silent(tmp_path, monkeypatch, caplog):
+    """As if a release of transformers had renamed its private method."""
+    monkeypatch.delattr(SparseTrainerMixin, "_save_rng_state")
+    ranks = SimpleNamespace(world_size=2)
+    monkeypatch.setattr("hf_sparse.training.trainer.get_communicator", lambda: ranks)
+    options = {"target_sparsity": 0.5, "save_strategy": "steps", "save_steps": 5, **SCHEDULE}
+    make(tmp_path, save_only_model=True, **options).train()
+    assert "_save_rng_state" not in caplog.text
+    make(tmp_path, **options).train()
+    assert "does not call _save_rng_state" in caplog.text
