@@ -101,7 +101,7 @@ def format_markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], 
 
 
 def without_empty_columns(rows: Sequence[Sequence[str]], empty: str = "") -> list[tuple[str, ...]]:
-    """Returns rows without the columns that have no cell below the header, the first row.
+    """Returns rows without the columns that have no cell below the header, the first row. A header alone stays.
 
     Args:
         rows: the cells of each row; all rows have the same length.
@@ -110,6 +110,10 @@ def without_empty_columns(rows: Sequence[Sequence[str]], empty: str = "") -> lis
     Example:
         >>> without_empty_columns([("layer", "error", "note"), ("a", "", "empty"), ("b", "", "")])
         [('layer', 'note'), ('a', 'empty'), ('b', '')]
+        >>> without_empty_columns([("layer", "note")])
+        [('layer', 'note')]
     """
+    if len(rows) < 2:
+        return [tuple(row) for row in rows]
     columns = [column for column in zip(*rows, strict=True) if any(cell not in ("", empty) for cell in column[1:])]
     return list(zip(*columns, strict=True))
