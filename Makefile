@@ -14,7 +14,7 @@ SOURCES = hf_sparse scripts tests docs setup.py
 
 .PHONY: demo test slow quality docs style matrix dist clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.usable
 	@$(VENV)/bin/python scripts/demo.py
 
 # loadfile: the tests of a file share processes that they start once.
@@ -37,11 +37,19 @@ style: $(VENV)/.installed
 	$(RUFF) check --fix $(SOURCES)
 	$(RUFF) format $(SOURCES)
 
-$(VENV)/.installed: setup.cfg setup.py pyproject.toml
-	@echo "Installing into $(VENV). This takes some minutes, once."
+# What the package and its scripts need.
+$(VENV)/.usable: setup.cfg setup.py pyproject.toml
+	@echo "Installing into $(VENV), once: it takes some minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
+	@echo "  $(TORCH) (the largest part)"
 	@$(PIP) "$(TORCH)"
+	@echo "  hf_sparse, and transformers, datasets, accelerate, scikit-learn and what they need"
+	@$(PIP) -e ".[scripts]"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.usable
+	@echo "  what the tests, the checks of style and the documentation need"
 	@$(PIP) -e ".[scripts,test,quality,docs]"
 	@touch $@
 

@@ -230,7 +230,7 @@ def card_kwargs(model_args: ModelArguments, data_args, task: str) -> dict:
 def trainers_card_kwargs(kwargs: dict) -> dict:
     """Returns the arguments for a run without pruning, whose card is Trainer's: without the path of a local model."""
     base = kwargs.get("base_model", kwargs["finetuned_from"])
-    return {**kwargs, "finetuned_from": None if is_local(base) else base}
+    return {**kwargs, "finetuned_from": None if base is None or is_local(base) else base}
 
 
 def train(trainer, n_samples: int | None) -> None:

@@ -113,7 +113,7 @@ def test_metrics_of_every_kind_are_in_the_card(kind, tmp_path):
     if kind == "embedding":
         assert results["dense_cosine"] == pytest.approx(1.0) and 0 < results["eval_cosine"] < 1
         assert found["cosine"].metric_name == "Cosine similarity to the dense model"
-    shown = next(line for line in lines if line.startswith("before:"))
+    shown = next(line for line in lines if line.startswith("after pruning:"))
     assert all(f"{name} {results[f'eval_{name}']:,.4g}" in shown for name in metrics)
 
 

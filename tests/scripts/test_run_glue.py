@@ -82,6 +82,25 @@ def test_the_card_compares_with_a_dense_run_and_names_the_base(tiny_bert, tmp_pa
     assert card.data.base_model == "user/base" and tiny_bert not in str(card)
 
 
+def test_eval_dense_measures_the_model_before_training(tiny_bert, tmp_path, files, capsys):
+    parts = [*files, "--do_train", "--do_eval", "--target_sparsity", "0.5", "--eval_dense"]
+    run_glue.main(arguments(tiny_bert, tmp_path / "out", *parts, max_steps=4, learning_rate=0.01))
+    run_glue.main(arguments(tiny_bert, tmp_path / "same", *files, "--do_eval"))
+    out = tmp_path / "out"
+    before, after = read_json(tmp_path / "same" / "eval_results.json"), read_json(out / "eval_results.json")
+    dense = read_json(out / "dense_results.json")
+    assert dense["eval_loss"] == before["eval_loss"] != after["eval_loss"]
+    difference = f"({after['eval_loss'] - dense['eval_loss']:+.4f})"
+    lines = capsys.readouterr().out.splitlines()
+    assert f"eval_loss: {dense['eval_loss']:.4f} dense, {after['eval_loss']:.4f} now {difference}" in lines
+    assert f"  hf-sparse push {out} USER/out  # upload it to the Hub with its card" in lines
+    with pytest.raises(ValueError, match='lacks 2 weights for this task, such as "classifier.bias"'):
+        rows = [{"sentence": "a film", "label": label} for label in range(3)]
+        new_head = ["--train_file", write_rows(tmp_path / "three.csv", rows), NEW_HEAD]
+        new_head += ["--validation_file", new_head[1], "--do_train", "--do_eval", "--eval_dense"]
+        run_glue.main(arguments(tiny_bert, tmp_path / "new", *new_head))
+
+
 def test_the_recipe_for_half_the_latency_gives_a_smaller_model(tiny_bert, tmp_path, files):
     """Evaluated and predicted by the model with zeros, whose outputs are the same."""
     out, recipe = tmp_path / "out", str(SCRIPTS / "recipes" / "half_latency.yaml")
