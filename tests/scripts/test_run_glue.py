@@ -71,7 +71,8 @@ def test_task_name_and_files_go_together(tiny_bert, tmp_path, files):
 
 def test_the_card_compares_with_a_dense_run_and_names_the_base(tiny_bert, tmp_path, files, capsys):
     (tmp_path / "dense.json").write_text('{"eval_accuracy": 0.75, "epoch": 1.0}')
-    named = ["--base_model", "user/base", "--dense_results", str(tmp_path / "dense.json")]
+    named = ["--base_model", "user/base", "--dense_results", str(tmp_path / "dense.json"), "--license", "mit"]
+    named += ["--datasets", "user/one", "user/two", "--pipeline_tag", "text-classification"]
     parts = [*files, "--do_train", "--do_eval", "--target_sparsity", "0.5", *named]
     run_glue.main(arguments(tiny_bert, tmp_path / "out", *parts, max_steps=4))
     measured = read_json(tmp_path / "out" / "eval_results.json")["eval_accuracy"]
@@ -80,6 +81,8 @@ def test_the_card_compares_with_a_dense_run_and_names_the_base(tiny_bert, tmp_pa
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert f"| eval_accuracy | 0.7500 | {measured:.4f} | {measured - 0.75:+.4f} |" in card.text
     assert card.data.base_model == "user/base" and tiny_bert not in str(card)
+    assert (card.data.license, card.data.datasets) == ("mit", ["user/one", "user/two"])
+    assert card.data.pipeline_tag == "text-classification"
 
 
 def test_eval_dense_measures_the_model_before_training(tiny_bert, tmp_path, files, capsys):

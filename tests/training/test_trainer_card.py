@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import SCHEDULE, make
+from helpers.tiny import SCHEDULE, bert, make
 from huggingface_hub import ModelCard
-from transformers import Trainer
+from transformers import AutoModelForSequenceClassification, Trainer
 
 from hf_sparse import SparseTrainer, SparseTrainerMixin
 from hf_sparse.hub.card import PUBLISHED_FILES
@@ -254,6 +254,40 @@ def test_no_token_lands_in_a_card(tmp_path, monkeypatch):
     trained(tmp_path, hub_token=TOKEN).create_model_card(tags=TOKEN)
     for name in ("README.md", "pruning_card.json", "pruning_config.json", "pruning_report.json"):
         assert TOKEN not in (tmp_path / name).read_text(), name
+
+
+def test_no_file_but_trainers_arguments_names_a_folder_of_this_machine(tmp_path, plots):
+    """The base model, the teacher and the data set are local, and so is the path of the output folder."""
+    home = tmp_path / "alice"
+    bert(1).save_pretrained(home / "teacher")
+    bert().save_pretrained(home / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(home / "base")
+    options = {"distill_teacher": str(home / "teacher"), "save_strategy": "steps", "save_steps": 5}
+    run = make(home / "out", model=model, target_sparsity=0.5, **SCHEDULE, **options)
+    run.train()
+    run.save_model()
+    run.evaluate()
+    given = {"dataset_tags": str(home / "films"), "dataset": str(home / "films"), "tasks": "text-classification"}
+    run.create_model_card(model_name=str(home / "out"), **given)
+    named = {path.name for path in (home / "out").rglob("*") if path.is_file() and b"alice" in path.read_bytes()}
+    assert named == {"training_args.bin"}
+    card = ModelCard.load(home / "out" / "README.md")
+    assert "a fine-tuned version of base (a local folder) on the films dataset" in card.text
+    assert "Distilled from teacher" in card.text and card.data.datasets is None and card.data.base_model is None
+
+
+def test_metadata_are_arguments_of_the_card_and_of_a_push(tmp_path):
+    run = trained(tmp_path)
+    given = {"base_model": "user/base", "license": "mit", "datasets": ["user/data"], "pipeline_tag": "fill-mask"}
+    run.create_model_card(**given, **GLUE)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {name: card.data.get(name) for name in given} == given
+    assert "a fine-tuned version of [user/base](https://huggingface.co/user/base) on the GLUE SST2" in card.text
+    with pytest.raises(ValueError, match='license is "MIT": write it in lower case'):
+        run.create_model_card(license="MIT")
+    run.sparsity_callback.pruner = None  # of a dense run the card is Trainer's
+    run.create_model_card(**given, **GLUE)
+    assert SECTION_START not in (tmp_path / "README.md").read_text()
 
 
 def test_only_the_main_process_writes(tmp_path, monkeypatch):
