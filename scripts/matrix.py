@@ -110,13 +110,12 @@ def newest_minors(package: str, count: int) -> list[str]:
     return list(dict.fromkeys(minors))[:count]
 
 
-def rows(with_index: bool = True) -> dict[str, Row]:
-    """All rows by name. Without an index, those of the newest transformers are left out."""
+def rows() -> dict[str, Row]:
+    """All rows by name."""
     lowest = floors()
     every = [Row("newest")]
-    if with_index:
-        minors = newest_minors("transformers", NUM_MINORS)
-        every += [Row(f"transformers-{minor}", (f"transformers=={minor}.*",)) for minor in minors]
+    minors = newest_minors("transformers", NUM_MINORS)
+    every += [Row(f"transformers-{minor}", (f"transformers=={minor}.*",)) for minor in minors]
     every.append(Row("transformers-floor", (f"transformers=={lowest['transformers']}",), extras=("scripts",)))
     for package in ("accelerate", "huggingface_hub", "datasets"):
         every.append(Row(f"{package}-floor", (f"{package}=={lowest[package]}",), extras=("scripts",)))
@@ -240,10 +239,10 @@ def main() -> int:
         return 0
     FOLDER.mkdir(exist_ok=True)
     store = FOLDER / "results.json"
-    results = json.loads(store.read_text()) if store.exists() else {}
     ok = True
     for row in chosen:
         result = run_row(row, args)
+        results = json.loads(store.read_text()) if store.exists() else {}  # another run may have added rows
         results[row.name] = asdict(result)
         store.write_text(json.dumps({name: results[name] for name in known if name in results}, indent=1))
         print(f"{row.name:24} {result.outcome:9} {result.summary} ({result.seconds} s)", flush=True)
