@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import SHRINK_FILE
 from ..numerics import count_zeros
 from ..reporting.layer_groups import group_layers, group_rows, is_grouped
 from ..reporting.tables import Table, format_sparsity
@@ -57,6 +58,7 @@ class CheckpointTotals:
         parameter_zeros: number of those that are zero.
         num_bytes: size of its weight files.
         metrics: those of its model card, without the prefix "eval_".
+        is_shrunk: whether units or layers were removed from it, so that the numbers of layers may have changed.
     """
 
     source: str
@@ -67,6 +69,7 @@ class CheckpointTotals:
     parameter_zeros: int
     num_bytes: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    is_shrunk: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,6 +142,11 @@ class CheckpointComparison(Tabular):
 
     def _notes(self) -> list[str]:
         notes = [f"Compared by name, with {self.prefix} in the second."] if self.prefix else []
+        notes += [
+            f"{totals.source} was made smaller: layers after a removed one have other numbers, and are not comparable."
+            for totals in (self.first, self.second)
+            if totals.is_shrunk
+        ]
         for source, names in ((self.first.source, self.only_in_first), (self.second.source, self.only_in_second)):
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             notes += [f"Only in {source}: {', '.join(names[:5])}{more}."] if names else []
@@ -241,6 +249,7 @@ def _totals(checkpoint: Checkpoint, counted: Mapping[str, int]) -> CheckpointTot
         sum(zeros.values()),
         sum(file.stat().st_size for file in checkpoint.files),
         read_card_metrics(checkpoint.folder),
+        (checkpoint.folder / SHRINK_FILE).is_file(),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from .. import files
-from ..files import CARD_FILE, CONFIG_FILE, README_FILE, REPORT_FILE
+from ..files import CARD_FILE, CONFIG_FILE, README_FILE, REPORT_FILE, SHRINK_FILE
 
 
 # File names of saved models and adapters, in the order of preference.
@@ -109,7 +109,7 @@ def _download(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns="*/*"))
 
     try:
-        beside = ("config.json", REPORT_FILE, CONFIG_FILE, CARD_FILE, README_FILE)
+        beside = ("config.json", REPORT_FILE, CONFIG_FILE, CARD_FILE, README_FILE, SHRINK_FILE)
         folder = snapshot(*beside, *(f"{stem}{_INDEX}" for stem in _STEMS))
         for stem in _STEMS:
             index = folder / f"{stem}{_INDEX}"

@@ -23,8 +23,12 @@ COMBINATIONS = [
     for pattern in PATTERNS
     for scope in ("row", "layer", "global")
     for criterion in CRITERIA_OF_TRAINING
-    # allocations do not depend on the criterion: all of them with one
-    for allocation in (ALLOCATIONS_OF_TRAINING if scope != "global" and criterion == "magnitude" else ["uniform"])
+    # allocations do not depend on the criterion: all of them with one; with N:M all layers have one sparsity
+    for allocation in (
+        ALLOCATIONS_OF_TRAINING
+        if scope != "global" and criterion == "magnitude" and pattern not in TARGET
+        else ["uniform"]
+    )
     if scope == "layer" or pattern not in CHANNELS
 ]
 

@@ -97,7 +97,9 @@ def test_metrics_are_those_of_the_cards(tmp_path):
     lines = [line.split() for line in str(found).splitlines()]
     assert ["accuracy", "0.7500", "0.8750"] in lines and ["test_f1", "0.5000", "-"] in lines
     (three / "README.md").write_text(card.replace("0.875", "[").replace("name", ":"))
-    assert compare_checkpoints(one, three).second.metrics == {}
+    (three / "pruning_shrink.json").touch()
+    found = compare_checkpoints(one, three)
+    assert found.second.metrics == {} and f"{three} was made smaller" in str(found)
 
 
 def test_a_body_matches_a_model_with_a_task_head(tmp_path):
