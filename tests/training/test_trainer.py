@@ -183,7 +183,7 @@ def test_a_config_that_does_not_fit_is_refused_when_the_trainer_is_made(tmp_path
         make(tmp_path, model=bert(hidden_size=26), target_sparsity=0.5, pattern="4x1", exclude=["nonsense"])
     errors = caught.value.errors
     assert any('"nonsense" matches none' in error_text for error_text in errors)
-    assert sum("has 26 outputs" in error_text for error_text in errors) == 6  # all of them, each by name
+    assert sum("has 26 outputs" in error_text for error_text in errors) == 5  # all but the pooler, each by name
 
 
 def test_a_stock_trainer_with_the_callback_refuses_it_then_too(tmp_path):
