@@ -23,8 +23,8 @@ UNIT_INPUTS = Requires.INPUT_NORMS | Requires.INPUT_VARIANCES | Requires.GRAM
 """What criteria can require of the inputs of the matrices that read coupled units."""
 
 
-DEFAULT_MAX_SPARSITY = 1.0
-"""Default of `max_sparsity_per_layer`; 1 sets no bound."""
+DEFAULT_MAX_SPARSITY = 0.995
+"""Default of `max_sparsity_per_layer`, so that a global ranking leaves something of each layer; 1 sets no bound."""
 
 
 def resolve_max_sparsity(given: float, target: float, pattern: Pattern) -> float:

@@ -87,7 +87,8 @@ def test_defaults_by_hand(config, options, changes):
     (group,) = config(**options).resolve_groups().values()
     assert summary(group) == expected
     assert (group.name, group.layers) == ("weights", ())
-    assert (group.min_sparsity_per_layer, group.max_sparsity_per_layer) == (0.0, 1.0)
+    most = 1.0 if group.pattern.max_sparsity < 1 or not group.pattern.has_layers else 0.995
+    assert (group.min_sparsity_per_layer, group.max_sparsity_per_layer) == (0.0, most)
     with pytest.raises(dataclasses.FrozenInstanceError):
         group.scope = "row"
 
@@ -112,7 +113,7 @@ def test_engine_report_and_card_read_the_resolved_groups():
         ("magnitude", "channel", "layer"),
         ("snip_momentum", "unstructured", "global"),
     ]
-    assert [group.max_sparsity_per_layer for group in groups] == [1.0, 0.75, 1.0]
+    assert [group.max_sparsity_per_layer for group in groups] == [1.0, 0.75, 0.995]
 
     model = Mixed()
     pruner = Pruner(model, config)
@@ -146,21 +147,19 @@ def test_layers_are_added_once_the_model_is_known():
     assert dataclasses.replace(resolved, layers=()) == group
 
 
-def test_the_default_bound_of_layers_leaves_room_for_any_target(monkeypatch):
+def test_the_default_bound_of_layers_leaves_room_for_any_target():
     """Half of what the target leaves of an average layer, where that is less than the default leaves."""
-    monkeypatch.setattr("hf_sparse.config.resolved.DEFAULT_MAX_SPARSITY", 0.99)
-    monkeypatch.setitem(PruningConfig.defaults, "max_sparsity_per_layer", 0.99)
 
     def bound(target_sparsity=None, **options):
         config = PruningConfig(target_sparsity=target_sparsity, criterion="magnitude", **options)
         (group,) = config.resolve_groups().values()
         return round(group.max_sparsity_per_layer, 6)
 
-    assert [bound(target) for target in (0.5, 0.98, 0.99, 0.999, 1.0)] == [0.99, 0.99, 0.995, 0.9995, 1.0]
+    assert [bound(target) for target in (0.5, 0.98, 0.99, 0.999, 1.0)] == [0.995, 0.995, 0.995, 0.9995, 1.0]
     assert bound(0.8, max_sparsity_per_layer=1.0) == 1.0 and bound(0.8, max_sparsity_per_layer=0.9) == 0.9
-    assert bound(pattern="2:4") == 1.0 and bound(0.5, pattern="layer") == 1.0 and bound(0.5, pattern="neuron") == 0.99
+    assert bound(pattern="2:4") == 1.0 and bound(0.5, pattern="layer") == 1.0 and bound(0.5, pattern="neuron") == 0.995
     groups = {"all": {"targets": ["*"], "max_sparsity_per_layer": None}}
-    assert bound(0.5, groups=groups) == 0.99
+    assert bound(0.5, groups=groups) == 0.995
 
 
 def test_a_config_of_an_earlier_version_selects_what_it_selected():

@@ -32,6 +32,7 @@ def messages(caplog):
 
 
 def prune(**options):
+    options = {"max_sparsity_per_layer": 1.0, **options}
     options = {"target_sparsity": 0.6, "criterion": "magnitude", "sparsity_decay_type": "linear", **options}
     pruner = Pruner(Uneven(), PruningConfig(**options))
     return [pruner.update(step, 4) for step in range(1, 5)][-1]
@@ -46,6 +47,8 @@ def test_each_layer_is_named_once_at_the_prune_step_that_empties_it(caplog):
 
 
 def test_the_remedies_work(caplog):
+    """As does the default, which is why the bound is 1 here."""
+    assert not prune(max_sparsity_per_layer=None).emptied and not messages(caplog)
     prune()
     (message,) = messages(caplog)
     bound = float(re.search(r"max_sparsity_per_layer=([\d.]+)", message)[1])
@@ -69,13 +72,13 @@ def test_layers_that_were_empty_before_are_not_named(caplog):
     model = Uneven()
     nn.init.zeros_(model.small.weight)
     nn.init.constant_(model.middle.weight, 1e-3)
-    config = PruningConfig(target_sparsity=0.7, criterion="magnitude", keep_zeros=True)
+    config = PruningConfig(target_sparsity=0.7, criterion="magnitude", keep_zeros=True, max_sparsity_per_layer=1.0)
     Pruner(model, config).update(1, 1)
     assert "in 1 layer: " in messages(caplog)[0] and '"middle.weight"' in messages(caplog)[0]
 
 
 def test_a_model_that_starts_sparse_and_given_scores_warn_too(caplog):
-    config = PruningConfig(target_sparsity=0.5, algorithm="set", scope="global")
+    config = PruningConfig(target_sparsity=0.5, algorithm="set", scope="global", max_sparsity_per_layer=1.0)
     pruner = Pruner(Uneven(), config)
     scores = {name: parameter.abs() for name, parameter in pruner.parameters.items()}
     pruner.select(1, 1, scores)
@@ -85,7 +88,7 @@ def test_a_model_that_starts_sparse_and_given_scores_warn_too(caplog):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_one_shot_pruning_warns_after_the_global_ranking(caplog, scope):
     caplog.set_level(logging.WARNING)
-    config = OneshotConfig(target_sparsity=0.6, criterion="magnitude", scope=scope)
+    config = OneshotConfig(target_sparsity=0.6, criterion="magnitude", scope=scope, max_sparsity_per_layer=1.0)
     report = prune_oneshot(Uneven(), None, config, progress=False)
     assert len(messages(caplog)) == len(report.emptied) == (scope == "global")
     assert not report.emptied or messages(caplog)[0].startswith("after the global ranking, ")

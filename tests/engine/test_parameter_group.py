@@ -194,7 +194,7 @@ def test_the_last_sums_still_rank_when_all_later_gradients_overflow():
 def test_weights_without_gradients_are_pruned_first():
     """With scope global, weights that never had a gradient are pruned first."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion="snip", scope="global"))
+    pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion="snip", max_sparsity_per_layer=1.0))
     model[0].weight.grad = torch.ones(4, 4)
     assert pruner.observe()
     assert [layer.zeros for layer in pruner.update(1, 1).layers] == [0, 16]
@@ -238,7 +238,7 @@ def test_groups_with_their_own_patterns_at_once():
 
 def test_weights_that_the_loss_does_not_depend_on_are_named(caplog):
     model = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
-    pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion="snip"))
+    pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion="snip", max_sparsity_per_layer=1.0))
     model["used"](torch.ones(1, 4)).sum().backward()
     pruner.observe()
     with caplog.at_level("WARNING"):

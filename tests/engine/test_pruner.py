@@ -60,7 +60,12 @@ def competitors(scope, pattern, arrays):
 def test_every_prune_step_is_exact(pattern, scope, allocation, criterion):
     model, target = Mixed(), TARGET.get(pattern, 0.8)
     config = PruningConfig(
-        target_sparsity=target, pattern=pattern, scope=scope, allocation=allocation, criterion=criterion
+        target_sparsity=target,
+        pattern=pattern,
+        scope=scope,
+        allocation=allocation,
+        criterion=criterion,
+        max_sparsity_per_layer=1.0,
     )
     pruner = Pruner(model, config)
     scattered = pattern == "unstructured" and scope != "row"

@@ -50,7 +50,8 @@ def test_selection_does_not_depend_on_earlier_masks(scope, pattern):
 def test_by_hand_over_all_layers():
     """Half of 64 weights: the lowest scores of both layers together, whatever was pruned before."""
     model = two_layers()
-    pruner = Pruner(model, PruningConfig(target_sparsity=0.5, criterion="magnitude"))
+    config = PruningConfig(target_sparsity=0.5, criterion="magnitude", max_sparsity_per_layer=1.0)
+    pruner = Pruner(model, config)
     pruner.update(1, 1)
     scores = {"0.weight": torch.arange(32.0).view(4, 8), "1.weight": 100 + torch.arange(32.0).view(8, 4)}
     pruner.select(1, 1, scores)
