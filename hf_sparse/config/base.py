@@ -121,8 +121,8 @@ class PruningOptions:
     )
     min_sparsity_per_layer: float | None = option("Minimum sparsity of each selected layer at the end, from 0 to 1.")
     max_sparsity_per_layer: float | None = option(
-        "Maximum sparsity of each selected layer, from 0 to 1 (0.995 by default, more for targets above 0.99), so that "
-        "a global ranking empties no layer. 1: no bound."
+        "Maximum sparsity of each selected layer, from 0 to 1 (0.995 by default, more for targets above 0.99), so "
+        "that a global ranking empties no layer. 1: no bound."
     )
     targets: list[str] | None = option(
         "Layers to prune: globs, or regular expressions after re:, on parameter or module names; all-blocks (the "
