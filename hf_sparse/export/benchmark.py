@@ -27,7 +27,8 @@ from ..distributed import parse_device
 from ..hub.loading import load_model
 from ..hub.sources import check_model
 from ..optional_packages import require
-from ..reporting.tables import format_table
+from ..reporting.tables import Table
+from ..reporting.tabular import Tabular
 from .inputs import random_inputs
 from .onnx import ONNX_FILE, to_onnx
 from .openvino import OPENVINO_FILE, to_openvino
@@ -89,8 +90,8 @@ class Latency:
     to_reference: float
 
 
-@dataclass(frozen=True)
-class BenchmarkResult:
+@dataclass(frozen=True, repr=False)
+class BenchmarkResult(Tabular):
     """The figures of `benchmark_models`, which print as two tables."""
 
     sizes: tuple[ModelSize, ...]
@@ -102,15 +103,20 @@ class BenchmarkResult:
         """Returns the figures as JSON values."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        count = len(self.latencies)
+        latencies = f"{count} latenc{'y' if count == 1 else 'ies'}"
+        return f"BenchmarkResult({', '.join(size.name for size in self.sizes)}; {latencies})"
+
+    def tables(self, all_layers: bool | None = None) -> list[Table | str]:
         labels = dict(zip((size.name for size in self.sizes), _LABELS, strict=False))
-        sizes = [("", "model", "parameters", "file MB", "peak MB")]
+        sizes: list[tuple[str, ...]] = []
         for size in self.sizes:
             parameters = "" if size.parameters is None else f"{size.parameters:,}"
             peak = "" if size.peak_memory is None else f"{size.peak_memory / 1e6:.0f}"
             sizes.append((labels[size.name], size.name, parameters, f"{size.file_size / 1e6:.1f}", peak))
         first = self.sizes[0].name
-        rows = [("batch", "runtime", "model", "ms", f"/ {labels[first]}", "quartiles", "/ reference")]
+        rows: list[tuple[str, ...]] = []
         for row in self.latencies:
             rows.append(
                 (str(row.batch_size), row.runtime, labels[row.model], f"{row.median * 1e3:.2f}", f"{row.ratio:.2f}")
@@ -118,7 +124,9 @@ class BenchmarkResult:
             )
         reference = f"{labels[first]} in {self.latencies[0].runtime}"
         note = f"{self.clock} of one batch; sequences of {self.length} tokens; the reference is {reference}."
-        return "\n\n".join([format_table(sizes, 2), format_table(rows, 3), note])
+        header = ("batch", "runtime", "model", "ms", f"/ {labels[first]}", "quartiles", "/ reference")
+        size_table = Table(("", "model", "parameters", "file MB", "peak MB"), tuple(sizes), 2)
+        return [size_table, Table(header, tuple(rows), 3), note]
 
 
 def benchmark_models(

@@ -110,7 +110,7 @@ class CheckpointComparison(Tabular):
 
     def _totals_table(self) -> Table:
         one, two = self.first, self.second
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for name, before, after in (
             ("parameters", one.parameters, two.parameters),
             ("zeros", one.parameter_zeros, two.parameter_zeros),

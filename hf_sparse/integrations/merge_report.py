@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..reporting.tables import format_table
+from ..reporting.tables import Table
+from ..reporting.tabular import Tabular
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class MergedLayer:
         return self.masked_norm / self.update_norm if self.update_norm else 0.0
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Tabular):
     """What `merge_and_unload` left out of the adapters' updates to keep the zeros of the base.
 
     Args:
@@ -74,9 +75,14 @@ class MergeReport:
         """The norm of what was left out of the updates, relative to the norm of the updates, over all layers."""
         return self.total.norm_lost
 
-    def __str__(self) -> str:
-        rows = [("layer", "zeros", "weights", "masked", "norm lost")]
+    def __repr__(self) -> str:
+        layers = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)}"
+        return f"MergeReport({layers}, {self.norm_lost:.1%} of the norm of the updates lost)"
+
+    def tables(self, all_layers: bool | None = None) -> list[Table | str]:
+        rows: list[tuple[str, ...]] = []
         for layer in (*self.layers, self.total):
             zeros, weights, masked = (f"{count:,}" for count in (layer.zeros, layer.weights, layer.masked))
             rows.append((layer.name, zeros, weights, masked, f"{layer.norm_lost:.1%}"))
-        return format_table(rows, text_columns=1)
+        header = ("layer", "zeros", "weights", "masked", "norm lost")
+        return [Table(header, tuple(rows), 1, totals=1)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from ..engine.coupled_group import CoupledParameterGroup
 from ..engine.parameter_group import ParameterGroup
 from ..model.coupling import UnitGroup
 from ..model.layers import PrunableLayer
-from ..reporting.tables import format_table
+from ..reporting.layer_groups import group_layers, group_rows, is_grouped
+from ..reporting.tables import Table
+from ..reporting.tabular import Tabular
 from ..requires import Requires
 from .costs import Costs, estimate_costs
 from .prepare import PreparedRun, prepare_run
@@ -41,9 +43,9 @@ class LayerPlan:
     subgraph: str | None
 
 
-@dataclass(frozen=True)
-class OneshotPlan:
-    """What a one-shot run would do. `str(plan)` is a table.
+@dataclass(frozen=True, repr=False)
+class OneshotPlan(Tabular):
+    """What a one-shot run would do. `print(plan)` and notebooks show a table.
 
     Args:
         layers: the selected layers.
@@ -60,18 +62,38 @@ class OneshotPlan:
     costs: Costs
     methods: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        rows = [("layer", "shape", "pattern", "block", "units", "to prune")]
-        for layer in self.layers:
-            num_pruned = "ranked" if layer.num_pruned is None else f"{layer.num_pruned:,}"
-            shape = "x".join(map(str, layer.shape))
-            rows.append((layer.name, shape, layer.pattern, layer.subgraph or "-", f"{layer.num_units:,}", num_pruned))
-        num_weights = sum(layer.num_weights for layer in self.layers)
-        summary = (
-            f"layers: {len(self.layers)} with {num_weights:,} weights; blocks: {self.num_subgraphs}; "
-            f"calibration tokens: {self.num_tokens:,}"
+    def __repr__(self) -> str:
+        return f"OneshotPlan({self._summary})"
+
+    @property
+    def _summary(self) -> str:
+        return (
+            f"layers: {len(self.layers)} with {sum(layer.num_weights for layer in self.layers):,} weights; "
+            f"blocks: {self.num_subgraphs}; calibration tokens: {self.num_tokens:,}"
         )
-        return "\n".join([f"{format_table(rows, text_columns=4)}\n", *self.methods, summary, str(self.costs)])
+
+    def tables(self, all_layers: bool | None = None) -> list[Table | str]:
+        names = [layer.name for layer in self.layers]
+        shapes = ["x".join(map(str, layer.shape)) for layer in self.layers]
+        rows: list[tuple[str, ...]]
+        if is_grouped(names, all_layers):
+            labels = [shapes, [layer.pattern for layer in self.layers]]
+            rows = group_rows(group_layers(names)[1], labels, self._counts)
+            table = Table(("kind", "shape", "pattern", "layers", "units", "to prune"), tuple(rows), 3)
+        else:
+            rows = [
+                (layer.name, shape, layer.pattern, layer.subgraph or "-", *self._counts([index]))
+                for index, (layer, shape) in enumerate(zip(self.layers, shapes, strict=True))
+            ]
+            table = Table(("layer", "shape", "pattern", "block", "units", "to prune"), tuple(rows), 4)
+        return [table, *self.methods, self._summary, str(self.costs)]
+
+    def _counts(self, indices: Sequence[int]) -> tuple[str, str]:
+        """The units of some layers, and how many of them are pruned."""
+        layers = [self.layers[index] for index in indices]
+        pruned = [layer.num_pruned for layer in layers if layer.num_pruned is not None]
+        to_prune = f"{sum(pruned):,}" if len(pruned) == len(layers) else "ranked"
+        return f"{sum(layer.num_units for layer in layers):,}", to_prune
 
 
 def plan_oneshot(

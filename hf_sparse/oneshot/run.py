@@ -126,7 +126,7 @@ class _CheckpointRun:
         self._load_texts()
         self._load_model()
         plan = plan_oneshot(self._model, self._calibration_batches(), self._config)
-        self._echo(str(plan))
+        self._echo(console_text(plan))
         return plan
 
     def prune(self) -> SparsityReport:

@@ -7,6 +7,7 @@
     python scripts/benchmarks/bench.py dist                 # a prune step of sharded weights
     python scripts/benchmarks/bench.py oneshot              # one-shot pruning
     python scripts/benchmarks/bench.py structured           # a prune step of neurons and heads
+    python scripts/benchmarks/bench.py others               # a prune step and a training step in other ways
 
 Each file describes its measurements; rank and nm are in ranking.py.
 """
@@ -17,6 +18,7 @@ import argparse
 
 import dist
 import oneshot
+import others
 import ranking
 import step
 import structured
@@ -28,7 +30,13 @@ BENCHES = {
     "nm": ("2:4 masks, in reads of the weights.", ranking.add_layer, ranking.nm),
     **{
         name: (module.__doc__.splitlines()[0], module.add_arguments, module.run)
-        for name, module in {"step": step, "dist": dist, "oneshot": oneshot, "structured": structured}.items()
+        for name, module in {
+            "step": step,
+            "dist": dist,
+            "oneshot": oneshot,
+            "structured": structured,
+            "others": others,
+        }.items()
     },
 }
 

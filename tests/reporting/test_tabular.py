@@ -6,8 +6,11 @@ from html.parser import HTMLParser
 import pytest
 
 from hf_sparse import ShrinkPlan, SparsityReport
+from hf_sparse.export.benchmark import BenchmarkResult, Latency, ModelSize
 from hf_sparse.inspection.compare import CheckpointComparison, CheckpointTotals, LayerComparison
 from hf_sparse.inspection.contents import CheckpointContents, TensorContents
+from hf_sparse.integrations.merge_report import MergedLayer, MergeReport
+from hf_sparse.oneshot.plan import LayerPlan, OneshotPlan
 from hf_sparse.reporting.report import LayerReport
 from hf_sparse.reporting.tabular import console_text
 from hf_sparse.structured.plan import SizeChange
@@ -137,3 +140,31 @@ def test_plans_of_smaller_models():
     assert repr(plan) == "ShrinkPlan(BertModel: 200 -> 100 parameters (50.0 %), 2.0 -> 1.0 MB)"
     empty = ShrinkPlan("BertModel", (), (), {}, (200, 200), (2, 2))
     assert "nothing is removed." in str(empty) and "nothing is removed." in empty._repr_html_()
+
+
+def test_plans_of_oneshot_runs():
+    layers = tuple(LayerPlan(name, "g", (10, 10), "2:4", 100, 100, 50, "block") for name in names()[:-1])
+    pooler = LayerPlan("model.pooler.weight", "g", (1, 10), "4x1", 10, 10, None, None)
+    plan = OneshotPlan((*layers, pooler), 14, 1024, "costs", ("criterion wanda",))
+    (table,) = Cells(plan._repr_html_()).tables
+    assert table == [
+        ["kind", "shape", "pattern", "layers", "units", "to prune"],
+        ["up", "10x10", "2:4", "14", "1,400", "700"],
+        ["down", "10x10", "2:4", "14", "1,400", "700"],
+        ["model.pooler", "1x10", "4x1", "1", "10", "ranked"],
+    ]
+    summary = "layers: 29 with 2,810 weights; blocks: 14; calibration tokens: 1,024"
+    assert str(plan).splitlines()[-4:] == ["", "criterion wanda", summary, "costs"]
+    assert repr(plan) == f"OneshotPlan({summary})"
+    assert plan.format(all_layers=True).count("model.layers") == 28
+
+
+def test_measurements_and_merges():
+    size, latency = ModelSize("dense", 10, 4_000_000, None), Latency("dense", "torch", 8, 0.002, 1.0, 0.9, 1.1, 1.0)
+    result = BenchmarkResult((size,), (latency,), 128, "CPU time")
+    sizes, rows = Cells(result._repr_html_()).tables
+    assert sizes[1][1:] == ["dense", "10", "4.0"] and rows[1][:2] + rows[1][3:4] == ["8", "torch", "2.00"]
+    assert repr(result) == "BenchmarkResult(dense; 1 latency)"
+    merged = MergeReport((MergedLayer("query.weight", 16, 8, 8, 5.0, 3.0),))
+    assert Cells(merged._repr_html_()).tables[0][1] == ["query.weight", "8", "16", "8", "60.0%"]
+    assert repr(merged) == "MergeReport(1 layer, 60.0% of the norm of the updates lost)"

@@ -14,6 +14,7 @@ from helpers.tiny_texts import bert_tokenizer, classifier, save, texts, write_ro
 
 ALONE = ["--repeats", "1", "--threads", "1"]
 SMALL = ["--layers", "1", "--hidden", "64"]
+WAYS = ("hf_sparse", "torch.nn.utils.prune")
 # By name: options, and the lines that are printed last, as patterns in which N is a number.
 BENCHES = {
     "rank": (
@@ -82,6 +83,17 @@ BENCHES = {
             rf"{pattern} +{criterion} +1 thread.*: single weights N ms, ratio N [(]N to N[)]"
             for pattern in ("neuron", "head")
             for criterion in ("magnitude", "snip_momentum")
+        ],
+    ),
+    "others": (
+        ["--batch", "2", "--tokens", "8", *SMALL, *ALONE],
+        [
+            "a prune step over [\\d,]+ weights, in reads of them .*",
+            *(rf"80% of single weights +{name} +N reads, N zero, N state-dict keys changed" for name in WAYS),
+            "2:4 +hf_sparse +N reads, N zero, 0 state-dict keys changed",
+            "2:4 +torch.ao.pruning +N reads, N zero, N state-dict keys changed",
+            "a training step of 2 x 8 tokens, relative to one without pruning",
+            *(rf"{name} +N" for name in ("plain", "hf_sparse", "hf_sparse, snip_momentum", "torch.nn.utils.prune")),
         ],
     ),
     "oneshot": (
