@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def push_with_card(directory: str | Path, repo: str, given: CardMetadata | None 
         return push(directory, repo, **options)
 
 
+def _write_bytes(path: str, content: bytes) -> None:
+    Path(path).write_bytes(content)
+
+
 @contextmanager
 def _restored_on_failure(directory: Path) -> Iterator[None]:
     """Context that restores the files of a card, or their absence, if an exception leaves it."""
@@ -61,5 +66,5 @@ def _restored_on_failure(directory: Path) -> Iterator[None]:
             if content is None:
                 path.unlink(missing_ok=True)
             elif path.read_bytes() != content:
-                write_atomically(path, lambda temporary, content=content: Path(temporary).write_bytes(content))
+                write_atomically(path, partial(_write_bytes, content=content))
         raise
