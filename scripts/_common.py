@@ -8,7 +8,9 @@ from pathlib import Path
 
 import datasets
 import transformers
+from huggingface_hub import get_token
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, default_data_collator
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sparse import SparseTrainingArguments, SparsityCallback, UploadError
@@ -116,6 +118,14 @@ def check_run(training_args: SparseTrainingArguments, model_args: ModelArguments
         raise ValueError('shrink is set, but nothing is pruned: add pattern="neuron" and target_sparsity=0.5.')
     if training_args.fp16 and training_args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, and this run is on the CPU: use --bf16, or leave fp16 out.")
+    if training_args.push_to_hub and (training_args.hub_token or get_token()) is None:
+        raise ValueError("push_to_hub needs a token: log in with `hf auth login`, or leave push_to_hub out.")
+    available = get_available_reporting_integrations()
+    if missing := [name for name in training_args.report_to if name not in available]:
+        raise ValueError(
+            f'report_to is "{missing[0]}", which is not installed here: install it, or use '
+            f"{' or '.join(f'report_to={name}' for name in [*available, 'none'])}."
+        )
     if training_args.should_save:
         check_writable(training_args.output_dir, f"output_dir {training_args.output_dir}")
     if training_args.do_train:

@@ -172,8 +172,8 @@ class _CheckpointRun:
 
     def _check_sources(self) -> None:
         """Check that model and tokenizer exist: before the texts, which may be downloaded."""
-        args, access = self._args, {"revision": self._args.model_revision, "cache_dir": self._args.cache_dir}
-        check_model(args.model_name_or_path, **access)
+        args = self._args
+        check_model(args.model_name_or_path, revision=args.model_revision, cache_dir=args.cache_dir)
         if args.tokenizer_name is not None:
             check_tokenizer_source(args.tokenizer_name, "tokenizer_name", cache_dir=args.cache_dir)
 

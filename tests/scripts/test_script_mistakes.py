@@ -9,6 +9,7 @@ import run_clm
 import run_glue
 import run_oneshot
 import run_qa
+import torch
 from _program import run_program
 from helpers.scripts import sentiment_rows, write_rows
 from transformers import PreTrainedModel
@@ -88,6 +89,9 @@ MISTAKES = [
     ),
     ("oneshot", f"{ONESHOT} --eval", "--eval needs texts: pass --validation_file"),
     ("oneshot", f"{ONESHOT} --pattern 2:4 --target_sparsity 0.6", 'but --pattern "2:4" always gives 0.5'),
+    ("glue", f"{GLUE} --report_to wandb", '--report_to is "wandb", which is not installed here: install it, or use'),
+    ("glue", f"{GLUE} --push_to_hub", "--push_to_hub needs a token: log in with `hf auth login`"),
+    ("glue", f"{PRUNED} --load_best_model_at_end", "--load_best_model_at_end"),
     # Files and folders.
     ("glue", f"{PRUNED} --pruning_config no.yaml", "--pruning_config no.yaml cannot be read: [Errno 2] No such file"),
     (
@@ -183,3 +187,33 @@ def test_a_mistake_is_one_line(run, monkeypatch, places, script, command, text):
     assert done.code == 2 and text in lines[-1], done.err
     assert lines[-1].startswith(f"run_{script}.py: ") and len(lines) == 1, done.err
     assert not Path(places["out"]).exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("max_seq_lenght: 16", 'unknown option max_seq_lenght. Did you mean "max_seq_length"?'),
+        ("max_seq_length: long", "max_seq_length is 'long': it must be a whole number."),
+        ("learning_rate: fast", "learning_rate is 'fast': it must be a number."),
+        ("do_train: 1", "do_train is 1: it must be true or false."),
+        ("target_sparsity: 80", "target_sparsity is 80: it must be a number from 0 to 1"),
+        ("- do_train", "must hold one mapping of argument names to values."),
+        ("do_train: [", "cannot be read"),
+    ],
+)
+def test_a_mistake_in_a_file_of_arguments(run, places, tmp_path, text, message):
+    """Options are named as in the file."""
+    content = (
+        "" if text.startswith("-") else f"model_name_or_path: {places['bert']}\noutput_dir: out\ntask_name: sst2\n"
+    )
+    (tmp_path / "arguments.yaml").write_text(f"{content}{text}\n")
+    done = run("glue", str(tmp_path / "arguments.yaml"))
+    assert done.code == 2 and done.err.count("\n") == 1 and message in done.err, done.err
+
+
+def test_an_error_inside_torch_keeps_its_traceback(monkeypatch):
+    """It is no mistake in an option."""
+    one, two = torch.ones(1), torch.ones(2)
+    monkeypatch.setattr(run_glue, "check_run", lambda *_: torch.nn.functional.binary_cross_entropy(one, two))
+    with pytest.raises(ValueError, match="target size"):
+        run_program(run_glue.main, run_glue.CLASSES, "--model_name_or_path m --output_dir o --task_name sst2".split())
