@@ -99,9 +99,9 @@ def test_every_method_with_every_pattern_scope_and_allocation(criterion, solver,
         if keep_zeros and pattern not in ("unstructured", "2:4", "1:4"):
             continue
         options = {"pattern": pattern, "criterion": criterion, "solver": solver, "scope": scope}
-        options |= {"keep_zeros": keep_zeros, "forwards": forwards, "allocation": next(allocations)}
+        options |= {"keep_zeros": keep_zeros, "forwards": forwards}
         if pattern not in IMPLIED:
-            options["target_sparsity"] = 0.6
+            options |= {"target_sparsity": 0.6, "allocation": next(allocations)}
         if forwards == 1 and criterion is not None and pattern in ("unstructured", "2:4", "1:4"):
             options["swaps"] = 2
         model = architecture.model()
