@@ -61,14 +61,18 @@ OPTION_TABLES = (
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages, and the figures that they show."""
-    pages = {
-        "index.md": site_links((ROOT / "README.md").read_text(encoding="utf-8"), str(config.site_url)),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
-        "reference/options.md": options_page(),
-        "reference/methods.md": methods_page(),
-        "reference/commands.md": commands_page(),
-    } | api_pages() | notebook_pages()
+    pages = (
+        {
+            "index.md": site_links((ROOT / "README.md").read_text(encoding="utf-8"), str(config.site_url)),
+            "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+            "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+            "reference/options.md": options_page(),
+            "reference/methods.md": methods_page(),
+            "reference/commands.md": commands_page(),
+        }
+        | api_pages()
+        | notebook_pages()
+    )
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     for figure in sorted((ROOT / "model_cards").rglob("*.png")):
