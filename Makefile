@@ -10,7 +10,7 @@ JOBS ?= 2
 # Twice quiet: errors only, no warnings about packages that one of several indexes lacks.
 PIP = $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 RUFF = $(VENV)/bin/ruff
-SOURCES = hf_sparse scripts tests docs setup.py
+SOURCES = hf_sparse scripts tests $(wildcard docs/*.py) setup.py
 
 .PHONY: demo test slow quality docs style matrix dist clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -218,31 +219,22 @@ def commands_page() -> str:
         "[Options](options.md) and those of `TrainingArguments`.",
     ]
     for name in group.list_commands(context):
-        parts.append(command_text(name, group.get_command(context, name), context))
+        parts.append(command_text(name, group.get_command(context, name)))
     return "\n\n".join(parts) + "\n"
 
 
-def command_text(name: str, command: Any, parent: click.Context) -> str:
-    context = click.Context(command, info_name=name, parent=parent)
-    usage = " ".join(command.collect_usage_pieces(context))
-    rows = []
+def command_text(name: str, command: Any) -> str:
+    usage, rows = f"hf-sparse {name} [OPTIONS]", []
     for parameter in command.params:
-        record = getattr(parameter, "help", None)
-        if parameter.name != "help" and not getattr(parameter, "hidden", False):
-            names = (
-                parameter.opts + parameter.secondary_opts
-                if parameter.param_type_name == "option"
-                else [usage_name(parameter)]
-            )
-            rows.append((" ".join(map(code, names)), cell(record or "")))
+        if parameter.name == "help" or getattr(parameter, "hidden", False):
+            continue
+        names = [*parameter.opts, *parameter.secondary_opts]
+        if parameter.param_type_name == "argument":
+            names = [(parameter.metavar or parameter.name).upper()]
+            usage += f" {names[0]}" if parameter.required else f" [{names[0]}]"
+        rows.append((" ".join(map(code, names)), cell(parameter.help or "")))
     text = inspect.cleandoc(command.help or "").replace("\b", "")
-    return "\n\n".join(
-        [f"## hf-sparse {name}", f"```text\nhf-sparse {name} {usage}\n```", text, table(("", "meaning"), rows)]
-    )
-
-
-def usage_name(parameter: Any) -> str:
-    return parameter.metavar or parameter.name.upper()
+    return "\n\n".join([f"## hf-sparse {name}", f"```text\n{usage}\n```", text, table(("", "meaning"), rows)])
 
 
 # API
@@ -250,10 +242,10 @@ def usage_name(parameter: Any) -> str:
 
 def public_names() -> Iterator[tuple[str, str]]:
     """Yields each public name with the module that __init__.pyi imports it from."""
-    text = (ROOT / "hf_sparse" / "__init__.pyi").read_text(encoding="utf-8")
-    for module, names in re.findall(r"^from \.([\w.]+) import \(?([\w\s,]+?)\)?$", text, flags=re.MULTILINE):
-        for name in filter(None, re.split(r"[\s,]+", names)):
-            yield name, module
+    tree = ast.parse((ROOT / "hf_sparse" / "__init__.pyi").read_text(encoding="utf-8"))
+    for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom):
+            yield from ((name.name, str(statement.module)) for name in statement.names)
 
 
 def api_pages() -> dict[str, str]:
@@ -266,8 +258,21 @@ def api_pages() -> dict[str, str]:
         by_room.setdefault(room, []).extend(f"hf_sparse.{room}.{name}" for name in names)
     pages = {}
     for file, title, rooms in API_PAGES:
-        entries = [f"::: {name}" for room in rooms for name in sorted(by_room.pop(room, ()))]
+        entries = [api_entry(name) for room in rooms for name in sorted(by_room.pop(room, ()), key=api_order)]
         pages[f"reference/api/{file}.md"] = "\n\n".join([f"# {title}", *entries]) + "\n"
     if by_room:
         raise PluginError(f"no page of the API has the public names of {', '.join(by_room)}: see API_PAGES")
     return pages
+
+
+def api_order(name: str) -> tuple[bool, bool, str]:
+    """Sorts the names of a page: variants and errors come last."""
+    return name.endswith("Error"), "Seq2Seq" in name, name
+
+
+def api_entry(name: str) -> str:
+    """Returns the entry of a public name; a config has more options than fit into a signature."""
+    member = getattr(hf_sparse, name.split(".")[1], None)
+    if inspect.isclass(member) and issubclass(member, PruningOptions):
+        return f"::: {name}\n    options:\n      show_signature: false\n\nIts options: [Options](../options.md)."
+    return f"::: {name}"
