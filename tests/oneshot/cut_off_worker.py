@@ -22,7 +22,7 @@ def main():
 
     FinishedSubgraphs.write = write
     architecture = ARCHITECTURES["bert"]
-    config = OneshotConfig(target_sparsity=0.5, solver="sparsegpt")
+    config = OneshotConfig(target_sparsity=0.5, solver="sparsegpt", targets=["all-body"])
     prune_oneshot(architecture.model(), architecture.batches(), config, folder, progress=False)
 
 

@@ -20,7 +20,8 @@ from hf_sparse.oneshot.resume import FinishedSubgraphs, remove_finished_subgraph
 
 
 HERE = Path(__file__).parent
-OPTIONS = {"target_sparsity": 0.5, "solver": "sparsegpt"}
+# With the pooler, whose subgraph comes after the blocks.
+OPTIONS = {"target_sparsity": 0.5, "solver": "sparsegpt", "targets": ["all-body"]}
 
 
 def run(name, folder=None, model=None, batches=None, **options):
