@@ -57,8 +57,19 @@ def console_text(result: Tabular, all_layers: bool | None = None, width: int | N
     console = Console(width=width, force_terminal=True if width else None)
     with console.capture() as capture:
         for part in result.tables(all_layers):
-            console.print(part if isinstance(part, str) else _rich_table(part), markup=False, highlight=False)
+            shown = part if isinstance(part, str) else _rich_table(_fit(part, console.width))
+            console.print(shown, markup=False, highlight=False)
     return capture.get().rstrip()
+
+
+def _fit(table: Table, width: int) -> Table:
+    """Leaves out columns of texts, such as shapes, from the last to the second, until a table fits into a width."""
+    lines = [table.header, *table.rows]
+    while table.text_columns > 1 and sum(max(map(len, column)) + 2 for column in zip(*lines, strict=True)) > width + 2:
+        last = table.text_columns - 1
+        header, *rows = ((*line[:last], *line[last + 1 :]) for line in lines)
+        table, lines = Table(header, tuple(rows), last, table.totals), [header, *rows]
+    return table
 
 
 def _rich_table(table: Table) -> object:
