@@ -56,7 +56,7 @@ TEST_PACKAGES = [
     "pytest>=8",
     "hypothesis>=6.100",
     "setuptools>=70.1",
-    "tensorboard>=2.14",
+    "tensorboard>=2.18",
     "markdown-it-py[linkify]>=3",
 ]
 NUM_MINORS = 6
