@@ -27,7 +27,7 @@ from transformers import AutoModelForSequenceClassification
 
 
 CONFIGS = {path.stem: path for path in sorted((SCRIPTS / "accelerate_configs").glob("*.yaml"))}
-README = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (SCRIPTS.parent / "docs" / "howto" / "processes.md").read_text()
 DEEPSPEED = [name for name in CONFIGS if name.startswith("zero")]
 FSDP = [name for name in CONFIGS if name.startswith("fsdp2")]
 
@@ -38,9 +38,9 @@ def launcher(name, *more):
     return _validate_launch_command(args)[0]
 
 
-def test_there_is_one_for_each_mode_and_the_readme_names_it():
+def test_there_is_one_for_each_mode_and_the_docs_name_it():
     assert set(CONFIGS) == {"ddp", "fsdp2", "fsdp2_sharded", "zero1", "zero2", "zero3"}
-    assert not [name for name in CONFIGS if f"`{name}.yaml`" not in README]
+    assert not [name for name in CONFIGS if f"`{name}.yaml`" not in PAGE]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
