@@ -367,7 +367,7 @@ class ParameterGroup:
         floors = [max(count, int(least * units + 1e-9)) for units, count in zip(sizes, pruned, strict=True)]
         rounded = [math.ceil(most * units - 1e-9) for units in sizes]
         caps = [min(cap, units - (most < 1)) for cap, units in zip(rounded, sizes, strict=True)]
-        if sum(caps) < round(self.target * sum(sizes)):
+        if sum(caps) < self.target * sum(sizes) - 1e-9:
             caps = rounded
         return floors, [max(count, cap) for count, cap in zip(pruned, caps, strict=True)]
 

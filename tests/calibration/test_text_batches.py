@@ -199,10 +199,10 @@ def test_too_little_text_is_refused_with_what_there_is():
 
     # Five texts of two tokens are two blocks of four and a half.
     with pytest.raises(
-        ValueError, match=r"samples is 3, but the 5 rows .* only 2 blocks of 4 tokens: .* samples=2, or a smaller"
+        ValueError, match=r"samples is 3, but the 5 rows .* only 2 blocks of 4 tokens: .* samples=2, or lower length"
     ):
         make(numbered(5))
-    with pytest.raises(ValueError, match="samples is 3, .* only 2 rows with text: give more text, or samples=2"):
+    with pytest.raises(ValueError, match="samples is 3, .* only 2 rows with text: give more text, or use samples=2"):
         make(["good", "", "bad"], per_row=True)
     with pytest.raises(ValueError, match="0 blocks"):
         make(["", " "])

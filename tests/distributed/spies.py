@@ -24,8 +24,8 @@ class Checks(TrainerCallback):
 
 
 def is_selected(name: str) -> bool:
-    """Whether a parameter is pruned by default: a weight of a linear layer, but not of the head."""
-    others = ("embed", "LayerNorm", "layernorm", "norm.", "lm_head", "classifier")
+    """Whether a parameter is pruned by default: a weight of a linear layer, but not of the head or a pooler."""
+    others = ("embed", "LayerNorm", "layernorm", "norm.", "lm_head", "classifier", "pooler")
     return name.endswith("weight") and not any(other in name for other in others)
 
 

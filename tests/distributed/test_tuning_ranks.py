@@ -25,7 +25,7 @@ def test_two_ranks_train_as_one_process(ranks, tmp_path, mode, tune):
     several = run(ranks, mode, tune, tmp_path / mode, spies={"zeros": {}}, export=tmp_path / "export")
     assert same(single.weights, several.weights)
     selected = {name: weight for name, weight in several.weights.items() if is_selected(name)}
-    assert sum(int((weight == 0).sum()) for weight in selected.values()) == 4992 // 2
+    assert sum(int((weight == 0).sum()) for weight in selected.values()) == 4416 // 2
     assert all(row["revived"] == row["negative"] == 0 for rank in several.ranks for row in rank["zeros"])
     checkpoint = tmp_path / mode / "checkpoint-6"
     assert (checkpoint / TUNING_FILE).is_file()

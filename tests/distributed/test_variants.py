@@ -12,7 +12,7 @@ from spies import is_selected
 
 
 OPTIONS = {"target_sparsity": 0.5, "criterion": "snip_momentum", **SCHEDULE}
-SELECTED = 4992
+SELECTED = 4416
 
 
 def deepspeed(mode, **zero):

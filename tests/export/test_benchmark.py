@@ -69,12 +69,12 @@ def test_ratios_are_medians_of_neighbouring_times():
             'runtime is "tensorrt": it must be one of torch, compile, generate, onnx, openvino',
         ),
         ({"batch_sizes": [0]}, r"batch is \[0\]"),
-        ({"runtimes": ["onnx"], "device": "cuda"}, "measured on the CPU only"),
+        ({"runtimes": ["onnx"], "device": "meta"}, "measured on the CPU only"),
     ],
 )
 def test_options_are_checked_first(options, message, tmp_path):
     (tmp_path / "model.onnx").touch()
     with pytest.raises(ValueError, match="is exported, and measured on the CPU only"):
-        benchmark.benchmark_models(["a", str(tmp_path)], device="cuda")
+        benchmark.benchmark_models(["a", str(tmp_path)], device="meta")
     with pytest.raises(ValueError, match=message):
         benchmark.benchmark_models(**{"models": ["a", "b"]} | options)

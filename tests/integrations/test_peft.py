@@ -330,7 +330,7 @@ WRONG = {
     "meta": (lambda model: model.to("meta"), {}, NotImplementedError, r"\(meta, shape .*is sharded or offloaded"),
     "adapter": (None, {"adapter_names": ["x"]}, ValueError, r"adapter_names=\['x'\].*has the adapters default"),
     "none": (None, {"adapter_names": []}, ValueError, r"adapter_names=\[\]"),
-    "name": (None, {"masks": {"bert.query": torch.ones(2) > 0}}, ValueError, r'"bert.query" is no parameter'),
+    "name": (None, {"masks": {"bert.query": torch.ones(2) > 0}}, ValueError, r'"bert.query" is not a parameter'),
     "shape": (None, {"masks": {QUERY: torch.ones(2) > 0}}, ValueError, r"shape \(2,\) instead of"),
     "alive": (None, {"masks": {QUERY: torch.zeros(24, 24) > 0}}, ValueError, r"288 .*are not zero.*other weights"),
 }

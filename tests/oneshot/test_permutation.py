@@ -206,7 +206,7 @@ def test_zeros_are_kept_with_their_channels():
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, stop):
     """With biases that are not zero, which are permuted too."""
     architecture = ARCHITECTURES["opt"]
-    options = {"pattern": "2:4", "permute": True, "exclude": list(architecture.exclude or ())}
+    options = {"pattern": "2:4", "permute": True, "targets": ["all-body"], "exclude": list(architecture.exclude or ())}
 
     def model():
         made = architecture.model()

@@ -78,14 +78,14 @@ def test_a_file_of_options(tiny_llama, tmp_path, text):
 def test_a_plugin_is_loaded_before_the_options_are_checked(tiny_llama, tmp_path, text):
     (tmp_path / "signed.py").write_text(SIGNED)
     more = ["--plugin", str(tmp_path / "signed.py"), "--criterion", "signed_magnitude", "--scope", "row"]
-    more += ["--target_sparsity", "0.5", "--criterion_kwargs", '{"sign": -1.0}', "--no_sequential"]
+    more += ["--target_sparsity", "0.5", "--criterion_kwargs", '{"sign": -1.0}']
     run_oneshot.main(arguments(tiny_llama, tmp_path / "out", text, *more))
     dense, pruned = matrices(tiny_llama), matrices(tmp_path / "out")
     for name, weight in dense.items():  # the larger half of each row is pruned
         median = weight.abs().median(dim=1, keepdim=True).values
         assert torch.equal(pruned[name] == 0, weight.abs() > median)
     written = read_json(tmp_path / "out" / "pruning_config.json")
-    assert written["criterion_kwargs"] == {"sign": -1.0} and written["sequential"] is False
+    assert written["criterion_kwargs"] == {"sign": -1.0}
 
 
 @pytest.mark.parametrize("words", [["--no_sequential"], ["--no-sequential"], ["--sequential", "false"]])

@@ -495,7 +495,7 @@ CHANGES = {
     "scope": ("layer", "scope: None -> 'layer'"),
     "sparsity_decay_type": ("linear", "sparsity_decay_type: 'cubic' -> 'linear'"),
     "algorithm": ("granet", "algorithm: 'gradual' -> 'granet'"),
-    "groups": ({"all": {"targets": ["*.dense", "*.self.*"]}}, "groups: None -> {'all'"),
+    "groups": ({"all": {"targets": ["all-blocks"]}}, "groups: None -> {'all'"),
 }
 
 

@@ -207,7 +207,7 @@ def test_the_mask_starts_at_the_zeros_of_the_prior(tmp_path):
     trainer.train()
     assert same(dict(trainer.sparsity_callback.pruner.masks.items()), expected)
     config = json.loads((tmp_path / "out" / "pruning_config.json").read_text())
-    assert config["algorithm_kwargs"]["prior"] == str(tmp_path / "prior")
+    assert config["algorithm_kwargs"]["prior"] == "prior"  # without the folders of this machine
 
 
 @pytest.mark.parametrize(
