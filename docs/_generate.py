@@ -185,6 +185,8 @@ def methods_page() -> str:
                 table(("option", "meaning"), ((code(each), cell(each.description)) for each in family.options))
             )
         for method in family.methods:
+            if not method.module.startswith("hf_sparse."):  # of a plug-in that is installed here
+                continue
             parts += [
                 f"### {family.name}: {method.name} {{ #{family.name}-{anchor(method.name)} }}",
                 method_text(method),
