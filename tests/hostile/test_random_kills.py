@@ -21,7 +21,7 @@ from hf_sparse import OneshotConfig, prune_oneshot
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate", "os.chmod")
 TRAINING = {"target_sparsity": 0.5, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, **SCHEDULE}
 # Events of a whole run, at least: later kills would find it finished.
-TRAINING_EVENTS, ONESHOT_EVENTS = 100, 13
+TRAINING_EVENTS, ONESHOT_EVENTS = 100, 12
 
 
 def die_at(event_number: int, folder: str) -> None:
