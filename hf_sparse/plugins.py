@@ -75,8 +75,8 @@ def _load_file(path: Path) -> None:
 
 @cache
 def load_installed_plugins() -> None:
-    """Loads the plug-ins of all installed packages that name one in the entry point group `hf_sparse.plugins`. Called
-    before the names of methods are looked up.
+    """Imports the modules that installed packages name in the entry point group `hf_sparse.plugins`, so that the
+    methods that they register can be selected by name. Called before the names of methods are looked up.
 
     Raises:
         ValueError: a plug-in cannot be imported; its package is named.

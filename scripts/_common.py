@@ -266,8 +266,7 @@ def check_dense_head(model_args: ModelArguments, loading_info: dict) -> None:
         raise ValueError(
             f'eval_dense: "{model_args.model_name_or_path}" lacks {len(new)} weights for this task, such as '
             f'"{new[0]}", so that its metrics would be those of random weights. Fine-tune it without pruning first, '
-            "and pass the "
-            "all_results.json of that run as --dense_results."
+            "and pass the all_results.json of that run as --dense_results."
         )
 
 

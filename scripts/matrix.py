@@ -175,7 +175,8 @@ def run_row(row: Row, args: argparse.Namespace) -> Result:
     log = FOLDER / f"{row.name}.log"
     if problem is not None:
         log.write_text(problem)
-        return Result(row.name, "not made", problem.splitlines()[-1].strip(), round(time.monotonic() - begun))
+        causes = [line.strip() for line in problem.splitlines() if line.strip() and not line.startswith("hint:")]
+        return Result(row.name, "not made", causes[-1] if causes else problem, round(time.monotonic() - begun))
     number, versions = installed_versions(python)
     begun = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -68,6 +68,10 @@ def find_text_columns(rows: Dataset, requested: str | Sequence[str] | None) -> t
     `requested` is the name, or two names for pairs, also as "first,second". If None: "text", "sentence", or the only
     column of strings.
 
+    Raises:
+        ValueError: a named column is missing, or more than two are named; or none is named, and several columns or
+            none could be meant.
+
     Example:
         >>> from datasets import Dataset
         >>> find_text_columns(Dataset.from_dict({"label": [1], "review": ["good"]}), None)

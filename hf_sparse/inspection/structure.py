@@ -78,7 +78,8 @@ class StructureScan:
 
     @property
     def structure(self) -> Structure:
-        """The structure of all tiles so far."""
+        """How the zeros of the weight are arranged (whole rows and columns, blocks, N:M groups), in the tiles that
+        were added so far."""
         rows, columns = (~self._nonzero_rows).sum(axis=1), (~self._nonzero_columns).sum(axis=1)
         in_lines = rows * self.columns + columns * self.rows - rows * columns
         return Structure(

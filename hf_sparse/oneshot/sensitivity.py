@@ -23,8 +23,8 @@ def output_sensitivities(
     model: nn.Module, layers: Collection[PrunableLayer], batches: Sequence[Any], communicator: Communicator
 ) -> dict[str, float]:
     """Returns the sensitivity of the predictions to the outputs y of each layer: Σ ‖∂log p/∂y‖² / R over all tokens,
-    where p is the probability that the model gives to its own prediction. Of a model without logits log p is half
-    the squared norm of its outputs.
+    where p is the probability that the model gives to its own prediction and R the number of outputs of the layer. Of
+    a model without logits log p is half the squared norm of its outputs.
 
     The prediction needs no labels, and each row counts by itself, however rows are distributed over batches.
 

@@ -40,7 +40,7 @@ class LayerReport:
 
     @property
     def sparsity(self) -> float:
-        """zeros / weights."""
+        """Fraction of the weights of the layer that are zero, from 0 to 1; 0 if it has none."""
         return self.zeros / self.weights if self.weights else 0.0
 
     @property
@@ -139,12 +139,12 @@ class SparsityReport(Tabular):
 
     @property
     def sparsity(self) -> float:
-        """zeros / selected weights."""
+        """Fraction of the selected weights that are zero, from 0 to 1; 0 if none is selected."""
         return self.zeros / self.selected if self.selected else 0.0
 
     @property
     def parameter_sparsity(self) -> float:
-        """zeros of all parameters / all parameters."""
+        """Fraction of all parameters that are zero, from 0 to 1."""
         return self.parameter_zeros / self.parameters if self.parameters else 0.0
 
     @property

@@ -55,7 +55,7 @@ class _RowSlice:
         )
 
     def weight_positions(self) -> torch.Tensor:
-        """Returns the positions of all weights (R, P, C), int64."""
+        """Returns the index of each entry in the flattened whole weight, which breaks ties: (R, P, C), int64."""
         if self.positions is not None:
             return self.positions
         rows, *inner = self.weight.shape

@@ -17,7 +17,7 @@ def in_folder(tmp_path, monkeypatch):
 
 
 def make_environment(row, torch, until):
-    return sys.executable, "error: no such Python" if row.python == "3.14" else None
+    return sys.executable, "error: no such Python\n\nhint: install it" if row.python == "3.14" else None
 
 
 def test_the_rows_are_the_newest_the_floors_and_each_python(in_folder):
