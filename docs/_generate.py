@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 import hf_sparse
 from hf_sparse.cli.app import app
 from hf_sparse.cli.catalogue import MethodEntry, read_catalogue
+from hf_sparse.cli.prune import load_prune_command, prune
 from hf_sparse.config import OneshotConfig, PruningConfig
 from hf_sparse.config.base import PruningOptions
 from hf_sparse.config.distillation import DistillationOptions
@@ -221,7 +222,8 @@ def commands_page() -> str:
         "[Options](options.md) and those of `TrainingArguments`.",
     ]
     for name in group.list_commands(context):
-        parts.append(command_text(name, group.get_command(context, name)))
+        command = load_prune_command() if name == prune.__name__ else group.get_command(context, name)
+        parts.append(command_text(name, command))
     return "\n\n".join(parts) + "\n"
 
 
@@ -232,9 +234,11 @@ def command_text(name: str, command: Any) -> str:
             continue
         names = [*parameter.opts, *parameter.secondary_opts]
         if parameter.param_type_name == "argument":
-            names = [(parameter.metavar or parameter.name).upper()]
+            names = [(parameter.metavar or parameter.name).upper() + ("..." if parameter.nargs < 0 else "")]
             usage += f" {names[0]}" if parameter.required else f" [{names[0]}]"
-        rows.append((" ".join(map(code, names)), cell(parameter.help or "")))
+        default = parameter.default if isinstance(parameter.default, (str, int, float)) else False
+        meaning = f"{parameter.help or ''} {'' if default is False else f'Default: {default}.'}"
+        rows.append((" ".join(map(code, names)), cell(meaning)))
     text = inspect.cleandoc(command.help or "").replace("\b", "")
     return "\n\n".join([f"## hf-sparse {name}", f"```text\n{usage}\n```", text, table(("", "meaning"), rows)])
 

@@ -51,6 +51,18 @@ def test_every_method_has_an_entry_with_its_file():
     assert len(files) > 40 and all((ROOT / file).is_file() for file in files)
 
 
+def test_every_command_has_a_row_for_each_option():
+    sections = re.split(r"^## hf-sparse ", generate.commands_page(), flags=re.MULTILINE)[1:]
+    rows = {text.split()[0]: re.findall(r"^\| `(\S+?)`", text, flags=re.MULTILINE) for text in sections}
+    assert all(rows.values())
+    names = [option.name for option in dataclasses.fields(OneshotConfig)]
+    assert {f"--{name.replace('_', '-')}" for name in names} < set(rows["prune"])
+    assert (
+        "| `--samples` | Number of calibration samples (blocks or rows), drawn from the whole data. Default: 128. |"
+        in ("\n".join(sections))
+    )
+
+
 def test_every_public_name_is_on_one_page():
     text = "\n".join(generate.api_pages().values())
     names = re.findall(r"^::: hf_sparse\.(\w+)$", text, flags=re.MULTILINE)
