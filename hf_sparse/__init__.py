@@ -2,7 +2,7 @@
 
 import lazy_loader
 
-from .import_hooks import call_after_import
+from .import_hooks import import_after
 
 
 # A name is imported when it is first asked for: `hf-sparse --help` should not wait for torch and transformers.
@@ -12,4 +12,4 @@ __version__ = "0.1.0"
 
 
 # So that from_pretrained opens models that were shrunk with `heterogeneous`.
-call_after_import("transformers.quantizers.auto", "hf_sparse.hub.heterogeneous:register")
+import_after("transformers.quantizers.auto", "hf_sparse.hub.heterogeneous")

@@ -1,4 +1,4 @@
-"""Calls a function once another package is imported, without importing it; hides a package from what would import
+"""Imports a module once another package is imported, without importing that; hides a package from what would import
 it."""
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 
 class _ImportHook(importlib.abc.MetaPathFinder):
-    """Finds one module by the other finders, and calls a function after it was executed."""
+    """Finds one module by the other finders, and imports another one after it was executed."""
 
-    def __init__(self, module: str, function: str):
-        self._module, self._function = module, function
+    def __init__(self, module: str, follower: str):
+        self._module, self._follower = module, follower
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -33,32 +33,27 @@ class _ImportHook(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _call(self._function)
+                importlib.import_module(self._follower)
 
             loader.exec_module = exec_module
         return spec
 
 
-def call_after_import(module: str, function: str) -> None:
-    """Calls a function as soon as a module is imported: now, if it is already.
+def import_after(module: str, follower: str) -> None:
+    """Imports a second module as soon as a first one is imported: now, if it is already.
 
     Args:
-        module: full name, such as "transformers.quantizers.auto".
-        function: the name of a function without arguments and of its module, which is imported only then, as in
-            "package.module:function".
+        module: full name of the first, such as "transformers.quantizers.auto".
+        follower: full name of the second. It may import the first one itself, and be imported before it: then it is
+            only partly executed when the first one has been, so that it must need nobody to call it.
 
     Example:
-        >>> call_after_import("sys", "gc:collect")
+        >>> import_after("sys", "gc")
     """
     if module in sys.modules:
-        _call(function)
+        importlib.import_module(follower)
     else:
-        sys.meta_path.insert(0, _ImportHook(module, function))
-
-
-def _call(function: str) -> None:
-    module, _, name = function.partition(":")
-    getattr(importlib.import_module(module), name)()
+        sys.meta_path.insert(0, _ImportHook(module, follower))
 
 
 @contextmanager

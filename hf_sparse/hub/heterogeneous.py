@@ -1,7 +1,7 @@
 """Lets `from_pretrained` open models whose layers have different sizes, see `hf_sparse.structured.uneven`.
 
 transformers builds a model from its config and then loads the weights. A quantizer of transformers is called in
-between: here it changes no weight, but gives layers their sizes.
+between: here it changes no weight, but gives layers their sizes. Importing this module registers it.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ class HeterogeneousQuantizer(HfQuantizer):
         return True
 
 
-def register() -> None:
-    """Registers the quantizer with transformers, once."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(HeterogeneousConfig)
-        register_quantizer(QUANT_METHOD)(HeterogeneousQuantizer)
+# Once: both functions refuse a name that is taken.
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(QUANT_METHOD)(HeterogeneousConfig)
+    register_quantizer(QUANT_METHOD)(HeterogeneousQuantizer)

@@ -122,6 +122,17 @@ def test_without_the_package_loading_fails_loudly(folder):
     assert "hf_sparse" in done.stderr.partition("opens now")[0]
 
 
+def test_the_module_that_opens_such_models_can_be_imported_first():
+    """It imports what its own import waits for."""
+    code = (
+        "from hf_sparse.hub.heterogeneous import HeterogeneousConfig as own\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known\n"
+        "assert list(known.values()).count(own) == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
