@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_sparse import load_plugin
-from hf_sparse.cli.mistakes import MISTAKES, format_mistake, is_internal
+from hf_sparse.cli.mistakes import MISTAKES, format_mistake, is_internal, print_mistake
 from hf_sparse.import_hooks import hidden_package
 from hf_sparse.registry import nearest
 
@@ -45,7 +45,8 @@ class PluginArguments:
 
 
 def run_program(main: Callable[[list[str]], object], classes: tuple, argv: list[str] | None = None) -> None:
-    """Runs a script with its command line. A mistake of the user is one line on stderr, with exit code 2.
+    """Runs a script with its command line. A mistake of the user is one line on stderr, with exit code 2, also where
+    several processes make it.
 
     Args:
         main: of the script; it takes the arguments.
@@ -66,7 +67,7 @@ def run_program(main: Callable[[list[str]], object], classes: tuple, argv: list[
         logger.debug("the traceback of the error:", exc_info=True)
         fields = [each.name for cls in classes for each in dataclasses.fields(cls)]
         spelled = {} if _is_file(argv) else {name: f"--{name}" for name in fields}
-        print(f"{program}: {format_mistake(error, spelled)}", file=sys.stderr)
+        print_mistake(f"{program}: {format_mistake(error, spelled)}")
         sys.exit(2)
 
 

@@ -11,7 +11,7 @@ from .. import __version__
 from ..hub.card_metadata import HELP
 from ..import_hooks import hidden_package
 from .deployment import NumberListCommand, bench, export, shrink
-from .mistakes import MISTAKES, format_mistake, is_internal
+from .mistakes import MISTAKES, format_mistake, is_internal, print_mistake
 from .plugins import Plugins, load_plugins
 from .prune import load_prune_command, prune
 
@@ -37,7 +37,7 @@ class _Commands(TyperGroup):
             if is_internal(error):
                 raise
             message, cause = format_mistake(error, _typed_options(ctx.meta.get(_COMMAND))), error
-        typer.echo(f"hf-sparse: {message}", err=True)
+        print_mistake(f"hf-sparse: {message}")
         raise typer.Exit(2) from cause
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:

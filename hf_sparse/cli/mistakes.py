@@ -3,7 +3,10 @@ them, with exit code 2."""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import time
 from collections.abc import Mapping
 
 
@@ -12,6 +15,9 @@ MISTAKES: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, NotIm
 
 # What raises errors of these types about tensors, which say nothing to a user without the traceback.
 _NUMERICAL_PACKAGES = ("torch", "numpy", "triton")
+
+_HEAD_START = 10.0
+"""Seconds by which the processes of one machine may reach a mistake after the first one."""
 
 
 def is_internal(error: BaseException) -> bool:
@@ -45,6 +51,17 @@ def format_mistake(error: BaseException, spelled: Mapping[str, str]) -> str:
     """
     text = str(error) or type(error).__name__
     return spell_options(" ".join(text.split()), spelled)
+
+
+def print_mistake(line: str) -> None:
+    """Prints a line on stderr, once where several processes of a machine make the same mistake.
+
+    The first process (`LOCAL_RANK`) prints at once and exits, and launchers such as torchrun then end the others,
+    which wait for that. A process that still runs afterwards has made a mistake that the first has not.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_HEAD_START)
+    print(line, file=sys.stderr, flush=True)
 
 
 def spell_options(text: str, spelled: Mapping[str, str]) -> str:

@@ -1,6 +1,8 @@
 """Mistakes that users of the scripts make: one line each, with options as they are typed, and exit code 2."""
 
+import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,8 @@ import run_oneshot
 import run_qa
 import torch
 from _program import run_program
+from helpers.programs import run_launcher
+from helpers.scripts import SCRIPTS as FOLDER
 from helpers.scripts import sentiment_rows, write_rows
 from transformers import PreTrainedModel
 
@@ -217,3 +221,20 @@ def test_an_error_inside_torch_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(run_glue, "check_run", lambda *_: torch.nn.functional.binary_cross_entropy(one, two))
     with pytest.raises(ValueError, match="target size"):
         run_program(run_glue.main, run_glue.CLASSES, "--model_name_or_path m --output_dir o --task_name sst2".split())
+
+
+def test_several_processes_print_a_mistake_once():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = run_launcher([*command, str(FOLDER / "run_oneshot.py"), "--samples", "8"], environment)
+    assert done.returncode and done.stderr.count("run_oneshot.py: missing model: ") == 1, done.stderr
+
+
+@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [10.0])])
+def test_a_process_that_is_not_ended_for_the_mistake_of_the_first_prints_its_own(run, monkeypatch, rank, waits):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    done = run("oneshot", "--sovler none")
+    assert done.code == 2 and done.err.count("\n") == 1 and slept == waits
