@@ -12,6 +12,7 @@ row, `.matrix/results.json` the latest result of each, and `--write` puts these 
 from __future__ import annotations
 
 import argparse
+import configparser
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -72,6 +74,7 @@ class Row:
         packages: requirements beside those of setup.cfg.
         python: version of Python; None for that of this process.
         lowest: whether every requirement of setup.cfg gets the oldest version that it allows, instead of the newest.
+        extras: of setup.cfg.
     """
 
     name: str
@@ -96,9 +99,11 @@ class Result:
 
 
 def floors() -> dict[str, str]:
-    """The oldest allowed version of each package in setup.cfg."""
-    found = re.findall(r"^    ([\w-]+)>=([\d.]+)", (ROOT / "setup.cfg").read_text(), flags=re.MULTILINE)
-    return dict(found)
+    """The oldest allowed version of each package that setup.cfg names for the package and the extras of rows."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    named = [config["options"]["install_requires"], *(config["options.extras_require"][name] for name in Row.extras)]
+    return dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(named), flags=re.MULTILINE))
 
 
 def newest_minors(package: str, count: int) -> list[str]:
@@ -136,7 +141,11 @@ def make_environment(row: Row, torch: str, until: str | None) -> tuple[Path, str
     install = [*UV, "pip", "install", "--quiet", "--upgrade", "--python", str(python)]
     install += ["--editable", f"{ROOT}[{','.join(row.extras)}]", *TEST_PACKAGES, *row.packages]
     if row.lowest:
-        install += ["--resolution", "lowest-direct"]
+        # `--resolution lowest-direct` rather raises a package that we name than lowers one that we do not: datasets to
+        # the newest, because the newest multiprocess does not go with the oldest.
+        pins = FOLDER / f"{row.name}.txt"
+        pins.write_text("".join(f"{package}=={version}\n" for package, version in floors().items()))
+        install += ["--constraint", str(pins)]
     else:
         install.append(torch)
     if until:
@@ -238,6 +247,9 @@ def main() -> int:
         for row in chosen:
             print(row.name, row.python or "", *row.packages, "lowest" if row.lowest else "")
         return 0
+    if find_spec("uv") is None:
+        print("uv is not installed: pip install uv (or make matrix).", file=sys.stderr)
+        return 2
     FOLDER.mkdir(exist_ok=True)
     store = FOLDER / "results.json"
     ok = True

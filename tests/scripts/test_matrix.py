@@ -2,6 +2,8 @@
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import matrix
 import pytest
@@ -13,6 +15,9 @@ def in_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "FOLDER", tmp_path / "matrix")
     monkeypatch.setattr(matrix, "newest_minors", lambda package, count: ["5.24", "5.23"])
     monkeypatch.setattr(matrix, "make_environment", make_environment)
+    uv = ModuleType("uv")
+    uv.__spec__ = ModuleSpec("uv", None)
+    monkeypatch.setitem(sys.modules, "uv", uv)
     return tmp_path
 
 
@@ -55,3 +60,30 @@ def test_each_row_is_a_line_and_a_failure_the_exit_code(in_folder, monkeypatch, 
         "floors": "failed",
         "python-3.14": "not made",
     }
+
+
+def test_without_uv_no_row_is_tried(in_folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uv", None)
+    monkeypatch.setattr(sys, "argv", ["matrix.py"])
+    assert matrix.main() == 2
+    said = capsys.readouterr()
+    assert said.err == "uv is not installed: pip install uv (or make matrix).\n" and not said.out
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--list"])
+    assert matrix.main() == 0
+
+
+def test_the_floors_are_exact_versions_of_all_that_setup_cfg_names(in_folder, monkeypatch):
+    monkeypatch.undo()
+    commands = []
+    monkeypatch.setattr(matrix, "FOLDER", in_folder)
+    monkeypatch.setattr(
+        matrix.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=0)
+    )
+    matrix.make_environment(matrix.Row("floors", python="3.10", lowest=True), "torch==2.13.0", None)
+    install = commands[-1]
+    pins = (in_folder / "floors.txt").read_text().splitlines()
+    assert install[install.index("--constraint") + 1] == str(in_folder / "floors.txt")
+    assert {"datasets==3.0", "torch==2.6", "evaluate==0.4.2", "peft==0.21", "scipy==1.13"} <= {*pins}
+    assert "torch==2.13.0" not in install and not any(pin.startswith(("pytest", "onnx")) for pin in pins)
+    # What is named without a lowest version has none that could be tested.
+    assert len(pins) == 15 + 2 + 3
