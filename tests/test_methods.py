@@ -18,6 +18,7 @@ SAMPLED = {"prior": "path/to/pruned", "prior_strength": 2.0, "learning_rate": 0.
 SAMPLED |= {"temperature_start": 2.0, "temperature_end": 0.1, "norm_weight": 0.5}
 OPTIONS = {
     "criterion": {
+        "mfac": {"block_size": 512, "num_gradients": 8, "dampening": 0.5, "update": False, "dtype": "float32"},
         "obert": {"block_size": 16, "num_gradients": 8, "dampening": 0.5, "update": False, "dtype": "float32"},
         "obs": {"ridge": 0.2, "columns_at_once": 4},
         "ria": {"alpha": 1.0},

@@ -98,9 +98,9 @@ class PruningOptions:
     )
     criterion: Criterion | str | None = option(
         "Importance criterion: magnitude, random, gradient, snip, snip_momentum, taylor, fisher, greedy_movement, "
-        "obert, in one-shot pruning also wanda, ria, fluctuation and obs (of neurons and heads), block_influence (of "
-        "layers), or a registered one. Default: snip_momentum in training; in one-shot pruning wanda or the solver's "
-        "own selection, fluctuation for neurons and heads, block_influence for layers."
+        "obert, mfac, in one-shot pruning also wanda, ria, fluctuation and obs (of neurons and heads), "
+        "block_influence (of layers), or a registered one. Default: snip_momentum in training; in one-shot pruning "
+        "wanda or the solver's own selection, fluctuation for neurons and heads, block_influence for layers."
     )
     criterion_kwargs: dict[str, Any] | str | None = option(
         'Options of the criterion, as JSON: {"decay": 0.95} for snip_momentum, {"alpha": 0.5} for ria.'

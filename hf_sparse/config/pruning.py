@@ -40,8 +40,8 @@ class PruningConfig(ScheduleOptions, PenaltyOptions, DistillationOptions, Prunin
         Traceback (most recent call last):
         ...
         hf_sparse.config.base.PruningConfigError: 2 errors in the pruning config:
-        - criterion is "magnitud": known are block_influence, fisher, fluctuation, gradient, \
-greedy_movement, magnitude, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "magnitude"?
+        - criterion is "magnitud": known are block_influence, fisher, fluctuation, gradient, greedy_movement, \
+magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "magnitude"?
         - target_sparsity is 1.5: it must be a number from 0 to 1 (0.8 prunes 80%).
     """
 

@@ -7,6 +7,7 @@ from . import (
     gradient,
     greedy_movement,
     magnitude,
+    mfac,
     obert,
     obs,
     random_scores,
@@ -30,5 +31,5 @@ from .base import (
 
 __all__ = ["CRITERIA", "Criterion", "GradientCriterion", "GradientHistoryCriterion", "ObservingCriterion"]
 __all__ += ["TensorEntries", "UnitCriterion", "register_criterion"]
-__all__ += ["block_influence", "fisher", "fluctuation", "gradient", "greedy_movement", "magnitude"]
+__all__ += ["block_influence", "fisher", "fluctuation", "gradient", "greedy_movement", "magnitude", "mfac"]
 __all__ += ["obert", "obs", "random_scores", "ria", "snip", "snip_momentum", "taylor", "wanda"]

@@ -304,8 +304,8 @@ def test_training(family, tmp_path):
 
 
 def test_training_refuses_registered_methods_that_need_inputs(tmp_path):
-    usable = "first, fisher, gradient, greedy_movement, magnitude, obert, random, signed, signed_sum, snip, "
-    usable += "snip_momentum, taylor"
+    usable = "first, fisher, gradient, greedy_movement, magnitude, mfac, obert, random, signed, signed_sum, "
+    usable += "snip, snip_momentum, taylor"
     for options, message in (
         ({"criterion": "quiet"}, f'criterion "quiet" needs inputs of the weights, .* or one of {usable}.'),
         ({"allocation": "by_largest_score", **SCOPE}, "or one of erdos_renyi, in_order, uniform."),

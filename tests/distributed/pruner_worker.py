@@ -55,6 +55,7 @@ OTHERS = [
         {"pattern": pattern, "criterion": "obert", "criterion_kwargs": {"block_size": 4}, "scope": "layer"}
         for pattern in ("unstructured", "2x2", "2:4")
     ),
+    *({"pattern": pattern, "criterion": "mfac", "scope": "layer"} for pattern in ("unstructured", "2x2")),
 ]
 
 

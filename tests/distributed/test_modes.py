@@ -24,6 +24,7 @@ METHODS = {
     "rows": {"scope": "row"},
     "channels": {"pattern": "channel"},
     "obert": {"criterion": "obert", "criterion_kwargs": {"block_size": 8, "num_gradients": 5}},
+    "mfac": {"criterion": "mfac", "criterion_kwargs": {"num_gradients": 5}},
     "units": {
         "criterion": "snip_momentum",
         "groups": {"ffn": {"pattern": "neuron:1", "target_sparsity": 0.7}, "attention": {"pattern": "head"}},
@@ -32,6 +33,7 @@ METHODS = {
 SELECTED = {"bert": 4416, "llama": 8704}
 # Half of the heads, and 31 of 44 neurons of 2 x 24 weights, or 34 of 48 neurons of 3 x 32.
 ZEROS_OF_UNITS = {"bert": 1152 + 31 * 48, "llama": 2048 + 34 * 96}
+UPDATING = ("obert", "mfac")
 CLASSES = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
 
 
@@ -72,7 +74,7 @@ def runs4(ranks4, tmp_path_factory):
     return Runs(ranks4, tmp_path_factory.mktemp("runs4"))
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "obert"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in UPDATING])
 @pytest.mark.parametrize("mode", mode_params("ddp", "fsdp2", "fsdp_size", "tp", "zero2", "zero3"))
 def test_two_ranks_prune_as_one_process(runs, mode, method):
     _check(runs, mode, method)
@@ -82,6 +84,11 @@ def test_two_ranks_prune_as_one_process(runs, mode, method):
 def test_weights_that_prune_steps_update_are_those_of_one_process(runs, mode):
     """Blocks of 8 inputs: ZeRO splits them, and rows are redistributed."""
     _check(runs, mode, "obert")
+
+
+@pytest.mark.parametrize("mode", mode_params("fsdp2", "zero2"))
+def test_weights_of_whole_rows_are_updated_as_in_one_process(runs, mode):
+    _check(runs, mode, "mfac")
 
 
 @pytest.mark.parametrize("method", ["snip_momentum", pytest.param("blocks", marks=pytest.mark.slow)])
@@ -168,7 +175,7 @@ def test_shards_of_unequal_size(runs, mode):
 def test_tensor_parallel_masks_equal_those_of_one_process(runs):
     """With learning rate 0, rounding changes no weight and masks can be compared. Some rows are split over ranks."""
     still = {"options": {"learning_rate": 0.0}}
-    for method in (method for method in METHODS if method != "obert"):  # whose updates gradients determine
+    for method in (method for method in METHODS if method not in UPDATING):  # whose updates gradients determine
         assert same(runs("tp", method, **still)[0].weights, runs("single_llama", method, **still)[0].weights), method
 
 

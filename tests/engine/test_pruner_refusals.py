@@ -89,7 +89,9 @@ def resumed(pruner):
     return other
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random", "snip", "greedy_movement", "snip_momentum", "obert"])
+@pytest.mark.parametrize(
+    "criterion", ["magnitude", "random", "snip", "greedy_movement", "snip_momentum", "obert", "mfac"]
+)
 def test_a_restored_pruner_makes_the_same_decisions(criterion):
     first = trained(criterion)
     tensors, values = first.state_dict()

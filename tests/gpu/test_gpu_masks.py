@@ -72,7 +72,7 @@ def on_cpu():
 
 
 _OF_COUPLED_UNITS = Requires.INPUT_VARIANCES | Requires.GRAM | Requires.BLOCK_INFLUENCES
-# Products and factors of matrices are rounded differently, see test_gpu_obert.py.
+# Products and factors of matrices are rounded differently, see test_gpu_block_fisher.py.
 _NOT_BITWISE = _OF_COUPLED_UNITS | Requires.GRADIENT_HISTORY
 OF_SINGLE_WEIGHTS = [name for name in CRITERIA.names() if not CRITERIA[name].requires & _NOT_BITWISE]
 
