@@ -29,8 +29,7 @@ quality: $(VENV)/.installed
 	$(RUFF) format --check $(SOURCES)
 	$(VENV)/bin/mypy
 
-# The site, in site/: the notebooks are run, nothing is downloaded, and a broken link or an undocumented public name is an
-# error.
+# The site, in site/: nothing is downloaded, and a broken link or an undocumented public name is an error.
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 

@@ -1,23 +1,17 @@
-"""Pages of the site that code and other files determine: home, notebooks, options, methods, commands, API."""
+"""Pages of the site that code and other files determine: home, options, methods, commands, API, changelog, design."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
-import functools
 import inspect
-import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -118,7 +112,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def notebook_pages() -> dict[str, str]:
-    """Returns the pages of the notebooks, with the outputs of their cells and links to the notebooks themselves."""
+    """Returns the pages of the notebooks, with links to the notebooks themselves."""
     return {
         f"notebooks/{path.stem}.md": notebook_page(path.name, json.loads(path.read_text(encoding="utf-8")))
         for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -126,53 +120,13 @@ def notebook_pages() -> dict[str, str]:
 
 
 def notebook_page(name: str, notebook: dict[str, Any]) -> str:
-    texts = ["".join(cell["source"]) for cell in notebook["cells"]]
-    codes = tuple(text for text, cell in zip(texts, notebook["cells"], strict=True) if cell["cell_type"] == "code")
-    outputs = dict(zip(codes, run_notebook(name, codes), strict=True))
     parts = []
-    for text in texts:
-        if text not in outputs:
-            parts.append(text.replace(".ipynb)", ".md)"))
-        else:
-            parts += [f"```python\n{text}\n```", outputs[text]]
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        is_code = cell["cell_type"] == "code"
+        parts.append(f"```python\n{text}\n```" if is_code else text.replace(".ipynb)", ".md)"))
     parts.insert(1, f"[Download this page as a notebook]({name}){{ download }}")
     return "\n\n".join(parts) + "\n"
-
-
-@functools.cache  # `mkdocs serve` builds the pages again at every change
-def run_notebook(name: str, codes: tuple[str, ...]) -> list[str]:
-    """Runs the code cells of a notebook in an empty folder, and returns what each shows, as Markdown."""
-    names: dict[str, Any] = {"__name__": "__main__"}
-    before, threads, outputs = Path.cwd(), torch.get_num_threads(), []
-    torch.set_num_threads(1)  # the models are so small that more threads would only wait for each other
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        os.chdir(folder)
-        try:
-            for text in codes:
-                try:
-                    outputs.append(run_cell(text, names))
-                except Exception as error:
-                    raise PluginError(f"{name}: {type(error).__name__}: {error}, in the cell\n{text}") from error
-        finally:
-            os.chdir(before)
-            torch.set_num_threads(threads)
-    return outputs
-
-
-def run_cell(text: str, names: dict[str, Any]) -> str:
-    """Runs a cell, and returns what it prints, and the value of the expression that it ends with, as Markdown."""
-    tree = ast.parse(text)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        exec(compile(tree, "<cell>", "exec"), names)  # noqa: S102 - our own notebooks
-        value = None if last is None else eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)  # noqa: S307
-    printed = "\n".join(line.rstrip() for line in stdout.getvalue().replace("\r", "\n").splitlines() if line.strip())
-    parts = [f"```text\n{printed}\n```"] if printed else []
-    if hasattr(value, "_repr_html_"):
-        parts.append(f"<div>{value._repr_html_()}</div>")
-    elif value is not None:
-        parts.append(f"```text\n{value!r}\n```")
-    return "\n\n".join(parts)
 
 
 # Options

@@ -104,7 +104,7 @@ def create_from_options(member: type, options: Mapping[str, Any], described: str
             raise ValueError(f"{described} has no option {format_name(option)}: {known}.{nearest(option, fields)}")
     missing = [option for option, field in fields.items() if _is_required(field) and option not in options]
     if missing:
-        raise ValueError(f"{described} has no default for {', '.join(missing)}: give {argument}.")
+        raise ValueError(f"{described} has no default for {', '.join(missing)}: give `{argument}`.")
     hints = typing.get_type_hints(member) if fields else {}
     values = {option: _from_json(value, hints[option]) for option, value in options.items()}
     for option, value in values.items():
@@ -115,7 +115,9 @@ def create_from_options(member: type, options: Mapping[str, Any], described: str
     try:
         return member(**values)
     except ValueError as error:
-        raise ValueError(f"{described}: {error}") from error
+        # In quotes, because an option of the run may have the same name.
+        message = str(error).replace("`", '"')
+        raise ValueError(f"{described}: {message}") from error
 
 
 def type_name(hint: Any) -> str:

@@ -50,6 +50,11 @@ def format_name(name: object) -> str:
     return f'"{text}"' if len(text) <= _SHORT.maxstring else f'"{text[: _SHORT.maxstring]}..."'
 
 
+def format_options(names: Iterable[str]) -> str:
+    """Returns the names of options for an error message, as in "`scope`, `swaps`"."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def _check_signature(owner: str, declared: Callable[..., Any], own: Callable[..., Any]) -> None:
     """Raises a TypeError if a method cannot be called with the positional arguments that its base class declares."""
     parameters = list(inspect.signature(declared).parameters)

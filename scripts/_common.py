@@ -109,25 +109,25 @@ def check_run(training_args: SparseTrainingArguments, model_args: ModelArguments
         ValueError, OSError: options that contradict each other, or a file, folder or model that does not exist.
     """
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
-        raise ValueError("nothing to do: pass --do_train, --do_eval or --do_predict.")
+        raise ValueError("nothing to do: pass `do_train`, `do_eval` or `do_predict`.")
     _check_comparison(training_args, model_args)
     SparsityCallback().check(training_args, None)
     if training_args.do_train and (error := training_args.unused_error()) is not None:
         raise ValueError(error)
     if training_args.shrink and not training_args.prunes:
-        raise ValueError('shrink is set, but nothing is pruned: add pattern="neuron" and target_sparsity=0.5.')
+        raise ValueError('`shrink` is set, but nothing is pruned: add `pattern="neuron"` and `target_sparsity=0.5`.')
     if training_args.fp16 and training_args.device.type == "cpu":
-        raise ValueError("fp16 needs a GPU, and this run is on the CPU: use --bf16, or leave fp16 out.")
+        raise ValueError("`fp16` needs a GPU, and this run is on the CPU: use `bf16`, or leave `fp16` out.")
     if training_args.push_to_hub and (training_args.hub_token or get_token()) is None:
-        raise ValueError("push_to_hub needs a token: log in with `hf auth login`, or leave push_to_hub out.")
+        raise ValueError("`push_to_hub` needs a token: log in with `hf auth login`, or leave `push_to_hub` out.")
     available = get_available_reporting_integrations()
     if missing := [name for name in training_args.report_to if name not in available]:
         raise ValueError(
-            f'report_to is "{missing[0]}", which is not installed here: install it, or use '
-            f"{' or '.join(f'report_to={name}' for name in [*available, 'none'])}."
+            f'`report_to` is "{missing[0]}", which is not installed here: install it, or use '
+            f"{' or '.join(f'`report_to={name}`' for name in [*available, 'none'])}."
         )
     if training_args.should_save:
-        check_writable(training_args.output_dir, f"output_dir {training_args.output_dir}")
+        check_writable(training_args.output_dir, f"`output_dir` {training_args.output_dir}")
     if training_args.do_train:
         resume_point(training_args)
     _check_sources(training_args, model_args)
@@ -135,16 +135,16 @@ def check_run(training_args: SparseTrainingArguments, model_args: ModelArguments
 
 def _check_comparison(training_args: SparseTrainingArguments, model_args: ModelArguments) -> None:
     if model_args.eval_dense and not (training_args.do_train and training_args.do_eval):
-        raise ValueError("eval_dense compares before and after training: add --do_train and --do_eval.")
+        raise ValueError("`eval_dense` compares before and after training: add `do_train` and `do_eval`.")
     if model_args.eval_dense and model_args.dense_results is not None:
-        raise ValueError("eval_dense and dense_results exclude each other: leave one of them out.")
+        raise ValueError("`eval_dense` and `dense_results` exclude each other: leave one of them out.")
     if model_args.dense_results is not None:
         if not Path(model_args.dense_results).is_file():
-            raise FileNotFoundError(f'dense_results "{model_args.dense_results}" does not exist.')
+            raise FileNotFoundError(f'`dense_results` "{model_args.dense_results}" does not exist.')
         if not select_metrics(read_json(model_args.dense_results)):
             raise ValueError(
-                f'dense_results "{model_args.dense_results}" has no metrics: give all_results.json of a run with '
-                "--do_eval."
+                f'`dense_results` "{model_args.dense_results}" has no metrics: give all_results.json of a run with '
+                "`do_eval`."
             )
 
 
@@ -171,13 +171,13 @@ def resume_point(training_args: SparseTrainingArguments) -> str | bool | None:
         value = value.lower() == "true"
     if isinstance(value, str) and not Path(value).is_dir():
         raise FileNotFoundError(
-            f'resume_from_checkpoint "{value}" is not a folder. Pass the path of a checkpoint-N folder, or True for '
+            f'`resume_from_checkpoint` "{value}" is not a folder. Pass the path of a checkpoint-N folder, or True for '
             f'the last checkpoint in "{training_args.output_dir}".'
         )
     output = training_args.output_dir
     if value is True and not (Path(output).is_dir() and get_last_checkpoint(output)):
         raise FileNotFoundError(
-            f'resume_from_checkpoint is True, but there is no checkpoint in "{output}": leave it out to start anew.'
+            f'`resume_from_checkpoint` is True, but there is no checkpoint in "{output}": leave it out to start anew.'
         )
     return value or None
 
@@ -213,7 +213,7 @@ def sequence_length(requested: int, tokenizer) -> int:
     """Returns the length to truncate to: the requested one, or the tokenizer's limit if that is shorter."""
     if requested > tokenizer.model_max_length:
         logger.warning(
-            f"max_seq_length {requested} is more than the tokenizer's limit; using {tokenizer.model_max_length}."
+            f"`max_seq_length` {requested} is more than the tokenizer's limit; using {tokenizer.model_max_length}."
         )
     return min(requested, tokenizer.model_max_length)
 
@@ -264,9 +264,9 @@ def check_dense_head(model_args: ModelArguments, loading_info: dict) -> None:
     new = sorted(loading_info["missing_keys"]) + sorted(name for name, *_ in loading_info["mismatched_keys"])
     if model_args.eval_dense and new:
         raise ValueError(
-            f'eval_dense: "{model_args.model_name_or_path}" lacks {len(new)} weights for this task, such as '
+            f'`eval_dense`: "{model_args.model_name_or_path}" lacks {len(new)} weights for this task, such as '
             f'"{new[0]}", so that its metrics would be those of random weights. Fine-tune it without pruning first, '
-            "and pass the all_results.json of that run as --dense_results."
+            "and pass the all_results.json of that run as `dense_results`."
         )
 
 
@@ -278,8 +278,8 @@ def measure_dense(trainer, evaluate: Callable[[], dict[str, float]], model_args:
         return
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(
-            "eval_dense evaluates before training, when FSDP and DeepSpeed have not split the model: pass the "
-            "all_results.json of a run without pruning as --dense_results."
+            "`eval_dense` evaluates before training, when FSDP and DeepSpeed have not split the model: pass the "
+            "all_results.json of a run without pruning as `dense_results`."
         )
     trainer.dense_metrics = evaluate()
     if trainer.is_world_process_zero():

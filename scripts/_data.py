@@ -31,8 +31,8 @@ def need_split(splits, names: tuple[str, ...], flag: str, remedy: str) -> list[s
     found = [name for name in names if name in splits]
     if not found:
         raise ValueError(
-            f"{flag} needs a split named {format_names(names)}, but the data has {format_names(splits)}. "
-            f"Pass {remedy}."
+            f"`{flag}` needs a split named {format_names(names)}, but the data has {format_names(splits)}. "
+            f"Pass `{remedy}`."
         )
     return found
 

@@ -167,5 +167,5 @@ def _checked(name: str, value: typing.Any, hint: typing.Any) -> typing.Any:
     kind = kinds[0]
     is_valid = isinstance(value, bool) == (kind is bool) and isinstance(value, (int, float) if kind is float else kind)
     if not is_valid:
-        raise ValueError(f"{name} is {value!r}: it must be {words[kind]}.")
+        raise ValueError(f"`{name}` is {value!r}: it must be {words[kind]}.")
     return value

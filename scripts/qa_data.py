@@ -46,7 +46,7 @@ def check_questions(dataset: Dataset, split: str, may_be_unanswerable: bool) -> 
         if empty:
             raise ValueError(
                 f'{len(empty)} questions of the {split} split have no answer (the first is "{empty[0]}"). '
-                "Pass --version_2_with_negative, or leave them out."
+                "Pass `version_2_with_negative`, or leave them out."
             )
     return dataset
 

@@ -71,15 +71,17 @@ class ClmModelArguments(ModelArguments):
     def __post_init__(self):
         super().__post_init__()
         if not (self.model_name_or_path or self.model_type or self.config_name):
-            raise ValueError("no model: pass --model_name_or_path, or --model_type or --config_name for a new one.")
+            raise ValueError("no model: pass `model_name_or_path`, or `model_type` or `config_name` for a new one.")
         if self.config_overrides and (self.model_name_or_path or self.config_name):
-            raise ValueError("config_overrides only goes with model_type: a checkpoint's shapes are fixed.")
+            raise ValueError("`config_overrides` only goes with `model_type`: a checkpoint's shapes are fixed.")
         if self.model_type is not None and self.model_type not in CONFIG_MAPPING:
-            raise ValueError(f'model_type "{self.model_type}" is not known to transformers. Try gpt2 or llama.')
+            raise ValueError(f'`model_type` "{self.model_type}" is not known to transformers. Try gpt2 or llama.')
         if not (self.tokenizer_name or self.model_name_or_path):
-            raise ValueError("a model from scratch needs --tokenizer_name: a tokenizer is not trained here.")
+            raise ValueError("a model from scratch needs `tokenizer_name`: a tokenizer is not trained here.")
         if self.eval_dense and not self.model_name_or_path:
-            raise ValueError("eval_dense evaluates a model before training, and one from scratch has learned nothing.")
+            raise ValueError(
+                "`eval_dense` evaluates a model before training, and one from scratch has learned nothing."
+            )
 
 
 @dataclass
@@ -119,12 +121,12 @@ class DataTrainingArguments:
     def __post_init__(self):
         files = [name for name in (self.train_file, self.validation_file) if name]
         if not (self.dataset_name or files):
-            raise ValueError("no data: pass --dataset_name, or files (--train_file, --validation_file).")
+            raise ValueError("no data: pass `dataset_name`, or files (`train_file`, `validation_file`).")
         if self.dataset_name and files:
-            raise ValueError("dataset_name and data files exclude each other: leave one of them out.")
+            raise ValueError("`dataset_name` and data files exclude each other: leave one of them out.")
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(
-                f"validation_split_percentage {self.validation_split_percentage} must be between 1 and 99."
+                f"`validation_split_percentage` {self.validation_split_percentage} must be between 1 and 99."
             )
 
 
@@ -150,21 +152,21 @@ def load_texts(data_args: DataTrainingArguments, model_args: ClmModelArguments, 
         splits |= split_off_validation(splits["train"], data_args)
     needed = []
     if training_args.do_train:
-        needed += need_split(splits, ("train",), "do_train", "--train_file")
+        needed += need_split(splits, ("train",), "do_train", "train_file")
     if training_args.do_eval:
-        needed += need_split(splits, ("validation",), "do_eval", "--validation_file")
+        needed += need_split(splits, ("validation",), "do_eval", "validation_file")
     return {split: splits[split] for split in needed}
 
 
 def split_off_validation(dataset: Dataset | IterableDataset, data_args: DataTrainingArguments) -> dict[str, Dataset]:
     """Splits off the first rows for evaluation."""
     if isinstance(dataset, IterableDataset):
-        raise ValueError("a stream has no length to split off a percentage of: pass --validation_file.")
+        raise ValueError("a stream has no length to split off a percentage of: pass `validation_file`.")
     count = math.ceil(len(dataset) * data_args.validation_split_percentage / 100)
     if count >= len(dataset):
         raise ValueError(
             f"{len(dataset)} row(s) are too few to split off {data_args.validation_split_percentage} % of: pass "
-            "--validation_file."
+            "`validation_file`."
         )
     return {"validation": dataset.select(range(count)), "train": dataset.select(range(count, len(dataset)))}
 
@@ -183,11 +185,13 @@ def choose_block_size(requested: int | None, tokenizer, config) -> int:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_DEFAULT_BLOCK
     if requested is None:
         size = min(tokenizer.model_max_length, positions, LONGEST_DEFAULT_BLOCK)
-        logger.info(f"block_size {size}: the least of the tokenizer's limit, the model's and {LONGEST_DEFAULT_BLOCK}")
+        logger.info(
+            f"`block_size` {size}: the least of the tokenizer's limit, the model's and {LONGEST_DEFAULT_BLOCK}"
+        )
         return size
     limit = min(tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", requested))
     if not 1 < requested <= limit:
-        raise ValueError(f"block_size {requested} must be at least 2 and at most {limit}, the limit of the model.")
+        raise ValueError(f"`block_size` {requested} must be at least 2 and at most {limit}, the limit of the model.")
     return requested
 
 
@@ -223,8 +227,8 @@ def cut_texts(
             blocks[split] = limited(dataset.map(to_blocks, batched=True, **options), limits[split])
             if isinstance(blocks[split], Dataset) and len(blocks[split]) == 0:
                 raise ValueError(
-                    f"the {split} text is shorter than one block of {block_size} tokens. Lower block_size, or pass a "
-                    "longer text."
+                    f"the {split} text is shorter than one block of {block_size} tokens. Lower `block_size`, or pass "
+                    "a longer text."
                 )
     return blocks
 
@@ -300,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     training_args.do_predict = False
     check_run(training_args, model_args)
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
-        raise ValueError("a stream has no end to count epochs by: pass --max_steps with --streaming.")
+        raise ValueError("a stream has no end to count epochs by: pass `max_steps` with `streaming`.")
     setup_logging(training_args)
     set_seed(training_args.seed)
 

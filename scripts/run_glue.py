@@ -104,11 +104,11 @@ class DataTrainingArguments:
             self.task_name = self.task_name.lower()
             if self.task_name not in TASK_COLUMNS:
                 known = ", ".join(sorted(TASK_COLUMNS))
-                raise ValueError(f'task_name "{self.task_name}" is not a GLUE task. Choose one of: {known}.')
+                raise ValueError(f'`task_name` "{self.task_name}" is not a GLUE task. Choose one of: {known}.')
         if not (self.task_name or self.dataset_name or any(self.files.values())):
-            raise ValueError("no data: pass --task_name, --dataset_name, or files (--train_file, --validation_file).")
+            raise ValueError("no data: pass `task_name`, `dataset_name`, or files (`train_file`, `validation_file`).")
         if self.dataset_name and any(self.files.values()):
-            raise ValueError("dataset_name and data files exclude each other: leave one of them out.")
+            raise ValueError("`dataset_name` and data files exclude each other: leave one of them out.")
 
     @property
     def files(self) -> dict[str, str | None]:
@@ -144,13 +144,13 @@ def needed_splits(splits, training_args) -> dict[str, list[str]]:
     """Returns the splits that training, evaluation and prediction read; MNLI has two for each of the latter."""
     train, evaluate, predict = [], [], []
     if training_args.do_train:
-        train = need_split(splits, ("train",), "do_train", "--train_file")
+        train = need_split(splits, ("train",), "do_train", "train_file")
     if training_args.do_eval:
         names = ("validation_matched", "validation_mismatched", "validation")
-        evaluate = need_split(splits, names, "do_eval", "--validation_file")
+        evaluate = need_split(splits, names, "do_eval", "validation_file")
     if training_args.do_predict:
         names = ("test_matched", "test_mismatched", "test")
-        predict = need_split(splits, names, "do_predict", "--test_file")
+        predict = need_split(splits, names, "do_predict", "test_file")
     return {"train": train, "eval": evaluate, "predict": predict}
 
 

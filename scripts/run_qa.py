@@ -84,9 +84,9 @@ class DataTrainingArguments:
 
     def __post_init__(self):
         if not (self.dataset_name or any(self.files.values())):
-            raise ValueError("no data: pass --dataset_name, or files (--train_file, --validation_file, --test_file).")
+            raise ValueError("no data: pass `dataset_name`, or files (`train_file`, `validation_file`, `test_file`).")
         if self.dataset_name and any(self.files.values()):
-            raise ValueError("dataset_name and data files exclude each other: leave one of them out.")
+            raise ValueError("`dataset_name` and data files exclude each other: leave one of them out.")
 
     @property
     def files(self) -> dict[str, str | None]:
@@ -102,9 +102,9 @@ def load_questions(data_args: DataTrainingArguments, model_args: ModelArguments,
     else:
         splits = load_qa_files(data_args.files, model_args.cache_dir)
     parts = (
-        ("train", training_args.do_train, "do_train", "--train_file", data_args.max_train_samples),
-        ("validation", training_args.do_eval, "do_eval", "--validation_file", data_args.max_eval_samples),
-        ("test", training_args.do_predict, "do_predict", "--test_file", data_args.max_predict_samples),
+        ("train", training_args.do_train, "do_train", "train_file", data_args.max_train_samples),
+        ("validation", training_args.do_eval, "do_eval", "validation_file", data_args.max_eval_samples),
+        ("test", training_args.do_predict, "do_predict", "test_file", data_args.max_predict_samples),
     )
     questions = {}
     for split, is_needed, flag, remedy, limit in parts:
@@ -125,8 +125,8 @@ def build_windows(tokenizer, data_args: DataTrainingArguments) -> Windows:
     length = sequence_length(data_args.max_seq_length, tokenizer)
     if not 0 <= data_args.doc_stride < length:
         raise ValueError(
-            f"doc_stride {data_args.doc_stride} must be at least 0 and less than the window of {length} tokens. "
-            "Lower doc_stride or raise max_seq_length."
+            f"`doc_stride` {data_args.doc_stride} must be at least 0 and less than the window of {length} tokens. "
+            "Lower `doc_stride` or raise `max_seq_length`."
         )
     return Windows(tokenizer, length, data_args.doc_stride, data_args.pad_to_max_length)
 

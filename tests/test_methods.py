@@ -104,25 +104,25 @@ NOT_A_NUMBER = "it must be a number."
 INVALID = [
     ("criterion", "snip_momentum", {"decya": 0.5}, f'criterion "snip_momentum" {NO_OPTION}'),
     ("criterion", "magnitude", {"decay": 0.5}, 'criterion "magnitude" has no option "decay": it has none.'),
-    ("criterion", "snip_momentum", {"decay": 1.5}, "decay is 1.5: it must be from 0 to 1, as in 0.9."),
-    ("criterion", "snip_momentum", {"decay": float("nan")}, "decay is nan: it must be from 0 to 1, as in 0.9."),
+    ("criterion", "snip_momentum", {"decay": 1.5}, '"decay" is 1.5: it must be from 0 to 1, as in 0.9.'),
+    ("criterion", "snip_momentum", {"decay": float("nan")}, '"decay" is nan: it must be from 0 to 1, as in 0.9.'),
     ("criterion", "snip_momentum", {"decay": True}, f'"decay" of criterion "snip_momentum" is True: {NOT_A_NUMBER}'),
     ("criterion", "snip_momentum", {"decay": "0.5"}, f"is '0.5': {NOT_A_NUMBER}"),
     ("allocation", "owl", {"lambda": 0.1}, 'no option "lambda": known are m, lambda_. Did you mean "lambda_"?'),
-    ("allocation", "owl", {"lambda_": -0.1}, 'allocation "owl": lambda_ is -0.1: it must be from 0 to 1'),
-    ("allocation", "owl", {"m": 0}, "m is 0: it must be above 0, as in 5."),
-    ("allocation", "owl", {"m": float("nan")}, "m is nan: it must be above 0"),
+    ("allocation", "owl", {"lambda_": -0.1}, 'allocation "owl": "lambda_" is -0.1: it must be from 0 to 1'),
+    ("allocation", "owl", {"m": 0}, '"m" is 0: it must be above 0, as in 5.'),
+    ("allocation", "owl", {"m": float("nan")}, '"m" is nan: it must be above 0'),
     (
         "solver",
         "sparsegpt",
         {"damping": 0.1},
         'has no option "damping": known are dampening, block_size. Did you mean',
     ),
-    ("solver", "sparsegpt", {"dampening": 2}, "dampening is 2: it must be from 0 to 1, as in 0.01."),
-    ("solver", "sparsegpt", {"block_size": 0}, "block_size is 0: it must be 1 or more, as in 128."),
-    ("solver", "admm", {"iterations": 0}, "iterations is 0: it must be 1 or more, as in 30."),
-    ("solver", "admm", {"rho": 0}, "rho is 0: it must be from 0.001 to 4, as in 0.1."),
-    ("solver", "admm", {"dampening": -1}, "dampening is -1: it must be from 0 to 1, as in 0.01."),
+    ("solver", "sparsegpt", {"dampening": 2}, '"dampening" is 2: it must be from 0 to 1, as in 0.01.'),
+    ("solver", "sparsegpt", {"block_size": 0}, '"block_size" is 0: it must be 1 or more, as in 128.'),
+    ("solver", "admm", {"iterations": 0}, '"iterations" is 0: it must be 1 or more, as in 30.'),
+    ("solver", "admm", {"rho": 0}, '"rho" is 0: it must be from 0.001 to 4, as in 0.1.'),
+    ("solver", "admm", {"dampening": -1}, '"dampening" is -1: it must be from 0 to 1, as in 0.01.'),
     ("solver", "sparsegpt", {"block_size": 64.5}, "is 64.5: it must be a whole number or None."),
 ]
 
@@ -134,7 +134,9 @@ def test_invalid_options_are_refused_by_name(family, name, kwargs, message):
     with pytest.raises(PruningConfigError) as error:
         OneshotConfig(**own, target_sparsity=7)
     first, second = error.value.errors
-    assert first.startswith(f"{family}_kwargs: ") and message in first and second.startswith("target_sparsity is 7")
+    assert (
+        first.startswith(f"`{family}_kwargs`: ") and message in first and second.startswith("`target_sparsity` is 7")
+    )
     with pytest.raises(PruningConfigError) as error:
         OneshotConfig(target_sparsity=0.5, groups={"ffn": own})
     assert error.value.errors == [f'group "ffn": {first}']
@@ -143,11 +145,13 @@ def test_invalid_options_are_refused_by_name(family, name, kwargs, message):
 def test_options_without_a_method_and_beside_an_instance_are_refused():
     with pytest.raises(PruningConfigError, match="but no criterion is used: name one"):
         OneshotConfig(target_sparsity=0.5, solver="sparsegpt", criterion_kwargs={"decay": 1.0})
-    with pytest.raises(PruningConfigError, match="criterion is an instance with its own options: leave criterion_kwa"):
+    with pytest.raises(
+        PruningConfigError, match="`criterion` is an instance with its own options: leave `criterion_kwa"
+    ):
         PruningConfig(target_sparsity=0.5, criterion=SnipMomentum(), criterion_kwargs={"decay": 0.5})
-    with pytest.raises(PruningConfigError, match=r"criterion: criterion Mine\(.*\) is not registered: decorate its"):
+    with pytest.raises(PruningConfigError, match=r"`criterion`: criterion Mine\(.*\) is not registered: decorate its"):
         PruningConfig(target_sparsity=0.5, criterion=type("Mine", (SnipMomentum,), {})())
-    with pytest.raises(PruningConfigError, match="criterion_kwargs is .*: it must be a mapping"):
+    with pytest.raises(PruningConfigError, match="`criterion_kwargs` is .*: it must be a mapping"):
         PruningConfig(criterion_kwargs=["decay"])
 
 
@@ -226,7 +230,7 @@ def test_options_of_every_type(methods):
 
 
 def test_an_option_without_a_default_must_be_given(methods):
-    with pytest.raises(ValueError, match='method "sized" has no default for size: give method_kwargs'):
+    with pytest.raises(ValueError, match='method "sized" has no default for size: give `method_kwargs`'):
         methods.create("sized", {"ratio": 0.1})
     with pytest.raises(ValueError, match='has no option "total": known are size, ratio'):
         methods.create("sized", {"size": 1, "total": 0.0})

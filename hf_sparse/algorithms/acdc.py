@@ -32,7 +32,7 @@ class ACDC(DynamicSparsity):
 
     def __post_init__(self) -> None:
         if self.compressed_phases < 1:
-            raise ValueError(f"compressed_phases is {self.compressed_phases}: it must be at least 1, as in 5")
+            raise ValueError(f"`compressed_phases` is {self.compressed_phases}: it must be at least 1, as in 5")
 
     def phases_left(self, prune_step: int, total: int) -> int:
         """Returns the number of phases after the one that a prune step is in; 0 in the last."""

@@ -46,13 +46,13 @@ class Algorithm(ABC):
         name = options.algorithm
         if pattern.coupled_kind is not None:
             errors.append(
-                f'algorithm "{name}" selects weights and blocks, not units of pattern "{pattern}": use '
-                f'pattern="unstructured", a block such as pattern="4x1", or algorithm="{DEFAULT_ALGORITHM}".'
+                f'`algorithm` "{name}" selects weights and blocks, not units of `pattern` "{pattern}": use '
+                f'`pattern="unstructured"`, a block such as `pattern="4x1"`, or `algorithm="{DEFAULT_ALGORITHM}"`.'
             )
         if options.keep_zeros:
             errors.append(
-                f'keep_zeros is set, but with algorithm "{name}" pruned weights may come back: leave keep_zeros out, '
-                f'or use algorithm="{DEFAULT_ALGORITHM}".'
+                f'`keep_zeros` is set, but with `algorithm` "{name}" pruned weights may come back: leave `keep_zeros` '
+                f'out, or use `algorithm="{DEFAULT_ALGORITHM}"`.'
             )
         return errors
 

@@ -79,27 +79,27 @@ class DynamicSparsity(Algorithm):
         name, errors = options.algorithm, []
         if options.keep_zeros:
             errors.append(
-                f'algorithm "{name}" restores pruned weights and keep_zeros forbids it: leave keep_zeros out, or use '
-                "another algorithm."
+                f'`algorithm` "{name}" restores pruned weights and `keep_zeros` forbids it: leave `keep_zeros` out, '
+                "or use another algorithm."
             )
         if self.exchanges and not pattern.has_rows:
             errors.append(
-                f'algorithm "{name}" exchanges single weights, N:M or blocks, not units of pattern '
+                f'`algorithm` "{name}" exchanges single weights, N:M or blocks, not units of `pattern` '
                 f'"{options.pattern}": choose one of these patterns, or another algorithm.'
             )
         criterion = CRITERIA.create(options.criterion, options.criterion_kwargs) if options.criterion else None
         if self.exchanges and getattr(criterion, "updates_weights", False):
             errors.append(
-                f'criterion "{options.criterion}" updates the weights that remain, also those that algorithm "{name}" '
-                'lets return at zero: set criterion_kwargs={"update": false}, or use another criterion.'
+                f'`criterion` "{options.criterion}" updates the weights that remain, also those that `algorithm` '
+                f'"{name}" lets return at zero: set `criterion_kwargs={{"update": False}}`, or use another criterion.'
             )
         ignored = {"scheduler": None, "sparsity_decay_type": "cubic", "initial_sparsity": 0.0}
         for option, default in ignored.items() if not self.follows_scheduler else ():
             value = getattr(options, option)
             if value not in (None, default):
                 errors.append(
-                    f'{option} is {format_value(value)}, but algorithm "{name}" sets the sparsity itself: leave '
-                    f"{option} out."
+                    f'`{option}` is {format_value(value)}, but `algorithm` "{name}" sets the sparsity itself: leave '
+                    f"`{option}` out."
                 )
         return errors
 
@@ -135,10 +135,10 @@ class Exchange(DynamicSparsity):
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction is {self.fraction}: it must be a number from 0 to 1, as in 0.3")
+            raise ValueError(f"`fraction` is {self.fraction}: it must be a number from 0 to 1, as in 0.3")
         if self.decay not in _DECAYS:
             raise ValueError(
-                f"decay is {format_name(self.decay)}: known are {', '.join(_DECAYS)}.{nearest(self.decay, _DECAYS)}"
+                f"`decay` is {format_name(self.decay)}: known are {', '.join(_DECAYS)}.{nearest(self.decay, _DECAYS)}"
             )
 
     def exchanged_fraction(self, prune_step: int, total: int) -> float:
@@ -165,7 +165,7 @@ class SparseFromStart(Exchange):
         usable = [name for name in CRITERIA.names() if not CRITERIA[name].requires & ~Requires.POSITION]
         if self.initial_mask not in usable:
             raise ValueError(
-                f"initial_mask is {format_name(self.initial_mask)}: it must be a criterion that can score weights "
+                f"`initial_mask` is {format_name(self.initial_mask)}: it must be a criterion that can score weights "
                 f"before training, one of {', '.join(usable)}"
             )
 

@@ -41,9 +41,9 @@ class ELSA(ConstrainedTraining):
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise ValueError(f"strength is {self.strength}: it must be above 0 and at most 1, as in 0.3")
+            raise ValueError(f"`strength` is {self.strength}: it must be above 0 and at most 1, as in 0.3")
         if not 0 <= self.weighting <= 1:
-            raise ValueError(f"weighting is {self.weighting}: it must be from 0 to 1, as in 0.5")
+            raise ValueError(f"`weighting` is {self.weighting}: it must be from 0 to 1, as in 0.5")
 
     @property
     def needs_second_moment(self) -> bool:

@@ -86,13 +86,14 @@ class GumbelNM(SampledMask):
         count = math.comb(of, keep)
         if not keep:
             errors.append(
-                f'algorithm "{options.algorithm}" learns N:M masks, not those of pattern "{pattern}": use '
-                'pattern="2:4", or algorithm="gumbel_sigmoid" for single weights.'
+                f'`algorithm` "{options.algorithm}" learns N:M masks, not those of `pattern` "{pattern}": use '
+                '`pattern="2:4"`, or `algorithm="gumbel_sigmoid"` for single weights.'
             )
         elif count > _MAX_CANDIDATES:
             errors.append(
-                f'algorithm "{options.algorithm}" has a logit for each of the {count:,} masks of a group of pattern '
-                f'"{pattern}", and supports up to {_MAX_CANDIDATES}: use a smaller pattern, such as 2:4 or 4:8.'
+                f'`algorithm` "{options.algorithm}" has a logit for each of the {count:,} masks of a group of '
+                f'`pattern` "{pattern}", and supports up to {_MAX_CANDIDATES}: use a smaller pattern, such as 2:4 or '
+                "4:8."
             )
         return errors
 

@@ -53,7 +53,7 @@ class GumbelSigmoid(SampledMask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (0 < self.density_weight < math.inf):
-            raise ValueError(f"density_weight is {self.density_weight}: it must be positive, as in 0.1.")
+            raise ValueError(f"`density_weight` is {self.density_weight}: it must be positive, as in 0.1.")
 
     def init(self, dense: torch.Tensor, mask: torch.Tensor, context: MaskContext) -> Theta:
         return {"logits": (2 * mask.to(dense.dtype) - 1) * self.prior_strength}
@@ -97,7 +97,7 @@ class GumbelSigmoid(SampledMask):
         errors = super().option_errors(options, pattern)
         if not pattern.flat:
             errors.append(
-                f'algorithm "{options.algorithm}" learns masks of single weights, not of pattern "{pattern}": use '
-                'pattern="unstructured", or algorithm="gumbel_nm" for an N:M pattern.'
+                f'`algorithm` "{options.algorithm}" learns masks of single weights, not of `pattern` "{pattern}": use '
+                '`pattern="unstructured"`, or `algorithm="gumbel_nm"` for an N:M pattern.'
             )
         return errors

@@ -179,4 +179,4 @@ class LearnedMask(Algorithm):
 def check_learning_rate(learning_rate: float) -> None:
     """Raises a ValueError if the option `learning_rate` is not a positive number."""
     if not 0 < learning_rate < float("inf"):
-        raise ValueError(f"learning_rate is {learning_rate}: it must be above 0, as in 1e-2")
+        raise ValueError(f"`learning_rate` is {learning_rate}: it must be above 0, as in 1e-2")

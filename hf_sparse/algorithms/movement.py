@@ -45,7 +45,7 @@ class Movement(LearnedMask):
     def __post_init__(self) -> None:
         check_learning_rate(self.learning_rate)
         if not 0 <= self.init_scale < float("inf"):
-            raise ValueError(f"init_scale is {self.init_scale}: it must be 0 or more, as in 1.0")
+            raise ValueError(f"`init_scale` is {self.init_scale}: it must be 0 or more, as in 1.0")
 
     def init(self, dense: torch.Tensor, mask: torch.Tensor, context: MaskContext) -> Theta:
         return {"scores": dense.abs().mul_(self.init_scale)}

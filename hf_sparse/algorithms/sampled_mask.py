@@ -50,18 +50,18 @@ class SampledMask(LearnedMask):
             value = getattr(self, name)
             if not (0 < value < math.inf):
                 default = type(self).__dataclass_fields__[name].default
-                raise ValueError(f"{name} is {value}: it must be positive, as in {default}.")
+                raise ValueError(f"`{name}` is {value}: it must be positive, as in {default}.")
         for name in ("prior_strength", "norm_weight"):
             value = getattr(self, name)
             if not (0 <= value < math.inf):
-                raise ValueError(f"{name} is {value}: it must be 0 or more.")
+                raise ValueError(f"`{name}` is {value}: it must be 0 or more.")
         if self.temperature_end > self.temperature_start:
             raise ValueError(
-                f"temperature_end is {self.temperature_end}, above temperature_start, {self.temperature_start}: the "
-                "temperature falls, so swap them."
+                f"`temperature_end` is {self.temperature_end}, above `temperature_start`, {self.temperature_start}: "
+                "the temperature falls, so swap them."
             )
         if self.prior is not None and not self.prior:
-            raise ValueError("prior is empty: it must be a folder or a Hub name. Or leave it out.")
+            raise ValueError("`prior` is empty: it must be a folder or a Hub name. Or leave it out.")
 
     def scale(self, context: MaskContext) -> float:
         """Returns kappa."""

@@ -48,9 +48,9 @@ class SoftMovement(Movement):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}: it must be between 0 and 1, as in 0.1")
+            raise ValueError(f"`threshold` is {self.threshold}: it must be between 0 and 1, as in 0.1")
         if not 0 <= self.lambda_ < float("inf"):
-            raise ValueError(f"lambda_ is {self.lambda_}: it must be 0 or more, as in 100.0")
+            raise ValueError(f"`lambda_` is {self.lambda_}: it must be 0 or more, as in 100.0")
 
     def keep(self, scores: torch.Tensor, progress: float) -> torch.Tensor:
         """Returns which weights are above the threshold, given the progress of the schedule, from 0 to 1."""
@@ -90,8 +90,9 @@ class SoftMovement(Movement):
         errors = super().option_errors(options, pattern)
         if not pattern.flat and not errors:
             errors.append(
-                f'algorithm "{options.algorithm}" compares single weights with a threshold, not units of pattern '
-                f'"{pattern}": use pattern="unstructured", or an algorithm that ranks units, as algorithm="gradual".'
+                f'`algorithm` "{options.algorithm}" compares single weights with a threshold, not units of `pattern` '
+                f'"{pattern}": use `pattern="unstructured"`, or an algorithm that ranks units, as '
+                '`algorithm="gradual"`.'
             )
         return errors
 

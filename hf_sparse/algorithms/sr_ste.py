@@ -39,7 +39,7 @@ class SRSTE(LearnedMask):
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < float("inf"):
-            raise ValueError(f"decay is {self.decay}: it must be 0 or more, as in 2e-4")
+            raise ValueError(f"`decay` is {self.decay}: it must be 0 or more, as in 2e-4")
 
     def init(self, dense: torch.Tensor, mask: torch.Tensor, context: MaskContext) -> Theta:
         return {}

@@ -123,7 +123,7 @@ class MeasuringAllocation(Allocation):
         missing = [layer.name for layer in layers if layer.measured is None]
         if missing:
             raise ValueError(
-                f'allocation "{ALLOCATIONS.name_and_options(self)[0]}" needs a measurement of each layer, but '
+                f'`allocation` "{ALLOCATIONS.name_and_options(self)[0]}" needs a measurement of each layer, but '
                 f'"{missing[0]}" has none, one of {len(missing)}: it is computed from the inputs of the weights, '
                 "which one-shot pruning observes."
             )
@@ -216,7 +216,7 @@ def solve_level(
     if not lowest - 1e-9 <= ratio <= highest + 1e-9:
         raise ValueError(
             f"sparsity {ratio:.4g} cannot be distributed: the layers' bounds allow {lowest:.4g} to {highest:.4g}. "
-            "Change target_sparsity, min_sparsity_per_layer or max_sparsity_per_layer."
+            "Change `target_sparsity`, `min_sparsity_per_layer` or `max_sparsity_per_layer`."
         )
 
     def bounded(level: float) -> np.ndarray:

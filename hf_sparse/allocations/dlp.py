@@ -38,7 +38,7 @@ class DLP(MeasuringAllocation):
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}: it must be from 0 to 1, as in 0.08")
+            raise ValueError(f"`alpha` is {self.alpha}: it must be from 0 to 1, as in 0.08")
 
     def measure(self, layers: Sequence[DenseLayer]) -> list[float]:
         """Returns the median score of all layers together, for each."""

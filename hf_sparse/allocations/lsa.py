@@ -55,7 +55,7 @@ class LSA(MeasuringAllocation):
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta is {self.beta}: it must be from 0 to 1, as in 0.08")
+            raise ValueError(f"`beta` is {self.beta}: it must be from 0 to 1, as in 0.08")
 
     def measure(self, layers: Sequence[DenseLayer]) -> list[float]:
         """Returns the mean error over the matrices of all layers, for each layer."""

@@ -42,9 +42,9 @@ class OWL(MeasuringAllocation):
 
     def __post_init__(self) -> None:
         if not self.m > 0:
-            raise ValueError(f"m is {self.m}: it must be above 0, as in 5")
+            raise ValueError(f"`m` is {self.m}: it must be above 0, as in 5")
         if not 0 <= self.lambda_ <= 1:
-            raise ValueError(f"lambda_ is {self.lambda_}: it must be from 0 to 1, as in 0.08")
+            raise ValueError(f"`lambda_` is {self.lambda_}: it must be from 0 to 1, as in 0.08")
 
     def measure(self, layers: Sequence[DenseLayer]) -> list[float]:
         """Returns the outlier ratio of all layers together, for each."""

@@ -93,8 +93,8 @@ def concatenate_batches(batches: Sequence[Any]) -> Any:
     shapes = [[leaf.shape[1:] if torch.is_tensor(leaf) else leaf for leaf in leaves] for leaves, _ in flat]
     if any(other != layout for _, other in flat) or any(shape != shapes[0] for shape in shapes):
         raise ValueError(
-            "calibration batches of different lengths or kinds cannot be concatenated, which forwards=1 needs: pad "
-            "them to one length, or use forwards=2."
+            "calibration batches of different lengths or kinds cannot be concatenated, which `forwards=1` needs: pad "
+            "them to one length, or use `forwards=2`."
         )
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     return _pytree.tree_unflatten(

@@ -105,7 +105,7 @@ def load_from_hub(
     config: str | None,
     cache_dir: str | None,
     token: str | None,
-    remedy: str = "--train_file, --validation_file and --test_file",
+    remedy: str = "`train_file`, `validation_file` and `test_file`",
     **kwargs: Any,
 ) -> Dataset | IterableDataset | DatasetDict:
     """Loads a data set by its name on the Hub, or from a folder of that name.

@@ -73,7 +73,7 @@ def mask_token_id(tokenizer: Any) -> int:
     if token is None:
         raise ValueError(
             "the tokenizer has no mask token, which masked language models are evaluated with: name the model's own "
-            "with tokenizer_name, or leave eval out."
+            "with `tokenizer_name`, or leave `eval` out."
         )
     return int(token)
 

@@ -60,7 +60,7 @@ class RowEncoder:
             return requested
         if self.labels.has_target_texts:
             raise ValueError(
-                "an encoder-decoder model needs a target text for each row: name their column with label_column "
+                "an encoder-decoder model needs a target text for each row: name their column with `label_column` "
                 f"(columns: {format_names(rows.column_names)})."
             )
         if not self._has_labels:
@@ -126,7 +126,7 @@ class WordEncoder(RowEncoder):
             if self.label_column is not None:
                 raise ValueError(
                     f"a row of column {format_names(self.text_columns)} is one text: labels of tokens need a list of "
-                    "words for each row, as in the column tokens of CoNLL. Name it with text_column."
+                    "words for each row, as in the column tokens of CoNLL. Name it with `text_column`."
                 )
             return super()._encode(texts, row)
         encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.length)
@@ -172,7 +172,7 @@ class QuestionEncoder(RowEncoder):
             return super()._find_label_column(rows, requested)
         if requested is not None:
             raise ValueError(
-                'answers are part of a context: name two columns, as in text_column="question,context" (columns: '
+                'answers are part of a context: name two columns, as in `text_column="question,context"` (columns: '
                 f"{format_names(rows.column_names)})."
             )
         return None

@@ -149,15 +149,17 @@ class TextReader:
         self._rows, self._is_masked_lm = row_encoder(tokenizer, model, length), is_masked_lm(model)
         for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
             if value < least:
-                raise ValueError(f"{name} is {value}: it must be {least} or more.")
+                raise ValueError(f"`{name}` is {value}: it must be {least} or more.")
         limit = max_positions(model, tokenizer)
         if limit is not None and length > limit:
-            raise ValueError(f"length {length} is beyond the model's {limit} positions: use length={limit} or less.")
+            raise ValueError(
+                f"`length` {length} is beyond the model's {limit} positions: use `length={limit}` or less."
+            )
 
     def sample(self, data: Dataset | Iterable[Any], samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
         """Makes batches of blocks or rows drawn at random from all over the data, which must give enough of them."""
         if samples < 1:
-            raise ValueError(f"samples is {samples}: it must be 1 or more.")
+            raise ValueError(f"`samples` is {samples}: it must be 1 or more.")
         rows = self._read_table(data)
         generator = random.Random(seed)
         if self.per_row:
@@ -169,10 +171,10 @@ class TextReader:
         if len(drawn) < samples:
             unit = "rows with text" if self.per_row else f"blocks of {self._length} tokens"
             found = f"only {len(drawn)} {unit}" if drawn else f"no {unit}"
-            remedies = ["give more text"] + [f"use samples={len(drawn)}"] * bool(drawn)
-            remedies += [] if self.per_row else ["lower length"]
+            remedies = ["give more text"] + [f"use `samples={len(drawn)}`"] * bool(drawn)
+            remedies += [] if self.per_row else ["lower `length`"]
             raise ValueError(
-                f"samples is {samples}, but the {len(rows)} rows of the calibration data give {found}: "
+                f"`samples` is {samples}, but the {len(rows)} rows of the calibration data give {found}: "
                 f"{', or '.join(remedies)}."
             )
         return self._make_batches(drawn)
@@ -199,7 +201,7 @@ class TextReader:
         columns = self._rows.choose_columns(rows, text_column, self._requested_label_column, self.per_row)
         if not self.per_row and len(self._rows.text_columns) > 1:
             names = format_names(self._rows.text_columns)
-            raise ValueError(f"pairs of texts ({names}) are not cut into blocks: name one text_column.")
+            raise ValueError(f"pairs of texts ({names}) are not cut into blocks: name one `text_column`.")
         return rows.select_columns(columns)
 
     def _tokenize_rows(self, rows: Dataset, indices: Sequence[int], limit: int | None) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def load_texts(
     Raises:
         FileNotFoundError, ConnectionError, ValueError: if the data are missing or cannot be read.
     """
-    remedy = f"--{purpose}_file"
+    remedy = f"`{purpose}_file`"
     if file is not None and dataset_name is None:
         options = {"keep_linebreaks": True} if str(file).lower().endswith(".txt") else {}
         if str(file).lower().endswith(".json") and Path(file).is_file() and (wrapped := read_wrapped_rows(Path(file))):
@@ -49,7 +49,7 @@ def load_texts(
         return load_files({purpose: file}, (*TABLE_FILES, "txt"), cache_dir, **options)[purpose]
     if dataset_name is None or file is not None:
         raise ValueError(
-            f"{purpose} data come from a file or from a data set: pass {remedy} or --dataset_name, not both."
+            f"{purpose} data come from a file or from a data set: pass {remedy} or `dataset_name`, not both."
         )
     options = {"streaming": True} if streaming else {}
     rows: Any = load_from_hub(dataset_name, dataset_config_name, cache_dir, None, remedy, split=split, **options)
@@ -81,7 +81,7 @@ def find_text_columns(rows: Dataset, requested: str | Sequence[str] | None) -> t
         split = requested.split(",") if isinstance(requested, str) else requested
         names = tuple(name.strip() for name in split)
         if not 1 <= len(names) <= 2:
-            raise ValueError(f"text_column names {len(names)} columns: it must be one, or two for pairs of texts.")
+            raise ValueError(f"`text_column` names {len(names)} columns: it must be one, or two for pairs of texts.")
         check_columns(rows, names)
         return names
     if usual := [name for name in TEXT_COLUMNS if name in rows.column_names]:
@@ -89,10 +89,10 @@ def find_text_columns(rows: Dataset, requested: str | Sequence[str] | None) -> t
     dtypes = {name: getattr(feature, "dtype", feature) for name, feature in rows.features.items()}
     strings = [name for name, dtype in dtypes.items() if dtype in ("string", "large_string")]
     if len(strings) > 1:
-        raise ValueError(f"{len(strings)} columns hold texts ({', '.join(strings)}): name one with text_column.")
+        raise ValueError(f"{len(strings)} columns hold texts ({', '.join(strings)}): name one with `text_column`.")
     if not strings:
         columns = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise ValueError(f"no text column found (columns: {columns}): name one with text_column.")
+        raise ValueError(f"no text column found (columns: {columns}): name one with `text_column`.")
     return (strings[0],)
 
 

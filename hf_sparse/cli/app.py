@@ -48,13 +48,9 @@ class _Commands(TyperGroup):
 
 
 def _typed_options(command: Any) -> dict[str, str]:
-    """Returns the names of the options of a command, and how they are typed; of arguments those that are no words."""
+    """Returns the names of the options and arguments of a command, and how they are typed."""
     typed = {param.name: param.opts[0] for param in getattr(command, "params", ())}
-    return {
-        name: option if option.startswith("--") else name.upper()
-        for name, option in typed.items()
-        if option.startswith("--") or "_" in name
-    }
+    return {name: option if option.startswith("--") else name.upper() for name, option in typed.items()}
 
 
 AllLayers = Annotated[

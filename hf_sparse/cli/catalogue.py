@@ -121,7 +121,7 @@ def read_catalogue(family: str | None = None) -> list[MethodFamily]:
     load_installed_plugins()
     known = [*(registry.family for registry, _ in FAMILIES), LOSS_FAMILY]
     if family is not None and family not in known:
-        raise ValueError(f"family is {format_name(family)}: known are {', '.join(known)}.{nearest(family, known)}")
+        raise ValueError(f"`family` is {format_name(family)}: known are {', '.join(known)}.{nearest(family, known)}")
     families = [
         MethodFamily(
             registry.family,

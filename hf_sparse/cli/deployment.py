@@ -170,7 +170,7 @@ def bench(
     from ..reporting.plots import plot_latencies
 
     if plot is not None:
-        check_writable(Path(plot).absolute().parent, f"plot {plot}")
+        check_writable(Path(plot).absolute().parent, f"`plot` {plot}")
     result = benchmark_models(models, batch or (1, 8, 32), length, runtime, threads, seconds, device)
     if plot is not None:
         plot_latencies(plot, result.latencies)

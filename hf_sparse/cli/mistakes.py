@@ -3,6 +3,8 @@ them, with exit code 2."""
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
 import sys
@@ -42,11 +44,11 @@ def format_mistake(error: BaseException, spelled: Mapping[str, str]) -> str:
     """Returns the message of an error on one line.
 
     Args:
-        error: its message has the names of Python fields.
+        error: its message has options in backticks.
         spelled: the options of the program: names of Python fields, and how they are typed.
 
     Example:
-        >>> format_mistake(ValueError("length is 0: use length=8."), {"length": "--length"})
+        >>> format_mistake(ValueError("`length` is 0: use `length=8`."), {"length": "--length"})
         '--length is 0: use --length 8.'
     """
     text = str(error) or type(error).__name__
@@ -65,46 +67,48 @@ def print_mistake(line: str) -> None:
 
 
 def spell_options(text: str, spelled: Mapping[str, str]) -> str:
-    """Returns a text in which options are named as they are typed: in `name=value`, names of several words anywhere,
-    and other names where a sentence begins with them, a quoted value follows, or a verb is about them, also in a list.
+    """Returns a text in which each `name` and `name=value` in backticks that is an option is as it is typed.
 
     Args:
         text: one line.
         spelled: as in `format_mistake`.
 
     Example:
-        >>> names = ["text_column", "scope", "permute", "exclude", "criterion_kwargs", "pattern"]
-        >>> spelled = {name: "--" + name.replace("_", "-") for name in names}
-        >>> spell_options('scope is "rows": use scope=row, or leave permute out.', spelled)
-        '--scope is "rows": use --scope row, or leave --permute out.'
-        >>> spell_options('the pattern of "text_column": exclude=["*.query"], text_column.', spelled)
-        'the pattern of "text_column": --exclude "*.query", --text-column.'
-        >>> print(spell_options('set criterion_kwargs={"decay": 1.0}.', spelled))
-        set --criterion-kwargs '{"decay": 1.0}'.
-        >>> spell_options("scope, text_column, pattern have no effect: leave scope, pattern out.", spelled)
-        '--scope, --text-column, --pattern have no effect: leave --scope, --pattern out.'
+        >>> spelled = {name: f"--{name}" for name in ("scope", "permute", "exclude", "criterion_kwargs")}
+        >>> spell_options('`scope` is "rows": use `scope="row"`, or leave `permute` out, as `hf` does.', spelled)
+        '--scope is "rows": use --scope row, or leave --permute out, as `hf` does.'
+        >>> spell_options('use `permute=False`, or `exclude=["*.query", "*.key"]`.', spelled)
+        'use --no-permute, or --exclude "*.query" "*.key".'
+        >>> spell_options("keep block 0 too, with `layers=[0, 2, 3]`.", {"layers": "--layers"})
+        'keep block 0 too, with --layers 0,2,3.'
+        >>> print(spell_options('set `criterion_kwargs={"update": False}`.', spelled))
+        set --criterion_kwargs '{"update": false}'.
     """
-    names = "|".join(sorted(map(re.escape, spelled), key=len, reverse=True))
-    if not names:
-        return text
-    word, end = rf"(?<![\w\"'./\\=*-])({names})", r"(?![\w\"'/\\=*-]|\.\w)"
-    value = r"(\"[^\"\s]*\"|\{[^}]*\}|\[[^\]]*\]|[\w.:+/-]*\w)"
-    text = re.sub(rf"{word}={value}", lambda match: _typed(spelled[match[1]], match[2]), text)
-    text = re.sub(rf"{word}{end}", lambda match: spelled[match[1]] if "_" in match[1] else match[0], text)
-    text = re.sub(rf"(?<!the ){word}(?= \"[^ ])", lambda match: spelled[match[1]], text)
-    text = re.sub(
-        rf"(?<=, )({names})(?=(?:, [\w-]+)*(?: have no effect| out\b))", lambda match: spelled[match[1]], text
-    )
-    before = r"(^|[.:;?] (?:- )?|\b(?:leave|needs|pass|set|lower|raise|give|add|without) )"
-    return re.sub(rf"{before}{word}{end}", lambda match: match[1] + spelled[match[2]], text)
+
+    def spell(match: re.Match[str]) -> str:
+        option = spelled.get(match[1])
+        if option is None:
+            return match[0]
+        return option if match[2] is None else _typed(option, match[2])
+
+    return re.sub(r"`(\w+)(?:=([^`]*))?`", spell, text)
 
 
-def _typed(option: str, value: str) -> str:
+def _typed(option: str, text: str) -> str:
     """Returns an option with a value in Python's notation as they are typed."""
-    if value in ("True", "False"):
-        return option if value == "True" else option.replace("--", "--no-" if "_" not in option else "--no_", 1)
-    if value.startswith("{"):
-        return f"{option} '{value}'"
-    if value.startswith("["):
-        return f"{option} {value[1:-1].replace(',', '')}"
-    return f"{option} {value}" if "*" in value else f"{option} {value.strip(chr(34))}"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a name, or a value that was shortened
+        value = text
+    if isinstance(value, bool):
+        return option if value else option.replace("--", "--no-" if "_" not in option else "--no_", 1)
+    if isinstance(value, dict):
+        return f"{option} '{json.dumps(value)}'"
+    values = value if isinstance(value, (list, tuple)) else [value]
+    between = "," if all(isinstance(each, int) for each in values) else " "  # as in --layers 0,1,4
+    return f"{option} {between.join(map(_quoted, values))}"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if re.fullmatch(r"[\w.,:+/=-]+", text) else f'"{text}"'

@@ -164,7 +164,7 @@ class PruningOptions:
         errors += self._replace_instances()
         recipe = self.pruning_config
         if recipe is not None and not isinstance(recipe, (str, PathLike)):
-            errors.append(f"pruning_config is {format_value(recipe)}: it must be the name of a recipe file.")
+            errors.append(f"`pruning_config` is {format_value(recipe)}: it must be the name of a recipe file.")
             recipe = self.pruning_config = None
         if recipe is not None:
             self._take_recipe(errors)
@@ -241,7 +241,7 @@ class PruningOptions:
         groups = values.get("groups") or {}
         errors = [error for options in (values, *mappings(groups)) for error in cls._known_type_errors(options)]
         if isinstance(groups, Mapping) and len(mappings(groups)) < len(groups):
-            errors.append("groups must be a mapping of names to mappings.")
+            errors.append("`groups` must be a mapping of names to mappings.")
         return errors
 
     @classmethod
@@ -323,8 +323,8 @@ class PruningOptions:
             given, value = getattr(self, name), values[name]
             if given is not None and given != value and (given != {} or value):
                 errors.append(
-                    f"{name} is {format_value(given)} in the arguments but {format_value(value)} in {path}: set it in "
-                    "one of them."
+                    f"`{name}` is {format_value(given)} in the arguments but {format_value(value)} in {path}: set it "
+                    "in one of them."
                 )
             setattr(self, name, value)
 
@@ -360,7 +360,7 @@ class PruningOptions:
                     setattr(self, name, parse_json(text))
                 except ValueError as error:
                     reason = f"it must be a JSON object ({error}). It can be set in a recipe file."
-                    errors.append(f"{name} is {format_value(text)}: {reason}")
+                    errors.append(f"`{name}` is {format_value(text)}: {reason}")
                     setattr(self, name, None)
 
     # Groups
@@ -397,8 +397,8 @@ class PruningOptions:
         errors = self._errors()
         if self.pruning_config is not None:
             errors.append(
-                f"pruning_config is {self.pruning_config!r}, but was set after the config was made, and recipes are "
-                f"read only then: make it with {type(self).__name__}(pruning_config=...)."
+                f"`pruning_config` is {self.pruning_config!r}, but was set after the config was made, and recipes are "
+                f"read only then: make a new {type(self).__name__} with `pruning_config`."
             )
         if errors:
             raise PruningConfigError(errors)

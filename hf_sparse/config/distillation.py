@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from ..local_paths import published_name, published_values
-from ..registry import format_value
+from ..registry import format_options, format_value
 from .base import option
 from .validation import choice_error
 
@@ -70,24 +70,27 @@ def distillation_errors(options: SimpleNamespace) -> Iterator[str]:
     """Yields the errors of the options of distillation, whose types have been checked."""
     alpha, temperature, hidden = options.distill_alpha, options.distill_temperature, options.distill_hidden
     if not 0 <= alpha <= 1:
-        yield f"distill_alpha is {format_value(alpha)}: it must be a number from 0 to 1, as in 0.9."
+        yield f"`distill_alpha` is {format_value(alpha)}: it must be a number from 0 to 1, as in 0.9."
     if not 0 < temperature < float("inf"):
-        yield f"distill_temperature is {format_value(temperature)}: it must be a number above 0, as in 2.0."
+        yield f"`distill_temperature` is {format_value(temperature)}: it must be a number above 0, as in 2.0."
     if not 0 <= hidden < float("inf"):
-        yield f"distill_hidden is {format_value(hidden)}: it must be 0, for none, or a number above it, as in 1.0."
+        yield f"`distill_hidden` is {format_value(hidden)}: it must be 0, for none, or a number above it, as in 1.0."
     if options.distill_teacher_dtype is not None:
         error = choice_error("distill_teacher_dtype", options.distill_teacher_dtype, DTYPES)
         if error:
             yield error
     if options.distill_teacher == "":
-        yield 'distill_teacher is "": name a folder or a model of the Hub, or self, or leave it out.'
+        yield '`distill_teacher` is "": name a folder or a model of the Hub, or self, or leave it out.'
     defaults = {**DistillationOptions.distillation_defaults, "distill_teacher_dtype": None}
     if options.distill_teacher is None:
         given = [name for name, default in defaults.items() if getattr(options, name) != default]
         if given:
-            yield f'{", ".join(given)} need a teacher: add distill_teacher, as in distill_teacher="path/to/dense".'
+            yield (
+                f"{format_options(given)} need a teacher: add `distill_teacher`, as in "
+                '`distill_teacher="path/to/dense"`.'
+            )
     elif alpha == 0 and hidden == 0:
         yield (
-            "distill_alpha and distill_hidden are 0, so that nothing is learned from distill_teacher: raise one of "
-            "them, as in distill_alpha=0.9, or leave distill_teacher out."
+            "`distill_alpha` and `distill_hidden` are 0, so that nothing is learned from `distill_teacher`: raise one "
+            "of them, as in `distill_alpha=0.9`, or leave `distill_teacher` out."
         )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ..criteria import CRITERIA, Criterion
 from ..methods import create_from_options
 from ..patterns import Pattern
-from ..registry import format_value
+from ..registry import format_options, format_value
 from ..requires import Requires
 from ..solvers import SOLVERS, Solver
 from .base import FLAG, PruningOptions, mappings, option
@@ -47,8 +47,8 @@ class OneshotConfig(PruningOptions):
         >>> OneshotConfig(target_sparsity=0.5, solver="sparsegpt", scope="global")
         Traceback (most recent call last):
         ...
-        hf_sparse.config.base.PruningConfigError: scope is "global", but solver "sparsegpt" selects within a layer: \
-use scope=layer, or name a criterion, as in criterion="wanda".
+        hf_sparse.config.base.PruningConfigError: `scope` is "global", but `solver` "sparsegpt" selects within a \
+layer: use `scope="layer"`, or name a criterion, as in `criterion="wanda"`.
 
     Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023; Frantar &
     Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023.
@@ -161,11 +161,15 @@ use scope=layer, or name a criterion, as in criterion="wanda".
         errors = self._take_layer_sparsity() if self.layer_sparsity is not None else []
         errors += super()._errors()
         if type(self.forwards) is int and self.forwards not in (1, 2):
-            errors.append(f"forwards is {format_value(self.forwards)}: it must be 1 or 2.")
+            errors.append(f"`forwards` is {format_value(self.forwards)}: it must be 1 or 2.")
         if self.forwards == 1 and any(values.get("permute") for values in (self._values(), *mappings(self.groups))):
-            errors.append("forwards=1 prunes while data passes through, and permute needs its end: use forwards=2.")
+            errors.append(
+                "`forwards=1` prunes while data passes through, and `permute` needs its end: use `forwards=2`."
+            )
         if self.forwards == 1 and self.sequential is False:
-            errors.append("forwards=1 prunes while data passes through, and sequential=False does not: choose one.")
+            errors.append(
+                "`forwards=1` prunes while data passes through, and `sequential=False` does not: choose one."
+            )
         errors += self._reconstruct_errors()
         choices = {"activations": ACTIVATIONS, "on_unreached": ON_UNREACHED}
         choices |= {} if self.quality is None else {"quality": QUALITIES}
@@ -176,24 +180,26 @@ use scope=layer, or name a criterion, as in criterion="wanda".
     def _preset_note(self, errors: Sequence[str]) -> list[str]:
         """Where an error is about an option that the preset has set, a line that says so."""
         text = " ".join(error for error in errors if "unknown option" not in error)  # those list all options
-        chosen = [f'{name}="{value}"' for name, value in self._preset.items() if name in text]
-        return [f'quality "{self.quality}" sets {", ".join(chosen)}: give others, or leave it out.'] if chosen else []
+        chosen = [f'`{name}="{value}"`' for name, value in self._preset.items() if name in text]
+        return (
+            [(f'`quality` "{self.quality}" sets {", ".join(chosen)}: give others, or leave it out.')] if chosen else []
+        )
 
     def _reconstruct_errors(self) -> list[str]:
         """The errors of options that are reconstruct's own, or do not go with it."""
         if not self.reconstruct:
             given = format_value(self.reconstruct_kwargs)
-            unused = f"reconstruct_kwargs is {given}, but reconstruct is off: turn it on, or leave them out."
+            unused = f"`reconstruct_kwargs` is {given}, but `reconstruct` is off: turn it on, or leave them out."
             return [unused] if self.reconstruct_kwargs else []
         errors = []
         if self.sequential is False:
-            errors.append("reconstruct tunes block by block, and sequential=False does not: choose one.")
+            errors.append("`reconstruct` tunes block by block, and `sequential=False` does not: choose one.")
         if self.forwards == 1:
-            errors.append("reconstruct tunes a block between two forwards: use forwards=2, or leave it out.")
+            errors.append("`reconstruct` tunes a block between two forwards: use `forwards=2`, or leave it out.")
         try:
             self.reconstruction  # noqa: B018 - raises if an option is invalid
         except ValueError as error:
-            errors.append(f"reconstruct_kwargs: {error}.")
+            errors.append(f"`reconstruct_kwargs`: {error}.")
         except TypeError:
             pass  # reported as an option of the wrong type
         return errors
@@ -205,18 +211,18 @@ use scope=layer, or name a criterion, as in criterion="wanda".
             return None
         options = self.reconstruct_kwargs or {}
         if not isinstance(options, Mapping):
-            raise TypeError(f"reconstruct_kwargs is {format_value(options)}: it must be a mapping.")
-        return create_from_options(Reconstruction, options, "reconstruct", "reconstruct_kwargs")
+            raise TypeError(f"`reconstruct_kwargs` is {format_value(options)}: it must be a mapping.")
+        return create_from_options(Reconstruction, options, "`reconstruct`", "reconstruct_kwargs")
 
     def _take_layer_sparsity(self) -> list[str]:
         """Replaces each entry by a group."""
         given, self.layer_sparsity = self.layer_sparsity, None
         if not isinstance(given, Mapping):
-            return [f"layer_sparsity is {format_value(given)}: it must be a mapping of names to sparsities."]
+            return [f"`layer_sparsity` is {format_value(given)}: it must be a mapping of names to sparsities."]
         options = ("groups", "targets", "target_sparsity")
         clashes = [name for name in options if getattr(self, name) not in (None, self.defaults.get(name))]
         if clashes:
-            return [f"layer_sparsity names the layers and their sparsities: leave {', '.join(clashes)} out."]
+            return [f"`layer_sparsity` names the layers and their sparsities: leave {format_options(clashes)} out."]
         self.groups = {name: {"targets": [name], "target_sparsity": share} for name, share in given.items()}
         return []
 
@@ -234,7 +240,7 @@ use scope=layer, or name a criterion, as in criterion="wanda".
             name: values[name] for name in schedule & values.keys() if values[name] not in (None, defaults.get(name))
         }
         if given:
-            names = ", ".join(f"{name} ({value!r})" for name, value in sorted(given.items()))
+            names = ", ".join(f"`{name}` ({value!r})" for name, value in sorted(given.items()))
             raise ValueError(f"{where}one-shot pruning has a single prune step and does not train: remove {names}.")
         return {name: value for name, value in values.items() if name not in schedule}
 

@@ -104,7 +104,7 @@ def _upgrade_regrow(values: Mapping[str, Any]) -> dict[str, Any]:
     if any(fraction != fractions[0] for fraction in fractions):
         raise ValueError(
             f"regrow of an earlier version differs between groups ({', '.join(map(str, fractions))}), and the option "
-            'that has replaced it, algorithm="granet", is of the whole run: give all groups one value.'
+            'that has replaced it, `algorithm="granet"`, is of the whole run: give all groups one value.'
         )
     if not fractions[0]:
         return values
@@ -151,10 +151,10 @@ def replace_instances(values: dict[str, Any]) -> list[str]:
         try:
             values[method], kwargs = registry.name_and_options(instance)
         except ValueError as error:
-            errors.append(f"{method}: {error}")
+            errors.append(f"`{method}`: {error}")
             values[method], kwargs = None, {}
         if values.get(f"{method}_kwargs"):
-            errors.append(f"{method} is an instance with its own options: leave {method}_kwargs out.")
+            errors.append(f"`{method}` is an instance with its own options: leave `{method}_kwargs` out.")
         values[f"{method}_kwargs"] = kwargs
     if isinstance(pattern := values.get("pattern"), Pattern):
         values["pattern"] = str(pattern)
@@ -165,6 +165,6 @@ def replace_instances(values: dict[str, Any]) -> list[str]:
         else:
             if known != pattern:
                 errors.append(
-                    f"pattern {pattern!r} is written as {pattern}, which means {known!r}: define its __str__."
+                    f"`pattern` {pattern!r} is written as {pattern}, which means {known!r}: define its __str__."
                 )
     return errors

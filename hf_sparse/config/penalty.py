@@ -29,6 +29,6 @@ def penalty_errors(options: SimpleNamespace) -> list[str]:
     if options.penalty is None or target_of(options):
         return []
     return [
-        f'penalty is "{options.penalty}", but nothing is pruned: give target_sparsity, as in target_sparsity=0.8, or '
-        "leave penalty out."
+        f'`penalty` is "{options.penalty}", but nothing is pruned: give `target_sparsity`, as in '
+        "`target_sparsity=0.8`, or leave `penalty` out."
     ]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..algorithms import ALGORITHMS, Algorithm
 from ..patterns import get_pattern
+from ..registry import format_options
 from ..schedulers import PruningSchedule, Scheduler, get_scheduler
 from .base import PruningOptions
 from .distillation import DistillationOptions, distillation_errors
@@ -40,9 +41,9 @@ class PruningConfig(ScheduleOptions, PenaltyOptions, DistillationOptions, Prunin
         Traceback (most recent call last):
         ...
         hf_sparse.config.base.PruningConfigError: 2 errors in the pruning config:
-        - criterion is "magnitud": known are block_influence, fisher, fluctuation, gradient, greedy_movement, \
+        - `criterion` is "magnitud": known are block_influence, fisher, fluctuation, gradient, greedy_movement, \
 magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Did you mean "magnitude"?
-        - target_sparsity is 1.5: it must be a number from 0 to 1 (0.8 prunes 80%).
+        - `target_sparsity` is 1.5: it must be a number from 0 to 1 (0.8 prunes 80%).
     """
 
     defaults: ClassVar[dict[str, Any]] = (
@@ -70,8 +71,8 @@ magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Di
         if self.rewind is None or any(target_of(group) for group in groups):
             return []
         return [
-            "rewind restarts training after the last prune step, but nothing is pruned: give target_sparsity, as in "
-            "target_sparsity=0.8, or leave rewind out."
+            "`rewind` restarts training after the last prune step, but nothing is pruned: give `target_sparsity`, as "
+            "in `target_sparsity=0.8`, or leave `rewind` out."
         ]
 
     @classmethod
@@ -80,7 +81,7 @@ magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Di
         solver = values.pop("solver", None)
         if solver not in (None, DEFAULT_SOLVER):
             raise ValueError(
-                f'{where}solver is "{solver}": weights are updated by one-shot pruning only. Remove it, or use '
+                f'{where}`solver` is "{solver}": weights are updated by one-shot pruning only. Remove it, or use '
                 "prune_oneshot with OneshotConfig."
             )
         return values
@@ -98,13 +99,13 @@ magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Di
         errors += self._scheduler_errors(options) if algorithm.follows_scheduler else []
         if options.rewind is not None and options.rewind_weights and not algorithm.can_rewind:
             errors.append(
-                f'rewind restores weights of an earlier step, but in algorithm "{options.algorithm}" they follow from '
-                'other values that are learned: use rewind_weights=False, or algorithm="gradual".'
+                f'`rewind` restores weights of an earlier step, but in `algorithm` "{options.algorithm}" they follow '
+                'from other values that are learned: use `rewind_weights=False`, or `algorithm="gradual"`.'
             )
         if not algorithm.uses_criterion and options.criterion is not None:
             errors.append(
-                f'criterion is "{options.criterion}", but algorithm "{options.algorithm}" ranks weights by what it '
-                "learns: leave criterion out."
+                f'`criterion` is "{options.criterion}", but `algorithm` "{options.algorithm}" ranks weights by what '
+                "it learns: leave `criterion` out."
             )
         return errors
 
@@ -119,8 +120,8 @@ magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Di
             if getattr(options, name) != self.defaults[name]
         ]
         reason = "the target is reached in the first prune step"
-        remedy = 'leave it out, or use scheduler="iterative" with prune_end after prune_start.'
-        return [f"{name} has no effect, because {reason}: {remedy}" for name in unused]
+        remedy = 'leave it out, or use `scheduler="iterative"` with `prune_end` after `prune_start`.'
+        return [f"`{name}` has no effect, because {reason}: {remedy}" for name in unused]
 
     @property
     def unused_options(self) -> list[str]:
@@ -138,10 +139,10 @@ magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Di
         if not (names := self.unused_options):
             return None
         verb = "has" if len(names) == 1 else "have"
-        reason = "keep_zeros alone prunes nothing more" if self.keep_zeros else "nothing is pruned"
+        reason = "`keep_zeros` alone prunes nothing more" if self.keep_zeros else "nothing is pruned"
         return (
-            f"{', '.join(names)} {verb} no effect, because {reason}: give target_sparsity, as in target_sparsity=0.8, "
-            f"or leave {', '.join(names)} out."
+            f"{format_options(names)} {verb} no effect, because {reason}: give `target_sparsity`, as in "
+            f"`target_sparsity=0.8`, or leave {format_options(names)} out."
         )
 
     def schedule(self, max_steps: int) -> PruningSchedule:

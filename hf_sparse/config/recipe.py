@@ -143,8 +143,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         is_json = Path(path).suffix.lower() == ".json"
         values = parse_json(read_text(path)) if is_json else parse_yaml(read_text(path, MAX_YAML_BYTES))
     except (OSError, ValueError) as error:
-        raise ValueError(f"pruning_config {path} cannot be read: {error}.") from error
+        raise ValueError(f"`pruning_config` {path} cannot be read: {error}.") from error
     if not isinstance(values, dict):
         held = "is empty" if values is None else f"holds {type(values).__name__}"
-        raise ValueError(f"pruning_config {path} must hold options and their values, but {held}.")
+        raise ValueError(f"`pruning_config` {path} must hold options and their values, but {held}.")
     return values

@@ -42,16 +42,16 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}: it must be at least 1, as in 300")
+            raise ValueError(f"`steps` is {self.steps}: it must be at least 1, as in 300")
         if self.samples is not None and self.samples < 1:
-            raise ValueError(f"samples is {self.samples}: it must be at least 1, as in 16, or left out")
+            raise ValueError(f"`samples` is {self.samples}: it must be at least 1, as in 16, or left out")
         if self.window < 1:
-            raise ValueError(f"window is {self.window}: it must be at least 1, as in 3")
+            raise ValueError(f"`window` is {self.window}: it must be at least 1, as in 3")
         if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout is {self.holdout}: it must be above 0 and below 1, as in 0.125")
+            raise ValueError(f"`holdout` is {self.holdout}: it must be above 0 and below 1, as in 0.125")
         if self.inputs not in INPUTS:
-            raise ValueError(f'inputs is "{self.inputs}": it must be {" or ".join(INPUTS)}')
+            raise ValueError(f'`inputs` is "{self.inputs}": it must be {" or ".join(INPUTS)}')
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ValueError(
-                f"learning_rate is {self.learning_rate}: it must be above 0 and at most 1, as in 0.01, or left out"
+                f"`learning_rate` is {self.learning_rate}: it must be above 0 and at most 1, as in 0.01, or left out"
             )

@@ -202,8 +202,8 @@ class ResolvedGroup:
         sizes = {layer.numel // group.num_units(layer) for layer in group.layers}
         if group.scope == "global" and len(sizes) > 1:
             raise ValueError(
-                f'scope "global" ranks units of one size, but with pattern "{group.pattern}" they hold '
-                f"{sorted(sizes)} weights: use scope=layer, or groups of layers with equal units."
+                f'`scope` "global" ranks units of one size, but with `pattern` "{group.pattern}" they hold '
+                f'{sorted(sizes)} weights: use `scope="layer"`, or groups of layers with equal units.'
             )
         return group
 

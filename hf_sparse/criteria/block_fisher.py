@@ -77,11 +77,11 @@ class BlockFisherCriterion(GradientHistoryCriterion):
         for name in ("block_size", "num_gradients"):
             number = getattr(self, name)
             if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}: it must be at least 1, as in 50")
+                raise ValueError(f"`{name}` is {number}: it must be at least 1, as in 50")
         if not 0 < self.dampening < math.inf:
-            raise ValueError(f"dampening is {self.dampening}: it must be above 0, as in 1.0")
+            raise ValueError(f"`dampening` is {self.dampening}: it must be above 0, as in 1.0")
         if self.dtype not in DTYPES:
-            raise ValueError(f'dtype is "{self.dtype}": it must be {" or ".join(DTYPES)}')
+            raise ValueError(f'`dtype` is "{self.dtype}": it must be {" or ".join(DTYPES)}')
 
     @abstractmethod
     def inverse_of_units(self, fisher: FisherBlocks, width: int) -> torch.Tensor:

@@ -62,7 +62,7 @@ class MFAC(BlockFisherCriterion):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dampening < LEAST_DAMPENING:
-            raise ValueError(f"dampening is {self.dampening}: it must be at least {LEAST_DAMPENING}, as in 1.0")
+            raise ValueError(f"`dampening` is {self.dampening}: it must be at least {LEAST_DAMPENING}, as in 1.0")
 
     def inverse_of_units(self, fisher: FisherBlocks, width: int) -> torch.Tensor:
         # Gᵀ·K⁻¹·G = (L⁻¹·G)ᵀ·(L⁻¹·G) for K = L·Lᵀ.

@@ -42,9 +42,9 @@ class OptimalBrainSurgeon(UnitCriterion):
 
     def __post_init__(self) -> None:
         if not 0 < self.ridge <= 1:
-            raise ValueError(f"ridge is {self.ridge}: it must be above 0 and at most 1, as in 0.01")
+            raise ValueError(f"`ridge` is {self.ridge}: it must be above 0 and at most 1, as in 0.01")
         if self.columns_at_once < 1:
-            raise ValueError(f"columns_at_once is {self.columns_at_once}: it must be 1 or more, as in 16")
+            raise ValueError(f"`columns_at_once` is {self.columns_at_once}: it must be 1 or more, as in 16")
 
     def score_units(
         self, weight_RI: torch.Tensor, gram_II: torch.Tensor, width: int, count: int | None = None

@@ -41,7 +41,7 @@ class RelativeImportance(Criterion):
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < float("inf"):
-            raise ValueError(f"alpha is {self.alpha}: it must be 0 or more, as in 0.5")
+            raise ValueError(f"`alpha` is {self.alpha}: it must be 0 or more, as in 0.5")
 
     def prepare_statistic(self, weight_RC: torch.Tensor, norms_C: torch.Tensor) -> torch.Tensor:
         """Returns (R, C) (1 / Σ_k |w_ik| + 1 / Σ_k |w_kj|)·‖x_j‖^alpha, float32."""

@@ -29,6 +29,6 @@ class SnipMomentum(GradientCriterion):
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay is {self.decay}: it must be from 0 to 1, as in 0.9")
+            raise ValueError(f"`decay` is {self.decay}: it must be from 0 to 1, as in 0.9")
 
     saliency = ProductSaliency(weighted=True, function="abs")

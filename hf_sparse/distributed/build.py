@@ -41,7 +41,7 @@ def _build_shard(name: str, parameter: torch.Tensor) -> Shard:
         if hasattr(parameter, "device_mesh") and hasattr(parameter, "placements"):
             return DTensorShard(parameter)
         if isinstance(parameter, _flat_parameter()) or getattr(parameter, "_fsdp_flattened", False):
-            raise NotImplementedError("it is flattened by FSDP version 1: set fsdp_config version to 2")
+            raise NotImplementedError("it is flattened by FSDP version 1: set version 2 in `fsdp_config`")
         if parameter.is_meta:
             raise NotImplementedError("it is on the meta device, where it holds no values")
     except NotImplementedError as error:

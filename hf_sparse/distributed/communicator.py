@@ -180,17 +180,17 @@ def parse_device(name: str) -> torch.device:
         >>> parse_device("gpu")
         Traceback (most recent call last):
         ...
-        ValueError: device is "gpu": it must be one of torch, such as cpu, cuda or cuda:1.
+        ValueError: `device` is "gpu": it must be one of torch, such as cpu, cuda or cuda:1.
     """
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f'device is "{name}": it must be one of torch, such as cpu, cuda or cuda:1.') from error
+        raise ValueError(f'`device` is "{name}": it must be one of torch, such as cpu, cuda or cuda:1.') from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         found = "no CUDA device" if count == 0 else f"{count} CUDA device{'s' * (count > 1)}, counted from 0"
-        remedy = "device=cpu" if count == 0 else f"device=cuda:{count - 1}"
-        raise ValueError(f"device is {name}, but torch finds {found} here: use {remedy}.")
+        remedy = '`device="cpu"`' if count == 0 else f'`device="cuda:{count - 1}"`'
+        raise ValueError(f"`device` is {name}, but torch finds {found} here: use {remedy}.")
     return device
 
 

@@ -68,9 +68,9 @@ class EmptiedLayers:
         groups = [group for group in self._groups if group.name in names]
         # Half of what the target leaves of an average layer.
         bound = 1 - (1 - max(group.target for group in groups)) / 2
-        remedies = [f"max_sparsity_per_layer={bound:.6g}"]
+        remedies = [f"`max_sparsity_per_layer={bound:.6g}`"]
         if all(group.scope == "global" for group in groups):
-            remedies.append('scope="layer"')
+            remedies.append('`scope="layer"`')
         first = next(iter(new))
-        remedies.append(f'exclude=["{first.name.removesuffix(".weight")}"] for a layer that the task does not need')
+        remedies.append(f'`exclude=["{first.name.removesuffix(".weight")}"]` for a layer that the task does not need')
         return f"{', '.join(remedies[:-1])}, or {remedies[-1]}"

@@ -161,7 +161,7 @@ class Pruner:
             else:
                 raise RuntimeError(
                     f'group "{group.name}" cannot reach its target: criterion "{group.options.criterion_name}" has '
-                    "observed no finite gradient up to the last prune step. Prune later (prune_end), lower the loss "
+                    "observed no finite gradient up to the last prune step. Prune later (`prune_end`), lower the loss "
                     "scale, or use a criterion without gradients."
                 )
         self._check_masks_across_ranks()

@@ -39,7 +39,8 @@ def resolve_layers(
         where = f'group "{name}": ' if config.groups else ""
         units, layers, problems = _select(model, all_layers, options)
         problems += [
-            f'"{layer.name}" of shape {layer.shape} holds no weights: exclude it, as with exclude=["{layer.module}"].'
+            f'"{layer.name}" of shape {layer.shape} holds no weights: exclude it, as with '
+            f'`exclude=["{layer.module}"]`.'
             for layer in layers
             if not layer.numel
         ]
@@ -60,7 +61,7 @@ def resolve_layers(
             except ValueError as error:
                 errors.append(f"{where}{error}")
         elif layers and not divisible and options.on_indivisible == "skip":
-            errors.append(f'{where}pattern "{options.pattern}" divides none of the {len(layers)} selected weights.')
+            errors.append(f'{where}`pattern` "{options.pattern}" divides none of the {len(layers)} selected weights.')
     if not errors:
         errors += _frozen_errors(model, groups)
     if errors:
@@ -91,7 +92,7 @@ def _select(
     found = find_unit_groups(model, kind)
     if not found:
         remedy = 'choose another pattern, such as "channel".'
-        return [], [], [f'pattern "{options.pattern}" finds none of its units in {type(model).__name__}: {remedy}']
+        return [], [], [f'`pattern` "{options.pattern}" finds none of its units in {type(model).__name__}: {remedy}']
     names = {name for group in found for name in group.parameters}
     members = [layer for layer in all_layers if layer.name in names]
     targeted, errors = select_layers(members, options.targets, None)
@@ -105,7 +106,7 @@ def _select(
     ]
     errors += more
     if not units and not errors:
-        errors.append(f"nothing is left to prune: targets={options.targets}, exclude={options.exclude}.")
+        errors.append(f"nothing is left to prune: `targets={options.targets}`, `exclude={options.exclude}`.")
     selected = {name for group in units for name in group.parameters}
     return units, [layer for layer in members if layer.name in selected], errors
 
@@ -134,7 +135,7 @@ def _divisible(
         else:
             errors.append(
                 f'{where}{problem}, but "{layer.name}" has {rows} outputs and {columns} inputs. Exclude it with '
-                f'exclude=["{layer.module}"], set on_indivisible="skip", or choose pattern="unstructured".'
+                f'`exclude=["{layer.module}"]`, set `on_indivisible="skip"`, or choose `pattern="unstructured"`.'
             )
     return divisible
 
@@ -147,16 +148,16 @@ def _frozen_errors(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[st
             continue
         needs = []
         if group.penalty is not None:
-            what = f'penalty "{group.penalty_name}" draws weights towards zero in training'
-            needs.append((what, "leave penalty out"))
+            what = f'`penalty` "{group.penalty_name}" draws weights towards zero in training'
+            needs.append((what, "leave `penalty` out"))
         if group.algorithm.reads_gradients:
-            remedy = 'use algorithm="gradual" and criterion="magnitude"'
-            needs.append((f'algorithm "{group.algorithm_name}" needs gradients', remedy))
+            remedy = 'use `algorithm="gradual"` and `criterion="magnitude"`'
+            needs.append((f'`algorithm` "{group.algorithm_name}" needs gradients', remedy))
         elif group.requires & Requires.GRADIENTS:
-            needs.append((f'criterion "{group.criterion_name}" needs gradients', 'use criterion="magnitude"'))
+            needs.append((f'`criterion` "{group.criterion_name}" needs gradients', 'use `criterion="magnitude"`'))
         errors += [
             f'{what}, but "{frozen[0].name}" is frozen (requires_grad=False), one of {len(frozen)} such weights of '
-            f'{len(group.layers)}: exclude them, as with exclude=["{frozen[0].module}"], or {remedy}.'
+            f'{len(group.layers)}: exclude them, as with `exclude=["{frozen[0].module}"]`, or {remedy}.'
             for what, remedy in needs
         ]
     return errors

@@ -29,7 +29,7 @@ class ModelMetric(ABC):
     """Numbers in a row of measurements."""
     labels: ClassVar[tuple[str, ...]] = ()
     """Names in a batch that must be there beside the inputs."""
-    label_remedy: ClassVar[str] = "name the label_column of the data"
+    label_remedy: ClassVar[str] = "name the `label_column` of the data"
     needs_reference: ClassVar[bool] = False
     """Whether a model is compared with the outputs of the dense model."""
 

@@ -161,7 +161,7 @@ def _check_reference(
     name = type(model).__name__
     if not metric.needs_reference:
         if reference is not None:
-            raise ValueError(f"{name} is not compared with a reference: leave it out, or pass reference=None.")
+            raise ValueError(f"{name} is not compared with a reference: leave it out, or pass `reference=None`.")
     elif reference is None:
         raise ValueError(
             f"{name} has no task head and is compared with the dense model: pass reference=reference_outputs(model, "

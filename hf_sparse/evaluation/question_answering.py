@@ -24,7 +24,7 @@ class AnswerSpans(ModelMetric):
     models: ClassVar[str] = "question answering models"
     columns: ClassVar[int] = 2  # exact match, F1
     labels: ClassVar[tuple[str, ...]] = ("start_positions", "end_positions")
-    label_remedy: ClassVar[str] = "name the label_column of the data, which holds answers as in SQuAD"
+    label_remedy: ClassVar[str] = "name the `label_column` of the data, which holds answers as in SQuAD"
 
     def fits(self, model: nn.Module) -> bool:
         return has_head(model, "ForQuestionAnswering")

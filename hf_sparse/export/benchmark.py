@@ -185,15 +185,15 @@ def _check(models: Sequence[str], batch_sizes: Sequence[int], runtimes: Sequence
         raise ValueError(f"{len(models)} models are too many for one table: name at most {len(_LABELS)}.")
     for name in runtimes or ():
         if name not in PACKAGES:
-            raise ValueError(f'runtime is "{name}": it must be one of {", ".join(PACKAGES)}.')
+            raise ValueError(f'`runtime` is "{name}": it must be one of {", ".join(PACKAGES)}.')
         require("export", *PACKAGES[name])
     parse_device(device)
     if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"batch is {list(batch_sizes)}: it must be one or more numbers from 1.")
+        raise ValueError(f"`batch` is {list(batch_sizes)}: it must be one or more numbers from 1.")
     if device != "cpu" and set(runtimes or ()) & {"onnx", "openvino"}:
-        raise ValueError(f'device is "{device}": onnx and openvino are measured on the CPU only.')
+        raise ValueError(f'`device` is "{device}": onnx and openvino are measured on the CPU only.')
     if device != "cpu" and (exported := [model for model in models if exported_runtime(model)]):
-        raise ValueError(f'device is "{device}": {exported[0]} is exported, and measured on the CPU only.')
+        raise ValueError(f'`device` is "{device}": {exported[0]} is exported, and measured on the CPU only.')
     for model in models:
         if exported_runtime(model) is None:
             check_model(model)

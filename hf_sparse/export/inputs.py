@@ -20,7 +20,7 @@ def input_names(model: PreTrainedModel) -> list[str]:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f'models of type "{config.model_type}" have an encoder and a decoder, which run in two programs: export '
-            "their parts by themselves, or use --runtime torch."
+            'their parts by themselves, or use `runtime="torch"`.'
         )
     if main == "pixel_values":
         return [main]
@@ -51,7 +51,7 @@ def random_inputs(model: PreTrainedModel, batch_size: int, length: int, seed: in
         return {"pixel_values": torch.randn(batch_size, config.num_channels, height, width, generator=generator)}
     positions = getattr(config, "max_position_embeddings", None)
     if positions and length > positions:
-        raise ValueError(f"length is {length}: the model has {positions} positions.")
+        raise ValueError(f"`length` is {length}: the model has {positions} positions.")
     # The first ids are often special: padding, which some models detect by its id.
     first = min(10, config.vocab_size // 2)
     ids = torch.randint(first, config.vocab_size, (batch_size, length), generator=generator)

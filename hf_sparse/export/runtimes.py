@@ -65,7 +65,7 @@ def generation_runtime(model: PreTrainedModel) -> Runtime:
     """
     generator: Any = model
     if not model.can_generate():
-        raise ValueError(f'{type(model).__name__} cannot generate text: leave out the runtime "generate".')
+        raise ValueError(f'{type(model).__name__} cannot generate text: leave "generate" out of `runtime`.')
 
     def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -73,7 +73,7 @@ def generation_runtime(model: PreTrainedModel) -> Runtime:
         if length > getattr(model.config, "max_position_embeddings", length):
             raise ValueError(
                 f"{length - NEW_TOKENS} tokens and {NEW_TOKENS} new ones are more than the model's "
-                f"{model.config.max_position_embeddings} positions: choose a smaller length."
+                f"{model.config.max_position_embeddings} positions: choose a smaller `length`."
             )
         return generator.generate(
             **moved, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0

@@ -141,7 +141,7 @@ def accelerate_2of4(
     if not tokens or any(count < 1 for count in tokens):
         raise ValueError(f"tokens is {tokens}: give one number of 1 or more, or several, as in (1, 4096)")
     if not min_speedup >= 1:
-        raise ValueError(f"min_speedup is {min_speedup}: it must be 1 or more, so that no layer becomes slower")
+        raise ValueError(f"`min_speedup` is {min_speedup}: it must be 1 or more, so that no layer becomes slower")
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     _check_devices(modules.values())
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))

@@ -59,8 +59,8 @@ def export_model(
     _check_options(to, dtype, int8, calibration_file)
     if calibration_file is None and (text_column is not None or samples != _SAMPLES):
         name = "samples" if text_column is None else "text_column"
-        raise ValueError(f"{name} has no effect without calibration_file: give that too, or leave {name} out.")
-    check_writable(Path(output_dir).absolute().parent, f"output_dir {output_dir}")
+        raise ValueError(f"`{name}` has no effect without `calibration_file`: give that too, or leave `{name}` out.")
+    check_writable(Path(output_dir).absolute().parent, f"`output_dir` {output_dir}")
     check_model(model)
     texts = None
     if calibration_file is not None:
@@ -72,7 +72,7 @@ def export_model(
     batches = [random_inputs(source, 4, min(length, 32), seed) for seed in range(4)]
     if texts is not None:
         if takes_images:
-            raise ValueError("calibration_file has texts, but the model takes images: leave it out.")
+            raise ValueError("`calibration_file` has texts, but the model takes images: leave it out.")
         batches = text_inputs(texts, load_tokenizer(model), length)
 
     def write(folder: Path) -> None:
@@ -89,17 +89,17 @@ def export_model(
 
 def _check_options(to: str, dtype: str | None, int8: bool, calibration_file: str | None) -> None:
     if to not in TARGETS:
-        raise ValueError(f'to is "{to}": it must be {" or ".join(TARGETS)}.')
+        raise ValueError(f'`to` is "{to}": it must be {" or ".join(TARGETS)}.')
     if dtype is not None and dtype not in PRECISIONS:
-        raise ValueError(f'dtype is "{dtype}": it must be one of {", ".join(PRECISIONS)}.')
+        raise ValueError(f'`dtype` is "{dtype}": it must be one of {", ".join(PRECISIONS)}.')
     if int8 and to != "openvino":
-        raise ValueError(f'int8 cannot be combined with to="{to}": use to="openvino".')
+        raise ValueError(f'`int8` cannot be combined with `to="{to}"`: use `to="openvino"`.')
     if int8 and calibration_file is None:
-        raise ValueError("int8 needs calibration_file: about 100 texts like those that the model will read.")
+        raise ValueError("`int8` needs `calibration_file`: about 100 texts like those that the model will read.")
     if int8 and dtype is not None:
-        raise ValueError(f'int8 and dtype="{dtype}" exclude each other: leave one of them out.')
+        raise ValueError(f'`int8` and `dtype="{dtype}"` exclude each other: leave one of them out.')
     if to == "onnx" and dtype == "bf16":
-        raise ValueError('ONNX Runtime does not compute in bf16 on CPUs: use to="openvino", or dtype="fp16".')
+        raise ValueError('ONNX Runtime does not compute in bf16 on CPUs: use `to="openvino"`, or `dtype="fp16"`.')
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:

@@ -36,7 +36,7 @@ class CardMetadata:
         >>> CardMetadata(base_model="/home/me/bert")
         Traceback (most recent call last):
             ...
-        ValueError: base_model is "/home/me/bert": it must be the name of a model on the Hub, as in "user/name". ...
+        ValueError: `base_model` is "/home/me/bert": it must be the name of a model on the Hub, as in "user/name". ...
     """
 
     base_model: str | list[str] | None = field(default=None, metadata={"help": HELP["base_model"]})
@@ -46,8 +46,8 @@ class CardMetadata:
 
     def __post_init__(self) -> None:
         errors = [
-            f'{option} is "{name}": it must be the name of a {kind} on the Hub, as in "user/name". A local '
-            f"one is named without its folders if {option} is left out."
+            f'`{option}` is "{name}": it must be the name of a {kind} on the Hub, as in "user/name". A local '
+            f"one is named without its folders if `{option}` is left out."
             for option, kind in (("base_model", "model"), ("datasets", "dataset"))
             for name in _as_list(getattr(self, option))
             if not is_hub_name(name)
@@ -55,7 +55,7 @@ class CardMetadata:
         for option, example in (("license", "apache-2.0"), ("pipeline_tag", "text-classification")):
             value = getattr(self, option)
             if value is not None and not (isinstance(value, str) and value and value == value.strip().lower()):
-                errors.append(f'{option} is "{value}": write it in lower case as the Hub does, as in {example}.')
+                errors.append(f'`{option}` is "{value}": write it in lower case as the Hub does, as in {example}.')
         if errors:
             raise ValueError(" ".join(errors))
 

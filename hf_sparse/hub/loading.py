@@ -58,7 +58,7 @@ def load_model(
         ValueError: an option is not valid, or a weight file is damaged.
     """
     if dtype not in DTYPES:
-        raise ValueError(f'dtype is "{dtype}": it must be one of {", ".join(DTYPES)}.')
+        raise ValueError(f'`dtype` is "{dtype}": it must be one of {", ".join(DTYPES)}.')
     check_model(name, **{option: value for option, value in hub_options.items() if option in _ACCESS_OPTIONS})
     try:
         config = transformers.AutoConfig.from_pretrained(name, **hub_options)
@@ -83,7 +83,7 @@ def load_tokenizer(name: str, **hub_options: Any) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(name, **hub_options)
     except (OSError, ValueError) as error:
-        raise OSError(f'"{name}" has no tokenizer ({error}): name one with tokenizer_name.') from error
+        raise OSError(f'"{name}" has no tokenizer ({error}): name one with `tokenizer_name`.') from error
 
 
 def _parse_device_map(device_map: str) -> str | dict[str, str | int]:
@@ -94,5 +94,5 @@ def _parse_device_map(device_map: str) -> str | dict[str, str | int]:
     try:
         placement = parse_json(device_map)
     except ValueError as error:
-        raise ValueError(f"device_map is not a JSON object: {error}.") from error
+        raise ValueError(f"`device_map` is not a JSON object: {error}.") from error
     return placement

@@ -65,7 +65,7 @@ def shrink_checkpoint(
         BertModel: 22,700,000 -> 19,100,000 parameters (84.1 %), 90.8 -> 76.4 MB
     """
     if not dry_run:
-        check_writable(Path(output_dir).absolute().parent, f"output_dir {output_dir}")
+        check_writable(Path(output_dir).absolute().parent, f"`output_dir` {output_dir}")
     dense: Any = load_model(model)
     options: dict[str, Any] = {"layers": layers, "experts": experts, "multiple_of": multiple_of}
     options["heterogeneous"] = heterogeneous

@@ -41,7 +41,7 @@ def check_model(
         OSError: there is none, or the Hub cannot be reached.
         ValueError: a weight file is damaged.
     """
-    where = "" if option is None else f"{option}: "
+    where = "" if option is None else f"`{option}`: "
     if Path(name).is_dir():
         _check_folder(Path(name), where)
     else:
@@ -62,7 +62,7 @@ def check_tokenizer_source(
         OSError: there is none, or the Hub cannot be reached.
     """
     if not Path(name).is_dir():
-        where = "" if option is None else f"{option}: "
+        where = "" if option is None else f"`{option}`: "
         _check_hub(name, "tokenizer_config.json", where, revision, cache_dir, token)
 
 

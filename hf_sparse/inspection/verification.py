@@ -37,7 +37,7 @@ def unmet_expectations(
         detectable_pattern(pattern)
     if min_sparsity is not None and not 0 <= min_sparsity <= 1:
         example = f" ({min_sparsity / 100:g} for {min_sparsity:g}%)" if 1 < min_sparsity <= 100 else ""
-        raise ValueError(f"min_sparsity is {min_sparsity:g}, but must be between 0 and 1{example}.")
+        raise ValueError(f"`min_sparsity` is {min_sparsity:g}, but must be between 0 and 1{example}.")
     if not contents.selected and (min_sparsity is not None or pattern is not None):
         raise InspectionError(f"{contents.source} holds no weight that looks prunable: there is nothing to check.")
     if verify and contents.report is None:
@@ -74,7 +74,7 @@ def report_differences(
         elif tensor is None:
             differences.append(f"{layer.name} is not in the files, or its zeros cannot be counted.")
         elif tensor.shape != layer.shape:
-            differences.append(f"{layer.name} is {tensor.shape}, in the report {layer.shape}.")
+            differences.append(f"`{layer.name}` is {tensor.shape}, in the report {layer.shape}.")
         elif tensor.zeros != layer.zeros:
             differences.append(f"{layer.name} has {tensor.zeros:,} zeros, in the report {layer.zeros:,}.")
         elif _lacks_pattern(tensor, layer):

@@ -39,7 +39,7 @@ def find_weight_files(source: str | Path, revision: str | None = None) -> list[P
     """
     path = Path(source)
     if revision is not None and path.exists():
-        raise InspectionError(f"revision is of models on the Hub, and {source} is on this machine: leave it out.")
+        raise InspectionError(f"`revision` is of models on the Hub, and {source} is on this machine: leave it out.")
     if path.is_dir():
         return _files_in(path)
     if path.is_file():

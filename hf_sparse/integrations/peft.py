@@ -205,7 +205,7 @@ def _validate_model(model: object) -> type:
         raise ImportError("merging adapters needs peft, which is not installed: pip install peft.") from error
     if not isinstance(model, (PeftModel, PeftMixedModel)):
         raise TypeError(
-            f"model is a {type(model).__name__}, but must be a PeftModel, as returned by get_peft_model or "
+            f"`model` is a {type(model).__name__}, but must be a PeftModel, as returned by get_peft_model or "
             "PeftModel.from_pretrained."
         )
     return BaseTunerLayer
@@ -221,7 +221,7 @@ def _validate_adapter_names(
     adapters = sorted(model.peft_config)
     if not names or not set(names) <= set(adapters):
         raise ValueError(
-            f"adapter_names={names}: the model has the adapters {', '.join(adapters)}. Name one of these."
+            f"`adapter_names={names}`: the model has the adapters {', '.join(adapters)}. Name one of these."
         )
     return names
 

@@ -274,7 +274,7 @@ def select_layers(
     excluded = set(_matching(layers, exclude or (), "exclude", errors))
     selected = [layer for layer in selected if layer not in excluded]
     if not selected and not errors:
-        errors.append(f"nothing is left to prune: targets={targets}, exclude={exclude}.")
+        errors.append(f"nothing is left to prune: `targets={targets}`, `exclude={exclude}`.")
     return selected, errors
 
 
@@ -293,12 +293,12 @@ def _matching(
         try:
             matches = {layer for layer in layers if _matches(pattern, layer)}
         except (re.error, OverflowError, RecursionError) as error:
-            errors.append(f'{field}: "{pattern}" is not a regular expression: {error}.')
+            errors.append(f'`{field}`: "{pattern}" is not a regular expression: {error}.')
             continue
         if not matches and pattern not in _ALL:
             names = [layer.module for layer in layers]
             errors.append(
-                f'{field}: "{pattern}" matches none of the {len(layers)} prunable parameters '
+                f'`{field}`: "{pattern}" matches none of the {len(layers)} prunable parameters '
                 f"(such as {', '.join(names[:3]) or 'none'}).{nearest(pattern, names)}"
             )
         matching |= matches

@@ -36,7 +36,7 @@ class ActivationCache:
 
     def __init__(self, storage: str = "cpu"):
         if storage not in ACTIVATIONS:
-            raise ValueError(f'activations are kept in "{storage}": it must be {", ".join(ACTIVATIONS)}.')
+            raise ValueError(f'`activations` is "{storage}": it must be {" or ".join(ACTIVATIONS)}.')
         self._entries: dict[int, tuple[list[Any], _pytree.TreeSpec, list[torch.device | None]]] = {}
         self._on_cpu = storage == "cpu"
         self._hosts: dict[torch.device, HostMemory] = {}

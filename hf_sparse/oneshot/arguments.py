@@ -9,6 +9,7 @@ from typing import Any
 
 from ..hub.card_metadata import HELP, CardMetadata
 from ..hub.loading import DTYPES
+from ..registry import format_options
 
 
 def option(default: Any, help: str) -> Any:  # noqa: A002 - the name that argument parsers use
@@ -16,7 +17,7 @@ def option(default: Any, help: str) -> Any:  # noqa: A002 - the name that argume
     return field(default=default, metadata={"help": help})
 
 
-_MISSING_OUTPUT = "missing output folder: pass output_dir (the second argument of hf-sparse prune), or dry_run."
+_MISSING_OUTPUT = "missing output folder: pass `output_dir` (the second argument of hf-sparse prune), or `dry_run`."
 
 
 @dataclass
@@ -90,21 +91,21 @@ class OneshotArguments:
     def __post_init__(self) -> None:
         errors = []
         if not self.model_name_or_path:
-            errors.append("missing model: pass model_name_or_path (the first argument of hf-sparse prune).")
+            errors.append("missing model: pass `model_name_or_path` (the first argument of hf-sparse prune).")
         if not self.output_dir and not self.dry_run:
             errors.append(_MISSING_OUTPUT)
         if self.dtype not in DTYPES:
-            errors.append(f'dtype is "{self.dtype}": it must be one of {", ".join(DTYPES)}.')
+            errors.append(f'`dtype` is "{self.dtype}": it must be one of {", ".join(DTYPES)}.')
         for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("max_eval_samples", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                errors.append(f"{name} is {value}: it must be {least} or more.")
+                errors.append(f"`{name}` is {value}: it must be {least} or more.")
         if self.device and self.device_map:
-            errors.append("device and device_map exclude each other: leave one of them out.")
+            errors.append("`device` and `device_map` exclude each other: leave one of them out.")
         if self.calibration_file and self.dataset_name:
-            errors.append("calibration_file and dataset_name exclude each other: leave one of them out.")
+            errors.append("`calibration_file` and `dataset_name` exclude each other: leave one of them out.")
         if self.eval and not (self.validation_file or self.dataset_name):
-            errors.append("eval needs texts: pass validation_file, or dataset_name and validation_split.")
+            errors.append("`eval` needs texts: pass `validation_file`, or `dataset_name` and `validation_split`.")
         try:
             self.card_metadata()
         except ValueError as error:
@@ -121,27 +122,27 @@ class OneshotArguments:
         """Yields an error for the options that were given and have no effect without another one."""
         calibrates = bool(self.calibration_file or self.dataset_name)
         for names, needed, is_given in (
-            (("dataset_config_name", "dataset_split", "streaming"), "dataset_name", bool(self.dataset_name)),
-            (("samples", "seed"), "calibration_file or dataset_name", calibrates),
+            (("dataset_config_name", "dataset_split", "streaming"), "`dataset_name`", bool(self.dataset_name)),
+            (("samples", "seed"), "`calibration_file` or `dataset_name`", calibrates),
             (
                 ("text_column", "label_column", "length", "batch_size", "per_row"),
-                "calibration_file or dataset_name",
+                "`calibration_file` or `dataset_name`",
                 self.reads_texts,
             ),
-            (("validation_file", "validation_split", "max_eval_samples"), "eval", self.eval),
-            (("offload_folder",), "device_map", bool(self.device_map)),
+            (("validation_file", "validation_split", "max_eval_samples"), "`eval`", self.eval),
+            (("offload_folder",), "`device_map`", bool(self.device_map)),
         ):
             unused = [] if is_given else [name for name in names if self._is_set(name)]
             if unused:
-                listed = ", ".join(unused)
+                listed = format_options(unused)
                 verb = "has" if len(unused) == 1 else "have"
                 yield f"{listed} {verb} no effect without {needed}: give that too, or leave {listed} out."
         if self.eval and self.validation_file and self._is_set("validation_split"):
-            yield "validation_split is of dataset_name, not of validation_file: leave one of the two out."
+            yield "`validation_split` is of `dataset_name`, not of `validation_file`: leave one of the two out."
         if self._is_set("model_revision") and Path(self.model_name_or_path or "").is_dir():
             yield (
-                f"model_revision is of models on the Hub, and {self.model_name_or_path} is a folder: leave "
-                "model_revision out."
+                f"`model_revision` is of models on the Hub, and {self.model_name_or_path} is a folder: leave "
+                "`model_revision` out."
             )
 
     def _is_set(self, name: str) -> bool:

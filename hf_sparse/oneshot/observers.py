@@ -284,8 +284,8 @@ def fill_unreached(observers: Sequence[InputObserver], on_unreached: str) -> Non
     if unreached and on_unreached == "error":
         raise ValueError(
             f"no token of the calibration data reaches {len(unreached)} of {len(observers)} inputs, such as that of "
-            f'"{unreached[0].name}": give more data, set on_unreached="magnitude" to prune these by magnitude, or '
-            f'leave the weight out, as with exclude=["{unreached[0].layers[0].module}"].'
+            f'"{unreached[0].name}": give more data, set `on_unreached="magnitude"` to prune these by magnitude, or '
+            f'leave the weight out, as with `exclude=["{unreached[0].layers[0].module}"]`.'
         )
     levels = [_mean_square_of_others(observer, observers) for observer in unreached]
     for observer, level in zip(unreached, levels, strict=True):

@@ -136,14 +136,14 @@ class PreparedRun:
             trace = trace_model(self.model, layers, self.batches[0], bool(self.config.sequential))
         except BlocksError as error:
             if self.samples is not None:
-                remedy = "reconstruct needs blocks: leave it out and use sequential=False."
+                remedy = "`reconstruct` needs blocks: leave it out and use `sequential=False`."
                 raise ValueError(f"{error.problem} {remedy}") from error
             raise
         repeated = [layer.module for layer in self.calibrated_layers if layer.module in trace.repeated]
         if repeated and self.single_forward:
             raise ValueError(
-                f'forwards=1 prunes a layer when it is called, but "{repeated[0]}" is called several times in one '
-                "forward: use forwards=2."
+                f'`forwards=1` prunes a layer when it is called, but "{repeated[0]}" is called several times in one '
+                "forward: use `forwards=2`."
             )
         return trace
 
@@ -181,7 +181,7 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
     _check_not_sharded(model, offloaded)
     errors = []
     if not any(group.target for group in groups):
-        errors.append("there is nothing to prune: give target_sparsity, or a pattern that implies it.")
+        errors.append("there is nothing to prune: give `target_sparsity`, or a pattern that implies it.")
     pieces, samples = batches, None
     if config.reconstruction is not None and batches:
         try:
@@ -196,7 +196,7 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
     errors += _layer_errors(observed_layers, config, batches)
     errors += _fused_expert_errors(groups)
     if config.reconstruct and torch.is_inference_mode_enabled():
-        errors.append("reconstruct computes gradients, which torch.inference_mode() rules out: prune outside of it.")
+        errors.append("`reconstruct` computes gradients, which torch.inference_mode() rules out: prune outside of it.")
     errors += _offload_errors(groups, config) if offloaded else []
     errors += _rank_errors(groups, batches)
     if errors:
@@ -230,13 +230,13 @@ def _fused_expert_errors(groups: Sequence[ResolvedGroup]) -> list[str]:
     errors = []
     for group, expert in _first_fused_expert(unit_masks):
         errors.append(
-            f'criterion "{group.criterion_name}" needs gradients of unit masks, which are not observed in fused '
-            f'experts such as "{expert}": use criterion="fluctuation".'
+            f'`criterion` "{group.criterion_name}" needs gradients of unit masks, which are not observed in fused '
+            f'experts such as "{expert}": use `criterion="fluctuation"`.'
         )
     for group, expert in _first_fused_expert(outputs):
         errors.append(
-            f'allocation "{group.allocation_name}" needs gradients of the outputs of layers, which are not observed '
-            f'in fused experts such as "{expert}": use allocation="dlp", or exclude=["{expert}"].'
+            f'`allocation` "{group.allocation_name}" needs gradients of the outputs of layers, which are not observed '
+            f'in fused experts such as "{expert}": use `allocation="dlp"`, or `exclude=["{expert}"]`.'
         )
     return errors
 
@@ -253,21 +253,21 @@ def method_requiring_data(group: ResolvedGroup) -> str | None:
     Example:
         >>> (group,) = OneshotConfig(target_sparsity=0.5).resolve_groups().values()
         >>> method_requiring_data(group)
-        'criterion "wanda"'
+        '`criterion` "wanda"'
         >>> (group,) = OneshotConfig(target_sparsity=0.5, criterion="random").resolve_groups().values()
         >>> method_requiring_data(group)
     """
     if not group.target:
         return None
     if group.permute:
-        return "permute"
+        return "`permute`"
     if group.criterion is None or group.solver.requires & Requires.CALIBRATION_DATA:
-        return f'solver "{group.solver_name}"'
+        return f'`solver` "{group.solver_name}"'
     if group.criterion.requires & Requires.CALIBRATION_DATA:
-        return f'criterion "{group.criterion_name}"'
+        return f'`criterion` "{group.criterion_name}"'
     if group.allocation.requires & Requires.CALIBRATION_DATA:
-        return f'allocation "{group.allocation_name}"'
-    return f"swaps={group.swaps}" if group.swaps else None
+        return f'`allocation` "{group.allocation_name}"'
+    return f"`swaps={group.swaps}`" if group.swaps else None
 
 
 def _check_not_sharded(model: nn.Module, offloaded: bool) -> None:
@@ -278,14 +278,14 @@ def _check_not_sharded(model: nn.Module, offloaded: bool) -> None:
     if sharded is not None:
         raise NotImplementedError(
             f'"{sharded}" is sharded over processes, but one-shot pruning needs whole weights on every process: load '
-            "the model without FSDP, tensor parallelism or ZeRO-3, or offload it (device_map)."
+            "the model without FSDP, tensor parallelism or ZeRO-3, or offload it (`device_map`)."
         )
 
 
 def methods_requiring_data(config: OneshotConfig, groups: Iterable[ResolvedGroup]) -> list[str]:
     """Returns what requires calibration data: methods of groups, and block reconstruction."""
     methods = [method for method in map(method_requiring_data, groups) if method is not None]
-    return methods + (["reconstruct"] if config.reconstruct else [])
+    return methods + (["`reconstruct`"] if config.reconstruct else [])
 
 
 def _data_errors(
@@ -306,8 +306,8 @@ def _unused_options(config: OneshotConfig, groups: Sequence[ResolvedGroup]) -> l
     given = {"sequential": config.sequential is False, "forwards": config.forwards == 1}
     given |= {"activations": config.activations != config.defaults["activations"]}
     return [
-        f"{name} has no effect, because no method that was chosen observes inputs: leave it out, or use a method that "
-        'does, as in criterion="wanda".'
+        f"`{name}` has no effect, because no method that was chosen observes inputs: leave it out, or use a method "
+        'that does, as in `criterion="wanda"`.'
         for name, is_given in given.items()
         if is_given
     ]
@@ -319,11 +319,11 @@ def _layer_errors(layers: Sequence[PrunableLayer], config: OneshotConfig, batche
     if convolutions:
         errors.append(
             f'inputs of convolutions are not observed, but "{convolutions[0]}" is one: leave it out with '
-            f'exclude=["{convolutions[0]}"], or use criterion="magnitude" without solver and swaps.'
+            f'`exclude=["{convolutions[0]}"]`, or use `criterion="magnitude"` without `solver` and `swaps`.'
         )
     experts = [layer.module for layer in layers if layer.expert_dim is not None]
     if experts and config.forwards == 1:
-        errors.append("forwards=1 does not go with fused experts, which run one after the other: use forwards=2.")
+        errors.append("`forwards=1` does not go with fused experts, which run one after the other: use `forwards=2`.")
     padded = next((index for index, batch in enumerate(batches) if is_padded(batch)), None)
     if experts and padded is not None:
         errors.append(
@@ -338,24 +338,24 @@ def _offload_errors(groups: Sequence[ResolvedGroup], config: OneshotConfig) -> l
     for group in groups:
         if group.requires & Requires.GRADIENTS:
             errors.append(
-                f'criterion "{group.criterion_name}" needs gradients, but some weights are offloaded: use '
-                'criterion="wanda", or a device that holds the model.'
+                f'`criterion` "{group.criterion_name}" needs gradients, but some weights are offloaded: use '
+                '`criterion="wanda"`, or a device that holds the model.'
             )
         elif group.requires & Requires.OUTPUT_GRADIENTS:
             errors.append(
-                f'allocation "{group.allocation_name}" needs gradients, but some weights are offloaded: use '
-                'allocation="dlp", or a device that holds the model.'
+                f'`allocation` "{group.allocation_name}" needs gradients, but some weights are offloaded: use '
+                '`allocation="dlp"`, or a device that holds the model.'
             )
         elif group.target and group.units and (group.keep_zeros or group.scores_units_by_weights):
-            reason = "keep_zeros" if group.keep_zeros else f'criterion "{group.criterion_name}"'
+            reason = "`keep_zeros`" if group.keep_zeros else f'`criterion` "{group.criterion_name}"'
             errors.append(
-                f'{reason} needs all weights of units at once, but some are offloaded: use criterion="fluctuation" '
-                "without keep_zeros, or a device that holds the model."
+                f'{reason} needs all weights of units at once, but some are offloaded: use `criterion="fluctuation"` '
+                "without `keep_zeros`, or a device that holds the model."
             )
         elif group.target and group.ranks_all_layers:
-            errors.append('scope "global" needs all weights at once, but some are offloaded: use scope=layer.')
+            errors.append('`scope` "global" needs all weights at once, but some are offloaded: use `scope="layer"`.')
     if not config.sequential:
-        errors.append("sequential=False needs all weights at once, but some are offloaded: leave it out.")
+        errors.append("`sequential=False` needs all weights at once, but some are offloaded: leave it out.")
     return errors
 
 
@@ -376,7 +376,7 @@ def _rank_errors(groups: Sequence[ResolvedGroup], batches: Sequence[Any]) -> lis
     if any(group.solver.needs_full_rank for group in groups):
         return [
             f"{text} Give {columns:,} tokens or more, several times as many for good results, or a damping, as in "
-            'solver_kwargs={"dampening": 0.01}.'
+            '`solver_kwargs={"dampening": 0.01}`.'
         ]
     if any(group.solver.requires & Requires.GRAM for group in groups):
         text += " The solver's damping determines what they leave undetermined."

@@ -118,7 +118,7 @@ def _verified_channels(run: PreparedRun) -> list[UnitGroup]:
     channels = verify_free_channels(run.model, run.free_channels, row, run.communicator)
     if not channels:
         raise PruningConfigError(
-            ["permute has no effect: no layer before the selected weights can take over their order. Leave it out."]
+            ["`permute` has no effect: no layer before the selected weights can take over their order. Leave it out."]
         )
     return channels
 

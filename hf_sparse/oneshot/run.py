@@ -184,7 +184,7 @@ class _CheckpointRun:
         options: dict[str, Any] = {"streaming": args.streaming, "cache_dir": args.cache_dir}
         methods = methods_requiring_data(self._config, self._config.resolve_groups().values())
         if methods and not (args.calibration_file or args.dataset_name):
-            raise ValueError(f"{methods[0]} needs calibration data: pass calibration_file or dataset_name.")
+            raise ValueError(f"{methods[0]} needs calibration data: pass `calibration_file` or `dataset_name`.")
         if methods:
             self._texts = load_texts(
                 args.calibration_file, args.dataset_name, args.dataset_config_name, args.dataset_split, **options
@@ -215,8 +215,8 @@ class _CheckpointRun:
             metric_for(self._model)  # raises if the model cannot be evaluated
         if args.reads_texts and (inputs := getattr(self._model, "main_input_name", None)) in _OTHER_INPUTS:
             raise ValueError(
-                f"{type(self._model).__name__} reads {inputs}, not texts: leave eval and the calibration data out, or "
-                "pass batches to prune_oneshot and evaluate_model in Python."
+                f"{type(self._model).__name__} reads {inputs}, not texts: leave `eval` and the calibration data out, "
+                "or pass batches to prune_oneshot and evaluate_model in Python."
             )
         options = args.hub_options()
         if args.tokenizer_name is not None:
@@ -374,18 +374,18 @@ def _format_metrics(metrics: dict[str, float]) -> str:
 def _check_output(arguments: OneshotArguments) -> None:
     """Check that the result can be written to `output_dir`."""
     output = arguments.output_path
-    check_writable(output.absolute().parent, f"output_dir {output}")
+    check_writable(output.absolute().parent, f"`output_dir` {output}")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir():
-        raise NotADirectoryError(f"output_dir {output} is a file: name a folder.")
+        raise NotADirectoryError(f"`output_dir` {output} is a file: name a folder.")
     if not arguments.overwrite:
-        raise FileExistsError(f"output_dir {output} is not empty: name another folder, or pass --overwrite.")
+        raise FileExistsError(f"`output_dir` {output} is not empty: name another folder, or pass `overwrite=True`.")
     if Path(arguments.model_name_or_path).is_dir() and output.samefile(arguments.model_name_or_path):
-        raise FileExistsError(f"output_dir {output} is the model to prune: name another folder.")
+        raise FileExistsError(f"`output_dir` {output} is the model to prune: name another folder.")
     if not (output / "config.json").is_file():
         raise FileExistsError(
-            f"output_dir {output} holds no model (config.json), so it is not replaced: remove it yourself."
+            f"`output_dir` {output} holds no model (config.json), so it is not replaced: remove it yourself."
         )
 
 

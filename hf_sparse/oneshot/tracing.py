@@ -32,7 +32,7 @@ class BlocksError(ValueError):
         self.problem = problem
         super().__init__(
             f"{problem} Prune all layers at once, from the inputs that they have in the dense model, with "
-            "sequential=False."
+            "`sequential=False`."
         )
 
 
@@ -182,7 +182,7 @@ def _check_reached(layers: Sequence[PrunableLayer], num_calls: Counter[str]) -> 
         raise ValueError(
             f"{len(unreached)} of {len(layers)} selected weights are never reached by a forward on the first row of "
             f"the calibration data, such as {', '.join(unreached[:3])}: nothing is known of their inputs. Leave them "
-            f'out, as with exclude=["{unreached[0]}"], or give calibration data that reaches them.'
+            f'out, as with `exclude=["{unreached[0]}"]`, or give calibration data that reaches them.'
         )
 
 

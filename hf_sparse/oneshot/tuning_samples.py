@@ -54,8 +54,8 @@ class TuningSamples:
         tuned = total - held_out
         if tuned < 1:
             raise ValueError(
-                f"reconstruct needs two calibration samples or more, one of them to judge the result, but there are "
-                f"{total}: give more, or leave reconstruct out."
+                f"`reconstruct` needs two calibration samples or more, one of them to judge the result, but there are "
+                f"{total}: give more, or leave `reconstruct` out."
             )
         starts = list(_step_starts(tuned, options.samples or _samples_per_step(batches, total)))
         cuts = [*(cut for start, stop in zip(starts, [*starts[1:], tuned]) for cut in _parts(start, stop, world_size))]

@@ -32,7 +32,7 @@ class Block(Pattern):
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 1:
-            raise ValueError(f'pattern "{self.height}x{self.width}" needs both sides at least 1, as in 4x1.')
+            raise ValueError(f'`pattern` "{self.height}x{self.width}" needs both sides at least 1, as in 4x1.')
 
     @property
     def deployment_note(self) -> str:
@@ -44,7 +44,7 @@ class Block(Pattern):
     def check(self, rows: int, columns: int) -> str | None:
         for side, size, name in ((self.height, rows, "output"), (self.width, columns, "input")):
             if size % side:
-                return f'pattern "{self.height}x{self.width}" needs the {name} size divisible by {side}'
+                return f'`pattern` "{self.height}x{self.width}" needs the {name} size divisible by {side}'
         return None
 
     def unit_rows(self, rows: int) -> int:

@@ -74,7 +74,7 @@ class Neuron(CoupledPattern):
     def __post_init__(self) -> None:
         if self.multiple_of < 1:
             raise ValueError(
-                f'pattern "{self}" keeps a multiple of {self.multiple_of} neurons: it must be at least 1.'
+                f'`pattern` "{self}" keeps a multiple of {self.multiple_of} neurons: it must be at least 1.'
             )
 
     def __str__(self) -> str:

@@ -38,7 +38,7 @@ class NOfM(Pattern):
     def __post_init__(self) -> None:
         if not 1 <= self.keep < self.of:
             raise ValueError(
-                f'pattern "{self.keep}:{self.of}" keeps {self.keep} of every {self.of}: it needs 1 <= N < M, as in '
+                f'`pattern` "{self.keep}:{self.of}" keeps {self.keep} of every {self.of}: it needs 1 <= N < M, as in '
                 "2:4."
             )
 
@@ -75,7 +75,7 @@ class NOfM(Pattern):
 
     def check(self, rows: int, columns: int) -> str | None:
         if columns % self.of:
-            return f'pattern "{self.keep}:{self.of}" needs the input size divisible by {self.of}'
+            return f'`pattern` "{self.keep}:{self.of}" needs the input size divisible by {self.of}'
         return None
 
     def unit_columns(self, columns: int) -> int:

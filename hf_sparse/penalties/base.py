@@ -59,10 +59,10 @@ class Penalty(ABC):
 
     def __post_init__(self) -> None:
         if not 0 < self.strength < math.inf:
-            raise ValueError(f"strength is {self.strength}: it must be positive, as in 1e-4")
+            raise ValueError(f"`strength` is {self.strength}: it must be positive, as in 1e-4")
         if not (0 <= self.warmup < 1 or self.warmup == self.warmup // 1 < math.inf):
             raise ValueError(
-                f"warmup is {self.warmup}: it must be a whole number of steps, or a fraction of training below 1"
+                f"`warmup` is {self.warmup}: it must be a whole number of steps, or a fraction of training below 1"
             )
 
     @abstractmethod

@@ -37,15 +37,15 @@ class PruningSchedule:
     def __post_init__(self) -> None:
         if not 1 <= self.start <= self.end:
             raise ValueError(
-                f"prune_start is step {self.start} and prune_end is step {self.end}: "
-                "they must satisfy 1 <= prune_start <= prune_end."
+                f"`prune_start` is step {self.start} and `prune_end` is step {self.end}: "
+                "they must satisfy `1 <= prune_start <= prune_end`."
             )
         if self.every < 1:
-            raise ValueError(f"prune_every is {self.every} steps: it must be at least 1.")
+            raise ValueError(f"`prune_every` is {self.every} steps: it must be at least 1.")
         if self.rewind is not None and not 0 <= self.rewind < self.end:
             raise ValueError(
-                f"rewind is step {self.rewind} and prune_end is step {self.end}: training can only restart from a "
-                "step before prune_end. Lower rewind."
+                f"`rewind` is step {self.rewind} and `prune_end` is step {self.end}: training can only restart from a "
+                "step before `prune_end`. Lower `rewind`."
             )
 
     @classmethod
@@ -79,15 +79,15 @@ class PruningSchedule:
         for name, step in steps.items():
             if step > max_steps:
                 raise ValueError(
-                    f"prune_{name} is step {step}, but training has {max_steps} optimizer steps, so the target would "
-                    f"never be reached. Lower prune_{name}, give it as a fraction below 1, or train longer."
+                    f"`prune_{name}` is step {step}, but training has {max_steps} optimizer steps, so the target "
+                    f"would never be reached. Lower `prune_{name}`, give it as a fraction below 1, or train longer."
                 )
         if rewind is None:
             return cls(start=steps["start"], end=steps["end"], every=to_steps(every))
         if steps["end"] == max_steps:
             raise ValueError(
-                f"rewind restarts training after prune_end, step {max_steps}, which is the last step: lower "
-                "prune_end, or train longer."
+                f"`rewind` restarts training after `prune_end`, step {max_steps}, which is the last step: lower "
+                "`prune_end`, or train longer."
             )
         rewind_step = round(rewind * max_steps) if rewind < 1 else int(rewind)
         return cls(start=steps["start"], end=steps["end"], every=to_steps(every), rewind=rewind_step)

@@ -104,11 +104,11 @@ SCHEDULERS = Registry("scheduler", Scheduler)
 def _check_steps(current_prune_step: int, total_prune_steps: int) -> None:
     if total_prune_steps < 1:
         raise ValueError(
-            f"total_prune_steps is {total_prune_steps}: it must be at least 1. Check that prune_end is not after the "
-            "last training step."
+            f"`total_prune_steps` is {total_prune_steps}: it must be at least 1. Check that `prune_end` is not after "
+            "the last training step."
         )
     if current_prune_step < 0:
-        raise ValueError(f"current_prune_step is {current_prune_step}: it must be at least 0.")
+        raise ValueError(f"`current_prune_step` is {current_prune_step}: it must be at least 0.")
 
 
 @register_scheduler("oneshot")

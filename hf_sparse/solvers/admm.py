@@ -83,11 +83,11 @@ class ADMM(Solver):
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
-            raise ValueError(f"iterations is {self.iterations}: it must be 1 or more, as in {ITERATIONS}")
+            raise ValueError(f"`iterations` is {self.iterations}: it must be 1 or more, as in {ITERATIONS}")
         if not 1e-3 <= self.rho <= LAST_RHO:
-            raise ValueError(f"rho is {self.rho}: it must be from 0.001 to {LAST_RHO:g}, as in {RHO}")
+            raise ValueError(f"`rho` is {self.rho}: it must be from 0.001 to {LAST_RHO:g}, as in {RHO}")
         if not 0 <= self.dampening <= 1:
-            raise ValueError(f"dampening is {self.dampening}: it must be from 0 to 1, as in {DAMPENING}")
+            raise ValueError(f"`dampening` is {self.dampening}: it must be from 0 to 1, as in {DAMPENING}")
 
     def prepare(self, gram: GramMatrix) -> Any:
         return ScaledGram(gram, self.dampening)

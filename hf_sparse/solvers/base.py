@@ -59,7 +59,7 @@ class PruneRequest:
                 rows, columns = weight.shape
                 raise ValueError(f"{problem}, but the weight has {rows} outputs and {columns} inputs")
             if self.by_row and not self.pattern.has_rows:
-                raise ValueError(f"by_row needs several units in a row, but pattern {self.pattern} has one")
+                raise ValueError(f"`by_row` needs several units in a row, but pattern {self.pattern} has one")
             most = self.pattern.max_sparsity
             if not 0 <= self.sparsity <= most + 1e-9:
                 raise ValueError(f"sparsity is {self.sparsity}: it must be from 0 to {most:g} with {self.pattern}")

@@ -27,7 +27,7 @@ def checked_sums(gram: GramMatrix | torch.Tensor, dampening: float) -> torch.Ten
     if sums.ndim != 2 or sums.shape[0] != sums.shape[1] or sums.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"a Gram matrix must be square, in float32 or float64, but is {sums.dtype} {sums.shape}")
     if not 0 <= dampening <= 1:
-        raise ValueError(f"dampening is {dampening}: it must be from 0 to 1, as in {DAMPENING}")
+        raise ValueError(f"`dampening` is {dampening}: it must be from 0 to 1, as in {DAMPENING}")
     if not bool(torch.isfinite(sums.tril().sum())):
         raise ValueError("the Gram matrix must be finite, but holds inf or nan: check the inputs of this weight")
     if bool((sums.diagonal() < 0).any()):
@@ -90,10 +90,10 @@ class HessianFactor:
                 return lower
             if self.dampening in (0, 1):
                 raise ValueError(
-                    f"the Gram matrix is not positive definite with dampening {self.dampening}: it is rank "
-                    f"deficient, as with fewer tokens than its {len(diagonal)} inputs. Use dampening={DAMPENING}, or "
-                    "more calibration data."
+                    f"the Gram matrix is not positive definite with `dampening` {self.dampening}: it is rank "
+                    f"deficient, as with fewer tokens than its {len(diagonal)} inputs. Use `dampening={DAMPENING}`, "
+                    "or more calibration data."
                 )
             raised = min(1.0, 10 * self.dampening)
-            logger.warning("dampening %g leaves a Gram matrix indefinite: raised to %g.", self.dampening, raised)
+            logger.warning("`dampening` %g leaves a Gram matrix indefinite: raised to %g.", self.dampening, raised)
             self.dampening = raised

@@ -62,7 +62,7 @@ class LeastSquares(Solver):
 
     def __post_init__(self) -> None:
         if not 0 <= self.ridge <= 1:
-            raise ValueError(f"ridge is {self.ridge}: it must be from 0 to 1, as in {RIDGE}")
+            raise ValueError(f"`ridge` is {self.ridge}: it must be from 0 to 1, as in {RIDGE}")
 
     @property
     def needs_full_rank(self) -> bool:

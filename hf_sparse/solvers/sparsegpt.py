@@ -73,9 +73,9 @@ class SparseGPT(Solver):
 
     def __post_init__(self) -> None:
         if not 0 <= self.dampening <= 1:
-            raise ValueError(f"dampening is {self.dampening}: it must be from 0 to 1, as in {DAMPENING}")
+            raise ValueError(f"`dampening` is {self.dampening}: it must be from 0 to 1, as in {DAMPENING}")
         if self.block_size is not None and self.block_size < 1:
-            raise ValueError(f"block_size is {self.block_size}: it must be 1 or more, as in {BLOCK_SIZE}")
+            raise ValueError(f"`block_size` is {self.block_size}: it must be 1 or more, as in {BLOCK_SIZE}")
 
     @property
     def needs_full_rank(self) -> bool:
@@ -105,8 +105,8 @@ def _check(request: PruneRequest, factor: HessianFactor) -> None:
     pattern, (rows, columns) = request.pattern, request.weight_RC.shape
     if pattern is not None and pattern.max_sparsity == 1 and 1 < columns == _width(pattern, rows, columns):
         raise ValueError(
-            f'solver "sparsegpt" cannot select units of {pattern} in a weight of {columns} inputs: whole rows are '
-            'pruned, and no weight remains in them to compensate. Use solver "none", or give a mask.'
+            f'`solver` "sparsegpt" cannot select units of {pattern} in a weight of {columns} inputs: whole rows are '
+            'pruned, and no weight remains in them to compensate. Use `solver="none"`, or give a mask.'
         )
 
 

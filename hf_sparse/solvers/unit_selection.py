@@ -38,7 +38,7 @@ def check_request(request: PruneRequest, solver: str, scopes: Sequence[str], inp
     if pattern is not None and pattern.max_sparsity < 1:
         if abs((request.sparsity or 0.0) - pattern.max_sparsity) > 1e-9:
             raise ValueError(
-                f'solver "{solver}" always gives sparsity {pattern.max_sparsity:g} with {pattern}, not '
+                f'`solver` "{solver}" always gives sparsity {pattern.max_sparsity:g} with {pattern}, not '
                 f"{request.sparsity}"
             )
 

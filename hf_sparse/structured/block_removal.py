@@ -76,9 +76,9 @@ def _named_layers(reduction: Reduction, layers: LayersToKeep | None) -> dict[str
     if not isinstance(layers, Mapping):
         if len(known) != 1:
             raise ShrinkError(
-                f"layers is {list(layers)}, but these lists of blocks of {type(reduction.model).__name__} each have a "
-                f"length in the config: {_quote(known) or 'none'}. Pass a mapping from their names, or from parts of "
-                'the names such as "encoder", to numbers of blocks.'
+                f"`layers` is {list(layers)}, but these lists of blocks of {type(reduction.model).__name__} each have "
+                f"a length in the config: {_quote(known) or 'none'}. Pass a mapping from their names, or from parts "
+                'of the names such as "encoder", to numbers of blocks.'
             )
         layers = {known[0]: layers}
     chosen: dict[str, tuple[int, ...]] = {}
@@ -86,7 +86,8 @@ def _named_layers(reduction: Reduction, layers: LayersToKeep | None) -> dict[str
         names = [name for name in known if name == key or key in name.split(".")]
         if len(names) != 1:
             raise ShrinkError(
-                f'layers names "{key}", but the lists of blocks whose length can change are {_quote(known) or "none"}.'
+                f'`layers` names "{key}", but the lists of blocks whose length can change are '
+                f"{_quote(known) or 'none'}."
             )
         chosen[names[0]] = _check_numbers(reduction, names[0], numbers)
     return chosen
@@ -96,13 +97,13 @@ def _check_numbers(reduction: Reduction, name: str, numbers: Sequence[int]) -> t
     number_of_blocks, numbers = len(reduction.block_lists[name]), tuple(numbers)
     if not numbers or list(numbers) != sorted(set(numbers)) or numbers[0] < 0 or numbers[-1] >= number_of_blocks:
         raise ShrinkError(
-            f'layers is {list(numbers)} for "{name}": it must list the blocks to keep in increasing order, from 0 to '
-            f"{number_of_blocks - 1}."
+            f'`layers` is {list(numbers)} for "{name}": it must list the blocks to keep in increasing order, from 0 '
+            f"to {number_of_blocks - 1}."
         )
     if 0 not in numbers and _is_first_special(reduction, name):
         raise ShrinkError(
-            f'layers is {list(numbers)} for "{name}", but block 0 has other parameters than the blocks after it and '
-            f"cannot be removed: keep it too, with layers={[0, *numbers]}."
+            f'`layers` is {list(numbers)} for "{name}", but block 0 has other parameters than the blocks after it and '
+            f"cannot be removed: keep it too, with `layers={[0, *numbers]}`."
         )
     return numbers
 

@@ -33,7 +33,7 @@ def check_model(model: nn.Module) -> None:
                 f'"{parameter_name}" is {where}: save the whole model and load it with from_pretrained, on one device.'
             )
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise ShrinkError(f"{name} is split over devices by its device_map: load it on one device.")
+        raise ShrinkError(f"{name} is split over devices: load it on one device, without `device_map`.")
 
 
 class SmallerModel:

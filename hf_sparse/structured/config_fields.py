@@ -197,13 +197,13 @@ def table_obstacle(model: nn.Module, group: UnitGroup) -> str | None:
     if group.kind == "layer" and not stack.is_listed:
         return (
             f'whether a block of zeros is the identity is not known for "{stack.model_type}" models. Choose the '
-            "blocks to keep with shrink(model, layers=[...])."
+            "blocks to keep with `layers` of hf_sparse.shrink."
         )
     if group.kind == "layer" and not stack.is_pre_norm(getattr(model, "config", None)):
         return (
             f'a "{stack.model_type}" model has norms on its residual stream (post-norm), so a block of zeros is not '
-            "the identity and must stay. Choose the blocks to keep with shrink(model, layers=[...]) and fine-tune the "
-            "result, or prune neurons."
+            "the identity and must stay. Choose the blocks to keep with `layers` of hf_sparse.shrink and fine-tune "
+            "the result, or prune neurons."
         )
     if group.kind == "head" and stack.fields.heads is None:
         return (

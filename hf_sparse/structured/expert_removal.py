@@ -44,7 +44,7 @@ def remove_experts(reduction: Reduction, experts: ExpertsToKeep | None) -> None:
         kept = _kept_experts(reduction, module, experts, before, stack)
         numbers_kept.add(len(kept))
         if len(numbers_kept) > 1:
-            raise ShrinkError("experts must keep the same number in every block: the config has one number for all.")
+            raise ShrinkError("`experts` must keep the same number in every block: the config has one number for all.")
         if len(kept) < before:
             _keep_experts(reduction, module, kept, before)
             setattr(stack.section(reduction.config), stack.fields.experts, len(kept))
@@ -52,7 +52,7 @@ def remove_experts(reduction: Reduction, experts: ExpertsToKeep | None) -> None:
             reduction.changes += [change] if change not in reduction.changes else []
     if not numbers_kept:
         raise ShrinkError(
-            f"experts is {experts}, but no field of the config of {type(reduction.model).__name__} is known to be "
+            f"`experts` is {experts}, but no field of the config of {type(reduction.model).__name__} is known to be "
             "their number."
         )
 
@@ -66,18 +66,18 @@ def _kept_experts(
         number = int(next(block for block in blocks if is_within(module, block)).rpartition(".")[2])
         if number not in experts:
             raise ShrinkError(
-                f"experts has no entry for block {number}: it must have one for each block with experts."
+                f"`experts` has no entry for block {number}: it must have one for each block with experts."
             )
         experts = experts[number]
     kept = tuple(experts)
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= before:
         raise ShrinkError(
-            f'experts is {list(kept)} for "{module}": it must list the experts to keep in increasing order, from 0 to '
-            f"{before - 1}."
+            f'`experts` is {list(kept)} for "{module}": it must list the experts to keep in increasing order, from 0 '
+            f"to {before - 1}."
         )
     per_token = getattr(stack.section(reduction.config), "num_experts_per_tok", 1)
     if len(kept) < per_token:
-        raise ShrinkError(f"experts keeps {len(kept)}, but {per_token} compute each token: keep at least as many.")
+        raise ShrinkError(f"`experts` keeps {len(kept)}, but {per_token} compute each token: keep at least as many.")
     return kept
 
 

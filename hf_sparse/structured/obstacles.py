@@ -67,7 +67,7 @@ def selection_obstacle(model: nn.Module, groups: Sequence[UnitGroup], uneven: bo
     if uneven:
         return (
             f"layers may keep different numbers of {kind}s, but the config has one size for all of them, so that the "
-            "largest decides: use scope=layer and allocation=uniform for a model that gets smaller."
+            'largest decides: use `scope="layer"` and `allocation="uniform"` for a model that gets smaller.'
         )
     names = {plain_name(group.name) for group in groups}
     if hasattr(model, "get_base_model"):

@@ -53,10 +53,14 @@ def save_shrunk(
     if source is not None:
         source = Path(source)
         if not source.is_dir():
-            raise FileNotFoundError(f"source is {source}, which is not a folder: name the folder of the dense model.")
+            raise FileNotFoundError(
+                f"`source` is {source}, which is not a folder: name the folder of the dense model."
+            )
         inner, outer = directory.resolve(), source.resolve()
         if inner == outer or outer in inner.parents or inner in outer.parents:
-            raise ValueError(f"directory is {directory}, and source is {source}: write to a folder beside the source.")
+            raise ValueError(
+                f"`directory` is {directory}, and `source` is {source}: write to a folder beside the source."
+            )
         companions = sorted(find_companions(source))
     transformer: Any = model
 

@@ -111,7 +111,7 @@ def _reduce(
     heterogeneous: bool,
 ) -> tuple[Reduction, SmallerModel, dict[str, tuple[UnitGroup, int]]]:
     if multiple_of < 1:
-        raise ShrinkError(f"multiple_of is {multiple_of}: it must be at least 1.")
+        raise ShrinkError(f"`multiple_of` is {multiple_of}: it must be at least 1.")
     check_model(model)
     reduction = Reduction(model)
     remove_blocks(reduction, layers)

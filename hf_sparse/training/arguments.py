@@ -70,28 +70,30 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
         if errors := self._read_tune():
             raise PruningConfigError(errors)
         if self.heterogeneous and not self.shrink:
-            raise PruningConfigError(["heterogeneous needs shrink: set shrink=True, or leave heterogeneous out."])
+            raise PruningConfigError(
+                [("`heterogeneous` needs `shrink`: set `shrink=True`, or leave `heterogeneous` out.")]
+            )
         super(PruningOptions, self).__post_init__()
 
     def _read_tune(self) -> list[str]:
         """Replaces an instance by its name and options, and parses options that are text. Returns the errors."""
         if isinstance(self.tune, Tuning):
             if self.tune_kwargs:
-                return ["tune is an instance with its own options: leave tune_kwargs out."]
+                return ["`tune` is an instance with its own options: leave `tune_kwargs` out."]
             try:
                 self.tune, self.tune_kwargs = TUNINGS.name_and_options(self.tune)
             except ValueError as error:
-                return [f"tune: {error}"]
+                return [f"`tune`: {error}"]
         if isinstance(self.tune_kwargs, str):
             try:
                 self.tune_kwargs = parse_json(self.tune_kwargs)
             except ValueError as error:
-                return [f"tune_kwargs is {format_value(self.tune_kwargs)}: it must be a JSON object ({error})."]
+                return [f"`tune_kwargs` is {format_value(self.tune_kwargs)}: it must be a JSON object ({error})."]
         if self.tune_kwargs is not None and not isinstance(self.tune_kwargs, dict):
-            return [f"tune_kwargs is {format_value(self.tune_kwargs)}: it must be a mapping."]
+            return [f"`tune_kwargs` is {format_value(self.tune_kwargs)}: it must be a mapping."]
         self.tune_kwargs = self.tune_kwargs or None
         if self.tune is None:
-            return ['tune_kwargs needs tune: name one, as in tune="masked_lora".'] if self.tune_kwargs else []
+            return ['`tune_kwargs` needs `tune`: name one, as in `tune="masked_lora"`.'] if self.tune_kwargs else []
         try:
             self.tuning()
         except ValueError as error:
@@ -107,7 +109,7 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
         if self.tune is None:
             return None
         if self.tune not in TUNINGS:
-            raise ValueError(f"tune is {TUNINGS.describe(self.tune)}")
+            raise ValueError(f"`tune` is {TUNINGS.describe(self.tune)}")
         return TUNINGS.create(cast(str, self.tune), cast(dict[str, Any] | None, self.tune_kwargs))
 
     def mark_as_read(self) -> None:
@@ -120,8 +122,8 @@ class SparseTrainingArguments(PruningConfig, TrainingArguments):
         unread = getattr(self, "_read_object", None) != id(self) and self.process_index == 0
         if unread and self.distills:
             logger.warning(
-                "distill_teacher is set in the arguments, but this trainer runs no teacher: use SparseTrainer instead "
-                "of Trainer."
+                "`distill_teacher` is set in the arguments, but this trainer runs no teacher: use SparseTrainer "
+                "instead of Trainer."
             )
         if unread and self.prunes:
             what = "pruning" if self.target_sparsity is None else f"target_sparsity={self.target_sparsity}"

@@ -130,7 +130,8 @@ class SparsityCallback(TrainerCallback):
         optimizer = str(getattr(args.optim, "value", args.optim))
         if self.config.prunes and optimizer.startswith("schedule_free"):
             raise NotImplementedError(
-                f"optim={optimizer} keeps a second copy of the weights that pruning cannot reach: use adamw_torch."
+                f'`optim="{optimizer}"` keeps a second copy of the weights that pruning cannot reach: use '
+                '`optim="adamw_torch"`.'
             )
         if self.config.prunes and (errors := _training_errors(self.config)):
             raise PruningConfigError(errors)
@@ -165,7 +166,9 @@ class SparsityCallback(TrainerCallback):
             self._zero_guard.remove_hooks()  # of a training that ended with an exception
         self._zero_guard = None
         if self.owns_saving and config.distills:
-            raise ValueError("distill_teacher needs SparseTrainer: a stock Trainer runs no teacher. Or leave it out.")
+            raise ValueError(
+                "`distill_teacher` needs SparseTrainer: a stock Trainer runs no teacher. Or leave it out."
+            )
         if (error := config.unused_error()) is not None:
             raise PruningConfigError([error])
         if not config.prunes:
@@ -173,12 +176,14 @@ class SparsityCallback(TrainerCallback):
         if self.owns_saving and args.push_to_hub and "checkpoint" in HubStrategy(args.hub_strategy).value:
             logger.warning("a stock Trainer uploads checkpoints before their masks are written: use SparseTrainer.")
         if self.owns_saving and getattr(args, "shrink", False):
-            raise ValueError("shrink needs SparseTrainer: a stock Trainer saves the whole model. Or leave shrink out.")
+            raise ValueError(
+                "`shrink` needs SparseTrainer: a stock Trainer saves the whole model. Or leave `shrink` out."
+            )
         if self.owns_saving and self.tuning is not None:
-            raise ValueError("tune needs SparseTrainer: a stock Trainer trains all parameters. Or leave tune out.")
+            raise ValueError("`tune` needs SparseTrainer: a stock Trainer trains all parameters. Or leave `tune` out.")
         if self.owns_saving and config.rewind is not None:
             raise ValueError(
-                "rewind needs SparseTrainer: a stock Trainer keeps its learning rate. Or leave rewind out."
+                "`rewind` needs SparseTrainer: a stock Trainer keeps its learning rate. Or leave `rewind` out."
             )
         if self.owns_saving and self.is_finished:
             logger.warning("the run is finished, and a stock Trainer may train one more step: use SparseTrainer.")
@@ -435,7 +440,7 @@ class SparsityCallback(TrainerCallback):
         self.restore_zeros(state)
         unblock_best_metric(state)
         if not self._is_at_final_sparsity(state) and self.pruner.target:
-            text = "training ended at step %d, before prune_end (step %d): the target was not reached."
+            text = "training ended at step %d, before `prune_end` (step %d): the target was not reached."
             logger.warning(text, state.global_step, self.schedule.end)
         self._report = self.pruner.report()
         if self.owns_saving:

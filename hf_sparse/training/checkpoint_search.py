@@ -60,7 +60,7 @@ def newest_complete_checkpoint(output_dir: str | Path, weights_only: bool = Fals
     named = "".join(f" {error}" for error in errors[:_MAX_NAMED])
     more = f" {len(errors) - _MAX_NAMED} more with errors." if len(errors) > _MAX_NAMED else ""
     raise CheckpointError(
-        f"no complete checkpoint in {output_dir}: start without resume_from_checkpoint, or name one.{named}{more}"
+        f"no complete checkpoint in {output_dir}: start without `resume_from_checkpoint`, or name one.{named}{more}"
     )
 
 
@@ -121,7 +121,7 @@ def _find_error_in_files(state: ResumeState, weights_only: bool) -> str | None:
     if not missing and not weights_only:
         missing = _missing_for_resume(checkpoint, state.world_size)
     if missing:
-        return f"{_first_of(missing)}: missing. It was saved with save_only_model, or its deletion was interrupted."
+        return f"{_first_of(missing)}: missing. It was saved with `save_only_model`, or its deletion was interrupted."
     try:
         opened = {file.path for file in state.files}
     except CheckpointError:

@@ -49,8 +49,9 @@ class ConstrainedRun(AlgorithmRun):
             raise NotImplementedError(self._refusal("each weight"))
         if schedule.total < 2:
             raise ValueError(
-                f'algorithm "{self._name}" draws weights to zeros between the first prune step and the last, but '
-                f"prune_start and prune_end are both step {schedule.end}: lower prune_start, or raise prune_end."
+                f'`algorithm` "{self._name}" draws weights to zeros between the first prune step and the last, but '
+                f"`prune_start` and `prune_end` are both step {schedule.end}: lower `prune_start`, or raise "
+                "`prune_end`."
             )
         self._shards = {
             layer.name: pruner.shards[layer.name] for group in pruner.groups if group.target for layer in group.layers
@@ -64,8 +65,8 @@ class ConstrainedRun(AlgorithmRun):
 
     def _refusal(self, what: str) -> str:
         return (
-            f'algorithm "{self._name}" projects weights by the second moment that Adam holds of {what}, which '
-            f'{optimizer_name(self.optimizer)} does not: use optim="adamw_torch", or algorithm="gradual".'
+            f'`algorithm` "{self._name}" projects weights by the second moment that Adam holds of {what}, which '
+            f'{optimizer_name(self.optimizer)} does not: use `optim="adamw_torch"`, or `algorithm="gradual"`.'
         )
 
     def _strength(self, prune_steps: int) -> float:
@@ -109,8 +110,8 @@ class ConstrainedRun(AlgorithmRun):
             return True
         if prune_step == self.schedule.total:
             raise RuntimeError(
-                f'algorithm "{self._name}" cannot reach its target: the optimizer has taken no step up to the last '
-                "prune step, because no gradient was finite. Prune later (prune_end), or lower the loss scale."
+                f'`algorithm` "{self._name}" cannot reach its target: the optimizer has taken no step up to the last '
+                "prune step, because no gradient was finite. Prune later (`prune_end`), or lower the loss scale."
             )
         logger.warning("prune step %d of %d: no finite gradient so far.", prune_step, self.schedule.total)
         return False
@@ -167,7 +168,7 @@ class ConstrainedRun(AlgorithmRun):
             return
         moments = self._second_moments()
         unused = [name for name, shard in self._shards.items() if name not in moments and shard.tensor.numel()]
-        warn_of_unreached(unused, f'algorithm "{self._name}"')
+        warn_of_unreached(unused, f'`algorithm` "{self._name}"')
 
     # Logs
 

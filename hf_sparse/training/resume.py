@@ -99,7 +99,7 @@ def _check_description(values: Any, path: Path) -> None:
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} was written by a later version of hf_sparse: its format is {version}, and this version reads up "
-            f"to {FORMAT_VERSION}. Upgrade hf_sparse, or start a new run from the weights with keep_zeros=True."
+            f"to {FORMAT_VERSION}. Upgrade hf_sparse, or start a new run from the weights with `keep_zeros=True`."
         )
     if missing := _FIELDS - values.keys():
         raise ValueError(f"its description is incomplete: it lacks {', '.join(sorted(missing))}")
@@ -155,8 +155,8 @@ class ResumeState:
         if not paths:
             raise CheckpointError(
                 f"{self.checkpoint} holds no masks ({STATE_FILE}): it was not saved by a pruning run. Resume from a "
-                "checkpoint that was, or start a new run from its weights with model_name_or_path (and "
-                "keep_zeros=True to lock the zeros they have)."
+                "checkpoint that was, or start a new run from its weights with `model_name_or_path` (and "
+                "`keep_zeros=True` to lock the zeros they have)."
             )
         return [StateFile.open(path) for path in paths]
 
@@ -198,7 +198,7 @@ class ResumeState:
         config = copy.copy(config)
         for name, earlier in changed.items():
             setattr(config, name, copy.copy(earlier))
-        text = ", ".join(f"{name}={earlier}" for name, earlier in changed.items())
+        text = ", ".join(f"`{name}={earlier!r}`" for name, earlier in changed.items())
         logger.warning("resuming with the options of %s: %s.", self.checkpoint, text)
         return config
 
@@ -266,7 +266,7 @@ class ResumeState:
     def _compare_tuning(self, tuning: Tuning | None) -> None:
         remedy = "Resume with the saved values, or start a new run from its weights."
         if (tuning is None) != (self.tuning is None):
-            saved, now = ("without tune", "with it") if self.tuning is None else ("with tune", "without")
+            saved, now = ("without `tune`", "with it") if self.tuning is None else ("with `tune`", "without")
             raise CheckpointError(f"{self.checkpoint} was saved by a run {saved}, and this run is {now}. {remedy}")
         if tuning is not None and self.tuning is not None and (change := self.tuning.difference(tuning)):
             raise CheckpointError(f"the tuning differs from that of {self.tuning.path}: {change}. {remedy}")
@@ -293,7 +293,7 @@ class ResumeState:
             raise CheckpointError(
                 f"the masks in {file.path} belong to other weights than this run selects: {len(differing)} "
                 f'differ, such as "{name}" (saved {saved.get(name)}, selected {selected.get(name)}). Use the same '
-                "model, targets and exclude."
+                "model, `targets` and `exclude`."
             )
 
     def apply(self, pruner: Pruner, run: AlgorithmRun, rewinding: Rewinding | None = None) -> None:
@@ -320,8 +320,8 @@ def _steps_remedy(changes: list[str]) -> str:
     if not any(change.partition(":")[0].endswith(IN_STEPS) for change in changes):
         return ""
     return (
-        " prune_start, prune_end and prune_every take these step numbers in place of fractions: a fraction means "
-        "another step where the number of training steps is another one, which must be at least prune_end."
+        " `prune_start`, `prune_end` and `prune_every` take these step numbers in place of fractions: a fraction "
+        "means another step where the number of training steps is another one, which must be at least `prune_end`."
     )
 
 

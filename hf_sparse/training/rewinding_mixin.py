@@ -53,7 +53,7 @@ class RewindingMixin(TrainerBase):
         if self._has_given_scheduler:
             yield _refusal(f"the {type(self.lr_scheduler).__name__} that the trainer was given", "has a state")
         if "layerwise" in optimizer:
-            yield _refusal(f'that of optim="{optimizer}"', "is one for each layer")
+            yield _refusal(f'that of `optim="{optimizer}"`', "is one for each layer")
         if self.is_deepspeed_enabled and "scheduler" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
             yield _refusal("the scheduler of the DeepSpeed config", "is made by DeepSpeed")
 
@@ -86,6 +86,6 @@ def _replayed(factor: Callable[[int], float], schedule: PruningSchedule, max_ste
 
 def _refusal(scheduler: str, reason: str) -> str:
     return (
-        f"rewind runs through the schedule of the learning rate again, but {scheduler} {reason}: use "
-        'lr_scheduler_type="linear", or leave rewind out.'
+        f"`rewind` runs through the schedule of the learning rate again, but {scheduler} {reason}: use "
+        '`lr_scheduler_type="linear"`, or leave `rewind` out.'
     )

@@ -42,21 +42,23 @@ def check_shrink(model: nn.Module, config: PruningConfig, heterogeneous: bool) -
     if not coupled:
         patterns = ", ".join(dict.fromkeys(f'"{group.pattern}"' for group in groups))
         errors.append(
-            f"shrink removes whole neurons, heads and layers, but the pattern is {patterns}, whose zeros cannot be "
-            'removed: use pattern="neuron", or leave shrink out.'
+            f"`shrink` removes whole neurons, heads and layers, but the pattern is {patterns}, whose zeros cannot be "
+            'removed: use `pattern="neuron"`, or leave `shrink` out.'
         )
     elif hasattr(model, "peft_config"):
         errors.append(
-            "shrink cannot remove units of a model with adapters: leave shrink out, and after training use "
+            "`shrink` cannot remove units of a model with adapters: leave `shrink` out, and after training use "
             "merge_and_unload(model) and shrink(model)."
         )
     elif not isinstance(model, PreTrainedModel):
-        errors.append(f"shrink needs a model of transformers, which {type(model).__name__} is not: leave shrink out.")
+        errors.append(
+            f"`shrink` needs a model of transformers, which {type(model).__name__} is not: leave `shrink` out."
+        )
     else:
         uneven = [group for group in coupled if not (heterogeneous and group.pattern.has_layers)]
-        errors = [f"shrink: {warning}" for warning in removal_warnings(model, uneven)]
+        errors = [f"`shrink`: {warning}" for warning in removal_warnings(model, uneven)]
         if any(group.pattern.has_layers for group in uneven) and errors:
-            errors[-1] += " Or add heterogeneous=True: such a model opens only after `import hf_sparse`."
+            errors[-1] += " Or add `heterogeneous=True`: such a model opens only after `import hf_sparse`."
     if errors:
         raise PruningConfigError(errors)
 

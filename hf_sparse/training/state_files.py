@@ -153,14 +153,19 @@ def changed_options(saved: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     """Compares the `compared_options` of a checkpoint, which an earlier version may have written, with those of this
     run. An option that the checkpoint lacks had its default value at that time.
 
-    Returns: "name: saved value -> current value" for each option that differs.
+    Returns: "`name`: saved value -> current value" for each option that differs.
     """
     saved = PruningConfig().to_dict() | EARLIER_DEFAULTS | upgrade_options(saved)
     return [
-        f"{name}: {_shortened(saved.get(name))} -> {_shortened(value)}"
+        f"{_in_backticks(name)}: {_shortened(saved.get(name))} -> {_shortened(value)}"
         for name, value in current.items()
         if saved.get(name) != value
     ]
+
+
+def _in_backticks(option: str) -> str:
+    name = option.removesuffix(IN_STEPS)
+    return f"`{name}`{option[len(name) :]}"
 
 
 def _shortened(value: Any) -> str:

@@ -142,7 +142,9 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
         self.saved_metrics, self.is_output_shrunk = {}, False
         self._set_up_pruning()
         if self._shrinks_by_default and not self._prunes:
-            raise ValueError('shrink is set, but nothing is pruned: add pattern="neuron" and target_sparsity=0.5.')
+            raise ValueError(
+                '`shrink` is set, but nothing is pruned: add `pattern="neuron"` and `target_sparsity=0.5`.'
+            )
         self._check_tuning()
         self._check_rewinding()
         self._trackers = RunTrackers(self.callback_handler.callbacks)
@@ -178,7 +180,7 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
             else:
                 state = ResumeState(str(resume_from_checkpoint))
                 if not state.checkpoint.is_dir():
-                    raise CheckpointError(f"resume_from_checkpoint is {state.checkpoint}: there is no such folder.")
+                    raise CheckpointError(f"`resume_from_checkpoint` is {state.checkpoint}: there is no such folder.")
                 error_text = find_checkpoint_error(state, weights_only)
                 if error_text:
                     raise CheckpointError(f"{state.checkpoint} is incomplete: {error_text} Resume from another one.")
@@ -186,10 +188,10 @@ class SparseTrainerMixin(RewindingMixin, ShrinkMixin, TuningMixin, DistillationM
                 raise CheckpointError(
                     f"{state.checkpoint} was written by {state.world_size} processes, and DeepSpeed can only resume "
                     f"with the same number, not with {self.args.world_size}: start {state.world_size} processes, or "
-                    "start a new run from its weights with keep_zeros=True."
+                    "start a new run from its weights with `keep_zeros=True`."
                 )
             if weights_only:
-                text = "save_only_model is set: %s has no optimizer state, so the run is not resumed exactly."
+                text = "`save_only_model` is set: %s has no optimizer state, so the run is not resumed exactly."
                 logger.warning(text, state.checkpoint)
             config = state.with_its_defaults(callback.check(self.args, None))
             groups, _ = resolve_layers(cast(nn.Module, self.model), config)

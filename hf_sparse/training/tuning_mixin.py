@@ -53,7 +53,7 @@ class TuningMixin(TrainerBase):
         errors = [*_config_errors(name, config), *self._run_errors(name)]
         if any(hasattr(module, "adapter_layer_names") for module in model.modules()):
             errors.append(
-                f'tune is "{name}", but the model has adapters: give the model without them, or leave tune out.'
+                f'`tune` is "{name}", but the model has adapters: give the model without them, or leave `tune` out.'
             )
         elif not tuning.trained_parameters(model) and not tuning.updates_weights:
             errors.append(nothing_trained(tuning, model))
@@ -66,26 +66,26 @@ class TuningMixin(TrainerBase):
         optimizer = str(getattr(self.args.optim, "value", self.args.optim))
         if self._has_given_optimizer:
             yield (
-                f'tune is "{name}", but the trainer was given optimizers, which hold all parameters: leave optimizers '
-                "out, and choose one by optim or optimizer_cls_and_kwargs."
+                f'`tune` is "{name}", but the trainer was given optimizers, which hold all parameters: leave '
+                "optimizers out, and choose one by `optim` or optimizer_cls_and_kwargs."
             )
         if any(part in optimizer for part in _STEP_IN_BACKWARD):
-            yield f'tune is "{name}", but optim={optimizer} steps inside backward: use optim="adamw_torch".'
+            yield f'`tune` is "{name}", but `optim="{optimizer}"` steps inside backward: use `optim="adamw_torch"`.'
         for option in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             if (getattr(self.args, option, None) or {}).get("use_reentrant"):
                 yield (
-                    f'tune is "{name}", but with use_reentrant checkpointing no gradients pass the frozen embeddings: '
-                    f'set {option}={{"use_reentrant": False}}.'
+                    f'`tune` is "{name}", but with reentrant checkpointing no gradients pass the frozen embeddings: '
+                    f'set `{option}={{"use_reentrant": False}}`.'
                 )
 
     def _mode_errors(self, tuning: Tuning, name: str) -> Iterator[str]:
         """Yields what is wrong with how weights are split over processes."""
         if self.is_deepspeed_enabled:
-            yield f'tune is "{name}", which DeepSpeed does not support: use DDP (leave deepspeed out).'
+            yield f'`tune` is "{name}", which DeepSpeed does not support: use DDP (leave `deepspeed` out).'
         elif tuning.updates_weights and (self.is_fsdp_enabled or self._is_split()):
             yield (
-                f'tune is "{name}", which needs whole weights, but the run splits them over processes: use DDP '
-                '(leave fsdp and distributed_config out), or tune="norms" or tune="biases".'
+                f'`tune` is "{name}", which needs whole weights, but the run splits them over processes: use DDP '
+                '(leave `fsdp` and `distributed_config` out), or `tune="norms"` or `tune="biases"`.'
             )
 
     def _is_split(self) -> bool:
@@ -130,9 +130,9 @@ def _config_errors(name: str, config: PruningConfig) -> Iterator[str]:
     if pruned:
         where = f" of group {pruned[0]}" if config.groups else ""
         yield (
-            f'tune is "{name}", which trains a model that is pruned already, but the target{where} prunes more: prune '
-            "first, and then train with keep_zeros=True, without target_sparsity and without a pattern that implies "
-            "one."
+            f'`tune` is "{name}", which trains a model that is pruned already, but the target{where} prunes more: '
+            "prune first, and then train with `keep_zeros=True`, without `target_sparsity` and without a pattern that "
+            "implies one."
         )
     elif not config.keep_zeros:
-        yield f'tune is "{name}", which trains a model that is pruned already: set keep_zeros=True.'
+        yield f'`tune` is "{name}", which trains a model that is pruned already: set `keep_zeros=True`.'

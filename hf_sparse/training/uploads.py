@@ -87,7 +87,7 @@ class HubUploadMixin(TrainerBase):
                     raise
                 raise UploadError(
                     f"{self._repo} could not be created or reached on the Hub. {describe_error(error)} To train "
-                    f"without uploads, leave push_to_hub out; {self.args.output_dir} can be uploaded at any time:\n"
+                    f"without uploads, leave `push_to_hub` out; {self.args.output_dir} can be uploaded at any time:\n"
                     f"    {self._push_command()}"
                 ) from error
         # Trainer sets it on the main rank only. A rank without it would create the repository again when it pushes,

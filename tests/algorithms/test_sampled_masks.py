@@ -158,9 +158,9 @@ def test_patterns_that_do_not_fit_are_named(algorithm, options, pattern, words):
     ("options", "words"),
     [
         ({"temperature_end": 5.0}, "swap them"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"scale_end": math.nan}, "scale_end is nan"),
-        ({"prior": ""}, "prior is empty"),
+        ({"learning_rate": 0.0}, "`learning_rate` is 0.0"),
+        ({"scale_end": math.nan}, "`scale_end` is nan"),
+        ({"prior": ""}, "`prior` is empty"),
         ({"norm_weight": -1.0}, "0 or more"),
     ],
 )

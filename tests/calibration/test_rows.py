@@ -167,7 +167,9 @@ def test_masked_tokens_depend_on_the_row_alone():
 
 def test_masking_needs_a_mask_token():
     model = BertForMaskedLM(classifier().config)
-    with pytest.raises(ValueError, match="the tokenizer has no mask token, .* with tokenizer_name, or leave eval out"):
+    with pytest.raises(
+        ValueError, match="the tokenizer has no mask token, .* with `tokenizer_name`, or leave `eval` out"
+    ):
         evaluation_batches(["good"], word_tokenizer(), model, length=8)
     calibration_batches(["good"], word_tokenizer(), model, length=8, samples=1)  # needs none
     with pytest.raises(ValueError, match="share is 0: it must be above 0"):

@@ -128,7 +128,7 @@ def test_an_encoder_with_a_decoder_gets_target_texts():
     batch = reader.first([{"text": "good film", "short": "good"}, {"text": "bad", "short": "bad bad"}])[0]
     assert batch["labels"].tolist() == [[2, 6, 6, 3], [2, 5, 3, -100]]
     assert model(**batch).loss.isfinite()
-    with pytest.raises(ValueError, match='label_column .columns: "text", "short"'):
+    with pytest.raises(ValueError, match='`label_column` .columns: "text", "short"'):
         TextReader(bert_tokenizer(), model, length=6).first([{"text": "good film", "short": "good"}])
 
 
@@ -146,7 +146,7 @@ def test_the_column_of_texts():
     assert columns(label=[1], review=["a"]) == ("review",)
     assert columns("title", title=["a"], text=["b"]) == ("title",)
     for named, text in (
-        (None, r"2 columns hold texts \(title, body\): name one with text_column"),
+        (None, r"2 columns hold texts \(title, body\): name one with `text_column`"),
         ("tilte", 'no column "tilte": the data have "title", "body"'),
         ("title,body,x", "names 3 columns"),
     ):
@@ -187,7 +187,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
             load_texts(str(tmp_path / file))
     with pytest.raises(ValueError, match="empty.jsonl"):
         load_texts(str(tmp_path / "empty.jsonl"))
-    with pytest.raises(ValueError, match="pass --validation_file or --dataset_name, not both"):
+    with pytest.raises(ValueError, match="pass `validation_file` or `dataset_name`, not both"):
         load_texts("a.txt", "name", purpose="validation")
     with pytest.raises(ConnectionError, match='"no/such" could not be loaded.*local files with --calibration_file'):
         load_texts(None, "no/such")
@@ -199,10 +199,11 @@ def test_too_little_text_is_refused_with_what_there_is():
 
     # Five texts of two tokens are two blocks of four and a half.
     with pytest.raises(
-        ValueError, match=r"samples is 3, but the 5 rows .* only 2 blocks of 4 tokens: .* samples=2, or lower length"
+        ValueError,
+        match=r"`samples` is 3, but the 5 rows .* only 2 blocks of 4 tokens: .* use `samples=2`, or lower",
     ):
         make(numbered(5))
-    with pytest.raises(ValueError, match="samples is 3, .* only 2 rows with text: give more text, or use samples=2"):
+    with pytest.raises(ValueError, match="`samples` is 3, .* only 2 rows with text: give more text, or use samples=2"):
         make(["good", "", "bad"], per_row=True)
     with pytest.raises(ValueError, match="no blocks"):
         make(["", " "])
@@ -212,15 +213,19 @@ def test_too_little_text_is_refused_with_what_there_is():
         TextReader(word_tokenizer(), llama(), length=4).first(["good"])
     with pytest.raises(ValueError, match="holds 7: it must be text"):
         TextReader(word_tokenizer(), llama(), length=4, text_column="n").first([{"n": 7}])
-    with pytest.raises(ValueError, match="not cut into blocks: name one text_column"):
+    with pytest.raises(ValueError, match="not cut into blocks: name one `text_column`"):
         make([("good", "bad")])
-    for name, text in (("length", "length is 1"), ("batch_size", "batch_size is 0"), ("samples", "samples is 0")):
+    for name, text in (
+        ("length", "`length` is 1"),
+        ("batch_size", "`batch_size` is 0"),
+        ("samples", "`samples` is 0"),
+    ):
         with pytest.raises(ValueError, match=text):
             make(numbered(9), **{name: int(name == "length")})
 
 
 def test_a_length_beyond_the_models_positions_is_refused():
-    with pytest.raises(ValueError, match="length 33 is beyond the model's 32 positions: use length=32 or less"):
+    with pytest.raises(ValueError, match="`length` 33 is beyond the model's 32 positions: use `length=32` or less"):
         TextReader(word_tokenizer(), llama(), length=33)
     TextReader(word_tokenizer(), llama(), length=32)
     assert (

@@ -33,21 +33,21 @@ def test_every_error_is_reported_at_once():
         groups={"ffn": {"patern": "2:4", "target_sparsity": 2, "keep_zeros": True}, "rest": 3},
     )
     expected = [
-        "target_sparsity is '0.8': it must be a number.",
-        "targets is 'encoder': it must be a list of text, as in [\"*.query\"].",
-        'criterion is "magnitud": known are',
-        'allocation is "uniforms": known are dlp, erdos_renyi, global, lsa, owl, uniform. Did you mean "uniform"?',
-        'scheduler is "iterativ": known are',
-        'sparsity_decay_type is "cubik": known are cos, cube, cubic, exp, linear. Did you mean "cubic"?',
-        'scope is "local": it must be row or layer or global.',
-        'on_indivisible is "ignore": it must be error or skip.',
+        "`target_sparsity` is '0.8': it must be a number.",
+        "`targets` is 'encoder': it must be a list of text, as in [\"*.query\"].",
+        '`criterion` is "magnitud": known are',
+        '`allocation` is "uniforms": known are dlp, erdos_renyi, global, lsa, owl, uniform. Did you mean "uniform"?',
+        '`scheduler` is "iterativ": known are',
+        '`sparsity_decay_type` is "cubik": known are cos, cube, cubic, exp, linear. Did you mean "cubic"?',
+        '`scope` is "local": it must be row or layer or global.',
+        '`on_indivisible` is "ignore": it must be error or skip.',
         'unknown pattern "4;1": known are',
-        'algorithm is "rig": known are',
-        "prune_start is 1.5: it must be a whole number of steps, or a fraction",
-        "prune_end is inf: it must be a whole number of steps, or a fraction",
+        '`algorithm` is "rig": known are',
+        "`prune_start` is 1.5: it must be a whole number of steps, or a fraction",
+        "`prune_end` is inf: it must be a whole number of steps, or a fraction",
         'group "ffn": unknown option "patern". Did you mean "pattern"?',
         'group "ffn": unknown option "keep_zeros".',
-        'group "ffn": target_sparsity is 2: it must be a number from 0 to 1',
+        'group "ffn": `target_sparsity` is 2: it must be a number from 0 to 1',
         'group "rest": its options must be a mapping, but are 3.',
     ]
     assert len(errors) == len(expected)
@@ -57,77 +57,80 @@ def test_every_error_is_reported_at_once():
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"target_sparsity": -0.1}, "target_sparsity is -0.1"),
-        ({"target_sparsity": float("nan")}, "target_sparsity is nan"),
-        ({"target_sparsity": True}, "target_sparsity is True: it must be a number"),
-        ({"keep_zeros": "yes"}, "keep_zeros is 'yes': it must be true or false"),
-        ({"pattern": 124}, "pattern is 124: it must be text (YAML needs quotes"),
-        ({"exclude": ["a", 1]}, "exclude is ['a', 1]: it must be a list of text"),
-        ({"prune_every": -1}, "prune_every is -1: it must be a whole number"),
-        ({"prune_start": 9, "prune_end": 5}, "prune_start is 9, after prune_end, 5: swap them"),
-        ({"target_sparsity": 0.7, "pattern": "2:4"}, 'target_sparsity is 0.7, but pattern "2:4" always gives 0.5'),
-        ({"target_sparsity": 0.5, "pattern": "channel", "scope": "row"}, 'scope "row" needs several units in a row'),
+        ({"target_sparsity": -0.1}, "`target_sparsity` is -0.1"),
+        ({"target_sparsity": float("nan")}, "`target_sparsity` is nan"),
+        ({"target_sparsity": True}, "`target_sparsity` is True: it must be a number"),
+        ({"keep_zeros": "yes"}, "`keep_zeros` is 'yes': it must be true or false"),
+        ({"pattern": 124}, "`pattern` is 124: it must be text (YAML needs quotes"),
+        ({"exclude": ["a", 1]}, "`exclude` is ['a', 1]: it must be a list of text"),
+        ({"prune_every": -1}, "`prune_every` is -1: it must be a whole number"),
+        ({"prune_start": 9, "prune_end": 5}, "`prune_start` is 9, after `prune_end`, 5: swap them"),
+        ({"target_sparsity": 0.7, "pattern": "2:4"}, '`target_sparsity` is 0.7, but `pattern` "2:4" always gives 0.5'),
+        ({"target_sparsity": 0.5, "pattern": "channel", "scope": "row"}, '`scope` "row" needs several units in a row'),
         (
             {"target_sparsity": 0.5, "scope": "global", "allocation": "erdos_renyi"},
-            'allocation is "erdos_renyi", but scope "global" distributes nothing over layers',
+            '`allocation` is "erdos_renyi", but `scope` "global" distributes nothing over layers',
         ),
         (
             {"target_sparsity": 0.5, "pattern": "channel", "algorithm": "granet"},
-            'algorithm "granet" exchanges single weights, N:M or blocks, not units of pattern "channel": choose',
+            '`algorithm` "granet" exchanges single weights, N:M or blocks, not units of `pattern` "channel": choose',
         ),
         (
             {"target_sparsity": 0.5, "pattern": "neuron", "algorithm": "rigl"},
-            'algorithm "rigl" exchanges single weights, N:M or blocks, not units of pattern "neuron": choose',
+            '`algorithm` "rigl" exchanges single weights, N:M or blocks, not units of `pattern` "neuron": choose',
         ),
         (
             {"target_sparsity": 0.5, "keep_zeros": True, "algorithm": "acdc"},
-            'algorithm "acdc" restores pruned weights and keep_zeros forbids it: leave keep_zeros out',
+            '`algorithm` "acdc" restores pruned weights and `keep_zeros` forbids it: leave `keep_zeros` out',
         ),
         (
             {"target_sparsity": 0.5, "initial_sparsity": 0.2, "algorithm": "set"},
-            'initial_sparsity is 0.2, but algorithm "set" sets the sparsity itself: leave initial_sparsity out.',
+            '`initial_sparsity` is 0.2, but `algorithm` "set" sets the sparsity itself: leave `initial_sparsity` out.',
         ),
         (
             {"target_sparsity": 0.5, "sparsity_decay_type": "cos", "algorithm": "rigl"},
-            "sparsity_decay_type is 'cos', but algorithm \"rigl\" sets the sparsity itself",
+            "`sparsity_decay_type` is 'cos', but `algorithm` \"rigl\" sets the sparsity itself",
         ),
         (
             {"target_sparsity": 0.5, "criterion": "obert", "algorithm": "rigl"},
-            'criterion "obert" updates the weights that remain, also those that algorithm "rigl" lets return at zero',
+            '`criterion` "obert" updates the weights that remain, also those that `algorithm` "rigl" lets return at '
+            "zero",
         ),
         (
             {"algorithm": "rigl", "algorithm_kwargs": {"fraction": 1.5}},
-            'algorithm_kwargs: algorithm "rigl": fraction is 1.5: it must be a number from 0 to 1, as in 0.3.',
+            '`algorithm_kwargs`: algorithm "rigl": "fraction" is 1.5: it must be a number from 0 to 1, as in 0.3.',
         ),
         (
             {"algorithm": "set", "algorithm_kwargs": {"decay": "cosin"}},
-            'decay is "cosin": known are cosine, linear, constant. Did you mean "cosine"?',
+            '"decay" is "cosin": known are cosine, linear, constant. Did you mean "cosine"?',
         ),
         (
             {"algorithm": "set", "algorithm_kwargs": {"initial_mask": "snip"}},
-            'initial_mask is "snip": it must be a criterion that can score weights before training, one of magnitude,',
+            '"initial_mask" is "snip": it must be a criterion that can score weights before training, one of '
+            "magnitude,",
         ),
         (
             {"algorithm": "acdc", "algorithm_kwargs": {"compressed_phases": 0}},
-            "compressed_phases is 0: it must be at least 1, as in 5.",
+            '"compressed_phases" is 0: it must be at least 1, as in 5.',
         ),
-        ({"target_sparsity": 0.5, "initial_sparsity": 0.6}, "initial_sparsity is 0.6, above the target, 0.5"),
-        ({"target_sparsity": 0.5, "min_sparsity_per_layer": 0.6}, "min_sparsity_per_layer is 0.6, above the target"),
-        ({"target_sparsity": 0.5, "max_sparsity_per_layer": 0.4}, "max_sparsity_per_layer is 0.4, below the target"),
+        ({"target_sparsity": 0.5, "initial_sparsity": 0.6}, "`initial_sparsity` is 0.6, above the target, 0.5"),
+        ({"target_sparsity": 0.5, "min_sparsity_per_layer": 0.6}, "`min_sparsity_per_layer` is 0.6, above the target"),
+        ({"target_sparsity": 0.5, "max_sparsity_per_layer": 0.4}, "`max_sparsity_per_layer` is 0.4, below the target"),
         (
             {"target_sparsity": 0.5, "initial_sparsity": 0.2, "scheduler": "oneshot"},
-            "initial_sparsity has no effect, because the target is reached in the first prune step: leave it out, or",
+            "`initial_sparsity` has no effect, because the target is reached in the first prune step: leave it out, "
+            "or",
         ),
         (
             {"target_sparsity": 0.5, "sparsity_decay_type": "cos", "prune_start": 5, "prune_end": 5},
-            "sparsity_decay_type has no effect, because the target is reached in the first prune step",
+            "`sparsity_decay_type` has no effect, because the target is reached in the first prune step",
         ),
         (
             {"pattern": "2:4", "allocation": "erdos_renyi"},
-            'allocation is "erdos_renyi", but pattern "2:4" gives every layer 0.5: leave allocation out',
+            '`allocation` is "erdos_renyi", but `pattern` "2:4" gives every layer 0.5: leave `allocation` out',
         ),
-        ({"groups": "{"}, "groups is '{': it must be a JSON object"),
-        ({"groups": "[1]"}, "groups is [1]: it must be a mapping"),
+        ({"groups": "{"}, "`groups` is '{': it must be a JSON object"),
+        ({"groups": "[1]"}, "`groups` is [1]: it must be a mapping"),
     ],
 )
 def test_single_errors(options, text):
@@ -170,7 +173,7 @@ def test_unknown_options_name_the_nearest_and_come_with_other_errors():
     errors = errors_of(PruningConfig.from_dict, {"target_sparsty": 0.5, "scope": "all", "zzz": 1})
     assert errors[0] == 'unknown option "target_sparsty". Did you mean "target_sparsity"?'
     assert errors[1].startswith('unknown option "zzz". Known are ') and ", scope, " in errors[1]
-    assert errors[2].startswith('scope is "all"')
+    assert errors[2].startswith('`scope` is "all"')
     (error,) = errors_of(PruningConfig.from_dict, {"algoritm": "set"})
     assert error == 'unknown option "algoritm". Did you mean "algorithm"?'
 
@@ -211,9 +214,9 @@ def test_a_recipe_with_groups(tmp_path):
         ("- 1", ["must hold options and their values, but holds list"]),
         ("", ["must hold options and their values, but is empty"]),
         ("!!python/object/apply:os.getcwd []", ["cannot be read: could not determine a constructor"]),
-        ("patern: 2:4\nscope: all\n", ['unknown option "patern". Did you mean "pattern"?', 'scope is "all"']),
+        ("patern: 2:4\nscope: all\n", ['unknown option "patern". Did you mean "pattern"?', '`scope` is "all"']),
         ("pruning_config: other.yaml", ['unknown option "pruning_config"']),
-        ("target_sparsity: 0.9", ["target_sparsity is 0.5 in the arguments but 0.9 in"]),
+        ("target_sparsity: 0.9", ["`target_sparsity` is 0.5 in the arguments but 0.9 in"]),
     ],
 )
 def test_errors_of_a_recipe_name_the_file(tmp_path, recipe, expected):
@@ -279,7 +282,7 @@ def test_nothing_is_shared_between_configs():
 def test_an_option_set_to_a_wrong_type_later_is_refused():
     config = PruningConfig(target_sparsity=0.5)
     config.target_sparsity = "0.5"
-    assert "target_sparsity is '0.5'" in errors_of(config.resolve_groups)[0]
+    assert "`target_sparsity` is '0.5'" in errors_of(config.resolve_groups)[0]
 
 
 def test_every_criterion_of_training_is_named_in_the_help():
@@ -288,5 +291,5 @@ def test_every_criterion_of_training_is_named_in_the_help():
 
 
 def test_prune_end_1_is_refused_because_it_means_one_step():
-    with pytest.raises(PruningConfigError, match="prune_end is 1, .* 0.9999 for the last"):
+    with pytest.raises(PruningConfigError, match="`prune_end` is 1, .* 0.9999 for the last"):
         PruningConfig(target_sparsity=0.5, prune_end=1.0)

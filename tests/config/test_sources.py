@@ -68,7 +68,7 @@ def test_a_given_default_is_not_overridden_by_the_recipe(config, name, tmp_path)
     """Given in Python or on a command line; an option that is left out has the value of the recipe."""
     default, other = config.defaults[name], OTHER_VALUES[name]
     recipe = write(tmp_path / "recipe.json", **{name: other}, **NEEDED.get(name, {}))
-    expected = f"{name} is {default!r} in the arguments but {other!r} in {recipe}: set it in one of them."
+    expected = f"`{name}` is {default!r} in the arguments but {other!r} in {recipe}: set it in one of them."
     values = default if isinstance(default, list) else [default]
     line = ("--pruning_config", recipe, f"--{name}", *values)
     for make in (
@@ -91,7 +91,7 @@ def test_equal_values_in_any_form_are_no_conflict(tmp_path):
     expected = PruningConfig(target_sparsity=0.5, **options)
     assert PruningConfig(pruning_config=recipe, **instances) == expected
     assert PruningConfig(pruning_config=recipe, criterion_kwargs='{"decay": 0.5}') == expected
-    with pytest.raises(PruningConfigError, match="criterion_kwargs is {} in the arguments but {'decay': 0.5} in"):
+    with pytest.raises(PruningConfigError, match="`criterion_kwargs` is {} in the arguments but {'decay': 0.5} in"):
         PruningConfig(pruning_config=recipe, criterion=SnipMomentum())
     expected.save(tmp_path / "saved.json")
     assert PruningConfig(pruning_config=str(tmp_path / "saved.json"), prune_end=0.7, keep_zeros=False) == expected
@@ -110,7 +110,7 @@ def test_options_of_methods_on_the_command_line():
     assert args.resolve_groups()["weights"].criterion == SnipMomentum(decay=0.95)
     line = ("--target_sparsity", 0.5, "--solver", "sparsegpt", "--solver_kwargs", '{"dampening": 0.1}')
     assert parse(*line, cls=OneshotConfig).resolve_groups()["weights"].solver == SparseGPT(dampening=0.1)
-    with pytest.raises(PruningConfigError, match="criterion_kwargs is '{decay: 0.95}': it must be a JSON object"):
+    with pytest.raises(PruningConfigError, match="`criterion_kwargs` is '{decay: 0.95}': it must be a JSON object"):
         parse("--criterion_kwargs", "{decay: 0.95}")
 
 
@@ -131,7 +131,7 @@ def test_training_has_no_solver_and_oneshot_pruning_no_schedule():
 
 SCHEDULE = {"prune_end": 0.5, "scheduler": "iterative"}
 SCHEDULE_ERROR = (
-    "one-shot pruning has a single prune step and does not train: remove prune_end (0.5), scheduler ('iterative')."
+    "one-shot pruning has a single prune step and does not train: remove `prune_end` (0.5), `scheduler` ('iterative')."
 )
 
 
@@ -156,7 +156,7 @@ def test_files_of_a_training_run_are_read_for_oneshot_pruning(tmp_path):
         OneshotConfig.from_file(recipe)
     assert error.value.errors == [f"{recipe}: {SCHEDULE_ERROR}"]
     groups = {"ffn": {"targets": ["*"], "initial_sparsity": 0.1}, "rest": {"targets": ["x"], "initial_sparsity": 0.0}}
-    with pytest.raises(PruningConfigError, match=r'group "ffn": one-shot .* remove initial_sparsity \(0.1\)\.$'):
+    with pytest.raises(PruningConfigError, match=r'group "ffn": one-shot .* remove `initial_sparsity` \(0.1\)\.$'):
         OneshotConfig.from_dict({"target_sparsity": 0.5, "groups": groups})
     groups["ffn"]["initial_sparsity"] = 0.0
     assert list(OneshotConfig.from_dict({"groups": groups}).groups["ffn"]) == ["targets"]
@@ -173,15 +173,15 @@ def test_regrow_of_an_earlier_version_is_the_fraction_of_an_algorithm():
     assert [group.algorithm for group in config.resolve_groups().values()] == [GraNet(0.1, "linear")] * 2
     with pytest.raises(PruningConfigError, match=r"regrow of an earlier version differs between groups \(0.1, 0.3\)"):
         PruningConfig.from_dict(old | {"groups": groups | {"rest": {"targets": ["x"], "regrow": 0.3}}})
-    with pytest.raises(PruningConfigError, match="fraction is 3: it must be a number from 0 to 1"):
+    with pytest.raises(PruningConfigError, match='"fraction" is 3: it must be a number from 0 to 1'):
         PruningConfig.from_dict(old | {"regrow": 3})
 
 
 def test_files_of_a_oneshot_run_are_refused_for_training_where_weights_would_be_updated(tmp_path):
     assert PruningConfig.from_dict({"target_sparsity": 0.5, "solver": "none"}) == PruningConfig(target_sparsity=0.5)
-    with pytest.raises(PruningConfigError, match='solver is "sparsegpt": weights are updated by one-shot pruning'):
+    with pytest.raises(PruningConfigError, match='`solver` is "sparsegpt": weights are updated by one-shot pruning'):
         PruningConfig.from_file(write(tmp_path / "recipe.json", solver="sparsegpt"))
-    with pytest.raises(PruningConfigError, match='^group "a": solver is "sparsegpt"'):
+    with pytest.raises(PruningConfigError, match='^group "a": `solver` is "sparsegpt"'):
         PruningConfig.from_dict({"groups": {"a": {"solver": "sparsegpt"}}})
 
 

@@ -75,7 +75,7 @@ def test_measurements_distinguish_layers_and_are_required(name):
     allocation = ALLOCATIONS.create(name)
     shares = allocation.allocate(0.5, measured(allocation, FREE))
     assert len({round(share, 6) for share in shares.values()}) > 1
-    with pytest.raises(ValueError, match=f'allocation "{name}" needs a measurement of each layer, but "square" has'):
+    with pytest.raises(ValueError, match=f'`allocation` "{name}" needs a measurement of each layer, but "square" has'):
         allocation.allocate(0.5, FREE)
 
 

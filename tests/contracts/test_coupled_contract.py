@@ -95,7 +95,7 @@ def test_the_units_with_the_lowest_mean_scores_are_pruned_whole(name, pattern):
     model = MODEL_TYPES[name].make()
     groups = find_unit_groups(model, get_pattern(pattern).coupled_kind)
     if not groups:
-        with pytest.raises(PruningConfigError, match=f'pattern "{pattern}" finds none of its units'):
+        with pytest.raises(PruningConfigError, match=f'`pattern` "{pattern}" finds none of its units'):
             Pruner(model, PruningConfig(target_sparsity=0.5, pattern=pattern))
         return
     names = weight_names(groups, model)
@@ -299,15 +299,15 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path):
 # Refusals
 
 REFUSED = {
-    "scope_row": ({"pattern": "neuron", "scope": "row"}, 'scope "row" needs several units in a row'),
+    "scope_row": ({"pattern": "neuron", "scope": "row"}, '`scope` "row" needs several units in a row'),
     "scope_of_layers": ({"pattern": "layer", "scope": "layer"}, "a layer is one unit, so that only layers compete"),
     "allocation_of_layers": (
         {"pattern": "layer", "allocation": "erdos_renyi"},
-        'allocation is "erdos_renyi", but with pattern "layer" a layer is one unit',
+        '`allocation` is "erdos_renyi", but with `pattern` "layer" a layer is one unit',
     ),
     "granet": (
         {"pattern": "head", "algorithm": "granet"},
-        'algorithm "granet" exchanges single weights, N:M or blocks, not units of pattern "head"',
+        '`algorithm` "granet" exchanges single weights, N:M or blocks, not units of `pattern` "head"',
     ),
     "multiple": ({"pattern": "neuron:0"}, "keeps a multiple of 0 neurons: it must be at least 1"),
     "inputs": ({"pattern": "neuron", "criterion": "wanda"}, "needs inputs of the weights, which training does not"),
@@ -335,7 +335,7 @@ def test_what_is_impossible_is_refused_before_training(case):
 
 
 def test_models_without_such_units_are_refused():
-    with pytest.raises(PruningConfigError, match='pattern "head" finds none of its units in Sequential: choose'):
+    with pytest.raises(PruningConfigError, match='`pattern` "head" finds none of its units in Sequential: choose'):
         Pruner(nn.Sequential(nn.Linear(4, 4)), PruningConfig(target_sparsity=0.5, pattern="head"))
 
 
@@ -350,8 +350,12 @@ def test_targets_select_units_by_any_of_their_weights():
 WARNINGS = {
     "heads_of_bert": (bert, {"pattern": "head"}, 'of group "weights": the config of a "bert" model has no field'),
     "layers_of_bert": (bert, {"pattern": "layer"}, "a block of zeros is not the identity"),
-    "global": (bert, {"pattern": "neuron", "scope": "global"}, "use scope=layer and allocation=uniform"),
-    "allocation": (bert, {"pattern": "neuron", "allocation": "erdos_renyi"}, "use scope=layer and allocation=uniform"),
+    "global": (bert, {"pattern": "neuron", "scope": "global"}, 'use `scope="layer"` and `allocation="uniform"`'),
+    "allocation": (
+        bert,
+        {"pattern": "neuron", "allocation": "erdos_renyi"},
+        'use `scope="layer"` and `allocation="uniform"`',
+    ),
     "some_layers": (
         lambda: bert(num_hidden_layers=2),
         {"pattern": "neuron", "exclude": ["*.layer.1.*"]},

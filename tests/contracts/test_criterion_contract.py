@@ -100,6 +100,6 @@ def test_the_statistic_follows_the_order_of_rows_and_columns(name):
 @pytest.mark.parametrize("name", INPUTS)
 def test_training_refuses_criteria_that_need_inputs(name):
     with pytest.raises(
-        PruningConfigError, match=f'criterion "{name}" needs inputs of the weights, which training does not observe'
+        PruningConfigError, match=f'`criterion` "{name}" needs inputs of the weights, which training does not observe'
     ):
         Pruner(nn.Sequential(nn.Linear(4, 3)), PruningConfig(target_sparsity=0.5, criterion=name))

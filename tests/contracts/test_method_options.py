@@ -37,7 +37,7 @@ def test_a_resumed_run_refuses_other_options(tmp_path):
     make(tmp_path, criterion=SnipMomentum(0.95), **options).train()
     for criterion in (SnipMomentum(0.5), "snip_momentum"):
         resumed = make(tmp_path, model=bert(seed=9), criterion=criterion, **options)
-        with pytest.raises(ValueError, match=r"criterion_kwargs: \{'decay': 0.95\} -> "):
+        with pytest.raises(ValueError, match=r"`criterion_kwargs`: \{'decay': 0.95\} -> "):
             resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 

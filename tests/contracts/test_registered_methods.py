@@ -307,7 +307,7 @@ def test_training_refuses_registered_methods_that_need_inputs(tmp_path):
     usable = "first, fisher, gradient, greedy_movement, magnitude, mfac, obert, random, signed, signed_sum, "
     usable += "snip, snip_momentum, taylor"
     for options, message in (
-        ({"criterion": "quiet"}, f'criterion "quiet" needs inputs of the weights, .* or one of {usable}.'),
+        ({"criterion": "quiet"}, f'`criterion` "quiet" needs inputs of the weights, .* or one of {usable}.'),
         ({"allocation": "by_largest_score", **SCOPE}, "or one of erdos_renyi, in_order, uniform."),
     ):
         with pytest.raises(PruningConfigError, match=message):
@@ -346,7 +346,7 @@ def test_oneshot_criteria(model):
     model.load_state_dict(dense)
     zeros = oneshot(model, BATCHES, criterion="quiet")
     assert torch.equal(zeros["0.weight"], (torch.arange(8) >= 4).expand(6, 8))
-    with pytest.raises(PruningConfigError, match='criterion "quiet" needs calibration data, but there is none'):
+    with pytest.raises(PruningConfigError, match='`criterion` "quiet" needs calibration data, but there is none'):
         oneshot(model, NO_DATA, criterion="quiet")
 
 
@@ -406,7 +406,7 @@ def test_a_solver_that_selects(model, forwards):
     zeros = oneshot(model, BATCHES, solver="loudest_columns", forwards=forwards)
     assert torch.equal(zeros["0.weight"], (torch.arange(8) < 4).expand(6, 8))
     assert set(zeros["1.weight"].sum(0).tolist()) == {0, 8}
-    with pytest.raises(PruningConfigError, match='solver "loudest_columns" needs calibration data'):
+    with pytest.raises(PruningConfigError, match='`solver` "loudest_columns" needs calibration data'):
         oneshot(model, NO_DATA, solver="loudest_columns")
 
 

@@ -234,11 +234,11 @@ def test_sizes_of_blocks():
     ("name", "options", "message"),
     [
         ("obert", {"block_size": None}, "block_size"),
-        ("mfac", {"dampening": 1e-12}, "dampening is 1e-12: it must be at least 1e-08, as in 1.0"),
-        ("obert", {"block_size": 0}, "block_size is 0: it must be at least 1"),
-        ("mfac", {"num_gradients": 0}, "num_gradients is 0: it must be at least 1"),
-        ("mfac", {"dampening": 0.0}, "dampening is 0.0: it must be above 0"),
-        ("obert", {"dtype": "float16"}, 'dtype is "float16": it must be bfloat16 or float32'),
+        ("mfac", {"dampening": 1e-12}, '"dampening" is 1e-12: it must be at least 1e-08, as in 1.0'),
+        ("obert", {"block_size": 0}, '"block_size" is 0: it must be at least 1'),
+        ("mfac", {"num_gradients": 0}, '"num_gradients" is 0: it must be at least 1'),
+        ("mfac", {"dampening": 0.0}, '"dampening" is 0.0: it must be above 0'),
+        ("obert", {"dtype": "float16"}, '"dtype" is "float16": it must be bfloat16 or float32'),
     ],
 )
 def test_invalid_options(name, options, message):

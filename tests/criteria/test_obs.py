@@ -76,5 +76,5 @@ def test_dead_inputs_go_first_and_nothing_is_modified():
 
 def test_options_out_of_range():
     for options in ({"ridge": 0}, {"ridge": 1.5}, {"columns_at_once": 0}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} is .* it must be"):
+        with pytest.raises(ValueError, match=f'"{next(iter(options))}" is .* it must be'):
             CRITERIA.create("obs", options)

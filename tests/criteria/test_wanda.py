@@ -60,9 +60,9 @@ def test_training_refuses_it_at_the_start():
     with pytest.raises(PruningConfigError) as error:
         Pruner(model, PruningConfig(target_sparsity=0.5, groups=groups))
     assert error.value.errors == [
-        'group "some": criterion "wanda" needs inputs of the weights, which training does not observe: use '
+        'group "some": `criterion` "wanda" needs inputs of the weights, which training does not observe: use '
         "prune_oneshot, or one of fisher, gradient, greedy_movement, magnitude, mfac, obert, random, snip, "
         "snip_momentum, taylor.",
-        'group "some": allocation "owl" needs inputs of the weights, which training does not observe: use '
+        'group "some": `allocation` "owl" needs inputs of the weights, which training does not observe: use '
         "prune_oneshot, or one of erdos_renyi, uniform.",
     ]

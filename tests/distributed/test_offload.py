@@ -160,9 +160,12 @@ def test_tied_parameters_are_yielded_once():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"criterion": "snip", "scope": "layer"}, 'criterion "snip" needs gradients, but some weights are offloaded'),
-        ({"scope": "global"}, 'scope "global" needs all weights at once, but some are offloaded: use scope=layer'),
-        ({"sequential": False}, "sequential=False needs all weights at once, but some are offloaded: leave it out"),
+        (
+            {"criterion": "snip", "scope": "layer"},
+            '`criterion` "snip" needs gradients, but some weights are offloaded',
+        ),
+        ({"scope": "global"}, '`scope` "global" needs all weights at once, .* use `scope="layer"`'),
+        ({"sequential": False}, "`sequential=False` needs all weights at once, but some are offloaded: leave it out"),
     ],
 )
 def test_options_that_need_all_weights_at_once_raise(options, words, tmp_path):

@@ -52,4 +52,4 @@ def test_groups_that_are_split_between_ranks_are_named(ranks):
     # Each rank holds 28 of the 56 inputs of down_proj.
     options, config = options_of("gumbel_nm", pattern="4:8"), {"intermediate_size": 56}
     run = ranks.run("tp", "split", raises=True, config=config, options=options)
-    assert "down_proj" in run.ranks[0]["error"] and 'pattern "4:8"' in run.ranks[0]["error"]
+    assert "down_proj" in run.ranks[0]["error"] and '`pattern` "4:8"' in run.ranks[0]["error"]

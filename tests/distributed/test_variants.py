@@ -98,7 +98,7 @@ REFUSED = {
     "fsdp1": (
         "fsdp2",
         {"fsdp_config": {"version": 1, "sync_module_states": "false"}},
-        "NotImplementedError: .*flattened by FSDP version 1: set fsdp_config version to 2",
+        "NotImplementedError: .*flattened by FSDP version 1: set version 2 in `fsdp_config`",
     ),
 }
 

@@ -51,7 +51,7 @@ def test_a_notebook_runs_and_shows_tables(path, tmp_path, monkeypatch):
         if cell["cell_type"] == "code":
             text = (
                 "".join(cell["source"])
-                .replace("EPOCHS = 12", "EPOCHS = 1")
+                .replace("EPOCHS = 20", "EPOCHS = 1")
                 .replace('"save_strategy"', '"use_cpu": True, "save_strategy"')
             )
             value = run_cell(text, names)

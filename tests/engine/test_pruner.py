@@ -157,7 +157,7 @@ def test_floors_and_caps_hold_and_the_total_is_exact(scope, allocation):
 
 
 def test_global_scope_refuses_units_of_different_sizes():
-    with pytest.raises(ValueError, match=r'scope "global" ranks units of one size, but with pattern "channel"'):
+    with pytest.raises(ValueError, match=r'`scope` "global" ranks units of one size, but with `pattern` "channel"'):
         Pruner(Mixed(), PruningConfig(target_sparsity=0.5, pattern="channel", scope="global"))
 
 

@@ -22,8 +22,8 @@ def odd_model():
 def test_indivisible_weights_are_refused_all_by_name():
     errors = errors_of(odd_model(), target_sparsity=0.5, pattern="4x1")
     assert len(errors) == 2
-    assert errors[0].startswith('pattern "4x1" needs the output size divisible by 4, but "0.weight" has 6 outputs')
-    assert '8 inputs. Exclude it with exclude=["0"], set on_indivisible="skip"' in errors[0]
+    assert errors[0].startswith('`pattern` "4x1" needs the output size divisible by 4, but "0.weight" has 6 outputs')
+    assert '8 inputs. Exclude it with `exclude=["0"]`, set `on_indivisible="skip"`' in errors[0]
     assert '"2.weight" has 7 outputs and 4 inputs' in errors[1]
 
 
@@ -31,7 +31,7 @@ def test_indivisible_weights_are_skipped_by_name():
     pruner = Pruner(odd_model(), PruningConfig(pattern="2:4", on_indivisible="skip", criterion="magnitude"))
     assert pruner.skipped == ["1.weight"] and list(pruner.parameters) == ["0.weight", "2.weight"]
     (error,) = errors_of(odd_model(), target_sparsity=0.5, pattern="9x9", on_indivisible="skip")
-    assert error == 'pattern "9x9" divides none of the 3 selected weights.'
+    assert error == '`pattern` "9x9" divides none of the 3 selected weights.'
 
 
 def test_empty_targets_overlapping_groups_and_shapes_are_reported_together():
@@ -42,8 +42,8 @@ def test_empty_targets_overlapping_groups_and_shapes_are_reported_together():
     }
     errors = errors_of(odd_model(), target_sparsity=0.5, groups=groups)
     assert errors[0] == '"1.weight" is in the groups "a" and "b": narrow one.'
-    assert errors[1].startswith('group "b": pattern "4x1" needs the output size divisible by 4, but "2.weight"')
-    assert errors[2].startswith('group "c": targets: "encoder" matches none of the 3 prunable parameters')
+    assert errors[1].startswith('group "b": `pattern` "4x1" needs the output size divisible by 4, but "2.weight"')
+    assert errors[2].startswith('group "c": `targets`: "encoder" matches none of the 3 prunable parameters')
     assert len(errors) == 3
     assert "nothing is left to prune" in errors_of(nn.Embedding(3, 4), target_sparsity=0.5)[0]
 
@@ -52,9 +52,11 @@ def test_frozen_weights_need_a_criterion_without_gradients():
     model = odd_model()
     model[1].weight.requires_grad_(False)
     (error,) = errors_of(model, target_sparsity=0.5, criterion="snip")
-    assert error.startswith('criterion "snip" needs gradients, but "1.weight" is frozen') and 'exclude=["1"]' in error
+    assert (
+        error.startswith('`criterion` "snip" needs gradients, but "1.weight" is frozen') and 'exclude=["1"]' in error
+    )
     (error,) = errors_of(model, target_sparsity=0.5, algorithm="rigl")
-    assert error.startswith('algorithm "rigl" needs gradients, but "1.weight" is frozen') and "gradual" in error
+    assert error.startswith('`algorithm` "rigl" needs gradients, but "1.weight" is frozen') and "gradual" in error
     assert Pruner(model, PruningConfig(target_sparsity=0.5, algorithm="set"))
     config = PruningConfig(target_sparsity=0.5, criterion="magnitude", scope="layer")
     assert [layer.zeros for layer in Pruner(model, config).update(1, 1).layers] == [24, 12, 14]

@@ -179,7 +179,7 @@ def test_models_without_a_metric_are_refused():
 @pytest.mark.parametrize(
     "class_name, config, batch, text",
     [
-        ("TinyForSequenceClassification", {"num_labels": 2}, {}, "accuracy .* needs labels: name the label_column"),
+        ("TinyForSequenceClassification", {"num_labels": 2}, {}, "accuracy .* needs labels: name the `label_column`"),
         ("TinyForSequenceClassification", {"num_labels": 2}, {"labels": [2]}, "a label is 2: it must be from 0 to 1"),
         ("TinyForSequenceClassification", {"num_labels": 2}, {"labels": [[0, 1]]}, 'has problem_type="multi_label'),
         ("TinyForSequenceClassification", {"num_labels": 1}, {"labels": [math.nan]}, "not 1 finite numbers"),

@@ -66,9 +66,9 @@ def test_ratios_are_medians_of_neighbouring_times():
         ({"models": ["a", "a"]}, "named twice"),
         (
             {"runtimes": ["tensorrt"]},
-            'runtime is "tensorrt": it must be one of torch, compile, generate, onnx, openvino',
+            '`runtime` is "tensorrt": it must be one of torch, compile, generate, onnx, openvino',
         ),
-        ({"batch_sizes": [0]}, r"batch is \[0\]"),
+        ({"batch_sizes": [0]}, r"`batch` is \[0\]"),
         ({"runtimes": ["onnx"], "device": "meta"}, "measured on the CPU only"),
     ],
 )

@@ -67,12 +67,12 @@ def test_openvino_in_bf16_and_int8(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "tflite"}, 'to is "tflite": it must be onnx or openvino'),
-        ({"to": "onnx", "dtype": "int4"}, 'dtype is "int4": it must be one of fp32, bf16, fp16'),
-        ({"to": "onnx", "dtype": "bf16"}, 'use to="openvino", or dtype="fp16"'),
-        ({"to": "onnx", "int8": True}, 'use to="openvino"'),
-        ({"to": "openvino", "int8": True}, "int8 needs calibration_file"),
-        ({"to": "onnx", "samples": 7}, "samples has no effect without calibration_file"),
+        ({"to": "tflite"}, '`to` is "tflite": it must be onnx or openvino'),
+        ({"to": "onnx", "dtype": "int4"}, '`dtype` is "int4": it must be one of fp32, bf16, fp16'),
+        ({"to": "onnx", "dtype": "bf16"}, 'use `to="openvino"`, or `dtype="fp16"`'),
+        ({"to": "onnx", "int8": True}, 'use `to="openvino"`'),
+        ({"to": "openvino", "int8": True}, "`int8` needs `calibration_file`"),
+        ({"to": "onnx", "samples": 7}, "`samples` has no effect without `calibration_file`"),
         ({"to": "openvino", "int8": True, "calibration_file": "a.txt", "dtype": "bf16"}, "exclude each other"),
     ],
 )

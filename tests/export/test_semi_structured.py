@@ -126,7 +126,7 @@ def test_a_gain_smaller_than_asked_for_swaps_nothing(kernels):
 def test_it_is_refused_without_a_gpu_that_has_such_kernels(model, monkeypatch):
     with pytest.raises(ValueError, match=r"tokens is \(\): give one number"):
         accelerate_2of4(model, tokens=())
-    with pytest.raises(ValueError, match="min_speedup is 0.9: it must be 1 or more"):
+    with pytest.raises(ValueError, match="`min_speedup` is 0.9: it must be 1 or more"):
         accelerate_2of4(model, min_speedup=0.9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="need a CUDA device, and torch finds none: run this on a machine with"):

@@ -88,7 +88,7 @@ def test_options_that_are_given_as_json_are_read_as_strictly(option, text, words
     config = OneshotConfig if option == "layer_sparsity" else PruningConfig
     with pytest.raises(PruningConfigError) as error:
         config(**{option: text})
-    assert f"{option} is " in str(error.value) and len(str(error.value)) < 1_000
+    assert f"`{option}` is " in str(error.value) and len(str(error.value)) < 1_000
     assert words in str(error.value) or words == "cannot be read"
 
 
@@ -96,7 +96,7 @@ def test_the_error_of_an_option_of_a_recipe_names_the_file(tmp_path):
     path = tmp_path / "my_recipe.yaml"
     path.write_text("target_sparsity: 2\n")
     with pytest.raises(
-        PruningConfigError, match=r"target_sparsity is 2: .*\(The options are those of .*my_recipe.yaml"
+        PruningConfigError, match=r"`target_sparsity` is 2: .*\(The options are those of .*my_recipe.yaml"
     ):
         PruningConfig.from_file(path)
     path.write_text("target_sparsity: 2\nscope: all\n")
@@ -118,7 +118,7 @@ def test_a_message_has_a_bounded_number_of_errors():
 @pytest.mark.parametrize("option", ["prune_start", "prune_end", "prune_every", "target_sparsity", "initial_sparsity"])
 @pytest.mark.parametrize("value", [10**400, 10**5_000, -(10**400), float("inf"), float("nan")], ids=lambda v: "")
 def test_huge_numbers_are_refused(option, value):
-    with pytest.raises(PruningConfigError, match=f"{option} is .*: it must be a (whole )?number"):
+    with pytest.raises(PruningConfigError, match=f"`{option}` is .*: it must be a (whole )?number"):
         PruningConfig(**{"target_sparsity": 0.5, option: value})
 
 

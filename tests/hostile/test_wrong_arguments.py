@@ -22,7 +22,7 @@ from hf_sparse.schedulers import Scheduler
 @pytest.mark.parametrize("value", [5, True, {"a": 1}, ["x"]], ids=str)
 def test_the_name_of_a_recipe_is_text(value, tmp_path):
     for cls in (PruningConfig, OneshotConfig, lambda **options: SparseTrainingArguments(str(tmp_path), **options)):
-        with pytest.raises(PruningConfigError, match="^pruning_config is .*: it must be the name of a recipe file"):
+        with pytest.raises(PruningConfigError, match="^`pruning_config` is .*: it must be the name of a recipe file"):
             cls(pruning_config=value)
 
 
@@ -50,7 +50,7 @@ def test_a_layer_without_weights_is_refused(shape, pattern):
     target = 0.5
     options = {"target_sparsity": target, "pattern": pattern, "criterion": "magnitude"}
     with pytest.raises(
-        PruningConfigError, match=r'"1.weight" of shape .* holds no weights: exclude it, as with exclude=\["1"\]'
+        PruningConfigError, match=r'"1.weight" of shape .* holds no weights: exclude it, as with `exclude=\["1"\]`'
     ):
         prune_oneshot(model, None, OneshotConfig(**options), progress=False)
     report = prune_oneshot(model, None, OneshotConfig(**options, exclude=["1"]), progress=False)

@@ -49,10 +49,13 @@ def test_a_folder_of_the_name_of_a_given_model_changes_nothing(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"base_model": "/home/me/bert"}, 'base_model is "/home/me/bert": it must be the name of a model on the Hub'),
-        ({"datasets": ["glue", "../data"]}, 'datasets is "../data": it must be the name of a dataset on the Hub'),
-        ({"license": "Apache 2.0"}, 'license is "Apache 2.0": write it in lower case as the Hub does'),
-        ({"pipeline_tag": ""}, 'pipeline_tag is "": write it in lower case'),
+        (
+            {"base_model": "/home/me/bert"},
+            '`base_model` is "/home/me/bert": it must be the name of a model on the Hub',
+        ),
+        ({"datasets": ["glue", "../data"]}, '`datasets` is "../data": it must be the name of a dataset on the Hub'),
+        ({"license": "Apache 2.0"}, '`license` is "Apache 2.0": write it in lower case as the Hub does'),
+        ({"pipeline_tag": ""}, '`pipeline_tag` is "": write it in lower case'),
     ],
 )
 def test_values_that_the_hub_refuses(values, words):

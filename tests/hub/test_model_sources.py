@@ -44,6 +44,6 @@ def test_folders(check, tmp_path):
         ("shard", OSError, "Did you mean"),
         ("shards/config.json", OSError, "is a file: name the folder that it is in."),
     ):
-        with pytest.raises(error, match="^teacher: ") as caught:
+        with pytest.raises(error, match="^`teacher`: ") as caught:
             check(str(tmp_path / name), option="teacher")
         assert text in str(caught.value)

@@ -174,7 +174,7 @@ def test_a_failing_hub_is_reported_before_training(hub, tmp_path, monkeypatch, b
     happen(hub, monkeypatch)
     with pytest.raises(UploadError, match=message) as raised:
         pushing(tmp_path)
-    assert "leave push_to_hub out" in str(raised.value)
+    assert "leave `push_to_hub` out" in str(raised.value)
     assert str(raised.value).endswith(f"hf-sparse push {tmp_path / 'out'} out")
 
 

@@ -144,7 +144,7 @@ def test_expectations(folder):
     assert low == "128 of 256 selected weights are zero (50.0000%), expected at least 60.0000%."
     assert other == "2 of 2 selected weights do not have pattern 4x1, such as layers.0.up.weight."
     for options, words in (
-        ({"min_sparsity": 80}, r"min_sparsity is 80, but must be between 0 and 1 \(0.8 for 80%\)"),
+        ({"min_sparsity": 80}, r"`min_sparsity` is 80, but must be between 0 and 1 \(0.8 for 80%\)"),
         ({"min_sparsity": float("nan")}, "between 0 and 1"),
         ({"pattern": "2;4"}, "unknown pattern"),
         ({"verify": True}, "no pruning_report.json beside"),

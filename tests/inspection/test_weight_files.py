@@ -52,7 +52,7 @@ def test_what_is_refused(tmp_path):
 
     refused(tmp_path / "gone" / "model.safetensors", "does not exist")
     refused("a/b/c", "does not exist")
-    with pytest.raises(InspectionError, match="revision is of models on the Hub, and .* is on this machine"):
+    with pytest.raises(InspectionError, match="`revision` is of models on the Hub, and .* is on this machine"):
         find_weight_files(tmp_path, revision="main")
     refused(tmp_path, "no safetensors file", "save_pretrained")
     save(tmp_path / "checkpoint-5" / "model.safetensors")

@@ -350,7 +350,7 @@ def test_invalid_merges_are_refused_before_anything_changes(wrong):
 
 
 def test_only_peft_models_with_layers_to_merge_are_accepted():
-    with pytest.raises(TypeError, match="model is a BertForSequenceClassification, but must be a PeftModel"):
+    with pytest.raises(TypeError, match="`model` is a BertForSequenceClassification, but must be a PeftModel"):
         merge_and_unload(bert())
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS")
     with pytest.raises(ValueError, match=r"the adapter \(PROMPT_TUNING\) changes no weights"):

@@ -73,7 +73,7 @@ def test_gpt2_is_conv1d_and_its_tied_head_is_left_out():
     assert selected(model) == {f"transformer.h.0.{name}": "conv1d" for name in names}
     model.tie_weights()
     _, errors = select_layers(find_layers(model), ["lm_head"], None)
-    assert 'targets: "lm_head" matches none' in errors[0]
+    assert '`targets`: "lm_head" matches none' in errors[0]
 
 
 def test_t5_and_bart_have_encoder_and_decoder():
@@ -161,10 +161,12 @@ def test_globs_and_regular_expressions():
 def test_faults_name_the_pattern_and_the_nearest_module():
     layers = find_layers(build(BertForSequenceClassification, BERT))
     _, errors = select_layers(layers, ["bert.pooler.dens", "re:("], ["nothing"])
-    assert errors[0].startswith('targets: "bert.pooler.dens" matches none of the 8 prunable parameters (such as bert.')
+    assert errors[0].startswith(
+        '`targets`: "bert.pooler.dens" matches none of the 8 prunable parameters (such as bert.'
+    )
     assert errors[0].endswith('Did you mean "bert.pooler.dense"?')
-    assert errors[1].startswith('targets: "re:(" is not a regular expression')
-    assert errors[2].startswith('exclude: "nothing" matches none')
+    assert errors[1].startswith('`targets`: "re:(" is not a regular expression')
+    assert errors[2].startswith('`exclude`: "nothing" matches none')
     assert "nothing is left to prune" in select_layers(layers, ["classifier"], ["classifier"])[1][0]
     assert "(such as none)" in select_layers([], ["a"], None)[1][0]
 

@@ -75,7 +75,7 @@ def test_files_are_removed_with_the_cache(tmp_path, monkeypatch):
 
 
 def test_unknown_storage():
-    with pytest.raises(ValueError, match='activations are kept in "ram": it must be device, cpu, disk'):
+    with pytest.raises(ValueError, match='`activations` is "ram": it must be device or cpu or disk'):
         ActivationCache("ram")
 
 

@@ -273,7 +273,7 @@ def test_channels_with_a_norm_between_keep_their_order(caplog):
             if parameter.ndim == 1:
                 parameter.copy_(1 + torch.rand(len(parameter)))
     before = copy.deepcopy(model)
-    with caplog.at_level(logging.WARNING), pytest.raises(PruningConfigError, match="permute has no effect"):
+    with caplog.at_level(logging.WARNING), pytest.raises(PruningConfigError, match="`permute` has no effect"):
         prune_oneshot(model, batches, OneshotConfig(pattern="2:4", permute=True), progress=False)
     assert sum("keep their order" in record.message for record in caplog.records) == 4
     assert all(torch.equal(weight, before.get_parameter(name)) for name, weight in model.named_parameters())
@@ -311,14 +311,17 @@ def test_the_option_is_written_where_it_is_on():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"target_sparsity": 0.5}, 'has no effect on pattern "unstructured": use pattern="2:4", or leave permute out'),
-        ({"pattern": "4x1", "target_sparsity": 0.5}, 'has no effect on pattern "4x1"'),
+        (
+            {"target_sparsity": 0.5},
+            'has no effect on `pattern` "unstructured": use `pattern="2:4"`, or leave `permute` out',
+        ),
+        ({"pattern": "4x1", "target_sparsity": 0.5}, 'has no effect on `pattern` "4x1"'),
         (
             {"pattern": "2:4", "criterion": "random"},
-            'criterion "random" scores their positions: use criterion="wanda"',
+            '`criterion` "random" scores their positions: use `criterion="wanda"`',
         ),
-        ({"pattern": "2:4", "forwards": 1}, "permute needs its end: use forwards=2"),
-        ({"pattern": "2:4", "permute": "yes"}, "permute is 'yes': it must be true or false"),
+        ({"pattern": "2:4", "forwards": 1}, "`permute` needs its end: use `forwards=2`"),
+        ({"pattern": "2:4", "permute": "yes"}, "`permute` is 'yes': it must be true or false"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options, message):
@@ -328,5 +331,5 @@ def test_what_does_not_go_with_it_is_refused(options, message):
 
 def test_it_needs_data_even_with_magnitudes():
     config = OneshotConfig(pattern="2:4", criterion="magnitude", permute=True)
-    with pytest.raises(PruningConfigError, match="permute needs calibration data, but there is none"):
+    with pytest.raises(PruningConfigError, match="`permute` needs calibration data, but there is none"):
         prune_oneshot(nn.Sequential(nn.Linear(8, 8)), None, config)

@@ -176,7 +176,7 @@ def test_the_operations_of_swaps_are_counted_for_each_row_and_no_more_than_a_row
 
 
 def test_a_plan_raises_the_errors_of_a_run():
-    with pytest.raises(PruningConfigError, match='criterion "wanda" needs calibration data'):
+    with pytest.raises(PruningConfigError, match='`criterion` "wanda" needs calibration data'):
         plan_oneshot(llama(), None, OneshotConfig(target_sparsity=0.5))
 
 
@@ -206,5 +206,7 @@ def test_the_printed_plan():
 def test_options_of_the_data_need_a_method_that_observes_inputs(option):
     (name,) = option
     config = OneshotConfig(target_sparsity=0.5, criterion="magnitude", **option)
-    with pytest.raises(PruningConfigError, match=f"^{name} has no effect, because no method that was chosen observes"):
+    with pytest.raises(
+        PruningConfigError, match=f"^`{name}` has no effect, because no method that was chosen observes"
+    ):
         prepare_run(llama(1), BATCHES, config)

@@ -53,7 +53,7 @@ def test_patterns_and_scopes_by_hand(options, kept):
     model = nn.Sequential(linear([[4.0, 1.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]]))
     batches = [torch.tensor([[1.0, 8.0, 0.0, 0.0], [0.0, 0.0, -2.0, 1.0]])]
     if kept is None:
-        with pytest.raises(ValueError, match="there is nothing to prune: give target_sparsity"):
+        with pytest.raises(ValueError, match="there is nothing to prune: give `target_sparsity`"):
             run(model, batches, **options)
         return
     run(model, batches, **options)

@@ -68,7 +68,7 @@ def refused(model, batches, words, kind=ValueError, **options):
 
 
 AT_ONCE_OPTIONS = {"target_sparsity": 0.5, "targets": ["all-body"], "sequential": False}
-AT_ONCE = "Prune all layers at once, .* with sequential=False"
+AT_ONCE = "Prune all layers at once, .* with `sequential=False`"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_models_whose_blocks_are_not_a_chain(kind, words):
 
 
 def test_a_model_without_blocks():
-    refused(nn.ModuleDict({"a": nn.Linear(6, 6)}).a, data(), "Linear has no repeated blocks .*ModuleList.* sequential")
+    refused(nn.ModuleDict({"a": nn.Linear(6, 6)}).a, data(), "Linear has no repeated blocks .*ModuleList.*sequential")
     model = nn.Linear(6, 6)
     prune_oneshot(model, data(), OneshotConfig(target_sparsity=0.5, sequential=False), progress=False)
     assert int((model.weight == 0).sum()) == 18
@@ -128,7 +128,7 @@ def test_a_weight_that_is_called_twice():
     """The inputs of both calls count; with forwards=1 it is an error."""
     torch.manual_seed(0)
     model = nn.Sequential(Repeats())
-    words = '"0.layer" is called several times in one forward: use forwards=2'
+    words = '"0.layer" is called several times in one forward: use `forwards=2`'
     refused(model, data(), words, forwards=1)
     layer = model[0].layer
     x = torch.cat(data())
@@ -176,7 +176,7 @@ def test_an_expert_without_tokens_competes_with_the_others():
 
 def test_options_that_experts_do_not_support():
     model = ARCHITECTURES["qwen3_moe"].model()
-    refused(model, ARCHITECTURES["gpt2"].batches(), "forwards=1 does not go with fused experts", forwards=1)
+    refused(model, ARCHITECTURES["gpt2"].batches(), "`forwards=1` does not go with fused experts", forwards=1)
     words = (
         'padding cannot be distinguished from tokens .* "model.layers.0.mlp.experts", but calibration batch 0 has some'
     )
@@ -228,8 +228,8 @@ def test_too_little_data_for_a_gram_matrix(caplog):
 @pytest.mark.parametrize(
     "options, what",
     [
-        ({}, 'criterion "wanda"'),
-        ({"solver": "sparsegpt"}, 'solver "sparsegpt"'),
+        ({}, '`criterion` "wanda"'),
+        ({"solver": "sparsegpt"}, '`solver` "sparsegpt"'),
         ({"criterion": "snip"}, "snip"),
         ({"criterion": "magnitude", "swaps": 5}, "swaps=5"),
     ],
@@ -242,7 +242,7 @@ def test_one_forward_needs_batches_of_one_length():
     batches = ARCHITECTURES["gpt2"].batches(2)
     batches[1] = {"input_ids": batches[1]["input_ids"][:, :7]}
     model = ARCHITECTURES["gpt2"].model()
-    refused(model, batches, "different lengths or kinds cannot be concatenated, which forwards=1", forwards=1)
+    refused(model, batches, "different lengths or kinds cannot be concatenated, which `forwards=1`", forwards=1)
     prune_oneshot(model, batches, OneshotConfig(target_sparsity=0.5), progress=False)
 
 
@@ -265,9 +265,7 @@ def test_gradients_that_are_not_finite():
 def test_convolutions():
     model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(36, 4))
     images = [torch.randn(2, 3, 4, 4)]
-    words = (
-        r'inputs of convolutions are not observed, but "0" is one: .* exclude=\["0"\], or use criterion="magnitude"'
-    )
+    words = r'not observed, but "0" is one: .* `exclude=\["0"\]`, or use `criterion="magnitude"`'
     refused(model, images, words, PruningConfigError)
     prune_oneshot(model, images, OneshotConfig(target_sparsity=0.5, criterion="magnitude"), progress=False)
     assert int((model[0].weight == 0).sum()) + int((model[2].weight == 0).sum()) == (48 + 144) // 2

@@ -27,7 +27,7 @@ def pruned(model, batches, **options):
         return prune_oneshot(model, batches, config, progress=False)
     except PruningConfigError as error:
         assert any(
-            word in str(error) for word in ("scope", "cannot select", "allocation", "forwards has no effect")
+            word in str(error) for word in ("scope", "cannot select", "allocation", "`forwards` has no effect")
         ), error
         return None
 

@@ -383,16 +383,16 @@ def test_a_run_continues_after_the_last_finished_block(name, options, finished, 
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"sequential": False}, "reconstruct tunes block by block, and sequential=False does not"),
-        ({"forwards": 1}, "reconstruct tunes a block between two forwards: use forwards=2"),
-        ({"pattern": "layer", "target_sparsity": 0.5}, 'pattern "layer" may leave none: leave reconstruct out'),
-        ({"kwargs": {"steps": 0}}, "reconstruct_kwargs: reconstruct: steps is 0: it must be at least 1"),
-        ({"kwargs": {"window": 0}}, "window is 0: it must be at least 1, as in 3"),
-        ({"kwargs": {"inputs": "pruned"}}, 'inputs is "pruned": it must be sparse or dense'),
-        ({"kwargs": {"inputs": None}}, 'option "inputs" of reconstruct is None: it must be text'),
-        ({"kwargs": {"lr": 0.1}}, 'reconstruct has no option "lr": known are steps, learning_rate'),
-        ({"kwargs": {"holdout": 1.0}}, "holdout is 1.0: it must be above 0 and below 1"),
-        ({"kwargs": {"learning_rate": 2.0}}, "learning_rate is 2.0: it must be above 0 and at most 1"),
+        ({"sequential": False}, "`reconstruct` tunes block by block, and `sequential=False` does not"),
+        ({"forwards": 1}, "`reconstruct` tunes a block between two forwards: use `forwards=2`"),
+        ({"pattern": "layer", "target_sparsity": 0.5}, '`pattern` "layer" may leave none: leave `reconstruct` out'),
+        ({"kwargs": {"steps": 0}}, '`reconstruct_kwargs`: `reconstruct`: "steps" is 0: it must be at least 1'),
+        ({"kwargs": {"window": 0}}, '"window" is 0: it must be at least 1, as in 3'),
+        ({"kwargs": {"inputs": "pruned"}}, '"inputs" is "pruned": it must be sparse or dense'),
+        ({"kwargs": {"inputs": None}}, 'option "inputs" of `reconstruct` is None: it must be text'),
+        ({"kwargs": {"lr": 0.1}}, '`reconstruct` has no option "lr": known are steps, learning_rate'),
+        ({"kwargs": {"holdout": 1.0}}, '"holdout" is 1.0: it must be above 0 and below 1'),
+        ({"kwargs": {"learning_rate": 2.0}}, '"learning_rate" is 2.0: it must be above 0 and at most 1'),
     ],
     ids=str,
 )
@@ -402,16 +402,16 @@ def test_refused_options(options, words):
 
 
 def test_refused_runs():
-    with pytest.raises(PruningConfigError, match="reconstruct_kwargs is .*, but reconstruct is off"):
+    with pytest.raises(PruningConfigError, match="`reconstruct_kwargs` is .*, but `reconstruct` is off"):
         OneshotConfig(target_sparsity=0.5, reconstruct_kwargs={"steps": 3})
-    with pytest.raises(PruningConfigError, match="reconstruct needs calibration data"):
+    with pytest.raises(PruningConfigError, match="`reconstruct` needs calibration data"):
         run(Linears(2), None, criterion="magnitude")
     with pytest.raises(PruningConfigError, match="needs two calibration samples or more"):
         run(Linears(2), correlated(1))
     model = Linears(2)
     model.blocks = nn.ModuleDict({"0": nn.Linear(8, 8)})
     model.forward = lambda x: model.blocks["0"](x)
-    with pytest.raises(ValueError, match="reconstruct needs blocks: leave it out"):
+    with pytest.raises(ValueError, match="`reconstruct` needs blocks: leave it out"):
         run(model, correlated(32))
     with torch.inference_mode(), pytest.raises(PruningConfigError, match="prune outside of it"):
         run(Linears(2), correlated(32))

@@ -26,7 +26,7 @@ def test_scores_by_hand():
     squared = CRITERIA.create("ria", {"alpha": 1.0})
     scaled = BY_HAND * torch.tensor([3.0, 2.0])
     assert torch.allclose(squared.score(WEIGHT, squared.prepare_statistic(WEIGHT, NORMS)), scaled)
-    with pytest.raises(ValueError, match="alpha is -1.0: it must be 0 or more, as in 0.5"):
+    with pytest.raises(ValueError, match='"alpha" is -1.0: it must be 0 or more, as in 0.5'):
         CRITERIA.create("ria", {"alpha": -1.0})
 
 

@@ -237,7 +237,7 @@ def test_a_folder_that_is_not_empty_is_not_replaced(run, inputs, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     run()  # an empty one will do
-    with pytest.raises(FileExistsError, match="out is not empty: name another folder, or pass --overwrite"):
+    with pytest.raises(FileExistsError, match="out is not empty: name another folder, or pass `overwrite=True`"):
         run()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
@@ -256,18 +256,18 @@ def test_errors_are_raised_before_a_model_is_loaded(run, inputs, monkeypatch):
         (
             {"calibration_file": None, "samples": 128, "length": 512, "batch_size": 8},
             ValueError,
-            'criterion "wanda" needs calibration data: pass calibration_file or',
+            '`criterion` "wanda" needs calibration data: pass `calibration_file` or',
         ),
         (
             {"calibration_file": None},
             ValueError,
-            "^samples has no effect without calibration_file or dataset_name: give",
+            "^`samples` has no effect without `calibration_file` or `dataset_name`: give",
         ),
-        ({"eval": True}, ValueError, "eval needs texts: pass validation_file, or dataset_name"),
+        ({"eval": True}, ValueError, "`eval` needs texts: pass `validation_file`, or `dataset_name`"),
         ({"eval": True, "validation_file": "no.txt"}, FileNotFoundError, 'validation file "no.txt" does not exist'),
-        ({"dataset_name": "x"}, ValueError, "calibration_file and dataset_name exclude each other"),
-        ({"device_map": "auto"}, ValueError, "device and device_map exclude each other"),
-        ({"dtype": "int8"}, ValueError, 'dtype is "int8": it must be one of auto, bfloat16'),
+        ({"dataset_name": "x"}, ValueError, "`calibration_file` and `dataset_name` exclude each other"),
+        ({"device_map": "auto"}, ValueError, "`device` and `device_map` exclude each other"),
+        ({"dtype": "int8"}, ValueError, '`dtype` is "int8": it must be one of auto, bfloat16'),
         ({"output_dir": None}, ValueError, "missing output folder"),
         ({"model_name_or_path": None}, ValueError, "missing model"),
     ):
@@ -279,10 +279,10 @@ def test_errors_of_models_tokenizers_and_device_maps(run, inputs, tmp_path):
     with pytest.raises(OSError, match='there is no folder "/no/model".'):
         run(model_name_or_path="/no/model")
     llama().save_pretrained(tmp_path / "mute")
-    with pytest.raises(OSError, match='(?s)mute" has no tokenizer .* name one with tokenizer_name'):
+    with pytest.raises(OSError, match='(?s)mute" has no tokenizer .* name one with `tokenizer_name`'):
         run(model_name_or_path=str(tmp_path / "mute"))
     assert "saved" in run(model_name_or_path=str(tmp_path / "mute"), tokenizer_name=inputs["llama"])
-    with pytest.raises(ValueError, match="device_map is not a JSON object"):
+    with pytest.raises(ValueError, match="`device_map` is not a JSON object"):
         run(device=None, device_map="{layers", output_dir=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="length 33 is beyond the model's 32 positions"):
+    with pytest.raises(ValueError, match="`length` 33 is beyond the model's 32 positions"):
         run(length=33, output_dir=str(tmp_path / "other"))

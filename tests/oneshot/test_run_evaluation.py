@@ -167,9 +167,9 @@ def test_what_cannot_be_evaluated_is_refused_before_pruning(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="the tokenizer has no mask token"):
         prune(masked, tmp_path / "out", texts_only, tokenizer_name=speechless)
     classifies = save(tmp_path / "bert", bert(), bert_tokenizer())
-    with pytest.raises(ValueError, match="accuracy of classifiers needs labels: name the label_column"):
+    with pytest.raises(ValueError, match="accuracy of classifiers needs labels: name the `label_column`"):
         prune(classifies, tmp_path / "out", texts_only)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match="ViTForImageClassification reads pixel_values, not texts: leave eval"):
+    with pytest.raises(ValueError, match="ViTForImageClassification reads pixel_values, not texts: leave `eval`"):
         prune(tmp_path / "vit", tmp_path / "out", texts_only)

@@ -62,5 +62,5 @@ def test_a_global_budget_prunes_a_whole_model_exactly():
 
 
 def test_the_allocation_and_the_scope_of_this_name_are_told_apart():
-    with pytest.raises(PruningConfigError, match='allocation is "global", but scope "global" distributes nothing'):
+    with pytest.raises(PruningConfigError, match='`allocation` is "global", but `scope` "global" distributes nothing'):
         OneshotConfig(target_sparsity=0.5, allocation="global", scope="global")

@@ -192,13 +192,13 @@ def test_the_plan_counts_units():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"criterion": "fluctuation"}, 'criterion "fluctuation" scores neurons and heads, not units of pattern'),
-        ({"criterion": "obs"}, 'criterion "obs" scores neurons and heads'),
-        ({"criterion": "block_influence"}, 'criterion "block_influence" scores whole layers'),
-        ({"solver": "lstsq"}, 'solver "lstsq" updates weights of which whole columns are pruned'),
-        ({"pattern": "layer", "criterion": "wanda"}, 'criterion "wanda" scores the inputs of single weights'),
-        ({"pattern": "layer", "solver": "lstsq"}, 'pattern "layer" leaves none: use solver="none"'),
-        ({"pattern": "neuron", "allocation": "owl"}, 'allocation "owl" is of weights by themselves'),
+        ({"criterion": "fluctuation"}, '`criterion` "fluctuation" scores neurons and heads, not units of `pattern`'),
+        ({"criterion": "obs"}, '`criterion` "obs" scores neurons and heads'),
+        ({"criterion": "block_influence"}, '`criterion` "block_influence" scores whole layers'),
+        ({"solver": "lstsq"}, '`solver` "lstsq" updates weights of which whole columns are pruned'),
+        ({"pattern": "layer", "criterion": "wanda"}, '`criterion` "wanda" scores the inputs of single weights'),
+        ({"pattern": "layer", "solver": "lstsq"}, '`pattern` "layer" leaves none: use `solver="none"`'),
+        ({"pattern": "neuron", "allocation": "owl"}, '`allocation` "owl" is of weights by themselves'),
     ],
 )
 def test_methods_of_other_units_are_refused(options, message):

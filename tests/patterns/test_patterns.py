@@ -67,10 +67,10 @@ def test_text_forms(text, pattern):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("4:2", r'pattern "4:2" keeps 4 of every 2: it needs 1 <= N < M, as in 2:4'),
-        ("0:4", r'pattern "0:4" keeps 0 of every 4'),
-        ("4:4", r'pattern "4:4" keeps 4 of every 4'),
-        ("0x4", r'pattern "0x4" needs both sides at least 1'),
+        ("4:2", r'`pattern` "4:2" keeps 4 of every 2: it needs 1 <= N < M, as in 2:4'),
+        ("0:4", r'`pattern` "0:4" keeps 0 of every 4'),
+        ("4:4", r'`pattern` "4:4" keeps 4 of every 4'),
+        ("0x4", r'`pattern` "0x4" needs both sides at least 1'),
         ("2:4 ", r'unknown pattern "2:4 ": known are 4x1 \(block\), .* Did you mean "2:4"'),
         ("chanel", r'unknown pattern "chanel": .* Did you mean "channel"'),
         ("-1:4", r'unknown pattern "-1:4"'),

@@ -52,15 +52,15 @@ def test_below_one_is_a_fraction_of_training(settings, expected):
 
 
 def test_errors_name_the_value():
-    with pytest.raises(ValueError, match="prune_start is step 5 and prune_end is step 4"):
+    with pytest.raises(ValueError, match="`prune_start` is step 5 and `prune_end` is step 4"):
         PruningSchedule(5, 4, 1)
-    with pytest.raises(ValueError, match="prune_start is step 0"):
+    with pytest.raises(ValueError, match="`prune_start` is step 0"):
         PruningSchedule(0, 4, 1)
-    with pytest.raises(ValueError, match="prune_every is 0 steps"):
+    with pytest.raises(ValueError, match="`prune_every` is 0 steps"):
         PruningSchedule(1, 4, 0)
-    with pytest.raises(ValueError, match="prune_end is step 50, but training has 40 optimizer steps"):
+    with pytest.raises(ValueError, match="`prune_end` is step 50, but training has 40 optimizer steps"):
         PruningSchedule.from_fractions(0, 50, 1, 40)
-    with pytest.raises(ValueError, match="prune_start is step 50, but training has 40"):
+    with pytest.raises(ValueError, match="`prune_start` is step 50, but training has 40"):
         PruningSchedule.from_fractions(50, 60, 1, 40)
-    with pytest.raises(ValueError, match="prune_start is step 30 and prune_end is step 20"):
+    with pytest.raises(ValueError, match="`prune_start` is step 30 and `prune_end` is step 20"):
         PruningSchedule.from_fractions(30, 0.5, 1, 40)

@@ -106,9 +106,9 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match=f'unknown sparsity_decay_type "cubik": {known}.* Did you mean "cubic"?'):
         IterativeScheduler({"sparsity_decay_type": "cubik"})
     for scheduler in (IterativeScheduler({}), OneshotScheduler({})):
-        with pytest.raises(ValueError, match="total_prune_steps is 0: it must be at least 1"):
+        with pytest.raises(ValueError, match="`total_prune_steps` is 0: it must be at least 1"):
             scheduler.update_sparsity_ratio(0.8, 0, 0, {})
-        with pytest.raises(ValueError, match="current_prune_step is -1"):
+        with pytest.raises(ValueError, match="`current_prune_step` is -1"):
             scheduler.update_sparsity_ratio(0.8, -1, 4, {})
 
 
@@ -152,7 +152,7 @@ def test_a_users_scheduler_is_selected_by_name():
     assert type(get_scheduler(config)) is two_halves
     pruner = Pruner(nn.Linear(8, 4), config)
     assert [pruner.update(step, 3).sparsity for step in (1, 2, 3)] == [0.25, 0.25, 0.5]
-    with pytest.raises(PruningConfigError, match='scheduler is "two_half": known are .*Did you mean "two_halves"?'):
+    with pytest.raises(PruningConfigError, match='`scheduler` is "two_half": known are .*Did you mean "two_halves"?'):
         PruningConfig(scheduler="two_half")
 
 

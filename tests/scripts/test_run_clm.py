@@ -121,20 +121,20 @@ def test_the_first_rows_are_split_off():
 @pytest.mark.parametrize(
     "parts, error, text",
     [
-        (["--train_file", "{text}", "--do_train"], ValueError, "no model: pass --model_name_or_path"),
-        (["--model_type", "gpt2", "--train_file", "{text}"], ValueError, "needs --tokenizer_name"),
-        (["--model_type", "gtp2", "--tokenizer_name", "{model}"], ValueError, 'model_type "gtp2" is not known'),
-        (["{from}", "--config_overrides", "n_layer=1"], ValueError, "config_overrides only goes with model_type"),
-        (["{from}", "--do_train"], ValueError, "no data: pass --dataset_name"),
+        (["--train_file", "{text}", "--do_train"], ValueError, "no model: pass `model_name_or_path`"),
+        (["--model_type", "gpt2", "--train_file", "{text}"], ValueError, "needs `tokenizer_name`"),
+        (["--model_type", "gtp2", "--tokenizer_name", "{model}"], ValueError, '`model_type` "gtp2" is not known'),
+        (["{from}", "--config_overrides", "n_layer=1"], ValueError, "`config_overrides` only goes with `model_type`"),
+        (["{from}", "--do_train"], ValueError, "no data: pass `dataset_name`"),
         (["{from}", "--train_file", "no.txt", "--do_train"], FileNotFoundError, '"no.txt" does not exist'),
         (["{from}", "--train_file", "{table}", "--do_train"], ValueError, 'the train split has no column "text"'),
         (["{from}", "--train_file", "{text}", "--do_train", "--block_size", "99"], ValueError, "at most 32"),
         (["{from}", "--train_file", "{short}", "--do_train"], ValueError, "shorter than one block of 32 tokens"),
-        (["{from}", "--train_file", "{text}", "--do_eval", "--streaming"], ValueError, "pass --validation_file"),
+        (["{from}", "--train_file", "{text}", "--do_eval", "--streaming"], ValueError, "pass `validation_file`"),
         (
             ["{from}", "--train_file", "{text}", "--do_train", "--streaming", "--max_steps", "-1"],
             ValueError,
-            "pass --max_steps with --streaming",
+            "pass `max_steps` with `streaming`",
         ),
     ],
 )

@@ -287,7 +287,7 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tiny_bert, tmp_pat
             ValueError,
             'the validation split has the label 7 (and 0 more that are not known). Allowed: "0", "1"',
         ),
-        (["--task_name", "sst2", "--do_eval"], ConnectionError, "or pass local files with --train_file"),
+        (["--task_name", "sst2", "--do_eval"], ConnectionError, "or pass local files with `train_file`"),
     ],
 )
 def test_errors_are_raised_before_training(tiny_bert, tmp_path, parts, error, text):

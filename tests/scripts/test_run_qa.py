@@ -84,7 +84,7 @@ def test_questions_without_an_answer(tiny_bert_qa, tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(nested(rows)))
     parts = ["--train_file", str(file), "--validation_file", str(file), "--do_train", "--do_eval"]
-    with pytest.raises(ValueError, match="4 questions of the train split have no answer .*--version_2_with_negative"):
+    with pytest.raises(ValueError, match="4 questions of the train split have no answer .*`version_2_with_negative`"):
         run_qa.main(arguments(tiny_bert_qa, tmp_path / "out", *parts))
     run_qa.main(arguments(tiny_bert_qa, tmp_path / "out", *parts, "--version_2_with_negative"))
     metrics = read_json(tmp_path / "out" / "eval_results.json")
@@ -109,9 +109,9 @@ def test_all_formats_give_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     "parts, error, text",
     [
-        ([], ValueError, "no data: pass --dataset_name"),
+        ([], ValueError, "no data: pass `dataset_name`"),
         (["--train_file", "no.json", "--do_train"], FileNotFoundError, 'train file "no.json" does not exist'),
-        (["--train_file", "{rows}", "--do_eval"], ValueError, "Pass --validation_file"),
+        (["--train_file", "{rows}", "--do_eval"], ValueError, "Pass `validation_file`"),
         (["--train_file", "{bare}", "--do_train"], ValueError, 'the train split has no column "answers"'),
         (["--train_file", "{csv}", "--do_train"], ValueError, "rows.csv\": a row has the answers 'in oslo'"),
         (["--train_file", "{rows}", "--do_train", "--doc_stride", "24"], ValueError, "less than the window of 24"),

@@ -230,11 +230,11 @@ def test_the_error_is_below_that_of_sparsegpt_in_layers_of_a_pretrained_model():
 
 def test_invalid_requests_are_refused():
     weight, gram = random(4, 8), gram_of(inputs(8))
-    with pytest.raises(ValueError, match='solver "admm" always gives sparsity 0.5 with 2:4, not 0.25'):
+    with pytest.raises(ValueError, match='`solver` "admm" always gives sparsity 0.5 with 2:4, not 0.25'):
         ADMM().solve(weight, gram, get_pattern("2:4"), 0.25)
     with pytest.raises(ValueError, match="the weight has 8 inputs, but the Gram matrix is of 9"):
         ADMM().solve(weight, gram_of(inputs(9)), UNSTRUCTURED, 0.5)
-    with pytest.raises(ValueError, match="by_row needs several units in a row, but pattern channel has one"):
+    with pytest.raises(ValueError, match="`by_row` needs several units in a row, but pattern channel has one"):
         ADMM().solve(weight, gram, get_pattern("channel"), 0.5, by_row=True)
     with pytest.raises(ValueError, match="the Gram matrix is not positive semidefinite"):
         ADMM().solve(weight, 2 * torch.ones(8, 8).double() - 5 * torch.eye(8).double() + 4, UNSTRUCTURED, 0.5)

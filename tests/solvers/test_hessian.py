@@ -75,7 +75,7 @@ def test_only_dead_inputs():
 def test_fewer_tokens_than_inputs_need_dampening():
     gram = gram_of(5, 20)
     assert torch.isfinite(HessianFactor(gram).upper_CC).all()
-    with pytest.raises(ValueError, match="not positive definite with dampening 0: it is rank deficient"):
+    with pytest.raises(ValueError, match="not positive definite with `dampening` 0: it is rank deficient"):
         HessianFactor(gram.float() - 1e-4 * torch.eye(20), 0)
 
 
@@ -85,10 +85,10 @@ def test_too_little_dampening_is_raised_and_logged(caplog):
     gram[1, 0] = gram[0, 1] = 1.05
     with caplog.at_level(logging.WARNING):
         factor = HessianFactor(gram)
-    assert factor.dampening == pytest.approx(0.1) and "dampening 0.01 leaves a Gram matrix indefinite" in caplog.text
+    assert factor.dampening == pytest.approx(0.1) and "`dampening` 0.01 leaves a Gram matrix indefinite" in caplog.text
     assert torch.allclose(factor.upper_CC @ factor.upper_CC.t(), damped(gram, 0.1), atol=1e-6)
     gram[1, 0] = gram[0, 1] = 5
-    with pytest.raises(ValueError, match="not positive definite with dampening 1"):
+    with pytest.raises(ValueError, match="not positive definite with `dampening` 1"):
         HessianFactor(gram)
 
 
@@ -105,7 +105,7 @@ def test_invalid_matrices_are_refused():
         HessianFactor(torch.ones(2, 3))
     with pytest.raises(ValueError, match="must be square, in float32 or float64"):
         HessianFactor(torch.eye(2, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="dampening is -0.1: it must be from 0 to 1"):
+    with pytest.raises(ValueError, match="`dampening` is -0.1: it must be from 0 to 1"):
         HessianFactor(gram, -0.1)
     with pytest.raises(ValueError, match="the diagonal of a Gram matrix must not be negative"):
         HessianFactor(torch.diag(torch.tensor([1.0, -1.0])))

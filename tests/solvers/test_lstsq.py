@@ -94,7 +94,7 @@ def test_rows_with_masks_of_their_own_are_solved_one_by_one():
 
 
 def test_options_and_sizes_that_cannot_be():
-    with pytest.raises(ValueError, match="ridge is 2: it must be from 0 to 1"):
+    with pytest.raises(ValueError, match='"ridge" is 2: it must be from 0 to 1'):
         SOLVERS.create("lstsq", {"ridge": 2})
     assert LeastSquares(0).needs_full_rank and not LeastSquares().needs_full_rank
     gram = WeightedGram(COLUMNS)

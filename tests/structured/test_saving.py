@@ -63,5 +63,5 @@ def test_folders_that_would_destroy_the_source_are_refused(source, tmp_path):
     for folder in (source, source / "small", tmp_path):
         with pytest.raises(ValueError, match="write to a folder beside the source"):
             save_shrunk(small, folder, source)
-    with pytest.raises(FileNotFoundError, match="source is .*missing, which is not a folder"):
+    with pytest.raises(FileNotFoundError, match="`source` is .*missing, which is not a folder"):
         save_shrunk(small, tmp_path / "small", tmp_path / "missing")

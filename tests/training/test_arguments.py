@@ -60,7 +60,7 @@ def test_options_that_prune_nothing_are_refused(tmp_path):
         make(tmp_path, callbacks=[SparsityCallback(PruningConfig(pattern="4x1"))]),
     ):
         with pytest.raises(
-            PruningConfigError, match="^pattern has no effect, because nothing is pruned: give target_"
+            PruningConfigError, match="^`pattern` has no effect, because nothing is pruned: give target_"
         ):
             trainer.train()
         assert trainer.state.global_step == 0
@@ -155,8 +155,8 @@ def test_all_errors_are_reported_together():
         parse("--scheduler", "iterativ", "--target_sparsity", "1.2", "--sparsity_decay_type", "cubi")
     text = str(caught.value)
     assert len(caught.value.errors) == 3
-    assert 'scheduler is "iterativ"' in text and 'Did you mean "iterative"?' in text
-    assert '"cubic"' in text and "target_sparsity is 1.2" in text
+    assert '`scheduler` is "iterativ"' in text and 'Did you mean "iterative"?' in text
+    assert '"cubic"' in text and "`target_sparsity` is 1.2" in text
 
 
 def test_a_registered_scheduler_is_chosen_by_its_name(tmp_path):

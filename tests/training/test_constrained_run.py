@@ -243,7 +243,7 @@ def test_weights_of_16_bits_have_a_sparse_point_of_32(tmp_path):
 @pytest.mark.parametrize("optim, name", [("sgd", "SGD"), ("adafactor", "Adafactor"), ("adagrad", "Adagrad")])
 def test_optimizers_without_a_second_moment_are_refused_before_training(tmp_path, optim, name):
     trainer = make(tmp_path, target_sparsity=0.5, algorithm="elsa", optim=optim, **SCHEDULE)
-    message = f'algorithm "elsa" projects .* which {name} does not: use optim="adamw_torch"'
+    message = f'`algorithm` "elsa" projects .* which {name} does not: use `optim="adamw_torch"`'
     with pytest.raises(NotImplementedError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -252,11 +252,11 @@ def test_optimizers_without_a_second_moment_are_refused_before_training(tmp_path
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"pattern": "neuron"}, 'algorithm "elsa" selects weights and blocks, not units of pattern "neuron"'),
-        ({"keep_zeros": True}, 'keep_zeros is set, but with algorithm "elsa" pruned weights may come back'),
-        ({"criterion": "magnitude"}, "leave criterion out"),
-        ({"algorithm_kwargs": {"strength": 0.0}}, "strength is 0.0: it must be above 0 and at most 1"),
-        ({"algorithm_kwargs": {"weighting": 2.0}}, "weighting is 2.0: it must be from 0 to 1"),
+        ({"pattern": "neuron"}, '`algorithm` "elsa" selects weights and blocks, not units of `pattern` "neuron"'),
+        ({"keep_zeros": True}, '`keep_zeros` is set, but with `algorithm` "elsa" pruned weights may come back'),
+        ({"criterion": "magnitude"}, "leave `criterion` out"),
+        ({"algorithm_kwargs": {"strength": 0.0}}, '"strength" is 0.0: it must be above 0 and at most 1'),
+        ({"algorithm_kwargs": {"weighting": 2.0}}, '"weighting" is 2.0: it must be from 0 to 1'),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
@@ -267,10 +267,10 @@ def test_options_that_do_not_fit_are_refused(options, message):
 def test_frozen_weights_and_a_single_prune_step_are_refused(tmp_path):
     model = bert()
     model.bert.encoder.requires_grad_(False)
-    with pytest.raises(PruningConfigError, match='algorithm "elsa" needs gradients, but "bert.encoder'):
+    with pytest.raises(PruningConfigError, match='`algorithm` "elsa" needs gradients, but "bert.encoder'):
         make(tmp_path, model=model, algorithm="elsa", target_sparsity=0.5)
     trainer = make(tmp_path, algorithm="elsa", target_sparsity=0.5, prune_start=4, prune_end=4)
-    with pytest.raises(ValueError, match="prune_start and prune_end are both step 4: lower prune_start"):
+    with pytest.raises(ValueError, match="`prune_start` and `prune_end` are both step 4: lower `prune_start`"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -84,9 +84,9 @@ def test_each_trial_of_a_search_prunes_by_its_own_target(tmp_path, monkeypatch, 
 def test_a_late_value_is_checked_before_training(tmp_path):
     run = undecided(tmp_path)
     for name, value, text in [
-        ("target_sparsity", 1.5, "target_sparsity is 1.5"),
+        ("target_sparsity", 1.5, "`target_sparsity` is 1.5"),
         ("targets", ["nonsense"], '"nonsense" matches none'),
-        ("pruning_config", "recipe.yaml", "pruning_config is 'recipe.yaml', but was set after"),
+        ("pruning_config", "recipe.yaml", "`pruning_config` is 'recipe.yaml', but was set after"),
     ]:
         run = undecided(tmp_path)
         run.args.target_sparsity = 0.5

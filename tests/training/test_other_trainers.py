@@ -147,7 +147,7 @@ def test_a_mixed_in_trainer_refuses_a_checkpoint_of_another_pruning(tmp_path, li
     other = library.make(
         tmp_path, [SparsityCallback(PruningConfig(**PRUNING | {"target_sparsity": 0.6}))], mixed(library.trainer)
     )
-    with pytest.raises(ValueError, match=r"target_sparsity: 0\.5 -> 0\.6"):
+    with pytest.raises(ValueError, match=r"`target_sparsity`: 0\.5 -> 0\.6"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert other.sparsity_callback.pruner is None
 

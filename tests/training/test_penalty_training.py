@@ -156,7 +156,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     assert same(weights(resumed.model), weights(whole.model))
     assert content(tmp_path / "whole" / "checkpoint-8") == content(tmp_path / "resumed" / "checkpoint-8")
     other = make(tmp_path / "resumed", model=bert(seed=5), **options | {"penalty_kwargs": {"strength": 0.02}})
-    with pytest.raises(ValueError, match="penalty_kwargs: "):
+    with pytest.raises(ValueError, match="`penalty_kwargs`: "):
         other.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-4"))
 
 
@@ -202,11 +202,11 @@ def test_a_registered_penalty_works_by_name(tmp_path):
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"penalty": "l1"}, 'penalty is "l1", but nothing is pruned: give target_sparsity'),
-        ({"penalty": "l1", "keep_zeros": True}, 'penalty is "l1", but nothing is pruned'),
-        ({"penalty": "l3", "target_sparsity": 0.5}, 'penalty is "l3": known are group_lasso, l1'),
+        ({"penalty": "l1"}, '`penalty` is "l1", but nothing is pruned: give `target_sparsity`'),
+        ({"penalty": "l1", "keep_zeros": True}, '`penalty` is "l1", but nothing is pruned'),
+        ({"penalty": "l3", "target_sparsity": 0.5}, '`penalty` is "l3": known are group_lasso, l1'),
         ({"penalty_kwargs": {"strength": 1.0}, "target_sparsity": 0.5}, "but no penalty is used: name one"),
-        ({"penalty": "l1", "penalty_kwargs": {"strength": 0}, "target_sparsity": 0.5}, "strength is 0: it must be"),
+        ({"penalty": "l1", "penalty_kwargs": {"strength": 0}, "target_sparsity": 0.5}, '"strength" is 0: it must be'),
     ],
 )
 def test_what_is_refused(options, text):
@@ -218,6 +218,6 @@ def test_frozen_weights_are_refused(tmp_path):
     model = bert()
     model.get_parameter("bert.encoder.layer.0.attention.self.query.weight").requires_grad_(False)
     with pytest.raises(
-        PruningConfigError, match='penalty "l1" draws .*"bert.encoder.layer.0.*query.weight" is frozen'
+        PruningConfigError, match='`penalty` "l1" draws .*"bert.encoder.layer.0.*query.weight" is frozen'
     ):
         make(tmp_path, model=model, penalty="l1", **PENALIZED)

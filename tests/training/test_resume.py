@@ -489,13 +489,13 @@ def test_masks_of_another_step_are_refused(tmp_path, copied):
 
 
 CHANGES = {
-    "target_sparsity": (0.6, "target_sparsity: 0.5 -> 0.6"),
-    "criterion": ("taylor", "criterion: 'snip_momentum' -> 'taylor'"),
-    "pattern": ("4x1", "pattern: 'unstructured' -> '4x1'"),
-    "scope": ("layer", "scope: None -> 'layer'"),
-    "sparsity_decay_type": ("linear", "sparsity_decay_type: 'cubic' -> 'linear'"),
-    "algorithm": ("granet", "algorithm: 'gradual' -> 'granet'"),
-    "groups": ({"all": {"targets": ["all-blocks"]}}, "groups: None -> {'all'"),
+    "target_sparsity": (0.6, "`target_sparsity`: 0.5 -> 0.6"),
+    "criterion": ("taylor", "`criterion`: 'snip_momentum' -> 'taylor'"),
+    "pattern": ("4x1", "`pattern`: 'unstructured' -> '4x1'"),
+    "scope": ("layer", "`scope`: None -> 'layer'"),
+    "sparsity_decay_type": ("linear", "`sparsity_decay_type`: 'cubic' -> 'linear'"),
+    "algorithm": ("granet", "`algorithm`: 'gradual' -> 'granet'"),
+    "groups": ({"all": {"targets": ["all-blocks"]}}, "`groups`: None -> {'all'"),
 }
 
 
@@ -523,7 +523,7 @@ def test_another_number_of_training_steps_is_refused_where_the_schedule_depends_
     refuse(
         tmp_path, tmp_path / "checkpoint-6", r"prune_end \(steps\): 8 -> 16", early=False, **FRACTIONS, max_steps=20
     )
-    takes = "prune_start, prune_end and prune_every take these step numbers in place of fractions"
+    takes = "`prune_start`, `prune_end` and `prune_every` take these step numbers in place of fractions"
     refuse(tmp_path, tmp_path / "checkpoint-6", takes, early=False, **FRACTIONS, max_steps=20)
     # The remedy works: the numbers on the left sides of the message.
     steps = {"prune_start": 2, "prune_end": 8, "prune_every": 1}
@@ -584,11 +584,11 @@ def test_options_of_an_earlier_version_are_compared_as_what_they_mean():
     saved = {name: value for name, value in current.items() if name not in ("algorithm", "criterion_kwargs")}
     saved |= {"solver": "zero", "groups": {"a": {"targets": ["*"]}}, "regrow": 0.0}
     assert changed_options(saved, current) == []
-    assert changed_options(saved, current | {"algorithm": "rigl"}) == ["algorithm: 'gradual' -> 'rigl'"]
+    assert changed_options(saved, current | {"algorithm": "rigl"}) == ["`algorithm`: 'gradual' -> 'rigl'"]
     granet = {"algorithm": "granet", "algorithm_kwargs": {"fraction": 0.5, "decay": "linear"}}
     assert (
         changed_options(saved | {"criterion": "snip", "regrow": 0.5}, current | {"criterion": "snip"} | granet) == []
     )
     assert changed_options(saved, current | {"criterion_kwargs": {"decay": 0.5}}) == [
-        "criterion_kwargs: None -> {'decay': 0.5}"
+        "`criterion_kwargs`: None -> {'decay': 0.5}"
     ]

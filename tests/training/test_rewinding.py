@@ -170,7 +170,7 @@ def test_resuming_with_another_rewinding_is_refused(tmp_path):
     for options, text in (
         ({"rewind": 3}, r"rewind \(steps\): 2 -> 3"),
         ({"rewind": None}, r"rewind \(steps\): 2 -> None"),
-        ({"rewind_weights": False}, "rewind_weights: True -> False"),
+        ({"rewind_weights": False}, "`rewind_weights`: True -> False"),
     ):
         with pytest.raises(CheckpointError, match=text):
             run(tmp_path, resume=str(tmp_path / "checkpoint-4"), **options)
@@ -186,13 +186,13 @@ def test_a_second_training_rewinds_again(tmp_path):
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"rewind": 0.7}, "rewind is 0.7, not before prune_end, 0.7"),
-        ({"rewind": 9, "prune_end": 8}, "rewind is 9, not before prune_end, 8"),
-        ({"rewind": -1}, "rewind is -1: it must be a whole number of steps, or a fraction"),
-        ({"rewind": 2.5}, "rewind is 2.5"),
-        ({"rewind_weights": False}, "rewind_weights needs rewind"),
-        ({"rewind": 0.1, "target_sparsity": None}, "but nothing is pruned: give target_sparsity"),
-        ({"rewind": "soon"}, "rewind is 'soon': it must be a number"),
+        ({"rewind": 0.7}, "`rewind` is 0.7, not before `prune_end`, 0.7"),
+        ({"rewind": 9, "prune_end": 8}, "`rewind` is 9, not before `prune_end`, 8"),
+        ({"rewind": -1}, "`rewind` is -1: it must be a whole number of steps, or a fraction"),
+        ({"rewind": 2.5}, "`rewind` is 2.5"),
+        ({"rewind_weights": False}, "`rewind_weights` needs `rewind`"),
+        ({"rewind": 0.1, "target_sparsity": None}, "but nothing is pruned: give `target_sparsity`"),
+        ({"rewind": "soon"}, "`rewind` is 'soon': it must be a number"),
     ],
 )
 def test_options_that_are_refused(options, text):
@@ -203,8 +203,8 @@ def test_options_that_are_refused(options, text):
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"prune_end": 12, "max_steps": 20, "rewind": 0.7}, "rewind is step 14 and prune_end is step 12"),
-        ({"prune_end": 20, "max_steps": 20, "rewind": 2}, "which is the last step: lower prune_end"),
+        ({"prune_end": 12, "max_steps": 20, "rewind": 0.7}, "`rewind` is step 14 and `prune_end` is step 12"),
+        ({"prune_end": 20, "max_steps": 20, "rewind": 2}, "which is the last step: lower `prune_end`"),
     ],
 )
 def test_steps_that_do_not_fit_are_refused_before_training(tmp_path, options, text):
@@ -239,7 +239,7 @@ def test_a_scheduler_of_a_subclass_is_refused_by_name(tmp_path):
 def test_a_stock_trainer_is_refused(tmp_path):
     config = PruningConfig(**{name: value for name, value in REWOUND.items() if name != "max_steps"})
     trainer = Trainer(bert(), arguments(tmp_path), train_dataset=samples(), callbacks=[SparsityCallback(config)])
-    with pytest.raises(ValueError, match="rewind needs SparseTrainer"):
+    with pytest.raises(ValueError, match="`rewind` needs SparseTrainer"):
         trainer.train()
 
 

@@ -194,9 +194,9 @@ def test_a_stock_trainer_with_the_callback_refuses_it_then_too(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"prune_end": STEPS + 1}, f"prune_end is step {STEPS + 1}, but training has {STEPS} optimizer steps"),
-        ({"prune_start": 15, "prune_end": 20}, "prune_start is step 15, but training has"),
-        ({"prune_start": 8, "prune_end": 0.5}, "prune_start is step 8 and prune_end is step 5"),
+        ({"prune_end": STEPS + 1}, f"`prune_end` is step {STEPS + 1}, but training has {STEPS} optimizer steps"),
+        ({"prune_start": 15, "prune_end": 20}, "`prune_start` is step 15, but training has"),
+        ({"prune_start": 8, "prune_end": 0.5}, "`prune_start` is step 8 and `prune_end` is step 5"),
     ],
 )
 def test_a_schedule_that_ends_after_training_is_refused_before_any_step(tmp_path, options, message):
@@ -209,7 +209,7 @@ def test_a_schedule_that_ends_after_training_is_refused_before_any_step(tmp_path
 
 
 def test_schedule_free_optimizers_are_refused(tmp_path):
-    with pytest.raises(NotImplementedError, match="optim=schedule_free_adamw .*use adamw_torch"):
+    with pytest.raises(NotImplementedError, match='`optim="schedule_free_adamw"` .*use `optim="adamw_torch"`'):
         make(tmp_path, target_sparsity=0.5, optim="schedule_free_adamw")
     make(tmp_path, target_sparsity=0.0, optim="schedule_free_adamw")
 

@@ -283,7 +283,7 @@ def test_metadata_are_arguments_of_the_card_and_of_a_push(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert {name: card.data.get(name) for name in given} == given
     assert "a fine-tuned version of [user/base](https://huggingface.co/user/base) on the GLUE SST2" in card.text
-    with pytest.raises(ValueError, match='license is "MIT": write it in lower case'):
+    with pytest.raises(ValueError, match='`license` is "MIT": write it in lower case'):
         run.create_model_card(license="MIT")
     run.sparsity_callback.pruner = None  # of a dense run the card is Trainer's
     run.create_model_card(**given, **GLUE)

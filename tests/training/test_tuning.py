@@ -178,13 +178,13 @@ def test_a_later_training_starts_anew(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"tune": "masked_lara"}, 'tune is "masked_lara": known are biases, masked_lora, norms. Did you mean'),
+        ({"tune": "masked_lara"}, '`tune` is "masked_lara": known are biases, masked_lora, norms. Did you mean'),
         ({"tune": "masked_lora", "tune_kwargs": {"rnk": 2}}, 'has no option "rnk"'),
-        ({"tune": "masked_lora", "tune_kwargs": {"rank": 0}}, "rank is 0: it must be at least 1"),
+        ({"tune": "masked_lora", "tune_kwargs": {"rank": 0}}, '"rank" is 0: it must be at least 1'),
         ({"tune": "masked_lora", "tune_kwargs": '{"rank": "a"}'}, "it must be a whole number"),
         ({"tune": "masked_lora", "tune_kwargs": "{"}, "it must be a JSON object"),
-        ({"tune_kwargs": {"rank": 2}}, "tune_kwargs needs tune"),
-        ({"tune": MaskedLora(2), "tune_kwargs": {"rank": 2}}, "leave tune_kwargs out"),
+        ({"tune_kwargs": {"rank": 2}}, "`tune_kwargs` needs `tune`"),
+        ({"tune": MaskedLora(2), "tune_kwargs": {"rank": 2}}, "leave `tune_kwargs` out"),
     ],
 )
 def test_wrong_options(tmp_path, options, message):
@@ -207,9 +207,9 @@ def test_options_on_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"target_sparsity": 0.8}, "prune first, and then train with keep_zeros=True"),
+        ({"target_sparsity": 0.8}, "prune first, and then train with `keep_zeros=True`"),
         ({"pattern": "2:4"}, "without a pattern that implies one"),
-        ({"keep_zeros": False}, "set keep_zeros=True"),
+        ({"keep_zeros": False}, "set `keep_zeros=True`"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
     ],
 )
@@ -231,7 +231,7 @@ def test_models_and_optimizers_that_cannot_be_tuned(tmp_path):
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="that are not frozen"):
         tuned(tmp_path, model, tune="norms").train()
-    with pytest.raises(ValueError, match="tune needs SparseTrainer"):
+    with pytest.raises(ValueError, match="`tune` needs SparseTrainer"):
         args = arguments(tmp_path, keep_zeros=True, tune="norms")
         Trainer(pruned(), args, train_dataset=samples(), callbacks=[SparsityCallback()]).train()
 

@@ -41,7 +41,7 @@ def push_with_card(directory: str | Path, repo: str, given: CardMetadata | None 
         if given is not None and (names := ", ".join(given.to_dict())):
             raise ValueError(
                 f"{names} cannot be written into a card: the folder must be that of a pruned model with "
-                f'{CARD_FILE}, the repository "user/name", and path_in_repo left out.'
+                f'{CARD_FILE}, the repository "user/name", and `path_in_repo` left out.'
             )
         return push(directory, repo, **options)
     with _restored_on_failure(Path(directory)):

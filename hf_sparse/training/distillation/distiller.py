@@ -93,8 +93,9 @@ class Distiller:
         if not losses:
             which = "student" if not any(student.get(name) is not None for name in masks) else "teacher"
             raise ValueError(
-                f"distill_hidden compares hidden states, which the outputs of the {which} lack: its forward must take "
-                "output_hidden_states, and compute_loss of the trainer must pass it on. Or set distill_hidden=0."
+                f"`distill_hidden` compares hidden states, which the outputs of the {which} lack: its forward must "
+                "take output_hidden_states, and compute_loss of the trainer must pass it on. Or set "
+                "`distill_hidden=0`."
             )
         return torch.stack(losses).mean()
 

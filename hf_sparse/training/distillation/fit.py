@@ -61,31 +61,31 @@ def _differences(
     mine, other = _sizes(student), _sizes(teacher)
     if None not in (mine["vocab_size"], other["vocab_size"]) and mine["vocab_size"] != other["vocab_size"]:
         yield (
-            f"distill_teacher is {name}, with a vocabulary of {other['vocab_size']:,} tokens, but that of the model "
+            f"`distill_teacher` is {name}, with a vocabulary of {other['vocab_size']:,} tokens, but that of the model "
             f"has {mine['vocab_size']:,}: use a teacher with the tokenizer of the model."
         )
     sizes = (mine["hidden_size"], other["hidden_size"])
     if options.distill_hidden and None not in sizes and sizes[0] != sizes[1]:
         yield (
-            f"distill_hidden compares hidden states, but those of {name} have size {sizes[1]}, those of the model "
-            f"{sizes[0]}: use a teacher of the same hidden size, or distill_hidden=0."
+            f"`distill_hidden` compares hidden states, but those of {name} have size {sizes[1]}, those of the model "
+            f"{sizes[0]}: use a teacher of the same hidden size, or `distill_hidden=0`."
         )
     if bool(getattr(student, "is_encoder_decoder", False)) != bool(getattr(teacher, "is_encoder_decoder", False)):
-        yield f"distill_teacher is {name}, and either it or the model has no decoder after an encoder: use one kind."
+        yield f"`distill_teacher` is {name}, and either it or the model has no decoder after an encoder: use one kind."
     if not options.distill_alpha or student_class in _LANGUAGE_MODELS or student_class in _QUESTION_ANSWERING:
         return
     if student.num_labels != teacher.num_labels:
         yield (
-            f"distill_teacher is {name}, with {teacher.num_labels} labels, but the model has {student.num_labels}: "
-            "use a teacher that is fine-tuned for the same task, or distill_alpha=0 and distill_hidden."
+            f"`distill_teacher` is {name}, with {teacher.num_labels} labels, but the model has {student.num_labels}: "
+            "use a teacher that is fine-tuned for the same task, or `distill_alpha=0` and `distill_hidden`."
         )
     else:
         yield from _label_errors(str(name), student, teacher)
     problems = (getattr(student, "problem_type", None), getattr(teacher, "problem_type", None))
     if None not in problems and problems[0] != problems[1]:
         yield (
-            f"distill_teacher is {name}, whose problem_type is {problems[1]}, but that of the model is {problems[0]}: "
-            "use a teacher that is fine-tuned for the same task."
+            f"`distill_teacher` is {name}, whose problem_type is {problems[1]}, but that of the model is "
+            f"{problems[0]}: use a teacher that is fine-tuned for the same task."
         )
 
 
@@ -101,12 +101,12 @@ def _label_errors(name: str, student: PreTrainedConfig, teacher: PreTrainedConfi
     if set(mine) == set(other):
         listed = ", ".join(f"{label} is {number}" for label, number in other.items())
         yield (
-            f"distill_teacher is {name}, which numbers the labels otherwise than the model ({listed}): give the model "
-            "the label2id of the teacher."
+            f"`distill_teacher` is {name}, which numbers the labels otherwise than the model ({listed}): give the "
+            "model the label2id of the teacher."
         )
     else:
         logger.warning(
-            "distill_teacher %s names its labels %s, the model %s: the same order is assumed.",
+            "`distill_teacher` %s names its labels %s, the model %s: the same order is assumed.",
             name,
             ", ".join(other),
             ", ".join(mine),
@@ -132,13 +132,14 @@ def check_tokenizer(name: str, tokenizer: Any, token: str | None = None) -> None
     try:
         other = AutoTokenizer.from_pretrained(name, **({"token": token} if token else {}))
     except (OSError, ValueError, ImportError, KeyError) as error:
-        logger.info("distill_teacher %s has no tokenizer to compare: %s", name, error)
+        logger.info("`distill_teacher` %s has no tokenizer to compare: %s", name, error)
         return
     mine, theirs = ({number: word for word, number in each.get_vocab().items()} for each in (tokenizer, other))
     differing = sorted(number for number in mine.keys() & theirs.keys() if mine[number] != theirs[number])
     if differing:
         number = differing[0]
         raise TeacherError(
-            f"distill_teacher is {name}, whose tokenizer is another one: token {number} is {theirs[number]!r} there, "
-            f"and {mine[number]!r} here ({len(differing):,} differ). Use a teacher with the tokenizer of the model."
+            f"`distill_teacher` is {name}, whose tokenizer is another one: token {number} is {theirs[number]!r} "
+            f"there, and {mine[number]!r} here ({len(differing):,} differ). Use a teacher with the tokenizer of the "
+            "model."
         )

@@ -83,9 +83,9 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
         found, expected = student[layer], teacher[other].to(student[layer].device)
         if found.shape != expected.shape:
             raise ValueError(
-                f"distill_hidden compares hidden states, but those of the student's layer {layer} have shape "
+                f"`distill_hidden` compares hidden states, but those of the student's layer {layer} have shape "
                 f"{tuple(found.shape)}, those of the teacher's layer {other} {tuple(expected.shape)}: use a teacher "
-                "of the same hidden size, or distill_hidden=0."
+                "of the same hidden size, or `distill_hidden=0`."
             )
         counts = mask is not None and found.ndim == 3 and mask.shape == found.shape[:2]
         errors.append(relative_error(found, expected, mask if counts else None).mean())

@@ -117,8 +117,8 @@ class LogitsLoss:
             return None
         if mask.shape != places:
             raise ValueError(
-                f"distill_alpha compares logits, of shape {tuple(logits.shape)}, where labels say what counts, but "
-                f"these are of shape {tuple(mask.shape)}: set distill_alpha=0, and distill_hidden, which needs no "
+                f"`distill_alpha` compares logits, of shape {tuple(logits.shape)}, where labels say what counts, but "
+                f"these are of shape {tuple(mask.shape)}: set `distill_alpha=0`, and `distill_hidden`, which needs no "
                 "labels."
             )
         return mask.to(logits.device)
@@ -137,14 +137,14 @@ def _logits(student: Mapping[str, Any], teacher: Mapping[str, Any], name: str) -
     for outputs, which in ((student, "student"), (teacher, "teacher")):
         if not isinstance(outputs.get(name), Tensor):
             raise ValueError(
-                f"distill_alpha compares {name}, which the outputs of the {which} lack: set distill_alpha=0, or leave "
-                "out what keeps the model from giving them, such as use_liger_kernel."
+                f"`distill_alpha` compares {name}, which the outputs of the {which} lack: set `distill_alpha=0`, or "
+                "leave out what keeps the model from giving them, such as `use_liger_kernel`."
             )
     found, expected = student[name], teacher[name].to(student[name].device)
     if found.shape != expected.shape:
         raise ValueError(
-            f"distill_alpha compares {name}, but those of the student have shape {tuple(found.shape)}, those of the "
+            f"`distill_alpha` compares {name}, but those of the student have shape {tuple(found.shape)}, those of the "
             f"teacher {tuple(expected.shape)}: use a teacher of the same task with the same labels and vocabulary, or "
-            "distill_alpha=0."
+            "`distill_alpha=0`."
         )
     return found, expected

@@ -105,7 +105,7 @@ class DistillationMixin(TrainerBase):
             self._distillation_state.compare(str(checkpoint))
         elif self._distillation_state is None and read_state(str(checkpoint)) is not None:
             raise CheckpointError(
-                f"{checkpoint} was saved by a run with distill_teacher, and this run has none. Resume with the same "
+                f"{checkpoint} was saved by a run with `distill_teacher`, and this run has none. Resume with the same "
                 "teacher, or start a new run from its weights."
             )
 
@@ -134,30 +134,32 @@ class DistillationMixin(TrainerBase):
         """Yields what is wrong with the run."""
         if self.args.n_gpu > 1:
             yield (
-                "distill_teacher needs one process for each GPU, but this process has several: start it with "
+                "`distill_teacher` needs one process for each GPU, but this process has several: start it with "
                 f"torchrun --nproc_per_node {self.args.n_gpu}, or let it see one by CUDA_VISIBLE_DEVICES=0."
             )
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         if getattr(parallelism, "cp_size", 1) > 1 or getattr(parallelism, "sp_size", 1) > 1:
-            yield "distill_teacher does not support rows that are split over processes: set cp_size and sp_size to 1."
+            yield (
+                "`distill_teacher` does not support rows that are split over processes: set cp_size and sp_size to 1."
+            )
         if getattr(self.args, "use_liger_kernel", False) and config.distill_alpha:
             yield (
-                "distill_alpha compares logits, which use_liger_kernel does not compute: leave use_liger_kernel out, "
-                "or set distill_alpha=0 and distill_hidden."
+                "`distill_alpha` compares logits, which `use_liger_kernel` does not compute: leave `use_liger_kernel` "
+                "out, or set `distill_alpha=0` and `distill_hidden`."
             )
         if getattr(getattr(self.model, "config", None), "return_dict", True) is False:
-            yield "distill_teacher needs outputs with names, but return_dict of the model's config is false: set it."
+            yield "`distill_teacher` needs outputs with names, but return_dict of the model's config is false: set it."
         if config.distill_teacher == SELF and self.teacher is None:
             if self.model_init is not None:
                 yield (
-                    f"distill_teacher is {SELF}, but model_init makes the model anew when training starts: give model "
-                    "in place of model_init, or the folder of the teacher."
+                    f"`distill_teacher` is {SELF}, but model_init makes the model anew when training starts: give "
+                    "model in place of model_init, or the folder of the teacher."
                 )
             shards, _ = build_shards(dict(cast(nn.Module, self.model).named_parameters()))
             if any(shard.is_split for shard in shards.values()):
                 yield (
-                    f"distill_teacher is {SELF}, but the weights of the model are split over processes from the "
-                    "start: save them, and give the folder as distill_teacher. It is loaded whole on every process."
+                    f"`distill_teacher` is {SELF}, but the weights of the model are split over processes from the "
+                    "start: save them, and give the folder as `distill_teacher`. It is loaded whole on every process."
                 )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -166,8 +168,9 @@ class DistillationMixin(TrainerBase):
         loss = super().training_step(*args, **kwargs)
         if self._distiller is not None and not self._has_distilled:
             raise RuntimeError(
-                f"distill_teacher is set, but compute_loss of {type(self).__name__} does not call that of its base "
-                "class, which adds the terms of the teacher: call super().compute_loss, or leave distill_teacher out."
+                f"`distill_teacher` is set, but compute_loss of {type(self).__name__} does not call that of its base "
+                "class, which adds the terms of the teacher: call super().compute_loss, or leave `distill_teacher` "
+                "out."
             )
         return loss
 
@@ -205,7 +208,7 @@ class DistillationMixin(TrainerBase):
         """Returns the loss with the terms of the teacher, and notes each for the log."""
         if not isinstance(student, Mapping):
             raise ValueError(
-                f"distill_teacher needs outputs with names, but compute_loss returned {type(student).__name__} as "
+                f"`distill_teacher` needs outputs with names, but compute_loss returned {type(student).__name__} as "
                 "outputs: return those of the model."
             )
         parts = self.current_gradient_accumulation_steps

@@ -59,11 +59,11 @@ class DistillationState:
         path, saved = Path(checkpoint) / DISTILLATION_FILE, read_state(checkpoint)
         if saved is None:
             raise CheckpointError(
-                f"{checkpoint} was saved by a run without distill_teacher, and this run has one. Resume without it, "
+                f"{checkpoint} was saved by a run without `distill_teacher`, and this run has one. Resume without it, "
                 "or start a new run from its weights."
             )
         changes = [
-            f"{name}: {reprlib.repr(saved[name])} -> {getattr(self.config, name)!r}"
+            f"`{name}`: {reprlib.repr(saved[name])} -> {getattr(self.config, name)!r}"
             for name in _OPTIONS
             if saved[name] != getattr(self.config, name)
         ]
@@ -78,13 +78,13 @@ class DistillationState:
     def _other_teacher(self, path: Path, name: str) -> str:
         if self.config.distill_teacher == SELF:
             return (
-                f"distill_teacher is {SELF}, the weights that the run started from, but the trainer was made with a "
+                f"`distill_teacher` is {SELF}, the weights that the run started from, but the trainer was made with a "
                 f"model with other weights than the run of {path}: make it with the model that the run started "
                 "from (Trainer loads the weights of the checkpoint by itself), or start a new run with "
-                "distill_teacher=PATH of a dense model."
+                '`distill_teacher="PATH"` of a dense model.'
             )
         return (
-            f"distill_teacher has other weights than that of {path}, {reprlib.repr(name)}: resume with the same "
+            f"`distill_teacher` has other weights than that of {path}, {reprlib.repr(name)}: resume with the same "
             "teacher, or start a new run from the weights of the checkpoint."
         )
 

@@ -53,13 +53,13 @@ def load_teacher(
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise TeacherError(
-            f"distill_teacher is {name}, which cannot be loaded: {error} Give the folder or Hub name of a dense model "
-            f"that is fine-tuned for this task, or {SELF}."
+            f"`distill_teacher` is {name}, which cannot be loaded: {error} Give the folder or Hub name of a dense "
+            f"model that is fine-tuned for this task, or {SELF}."
         ) from error
     if missing := sorted(loading["missing_keys"]):
         raise TeacherError(
-            f"distill_teacher is {name}, whose files lack {len(missing)} weights of {type(teacher).__name__}, such as "
-            f'"{missing[0]}", so that it knows nothing of this task: fine-tune it first, or give another one.'
+            f"`distill_teacher` is {name}, whose files lack {len(missing)} weights of {type(teacher).__name__}, such "
+            f'as "{missing[0]}", so that it knows nothing of this task: fine-tune it first, or give another one.'
         )
     return teacher
 
@@ -68,7 +68,7 @@ def _class_for(student: nn.Module, model_type: str | None) -> Any:
     """Returns the class that opens a teacher of the given type for the task of the student."""
     if not isinstance(student, PreTrainedModel):
         raise TeacherError(
-            f"distill_teacher is loaded with the class of the model, but {type(student).__name__} is not a model of "
+            f"`distill_teacher` is loaded with the class of the model, but {type(student).__name__} is not a model of "
             "transformers: override load_teacher of the trainer to return the teacher."
         )
     # Without what FSDP adds to a class.

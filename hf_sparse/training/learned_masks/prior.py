@@ -29,8 +29,8 @@ def read_masks(source: str, weights: Sequence[WeightParts], communicator: Commun
         masks = {weight.name: _read(zeros, weight) for weight in weights}
     if not communicator.any(not all(bool(mask.all()) for mask in masks.values())):
         raise InspectionError(
-            f"prior is {source}, but the weights that are pruned here have no zeros there: give a checkpoint that was "
-            "pruned, as by hf-sparse prune, or leave prior out."
+            f"`prior` is {source}, but the weights that are pruned here have no zeros there: give a checkpoint that "
+            "was pruned, as by hf-sparse prune, or leave `prior` out."
         )
     return masks
 

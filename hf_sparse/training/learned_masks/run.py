@@ -70,8 +70,8 @@ class LearnedMaskRun(AlgorithmRun):
         name = self.pruner.groups[0].options.algorithm_name
         if uses_deepspeed and (self.algorithm.is_soft or not self.algorithm.trains_weights):
             raise NotImplementedError(
-                f'algorithm "{name}" writes weights that DeepSpeed would overwrite from its own copies: use FSDP2 or '
-                "DDP (leave deepspeed out)."
+                f'`algorithm` "{name}" writes weights that DeepSpeed would overwrite from its own copies: use FSDP2 '
+                "or DDP (leave `deepspeed` out)."
             )
         if not self.algorithm.needs_whole_units:
             return
@@ -80,8 +80,8 @@ class LearnedMaskRun(AlgorithmRun):
             units = pattern.unit_rows(rows), pattern.unit_columns(columns)
             if not keeps_units_whole(weight.layer, weight.shard, *units):
                 raise NotImplementedError(
-                    f'algorithm "{name}" learns masks of whole units, but "{weight.name}" is split within units of '
-                    f'pattern "{pattern}": exclude it, use fewer processes, or DDP.'
+                    f'`algorithm` "{name}" learns masks of whole units, but "{weight.name}" is split within units of '
+                    f'`pattern` "{pattern}": exclude it, use fewer processes, or DDP.'
                 )
 
     # Around the optimizer step

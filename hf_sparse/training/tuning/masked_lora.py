@@ -82,9 +82,9 @@ class MaskedLora(Tuning):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}: it must be at least 1, as in 16")
+            raise ValueError(f"`rank` is {self.rank}: it must be at least 1, as in 16")
         if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha is {self.alpha}: it must be above 0, as in 32")
+            raise ValueError(f"`alpha` is {self.alpha}: it must be above 0, as in 32")
 
     def trained_parameters(self, model: nn.Module) -> set[str]:
         names = norm_parameters(model) if self.train_norms else set()

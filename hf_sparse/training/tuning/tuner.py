@@ -151,5 +151,5 @@ class Tuner:
 def nothing_trained(tuning: Tuning, model: nn.Module) -> str:
     """Returns the error of a tuning that finds nothing to train."""
     name = TUNINGS.name_and_options(tuning)[0]
-    others = " or ".join(f'"{other}"' for other in TUNINGS.names() if other != name)
-    return f'tune is "{name}", but {type(model).__name__} has no such parameters that are not frozen: use {others}.'
+    others = " or ".join(f'`tune="{other}"`' for other in TUNINGS.names() if other != name)
+    return f'`tune` is "{name}", but {type(model).__name__} has no such parameters that are not frozen: use {others}.'

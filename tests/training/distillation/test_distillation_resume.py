@@ -60,13 +60,13 @@ def checkpoint(tmp_path):
     "options, message",
     [
         ({"distill_teacher": "self", "seed": 9}, "the trainer was made with a model with other weights"),
-        ({"distill_teacher": "other"}, "distill_teacher has other weights than that of .*, 'self'"),
-        ({"distill_teacher": "self", "distill_alpha": 0.5}, "distill_alpha: 0.9 -> 0.5"),
+        ({"distill_teacher": "other"}, "`distill_teacher` has other weights than that of .*, 'self'"),
+        ({"distill_teacher": "self", "distill_alpha": 0.5}, "`distill_alpha`: 0.9 -> 0.5"),
         (
             {"distill_teacher": "self", "distill_teacher_dtype": "bfloat16"},
-            "distill_teacher_dtype: None -> 'bfloat16'",
+            "`distill_teacher_dtype`: None -> 'bfloat16'",
         ),
-        ({}, "was saved by a run with distill_teacher, and this run has none"),
+        ({}, "was saved by a run with `distill_teacher`, and this run has none"),
     ],
 )
 def test_another_teacher_is_refused(tmp_path, checkpoint, options, message):
@@ -83,7 +83,7 @@ def test_another_teacher_is_refused(tmp_path, checkpoint, options, message):
 def test_a_checkpoint_without_a_teacher_is_refused(tmp_path):
     make(tmp_path, **PRUNING, **SAVING).train()
     trainer = make(tmp_path, distill_teacher="self", **PRUNING)
-    with pytest.raises(CheckpointError, match="saved by a run without distill_teacher"):
+    with pytest.raises(CheckpointError, match="saved by a run without `distill_teacher`"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 

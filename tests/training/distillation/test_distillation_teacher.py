@@ -202,10 +202,10 @@ def test_another_tokenizer_is_refused(tmp_path, teacher):
 
 def test_a_stock_trainer_is_told(tmp_path, teacher, caplog):
     callback = SparsityCallback(PruningConfig(distill_teacher=teacher))
-    with pytest.raises(ValueError, match="distill_teacher needs SparseTrainer"):
+    with pytest.raises(ValueError, match="`distill_teacher` needs SparseTrainer"):
         make(tmp_path, Trainer, callbacks=[callback], cls=None).train()
     make(tmp_path, Trainer, distill_teacher=teacher, max_steps=1).train()
-    assert "distill_teacher is set in the arguments, but this trainer runs no teacher" in caplog.text
+    assert "`distill_teacher` is set in the arguments, but this trainer runs no teacher" in caplog.text
 
 
 def test_the_callback_gives_the_options(tmp_path, teacher):
@@ -218,13 +218,13 @@ def test_the_callback_gives_the_options(tmp_path, teacher):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"distill_alpha": 1.5}, "distill_alpha is 1.5: it must be a number from 0 to 1"),
-        ({"distill_temperature": 0}, "distill_temperature is 0: it must be a number above 0"),
-        ({"distill_hidden": -1}, "distill_hidden is -1: it must be 0"),
-        ({"distill_teacher_dtype": "fp8"}, "distill_teacher_dtype is"),
-        ({"distill_alpha": 0}, "distill_alpha and distill_hidden are 0"),
-        ({"distill_alpha": "much"}, "distill_alpha is 'much': it must be a number"),
-        ({"distill_teacher": None, "distill_hidden": 2.0}, "distill_hidden need a teacher"),
+        ({"distill_alpha": 1.5}, "`distill_alpha` is 1.5: it must be a number from 0 to 1"),
+        ({"distill_temperature": 0}, "`distill_temperature` is 0: it must be a number above 0"),
+        ({"distill_hidden": -1}, "`distill_hidden` is -1: it must be 0"),
+        ({"distill_teacher_dtype": "fp8"}, "`distill_teacher_dtype` is"),
+        ({"distill_alpha": 0}, "`distill_alpha` and `distill_hidden` are 0"),
+        ({"distill_alpha": "much"}, "`distill_alpha` is 'much': it must be a number"),
+        ({"distill_teacher": None, "distill_hidden": 2.0}, "`distill_hidden` need a teacher"),
     ],
 )
 def test_wrong_options(options, message):
