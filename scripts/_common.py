@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +21,13 @@ from hf_sparse.hub.card_metadata import HELP, CardMetadata
 from hf_sparse.hub.next_steps import format_next_steps
 from hf_sparse.hub.sources import check_model, check_tokenizer_source
 from hf_sparse.local_paths import is_local, published_name
+from hf_sparse.registry import nearest
 
 
 logger = logging.getLogger("scripts.common")
+
+# Trainer adds these to the metrics of every evaluation.
+_SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second")
 
 
 @dataclass
@@ -159,6 +163,27 @@ def _check_sources(training_args: SparseTrainingArguments, model_args: ModelArgu
     teacher = training_args.distill_teacher
     if training_args.do_train and teacher not in (None, SELF):
         check_model(teacher, "distill_teacher", cache_dir=None, token=training_args.hub_token)
+
+
+def check_best_metric(training_args: SparseTrainingArguments, names: Iterable[str]) -> None:
+    """Checks before training what Trainer finds out at the first evaluation.
+
+    Args:
+        names: of the metrics of an evaluation during training, without "eval_".
+
+    Raises:
+        ValueError: `metric_for_best_model` is none of them.
+    """
+    given = training_args.metric_for_best_model
+    if given is None or not training_args.do_train or training_args.eval_strategy == "no":
+        return
+    prefix = "eval_" if given.startswith("eval_") else ""
+    names = [f"{prefix}{name}" for name in names]
+    if given not in names and given.removeprefix("eval_") not in _SPEED_METRICS:
+        raise ValueError(
+            f'`metric_for_best_model` is "{given}", which no evaluation gives: it must be {" or ".join(names)}.'
+            f"{nearest(given, names)}"
+        )
 
 
 def resume_point(training_args: SparseTrainingArguments) -> str | bool | None:

@@ -71,3 +71,9 @@ def with_combined_score(metrics: dict[str, float]) -> dict[str, float]:
     if len(metrics) < 2:
         return metrics
     return metrics | {"combined_score": float(np.mean(list(metrics.values())))}
+
+
+def metric_names(task: str | None, is_regression: bool) -> list[str]:
+    """Returns the names of the metrics, with the arguments of `load_metric`."""
+    values = np.array([0, 1])
+    return list(with_combined_score(local_metric(task, is_regression)(predictions=values, references=values)))

@@ -69,6 +69,16 @@ def squad_v2(predictions: list[dict], references: list[dict]) -> dict[str, float
     return result
 
 
+def metric_names(with_negative: bool) -> list[str]:
+    """Returns the names of the metrics: of `squad`, or of `squad_v2` with those that evaluate alone computes."""
+    predictions = [{"id": 0, "prediction_text": "a"}, {"id": 1, "prediction_text": ""}]
+    references = [{"id": 0, "answers": {"text": ["a"]}}, {"id": 1, "answers": {"text": []}}]
+    if not with_negative:
+        return list(squad(predictions[:1], references[:1]))
+    best = ["best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh"]
+    return [*squad_v2(predictions, references), *best]
+
+
 def _figures(pairs: list[tuple[float, float]], prefix: str) -> dict[str, float]:
     return {
         f"{prefix}exact": _percent([exact for exact, _ in pairs]),

@@ -23,6 +23,7 @@ import numpy as np
 from _common import (
     ModelArguments,
     card_kwargs,
+    check_best_metric,
     check_run,
     finish,
     load_config,
@@ -305,6 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     check_run(training_args, model_args)
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
         raise ValueError("a stream has no end to count epochs by: pass `max_steps` with `streaming`.")
+    check_best_metric(training_args, ["loss", "accuracy"])
     setup_logging(training_args)
     set_seed(training_args.seed)
 

@@ -25,6 +25,7 @@ from _common import (
     ModelArguments,
     build_collator,
     card_kwargs,
+    check_best_metric,
     check_dense_head,
     check_run,
     finish,
@@ -40,7 +41,7 @@ from _common import (
 from _data import check_columns, first_rows, load_files, load_from_hub, need_split
 from _program import parse_args, run_program
 from glue_labels import Labels, check_labels, find_labels, has_labels
-from glue_metrics import load_metric, with_combined_score
+from glue_metrics import load_metric, metric_names, with_combined_score
 from transformers import (
     AutoModelForSequenceClassification,
     EvalPrediction,
@@ -297,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(model_args)
     labels = find_labels(splits, data_args.task_name, config)
     check_labels(splits, labels)
+    check_best_metric(training_args, ["loss", *metric_names(data_args.task_name, labels.is_regression)])
     tokenizer = load_tokenizer(model_args)
     model = build_model(model_args, config, tokenizer, labels)
     # After the labels are known: the first rows may lack one that later rows have.

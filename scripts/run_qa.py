@@ -19,6 +19,7 @@ from _common import (
     ModelArguments,
     build_collator,
     card_kwargs,
+    check_best_metric,
     check_dense_head,
     check_run,
     finish,
@@ -189,6 +190,8 @@ CLASSES = (ModelArguments, DataTrainingArguments, SparseTrainingArguments)
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, training_args = parse_args(CLASSES, argv)
     check_run(training_args, model_args)
+    # No loss: the windows for evaluation have no labels.
+    check_best_metric(training_args, qa_metrics.metric_names(data_args.version_2_with_negative))
     setup_logging(training_args)
     set_seed(training_args.seed)
 

@@ -27,6 +27,8 @@ QA = "--model_name_or_path {qa} --do_train --output_dir {out} --use_cpu"
 CLM = "--model_name_or_path {gpt2} --do_train --output_dir {out} --use_cpu --train_file {text}"
 ONESHOT = "--model_name_or_path {gpt2} --output_dir {out} --target_sparsity 0.5 --calibration_file {text}"
 
+BEST = "--eval_strategy epoch --save_strategy epoch --load_best_model_at_end --metric_for_best_model"
+
 # Found before the weights of a model are loaded.
 MISTAKES = [
     # Names of options.
@@ -138,6 +140,20 @@ MISTAKES = [
     ),
     ("clm", CLM.replace("{text}", "{rows2}"), 'the train split has no column "text"'),
     ("oneshot", ONESHOT.replace("{text}", "no.txt"), 'calibration file "no.txt" does not exist'),
+    # Metrics.
+    (
+        "glue",
+        f"{PRUNED} {BEST} accuracyy",
+        '--metric_for_best_model` is "accuracyy", which no evaluation gives: it must be loss or accuracy. Did you mean '
+        '"accuracy"?',
+    ),
+    ("glue", f"{PRUNED} --task_name cola {BEST} eval_matthews", 'Did you mean "eval_matthews_correlation"?'),
+    ("clm", f"{CLM} {BEST} perplexity", 'is "perplexity", which no evaluation gives: it must be loss or accuracy.'),
+    (
+        "qa",
+        f"{QA} --train_file {{rows}} {BEST} loss",
+        'is "loss", which no evaluation gives: it must be exact_match or f1.',
+    ),
     ("oneshot", f"{ONESHOT} --text_column words", 'there is no column "words": the data have "text".'),
 ]
 
@@ -238,3 +254,16 @@ def test_a_process_that_is_not_ended_for_the_mistake_of_the_first_prints_its_own
         monkeypatch.setenv("LOCAL_RANK", rank)
     done = run("oneshot", "--sovler none")
     assert done.code == 2 and done.err.count("\n") == 1 and slept == waits
+
+
+@pytest.mark.parametrize("task", [*run_glue.TASK_COLUMNS, None])
+def test_the_metrics_of_an_evaluation_can_select_the_best_model(task, tmp_path):
+    """Those that the script computes, and what Trainer adds."""
+    strategy = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    names = run_glue.metric_names(task, task == "stsb")
+    assert ("combined_score" in names) == (task in ("mrpc", "qqp", "stsb"))
+    for name in (*names, *(f"eval_{name}" for name in names), "eval_samples_per_second"):
+        args = run_glue.SparseTrainingArguments(
+            str(tmp_path), do_train=True, use_cpu=True, metric_for_best_model=name, **strategy
+        )
+        run_glue.check_best_metric(args, names)
