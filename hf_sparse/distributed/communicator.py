@@ -168,8 +168,12 @@ def raise_on_all_ranks(*types: type[Exception]) -> Iterator[None]:
     get_communicator().raise_together(error)
 
 
-def parse_device(name: str) -> torch.device:
+def parse_device(name: str, option: str = "device") -> torch.device:
     """Returns the device of a name such as "cpu" or "cuda:1".
+
+    Args:
+        name: of the device.
+        option: that named it.
 
     Raises:
         ValueError: there is no such device.
@@ -185,12 +189,12 @@ def parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f'`device` is "{name}": it must be one of torch, such as cpu, cuda or cuda:1.') from error
+        raise ValueError(f'`{option}` is "{name}": it must be one of torch, such as cpu, cuda or cuda:1.') from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         found = "no CUDA device" if count == 0 else f"{count} CUDA device{'s' * (count > 1)}, counted from 0"
-        remedy = '`device="cpu"`' if count == 0 else f'`device="cuda:{count - 1}"`'
-        raise ValueError(f"`device` is {name}, but torch finds {found} here: use {remedy}.")
+        remedy = f'`{option}="cpu"`' if count == 0 else f'`{option}="cuda:{count - 1}"`'
+        raise ValueError(f"`{option}` is {name}, but torch finds {found} here: use {remedy}.")
     return device
 
 

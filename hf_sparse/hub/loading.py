@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from ..files import parse_json, read_json
 from .auto_classes import auto_class
+from .device_map import parse_device_map
 from .sources import check_model
 
 
@@ -48,8 +47,7 @@ def load_model(
         name: folder or Hub name.
         dtype: one of `DTYPES`; "auto" is the checkpoint's.
         device: of the model, unless `device_map` is given.
-        device_map: "auto", "balanced", "sequential", the name of a device, or a JSON object that maps modules to
-            devices, as text or in a .json file.
+        device_map: see `parse_device_map`.
         offload_folder: folder for the weights that `device_map` offloads to disk.
         hub_options: cache_dir, revision, token, trust_remote_code.
 
@@ -66,7 +64,7 @@ def load_model(
         raise OSError(f'"{name}" holds no model that transformers can open: {error}') from error
     placement: dict[str, Any] = {}
     if device_map is not None:
-        placement["device_map"] = _parse_device_map(device_map)
+        placement["device_map"] = parse_device_map(device_map)
         if offload_folder:
             placement["offload_folder"] = offload_folder
     model_class = getattr(transformers, auto_class_of(config))
@@ -84,15 +82,3 @@ def load_tokenizer(name: str, **hub_options: Any) -> Any:
         return transformers.AutoTokenizer.from_pretrained(name, **hub_options)
     except (OSError, ValueError) as error:
         raise OSError(f'"{name}" has no tokenizer ({error}): name one with `tokenizer_name`.') from error
-
-
-def _parse_device_map(device_map: str) -> str | dict[str, str | int]:
-    if device_map.endswith(".json") and Path(device_map).is_file():
-        return dict(read_json(device_map))
-    if not device_map.lstrip().startswith("{"):
-        return device_map
-    try:
-        placement = parse_json(device_map)
-    except ValueError as error:
-        raise ValueError(f"`device_map` is not a JSON object: {error}.") from error
-    return placement

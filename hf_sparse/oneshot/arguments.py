@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.card_metadata import HELP, CardMetadata
+from ..hub.device_map import parse_device_map
 from ..hub.loading import DTYPES
 from ..registry import format_options
 
@@ -106,6 +107,11 @@ class OneshotArguments:
             errors.append("`calibration_file` and `dataset_name` exclude each other: leave one of them out.")
         if self.eval and not (self.validation_file or self.dataset_name):
             errors.append("`eval` needs texts: pass `validation_file`, or `dataset_name` and `validation_split`.")
+        try:
+            if self.device_map is not None:
+                parse_device_map(self.device_map)
+        except ValueError as error:
+            errors.append(str(error))
         try:
             self.card_metadata()
         except ValueError as error:

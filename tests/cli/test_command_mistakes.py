@@ -46,6 +46,12 @@ MISTAKES = [
     ("bench {model} --plot {texts}/figure.png", "is a file"),
     (f"{PRUNE} --target-sparsitty 0.5", "--target-sparsity"),
     (f"{PRUNE} --device cuda", "--device is cuda, but torch finds no CUDA device here: use --device cpu."),
+    (f"{PRUNE} --device-map sequental", 'Did you mean "sequential"?'),
+    (f"{PRUNE} --device-map cuda", "--device-map is cuda, but torch finds no CUDA device here: use --device-map cpu."),
+    (
+        f'{PRUNE} --device-map {{{{"model":"gpu"}}}}',
+        """`--device-map` maps "model" to 'gpu': it must be a device such""",
+    ),
     (f"{PRUNE} --samples 0", "--samples is 0: it must be 1 or more."),
     (f"{PRUNE} --samples 4 --length 1", "--length is 1: it must be 2 or more."),
     (f"{PRUNE} --samples many", "Invalid value for '--samples'"),

@@ -63,6 +63,11 @@ MISTAKES = [
     ("oneshot", f"{ONESHOT} --dtype int8", '--dtype is "int8": it must be one of auto, bfloat16'),
     ("oneshot", f"{ONESHOT} --device cuda", "--device is cuda, but torch finds no CUDA device here"),
     ("oneshot", f"{ONESHOT} --device tpu9", '--device is "tpu9"'),
+    (
+        "oneshot",
+        f"{ONESHOT} --device_map ballanced",
+        '--device_map` is "ballanced": it must be auto, balanced, balanced_low_0, sequential, a device such as',
+    ),
     ("oneshot", f"{ONESHOT} --samples 0", "--samples is 0"),
     ("oneshot", f"{ONESHOT} --batch_size 0", "--batch_size is 0"),
     (
@@ -144,8 +149,8 @@ MISTAKES = [
     (
         "glue",
         f"{PRUNED} {BEST} accuracyy",
-        '--metric_for_best_model` is "accuracyy", which no evaluation gives: it must be loss or accuracy. Did you mean '
-        '"accuracy"?',
+        '--metric_for_best_model` is "accuracyy", which no evaluation gives: it must be loss or accuracy. Did you '
+        'mean "accuracy"?',
     ),
     ("glue", f"{PRUNED} --task_name cola {BEST} eval_matthews", 'Did you mean "eval_matthews_correlation"?'),
     ("clm", f"{CLM} {BEST} perplexity", 'is "perplexity", which no evaluation gives: it must be loss or accuracy.'),
