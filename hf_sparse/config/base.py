@@ -204,7 +204,26 @@ class PruningOptions:
             if not (type_errors or shared or problems):  # each option is valid by itself
                 problems = consistency_errors(own, criterion) + self.more_errors(own, criterion)
             errors += [where + problem for problem in problems]
-        return errors
+        return errors or self._scope_errors()
+
+    def _scope_errors(self) -> list[str]:
+        """Returns the errors of a scope that ranks nothing: of a group, or of all that there are."""
+        values = {name: found for name, found in self._group_values().items() if not isinstance(found, str)}
+        options = {name: SimpleNamespace(**found) for name, found in values.items()}
+        ignoring = [name for name, found in options.items() if found.scope is not None and self.ignores_scope(found)]
+        groups = self.groups if isinstance(self.groups, Mapping) else {}
+        wrong = {f"group {format_name(name)}: ": name for name in ignoring if groups and groups[name].get("scope")}
+        if not wrong and ignoring and len(ignoring) == len(options):
+            wrong = {"": ignoring[0]}
+        return [
+            f'{where}`scope` has no effect, because units of `pattern` "{options[name].pattern}" compete within their '
+            "group: leave `scope` out."
+            for where, name in wrong.items()
+        ]
+
+    def ignores_scope(self, options: SimpleNamespace) -> bool:
+        """Whether the ranking scope of a group's options changes nothing."""
+        return False
 
     def more_errors(self, options: SimpleNamespace, criterion: str | None) -> list[str]:
         """Returns further errors of a group's options, which only this kind of config has."""

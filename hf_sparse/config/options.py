@@ -81,9 +81,14 @@ def upgrade_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def is_whole(values: Mapping[str, Any]) -> bool:
+    """Whether options are those of a file that some version has written, which has all of them, not of a recipe."""
+    return {"pattern", "groups"} <= values.keys()
+
+
 def upgrade_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns options with the defaults of the version that has written all of them, where these were others."""
-    earlier = EARLIER_DEFAULTS.items() if {"pattern", "groups"} <= values.keys() else ()
+    earlier = EARLIER_DEFAULTS.items() if is_whole(values) else ()
     return {**values, **{name: value for name, value in earlier if values.get(name, value) is None}}
 
 

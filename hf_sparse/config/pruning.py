@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -13,9 +14,9 @@ from ..registry import format_options
 from ..schedulers import PruningSchedule, Scheduler, get_scheduler
 from .base import PruningOptions
 from .distillation import DistillationOptions, distillation_errors
-from .options import DEFAULT_SOLVER
+from .options import DEFAULT_SOLVER, is_whole
 from .penalty import PenaltyOptions, penalty_errors
-from .schedule import ScheduleOptions
+from .schedule import ScheduleOptions, drop_unused_schedule_options, unused_schedule_options
 from .validation import target_of
 
 
@@ -64,7 +65,26 @@ magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Di
     def _errors(self) -> list[str]:
         checked, _ = self._check_types(self._values())
         errors = [*super()._errors(), *distillation_errors(checked)]
-        return errors or self._rewind_errors()
+        return errors or [*self._rewind_errors(), *self._unused_schedule_errors()]
+
+    def _unused_schedule_errors(self) -> list[str]:
+        """Returns an error for each option of when to prune that was given and has no effect."""
+        values = self._values()
+        given = {name for name in ("prune_end", "prune_every") if values[name] != self.defaults[name]}
+        remedies = {
+            "prune_end": f'use `prune_end={self.prune_start}`, or `scheduler="iterative"`.',
+            "prune_every": 'leave it out, or use `scheduler="iterative"` with `prune_end` after `prune_start`.',
+        }
+        return [
+            f"`{name}` has no effect, because the target is reached in the first prune step: {remedies[name]}"
+            for name in unused_schedule_options(values)
+            if name in given
+        ]
+
+    @classmethod
+    def read_options(cls, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        options = super().read_options(values, where)
+        return drop_unused_schedule_options(options) if is_whole(options) else options
 
     def _rewind_errors(self) -> list[str]:
         groups = [SimpleNamespace(**values) for values in self._group_values().values() if isinstance(values, dict)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..algorithms import DEFAULT_ALGORITHM, Algorithm
-from .base import FLAG, option
+from ..schedulers import SCHEDULERS
+from .base import FLAG, mappings, option
 
 
 @dataclass
@@ -64,3 +66,40 @@ class ScheduleOptions:
         "initial_sparsity": 0.0,
         "rewind_weights": True,
     }
+
+
+def unused_schedule_options(values: Mapping[str, Any]) -> list[str]:
+    """Returns those of `prune_end` and `prune_every` that have no effect: with one prune step, or where the first one
+    reaches the target and gradual pruning changes nothing later. Rewinding and penalties depend on the last one.
+
+    Args:
+        values: the options of a config, or of a file.
+
+    Example:
+        >>> unused_schedule_options({"scheduler": "oneshot"})
+        ['prune_end', 'prune_every']
+        >>> unused_schedule_options({"prune_start": 0.5, "prune_end": 0.5, "scheduler": "iterative"})
+        ['prune_every']
+        >>> unused_schedule_options({"scheduler": "oneshot", "algorithm": "rigl"})
+        []
+    """
+    if _value(values, "prune_start") == _value(values, "prune_end"):
+        return ["prune_every"]
+    groups = mappings(values.get("groups"))
+    schedulers = [group.get("scheduler", values.get("scheduler")) for group in groups] or [values.get("scheduler")]
+    later = [values.get("rewind"), *(options.get("penalty") for options in (values, *groups))]
+    is_idle = _value(values, "algorithm") == DEFAULT_ALGORITHM and not any(option is not None for option in later)
+    at_once = all(name in SCHEDULERS and SCHEDULERS[name].reaches_target_at_once for name in schedulers)
+    return ["prune_end", "prune_every"] if is_idle and at_once else []
+
+
+def drop_unused_schedule_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of a file of an earlier version, which had such options, without them."""
+    unused = unused_schedule_options(values)
+    dropped = {"prune_every": ScheduleOptions.schedule_defaults["prune_every"]} if "prune_every" in unused else {}
+    return values | dropped | ({"prune_end": _value(values, "prune_start")} if "prune_end" in unused else {})
+
+
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    value = values.get(name)
+    return ScheduleOptions.schedule_defaults[name] if value is None else value

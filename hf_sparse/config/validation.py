@@ -77,6 +77,12 @@ def pattern_of(options: SimpleNamespace) -> Pattern | None:
         return None
 
 
+def is_n_of_m(pattern: object) -> bool:
+    """Whether the value of the option `pattern` is N:M."""
+    found = pattern_of(SimpleNamespace(pattern=pattern))
+    return found is not None and found.n_of_m[0] > 0
+
+
 def _name_errors(options: SimpleNamespace, criterion: str | None, solver: str) -> list[str]:
     errors, defaults = [], {"criterion": criterion, "solver": solver}
     for name, registry in METHODS.items():

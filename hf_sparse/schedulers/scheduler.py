@@ -76,6 +76,8 @@ class Scheduler(ABC):
 
     has_curve: ClassVar[bool] = False
     """Whether `sparsity_decay_type` selects the curve along which the sparsity increases."""
+    reaches_target_at_once: ClassVar[bool] = False
+    """Whether the sparsity is the target from the first prune step on."""
     unused_options: ClassVar[tuple[str, ...]] = ()
     """Options of the config that have no effect."""
 
@@ -122,6 +124,7 @@ class OneshotScheduler(Scheduler):
     Reference: Intel Neural Compressor, pytorch_pruner.
     """
 
+    reaches_target_at_once = True
     unused_options = ("sparsity_decay_type", "initial_sparsity")
 
     def update_sparsity_ratio(

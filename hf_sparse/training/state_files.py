@@ -20,6 +20,7 @@ import torch
 from ..config import PruningConfig, upgrade_options
 from ..config.distillation import DistillationOptions
 from ..config.options import EARLIER_DEFAULTS
+from ..config.schedule import unused_schedule_options
 from ..distributed import get_communicator
 from ..engine.pruner import Pruner
 from ..files import (
@@ -139,12 +140,14 @@ def checksum(tensors: Mapping[str, torch.Tensor], values: dict[str, Any]) -> int
 
 def compared_options(config: PruningConfig, schedule: PruningSchedule | None) -> dict[str, Any]:
     """Returns the options that must be equal for a run to be resumed, as JSON values. The schedule is None while the
-    number of training steps is not known."""
-    options = {name: value for name, value in PruningConfig.to_dict(config).items() if name not in _COMPARED_BY_EFFECT}
+    number of training steps is not known. Steps that have no effect are None."""
+    values = PruningConfig.to_dict(config)
+    options = {name: value for name, value in values.items() if name not in _COMPARED_BY_EFFECT}
     options["criterion"] = config.resolve_criterion(SimpleNamespace(**options))
     if schedule is not None:
         steps: dict[str, int | None] = {"prune_start": schedule.start, "prune_end": schedule.end}
         steps |= {"prune_every": schedule.every, "rewind": schedule.rewind}
+        steps |= dict.fromkeys(unused_schedule_options(values))
         options |= {f"{name}{IN_STEPS}": value for name, value in steps.items()}
     return json.loads(json.dumps(options))
 
@@ -156,6 +159,9 @@ def changed_options(saved: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     Returns: "`name`: saved value -> current value" for each option that differs.
     """
     saved = PruningConfig().to_dict() | EARLIER_DEFAULTS | upgrade_options(saved)
+    # Earlier versions have written the numbers of steps that have no effect.
+    unused = [f"{name}{IN_STEPS}" for name in ("prune_end", "prune_every")]
+    saved |= {name: None for name in unused if name in current and current[name] is None}
     return [
         f"{_in_backticks(name)}: {_shortened(saved.get(name))} -> {_shortened(value)}"
         for name, value in current.items()

@@ -50,7 +50,7 @@ MISTAKES = [
     (f"{PRUNE} --device-map cuda", "--device-map is cuda, but torch finds no CUDA device here: use --device-map cpu."),
     (
         f'{PRUNE} --device-map {{{{"model":"gpu"}}}}',
-        """`--device-map` maps "model" to 'gpu': it must be a device such""",
+        """--device-map maps "model" to 'gpu': it must be a device such""",
     ),
     (f"{PRUNE} --samples 0", "--samples is 0: it must be 1 or more."),
     (f"{PRUNE} --samples 4 --length 1", "--length is 1: it must be 2 or more."),

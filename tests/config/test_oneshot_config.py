@@ -31,6 +31,14 @@ from hf_sparse.config.quality import QUALITIES
         ({"criterion": "wnda"}, '`criterion` is "wnda": .* Did you mean "wanda"'),
         ({"solver": "sparsegpt", "scope": "row"}, '`scope` is "row", but `solver` "sparsegpt" selects within a layer'),
         (
+            {"pattern": "2:4", "scope": "row"},
+            '`scope` has no effect, because units of `pattern` "2:4" compete within their group: leave `scope` out.',
+        ),
+        (
+            {"target_sparsity": 0.5, "groups": {"a": {"targets": ["a"], "pattern": "1:4", "scope": "layer"}, "b": {}}},
+            'group "a": `scope` has no effect, because units of `pattern` "1:4" compete within their group',
+        ),
+        (
             {"solver": "admm", "scope": "global"},
             '`scope` is "global", but `solver` "admm" selects within a layer or a row: use `scope="layer"` or '
             '`scope="row"`, or',

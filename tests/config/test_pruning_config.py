@@ -126,6 +126,14 @@ def test_every_error_is_reported_at_once():
             "`sparsity_decay_type` has no effect, because the target is reached in the first prune step",
         ),
         (
+            {"target_sparsity": 0.5, "scheduler": "oneshot", "prune_start": 0.8, "prune_end": 0.9},
+            "`prune_end` has no effect, because the target is reached in the first prune step: use `prune_end=0.8`",
+        ),
+        (
+            {"target_sparsity": 0.5, "prune_start": 5, "prune_end": 5, "prune_every": 2},
+            "`prune_every` has no effect, because the target is reached in the first prune step: leave it out, or use",
+        ),
+        (
             {"pattern": "2:4", "allocation": "erdos_renyi"},
             '`allocation` is "erdos_renyi", but `pattern` "2:4" gives every layer 0.5: leave `allocation` out',
         ),
@@ -136,6 +144,22 @@ def test_every_error_is_reported_at_once():
 def test_single_errors(options, text):
     (error,) = errors_of(PruningConfig, **options)
     assert text in error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prune_start": 0.8, "prune_end": 0.8},
+        {"prune_end": 0.9, "rewind": 0.1},
+        {"prune_end": 0.9, "penalty": "l1"},
+        {"prune_end": 0.9, "prune_every": 0.1, "algorithm": "granet"},
+        {"prune_end": 0.9, "groups": {"a": {"targets": ["a"]}, "b": {"targets": ["b"], "scheduler": "iterative"}}},
+    ],
+    ids=str,
+)
+def test_the_last_prune_step_of_the_oneshot_scheduler_may_matter(options):
+    """It begins rewinding, ends a penalty, and prune steps of other algorithms and groups change masks."""
+    assert PruningConfig(target_sparsity=0.5, scheduler="oneshot", **options).prune_end == options["prune_end"]
 
 
 def test_an_error_in_options_that_groups_share_is_reported_once():

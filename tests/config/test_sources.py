@@ -177,6 +177,32 @@ def test_regrow_of_an_earlier_version_is_the_fraction_of_an_algorithm():
         PruningConfig.from_dict(old | {"regrow": 3})
 
 
+def test_options_without_effect_in_files_of_an_earlier_version_are_dropped(tmp_path):
+    """Which have all options, unlike recipes."""
+    old = OneshotConfig(pattern="2:4", criterion="magnitude").to_dict() | {"scope": "row"}
+    path = write(tmp_path / "pruning_config.json", **old)
+    assert (
+        OneshotConfig.from_file(path) == OneshotConfig.from_dict(old) == OneshotConfig.from_dict(old | {"scope": None})
+    )
+    groups = {"a": {"targets": ["a"], "pattern": "2:4", "scope": "row"}, "b": {"targets": ["b"], "scope": "row"}}
+    read = OneshotConfig.from_dict(OneshotConfig(target_sparsity=0.5).to_dict() | {"groups": groups})
+    assert [group["scope"] for group in read.groups.values()] == [None, "row"]
+    with pytest.raises(PruningConfigError, match="`scope` has no effect"):
+        OneshotConfig.from_file(write(tmp_path / "recipe.json", pattern="2:4", scope="row"))
+    old = PruningConfig(target_sparsity=0.5, scheduler="oneshot").to_dict() | {"prune_end": 0.9, "prune_every": 0.1}
+    read = PruningConfig.from_dict(old)
+    assert (read.prune_end, read.prune_every) == (read.prune_start, 0.01)
+
+
+def test_a_scope_that_groups_share_is_that_of_those_that_rank():
+    groups = {"a": {"targets": ["a"], "pattern": "2:4"}, "b": {"targets": ["b"]}}
+    found = OneshotConfig(target_sparsity=0.5, scope="row", groups=groups).resolve_groups()
+    assert found["b"].scope == "row"
+    groups["b"]["pattern"] = "1:4"
+    with pytest.raises(PruningConfigError, match="^`scope` has no effect"):
+        OneshotConfig(scope="row", groups=groups)
+
+
 def test_files_of_a_oneshot_run_are_refused_for_training_where_weights_would_be_updated(tmp_path):
     assert PruningConfig.from_dict({"target_sparsity": 0.5, "solver": "none"}) == PruningConfig(target_sparsity=0.5)
     with pytest.raises(PruningConfigError, match='`solver` is "sparsegpt": weights are updated by one-shot pruning'):

@@ -33,6 +33,7 @@ def test_a_scheduler_rises_to_exactly_its_target(name, decay, initial):
             forwards = [scheduler.update_sparsity_ratio(target, step, total, masks) for step in range(total + 3)]
             assert forwards[total:] == [target] * 3
             assert all(0 <= before <= after <= target for before, after in zip(forwards, forwards[1:]))
+            assert forwards[1] == target or not scheduler.reaches_target_at_once
             fresh = SCHEDULERS[name](config)
             backwards = [
                 fresh.update_sparsity_ratio(target, step, total, masks) for step in reversed(range(total + 3))

@@ -38,7 +38,7 @@ FREE = {
 
 def prepared(architecture, model, **options):
     exclude = architecture.exclude and list(architecture.exclude)
-    options = {"pattern": "2:4", "permute": True, "on_unreached": "magnitude", "exclude": exclude} | options
+    options = {"pattern": "2:4", "permute": True, "exclude": exclude} | architecture.unreached | options
     return prepare_run(model, architecture.batches(), OneshotConfig(**options))
 
 
@@ -98,7 +98,7 @@ def test_biases_of_values_and_neurons_are_permuted():
         ("bert", {"criterion": "wanda"}),
         ("bert", {"criterion": "magnitude"}),
         ("gpt2", {"solver": "sparsegpt"}),
-        ("gpt2", {"pattern": "1:4", "scope": "global"}),
+        ("gpt2", {"pattern": "1:4"}),
         ("llama", {"criterion": "ria", "sequential": False}),
         ("llama", {"criterion": "ria", "solver": "sparsegpt"}),
         ("t5", {"criterion": "wanda"}),

@@ -66,7 +66,7 @@ MISTAKES = [
     (
         "oneshot",
         f"{ONESHOT} --device_map ballanced",
-        '--device_map` is "ballanced": it must be auto, balanced, balanced_low_0, sequential, a device such as',
+        '--device_map is "ballanced": it must be auto, balanced, balanced_low_0, sequential, a device such as',
     ),
     ("oneshot", f"{ONESHOT} --samples 0", "--samples is 0"),
     ("oneshot", f"{ONESHOT} --batch_size 0", "--batch_size is 0"),
@@ -149,7 +149,7 @@ MISTAKES = [
     (
         "glue",
         f"{PRUNED} {BEST} accuracyy",
-        '--metric_for_best_model` is "accuracyy", which no evaluation gives: it must be loss or accuracy. Did you '
+        '--metric_for_best_model is "accuracyy", which no evaluation gives: it must be loss or accuracy. Did you '
         'mean "accuracy"?',
     ),
     ("glue", f"{PRUNED} --task_name cola {BEST} eval_matthews", 'Did you mean "eval_matthews_correlation"?'),

@@ -68,7 +68,13 @@ def test_the_optimizer_sees_the_gradient_of_loss_and_penalty(tmp_path, options, 
 
 def test_the_scale_of_the_loss_changes_nothing(tmp_path):
     """But roundings of fp16. Were gradients not unscaled yet, the penalty would be lost beside them."""
-    options = PENALIZED | {"optim": "sgd", "learning_rate": 0.1, "prune_start": STEPS, "prune_end": STEPS}
+    options = PENALIZED | {
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "prune_start": STEPS,
+        "prune_end": STEPS,
+        "prune_every": None,
+    }
     found = {}
     for name, scale, strength in (("one", 1.0, 0.05), ("large", 4096.0, 0.05), ("none", 1.0, 1e-9)):
         trainer = make(tmp_path, with_scaler(SparseTrainer, scale), penalty=L1(strength=strength), **options)

@@ -30,7 +30,7 @@ from hf_sparse.files import STATE_FILE
 from hf_sparse.training import callback, checkpoint_search, resume, trainer
 from hf_sparse.training.checkpoint_search import newest_complete_checkpoint
 from hf_sparse.training.resume import CheckpointError, ResumeState
-from hf_sparse.training.state_files import IN_STEPS, changed_options
+from hf_sparse.training.state_files import IN_STEPS, changed_options, compared_options
 
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -592,3 +592,10 @@ def test_options_of_an_earlier_version_are_compared_as_what_they_mean():
     assert changed_options(saved, current | {"criterion_kwargs": {"decay": 0.5}}) == [
         "`criterion_kwargs`: None -> {'decay': 0.5}"
     ]
+
+
+def test_steps_without_effect_in_a_file_of_an_earlier_version_are_no_change():
+    config = PruningConfig(target_sparsity=0.5, prune_start=3, prune_end=3)
+    current = compared_options(config, config.schedule(10))
+    assert changed_options(current | {f"prune_every{IN_STEPS}": 2}, current) == []
+    assert changed_options(current | {f"prune_end{IN_STEPS}": 4}, current) == [f"prune_end{IN_STEPS}: 4 -> 3"]
