@@ -164,25 +164,26 @@ class Smoothed:
     ids=["label_smoothing", "compute_loss_func", "bf16"],
 )
 def test_the_task_has_the_loss_of_trainer_and_parts_of_a_batch_add_up(tmp_path, teachers, options, trainer_options):
-    teacher, logs = teachers("causal"), []
-    for size in (4, 1):
-        parts = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        run = make(tmp_path, "causal", teacher, trainer_options=trainer_options, **options, **parts)
+    teacher, precision = teachers("causal"), 2e-2 if options.get("bf16") else 1e-4
+    whole = {"per_device_train_batch_size": 4}
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    logs = []
+    for sizes in (whole, parts):
+        run = make(tmp_path, "causal", teacher, trainer_options=trainer_options, **options, **sizes)
         run.train()
-        logs.append(run.state.log_history[0])
-    plain = arguments(
-        tmp_path, max_steps=1, optim="sgd", remove_unused_columns=False, **options, per_device_train_batch_size=4
-    )
-    rows = TASKS["causal"].rows()
-    trainer = Trainer(TASKS["causal"].model(), plain, train_dataset=rows, data_collator=collate, **trainer_options)
-    trainer.train()
-    precision = 2e-2 if options.get("bf16") else 1e-4
-    assert logs[0]["loss_task"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=precision)
-    for name in ("loss", "loss_task", "loss_distill", "loss_hidden"):
+        log = run.state.log_history[0]
+        plain = arguments(tmp_path, max_steps=1, optim="sgd", remove_unused_columns=False, **options, **sizes)
+        rows = TASKS["causal"].rows()
+        trainer = Trainer(TASKS["causal"].model(), plain, train_dataset=rows, data_collator=collate, **trainer_options)
+        trainer.train()
+        # In transformers 5.6 Trainer's own smoothed loss grows with the number of parts.
+        assert log["loss_task"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=precision)
+        terms = [log[name] for name in ("loss_task", "loss_distill", "loss_hidden")]
+        expected = sum(weight * term for weight, term in zip((1 - ALPHA, ALPHA, HIDDEN), terms, strict=True))
+        assert log["loss"] == pytest.approx(expected, rel=1e-5)
+        logs.append(log)
+    for name in ("loss_distill", "loss_hidden"):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=precision), name
-    terms = [logs[0][name] for name in ("loss_task", "loss_distill", "loss_hidden")]
-    expected = sum(weight * term for weight, term in zip((1 - ALPHA, ALPHA, HIDDEN), terms, strict=True))
-    assert logs[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_terms_are_logged_as_means_over_the_steps_of_an_interval(tmp_path, teachers):
