@@ -6,6 +6,7 @@ import pytest
 
 from hf_sparse import PruningConfig, PruningConfigError, Requires
 from hf_sparse.criteria import CRITERIA
+from hf_sparse.registry import format_options
 
 
 def errors_of(make, *args, **kwargs):
@@ -190,7 +191,7 @@ def test_groups_whose_pattern_implies_a_target_do_not_inherit_an_allocation():
 def test_options_without_anything_to_prune(options, unused):
     config = PruningConfig(**options)
     assert sorted(config.unused_options) == unused
-    assert (config.unused_error() or "").startswith(", ".join(config.unused_options))
+    assert (config.unused_error() or "").startswith(format_options(config.unused_options))
 
 
 def test_unknown_options_name_the_nearest_and_come_with_other_errors():

@@ -60,7 +60,7 @@ def test_options_that_prune_nothing_are_refused(tmp_path):
         make(tmp_path, callbacks=[SparsityCallback(PruningConfig(pattern="4x1"))]),
     ):
         with pytest.raises(
-            PruningConfigError, match="^`pattern` has no effect, because nothing is pruned: give target_"
+            PruningConfigError, match="^`pattern` has no effect, because nothing is pruned: give `target_"
         ):
             trainer.train()
         assert trainer.state.global_step == 0
