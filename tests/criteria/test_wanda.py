@@ -53,8 +53,8 @@ def test_training_refuses_it_at_the_start():
     with pytest.raises(PruningConfigError) as error:
         Pruner(model, PruningConfig(target_sparsity=0.5, criterion="wanda"))
     assert error.value.errors == [
-        'criterion "wanda" needs inputs of the weights, which training does not observe: use prune_oneshot, or one of '
-        "fisher, gradient, greedy_movement, magnitude, mfac, obert, random, snip, snip_momentum, taylor."
+        '`criterion` "wanda" needs inputs of the weights, which training does not observe: use prune_oneshot, or one '
+        "of fisher, gradient, greedy_movement, magnitude, mfac, obert, random, snip, snip_momentum, taylor."
     ]
     groups = {"some": {"targets": ["0"], "criterion": "wanda", "scope": "layer", "allocation": "owl"}}
     with pytest.raises(PruningConfigError) as error:
