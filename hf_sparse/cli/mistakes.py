@@ -18,8 +18,8 @@ MISTAKES: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, NotIm
 # What raises errors of these types about tensors, which say nothing to a user without the traceback.
 _NUMERICAL_PACKAGES = ("torch", "numpy", "triton")
 
-_HEAD_START = 10.0
-"""Seconds by which the processes of one machine may reach a mistake after the first one."""
+_HEAD_START = 60.0
+"""Seconds in which the first process of a machine reaches a mistake and exits, also where all are busy."""
 
 
 def is_internal(error: BaseException) -> bool:

@@ -251,7 +251,7 @@ def test_several_processes_print_a_mistake_once():
     assert done.returncode and done.stderr.count("run_oneshot.py: missing model: ") == 1, done.stderr
 
 
-@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [10.0])])
+@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [60.0])])
 def test_a_process_that_is_not_ended_for_the_mistake_of_the_first_prints_its_own(run, monkeypatch, rank, waits):
     slept = []
     monkeypatch.setattr("time.sleep", slept.append)
