@@ -189,7 +189,7 @@ def prepare_run(model: nn.Module, calibration_data: Iterable[Any] | None, config
             pieces = samples.batches
         except ValueError as error:
             errors.append(str(error))
-    errors += _data_errors(config, groups, pieces, communicator.world_size) + _unused_options(model, config, groups)
+    errors += _data_errors(config, groups, pieces, communicator.world_size) + _unused_options(config, groups)
     observed = [group for group in groups if group.requires_calibration or group.requires_dense_pass]
     observed_layers = [layer for group in observed for layer in group.observed_layers]
     single_forward = _is_single_forward(config, groups, observed_layers, batches)
@@ -299,29 +299,18 @@ def _data_errors(
     return []
 
 
-def _unused_options(model: nn.Module, config: OneshotConfig, groups: Sequence[ResolvedGroup]) -> list[str]:
-    """Returns an error for each option about the pass of data through the model, where no data are needed, and for
-    that of experts without data, where there are none."""
-    is_given = config.on_unreached != config.defaults["on_unreached"]
-    errors = []
-    if is_given and not _has_experts(model):
-        errors.append(f"`on_unreached` has no effect, because {type(model).__name__} has no experts: leave it out.")
+def _unused_options(config: OneshotConfig, groups: Sequence[ResolvedGroup]) -> list[str]:
+    """Returns an error for each option about the pass of data through the model, where no data are needed."""
     if methods_requiring_data(config, groups) or not any(group.target for group in groups):
-        return errors
+        return []
     given = {"sequential": config.sequential is False, "forwards": config.forwards == 1}
     given |= {"activations": config.activations != config.defaults["activations"]}
-    return errors + [
+    return [
         f"`{name}` has no effect, because no method that was chosen observes inputs: leave it out, or use a method "
         'that does, as in `criterion="wanda"`.'
         for name, is_given in given.items()
         if is_given
     ]
-
-
-def _has_experts(model: nn.Module) -> bool:
-    """Whether modules are named as those are that get some of the tokens only: experts, or a mixture of them."""
-    names = (f"{name} {type(module).__name__}".lower() for name, module in model.named_modules())
-    return any("expert" in name or "moe" in name for name in names)
 
 
 def _layer_errors(layers: Sequence[PrunableLayer], config: OneshotConfig, batches: Sequence[Any]) -> list[str]:

@@ -77,9 +77,7 @@ FAMILIES = {
 def prune(model, batches, folder=None, **options):
     if options.get("pattern") is None:
         options["target_sparsity"] = 0.5
-    if "Moe" in type(model).__name__:
-        options["on_unreached"] = "magnitude"
-    return prune_oneshot(model, batches, OneshotConfig(**options), folder, progress=False)
+    return prune_oneshot(model, batches, OneshotConfig(on_unreached="magnitude", **options), folder, progress=False)
 
 
 def difference(name, options, batches):

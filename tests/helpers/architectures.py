@@ -47,11 +47,6 @@ class Architecture:
     data: str = "ids"
     experts: Callable | None = None
 
-    @property
-    def unreached(self) -> dict:
-        """Options for experts that the few tokens of `batches` may not reach."""
-        return {"on_unreached": "magnitude"} if self.experts else {}
-
     def model(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         config = getattr(transformers, self.config)(**self.options)

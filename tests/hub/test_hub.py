@@ -151,8 +151,12 @@ def test_a_hub_without_xet_is_reported_with_the_remedy(hub, folder, monkeypatch)
     pytest.importorskip("hf_xet")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     hub.fail("xet-write-token", 404)
-    with pytest.raises(UploadError, match="set HF_HUB_DISABLE_XET=1"):
+    try:
         push(folder, REPO)
+    except UploadError as error:
+        assert "set HF_HUB_DISABLE_XET=1" in str(error)
+    else:  # such as 1.5 and 1.12: they upload without Xet then
+        assert "model.safetensors" in hub.repos[REPO].files
 
 
 def test_a_hidden_token_is_usable_but_not_saved():

@@ -38,7 +38,7 @@ FREE = {
 
 def prepared(architecture, model, **options):
     exclude = architecture.exclude and list(architecture.exclude)
-    options = {"pattern": "2:4", "permute": True, "exclude": exclude} | architecture.unreached | options
+    options = {"pattern": "2:4", "permute": True, "on_unreached": "magnitude", "exclude": exclude} | options
     return prepare_run(model, architecture.batches(), OneshotConfig(**options))
 
 

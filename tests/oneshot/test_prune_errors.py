@@ -174,14 +174,6 @@ def test_an_expert_without_tokens_competes_with_the_others():
     assert shares.max() < 0.75
 
 
-def test_a_model_without_experts_has_none_that_no_token_reaches():
-    words = "`on_unreached` has no effect, because Sequential has no experts: leave it out."
-    refused(nn.Sequential(nn.Linear(6, 6)), data(), words, on_unreached="magnitude")
-    options = {"target_sparsity": 0.5, "criterion": "magnitude", "on_unreached": "magnitude"}
-    with pytest.raises(ValueError, match=words):
-        prune_oneshot(nn.Sequential(nn.Linear(6, 6)), None, OneshotConfig(**options))
-
-
 def test_options_that_experts_do_not_support():
     model = ARCHITECTURES["qwen3_moe"].model()
     refused(model, ARCHITECTURES["gpt2"].batches(), "`forwards=1` does not go with fused experts", forwards=1)

@@ -152,7 +152,7 @@ def state_of(model):
 def test_the_state_of_modules_is_restored(name, options, monkeypatch):
     """Some modules are in training mode, others not; also after an exception during the run."""
     architecture = ARCHITECTURES[name]
-    options = {"target_sparsity": 0.5} | architecture.unreached | options
+    options = {"on_unreached": "magnitude", "target_sparsity": 0.5} | options
     for broken in (None, "prune_layers", "prune_without_inputs"):
         model = architecture.model().train()
         model.model.layers[0].eval()
@@ -223,7 +223,7 @@ def cut(batch, sizes):
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "t5"])
 def test_the_same_data_in_other_batches_or_another_order_give_the_same_masks(name, options):
     batches = ARCHITECTURES[name].batches(4)
-    options = ARCHITECTURES[name].unreached | options
+    options = {"on_unreached": "magnitude"} | options
     expected, whole = masks(name, batches, **options), joined(batches)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
     shuffled = {key: tensor[order] for key, tensor in whole.items()}

@@ -508,9 +508,9 @@ def test_a_changed_option_is_refused_by_name(tmp_path, saved, option):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"prune_end": 9}, r"prune_end \(steps\): 8 -> 9"),
-        ({"prune_start": 2}, r"prune_start \(steps\): 3 -> 2"),
-        ({"prune_every": 1}, r"prune_every \(steps\): 2 -> 1"),
+        ({"prune_end": 9}, r"`prune_end` \(steps\): 8 -> 9"),
+        ({"prune_start": 2}, r"`prune_start` \(steps\): 3 -> 2"),
+        ({"prune_every": 1}, r"`prune_every` \(steps\): 2 -> 1"),
     ],
 )
 def test_a_changed_schedule_is_refused_by_name(tmp_path, saved, changes, message):
@@ -521,7 +521,7 @@ def test_another_number_of_training_steps_is_refused_where_the_schedule_depends_
     options = OPTIONS | FRACTIONS
     make(tmp_path, **options, save_strategy="steps", save_steps=6).train()
     refuse(
-        tmp_path, tmp_path / "checkpoint-6", r"prune_end \(steps\): 8 -> 16", early=False, **FRACTIONS, max_steps=20
+        tmp_path, tmp_path / "checkpoint-6", r"`prune_end` \(steps\): 8 -> 16", early=False, **FRACTIONS, max_steps=20
     )
     takes = "`prune_start`, `prune_end` and `prune_every` take these step numbers in place of fractions"
     refuse(tmp_path, tmp_path / "checkpoint-6", takes, early=False, **FRACTIONS, max_steps=20)

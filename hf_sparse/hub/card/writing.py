@@ -257,7 +257,9 @@ def download_card(repo_id: str, token: str | None = None, revision: str | None =
     """Returns the card of a repository on the Hub; None if there is none, or if the Hub cannot be reached."""
     try:
         readme = hf_hub_download(repo_id, README_FILE, token=token, revision=revision)
-    except (OSError, EntryNotFoundError, HTTPError) as error:
+    except (OSError, EntryNotFoundError, HTTPError, RuntimeError) as error:
+        # huggingface_hub 1.5 to 1.20 closes its client when a connection fails, and raises RuntimeError as it tries
+        # again.
         logger.info("the card of %s was not read: %s", repo_id, error)
         return None
     try:
