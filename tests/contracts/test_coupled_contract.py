@@ -314,7 +314,7 @@ REFUSED = {
     "no_match": ({"pattern": "neuron", "targets": ["*.query"]}, "matches none of the 2 prunable parameters"),
     "nothing_left": (
         {"pattern": "neuron", "exclude": ["*.intermediate.*"]},
-        "nothing is left to prune: targets=['all-blocks'], exclude=['*.intermediate.*']",
+        "nothing is left to prune: `targets=['all-blocks']`, `exclude=['*.intermediate.*']`",
     ),
     "twice": (
         {"groups": {"a": {"pattern": "neuron"}, "b": {"pattern": "layer"}}},

@@ -95,7 +95,7 @@ def test_block_size(tokenizer_limit, positions, requested, expected):
 def test_block_size_beyond_the_model_is_refused():
     tokenizer = word_tokenizer()
     for requested in (1, 33):
-        with pytest.raises(ValueError, match=f"block_size {requested} must be at least 2 and at most 32"):
+        with pytest.raises(ValueError, match=f"`block_size` {requested} must be at least 2 and at most 32"):
             run_clm.choose_block_size(requested, tokenizer, GPT2Config(n_positions=32))
 
 

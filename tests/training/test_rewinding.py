@@ -168,8 +168,8 @@ def test_frozen_parameters_are_not_kept(tmp_path):
 def test_resuming_with_another_rewinding_is_refused(tmp_path):
     run(tmp_path, save_strategy="steps", save_steps=4)
     for options, text in (
-        ({"rewind": 3}, r"rewind \(steps\): 2 -> 3"),
-        ({"rewind": None}, r"rewind \(steps\): 2 -> None"),
+        ({"rewind": 3}, r"`rewind` \(steps\): 2 -> 3"),
+        ({"rewind": None}, r"`rewind` \(steps\): 2 -> None"),
         ({"rewind_weights": False}, "`rewind_weights`: True -> False"),
     ):
         with pytest.raises(CheckpointError, match=text):

@@ -424,7 +424,7 @@ def test_training_that_stops_before_the_target_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "hf_sparse"):
         trainer = make(tmp_path, target_sparsity=0.5, callbacks=[Stop()], **SCHEDULE)
         trainer.train()
-    assert "ended at step 4, before prune_end (step 8): the target was not reached" in caplog.text
+    assert "ended at step 4, before `prune_end` (step 8): the target was not reached" in caplog.text
     trainer.evaluate()
     trainer.save_state()
     assert json.loads((tmp_path / "trainer_state.json").read_text())["best_metric"] is None

@@ -221,7 +221,7 @@ def test_runs_that_cannot_be_tuned(tmp_path, tune, options, message):
 
 def test_models_and_optimizers_that_cannot_be_tuned(tmp_path):
     model = ARCHITECTURES["llama"].model()
-    with pytest.raises(PruningConfigError, match='LlamaForCausalLM has no such parameters.*"masked_lora" or "norms"'):
+    with pytest.raises(PruningConfigError, match='LlamaForCausalLM has no such parameters.* or `tune="norms"`'):
         tuned(tmp_path, model, tune="biases")
     model = pruned()
     optimizers = torch.optim.SGD(model.parameters()), None
@@ -248,9 +248,9 @@ def test_checkpoints_of_other_tunings_are_refused(tmp_path):
     tuned(tmp_path / "lora", tune="masked_lora", **options).train()
     tuned(tmp_path / "plain", **options).train()
     checkpoints = {name: str(tmp_path / name / "checkpoint-5") for name in ("lora", "plain")}
-    with pytest.raises(CheckpointError, match="by a run with tune, and this run is without"):
+    with pytest.raises(CheckpointError, match="by a run with `tune`, and this run is without"):
         tuned(tmp_path, **options).train(checkpoints["lora"])
-    with pytest.raises(CheckpointError, match="by a run without tune"):
+    with pytest.raises(CheckpointError, match="by a run without `tune`"):
         tuned(tmp_path, tune="norms", **options).train(checkpoints["plain"])
     for tune in ("norms", MaskedLora(rank=2)):
         with pytest.raises(CheckpointError, match="the tuning differs"):
