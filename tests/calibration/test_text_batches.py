@@ -189,7 +189,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         load_texts(str(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match="pass `validation_file` or `dataset_name`, not both"):
         load_texts("a.txt", "name", purpose="validation")
-    with pytest.raises(ConnectionError, match='"no/such" could not be loaded.*local files with --calibration_file'):
+    with pytest.raises(ConnectionError, match='"no/such" could not be loaded.*local files with `calibration_file`'):
         load_texts(None, "no/such")
 
 
@@ -203,7 +203,7 @@ def test_too_little_text_is_refused_with_what_there_is():
         match=r"`samples` is 3, but the 5 rows .* only 2 blocks of 4 tokens: .* use `samples=2`, or lower",
     ):
         make(numbered(5))
-    with pytest.raises(ValueError, match="`samples` is 3, .* only 2 rows with text: give more text, or use samples=2"):
+    with pytest.raises(ValueError, match="`samples` is 3, .* only 2 rows with text: .* use `samples=2`"):
         make(["good", "", "bad"], per_row=True)
     with pytest.raises(ValueError, match="no blocks"):
         make(["", " "])

@@ -41,6 +41,7 @@ def test_the_final_model_is_smaller_and_checkpoints_are_not(tmp_path):
     trainer.save_model()
     trainer.create_model_card()
     small = opened(tmp_path / "out")
+    kept = weights(small)  # read now: an opened model may be a view of its file, which is written again below
     assert small.config.intermediate_size == 16 and trainer.model.config.intermediate_size == 40
     assert torch.allclose(logits(small), logits(trainer.model), atol=1e-6)
     assert opened(tmp_path / "out" / "checkpoint-10").config.intermediate_size == 40
@@ -54,7 +55,7 @@ def test_the_final_model_is_smaller_and_checkpoints_are_not(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
     assert same(weights(resumed.model), weights(trainer.model))
     resumed.save_model()
-    assert same(weights(opened(tmp_path / "out")), weights(small))
+    assert same(weights(opened(tmp_path / "out")), kept)
 
 
 def test_any_save_can_be_smaller_or_not(tmp_path):
