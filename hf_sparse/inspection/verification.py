@@ -74,7 +74,7 @@ def report_differences(
         elif tensor is None:
             differences.append(f"{layer.name} is not in the files, or its zeros cannot be counted.")
         elif tensor.shape != layer.shape:
-            differences.append(f"`{layer.name}` is {tensor.shape}, in the report {layer.shape}.")
+            differences.append(f"{layer.name} is {tensor.shape}, in the report {layer.shape}.")
         elif tensor.zeros != layer.zeros:
             differences.append(f"{layer.name} has {tensor.zeros:,} zeros, in the report {layer.zeros:,}.")
         elif _lacks_pattern(tensor, layer):

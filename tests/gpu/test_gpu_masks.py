@@ -91,8 +91,13 @@ def test_masks_are_those_of_the_cpu(device, criterion, dtype):
     differing = []
     for pattern, scope in combinations():
         target = get_pattern(pattern).implied_sparsity or 0.6
-        kind = OneshotConfig if CRITERIA[criterion].requires & Requires.INPUTS else PruningConfig
-        config = kind(target_sparsity=target, criterion=criterion, pattern=pattern, scope=scope)
+        options = {"target_sparsity": target, "criterion": criterion, "pattern": pattern, "scope": scope}
+        if CRITERIA[criterion].requires & Requires.INPUTS:
+            if get_pattern(pattern).implied_sparsity:  # whose units compete within their group
+                options["scope"] = None
+            config = OneshotConfig(**options)
+        else:
+            config = PruningConfig(**options)
         with on_cpu():
             expected, expected_totals = masks(dtype, "cpu", config)
         found, totals = masks(dtype, device, config)

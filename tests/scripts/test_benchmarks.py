@@ -159,16 +159,16 @@ def test_the_quality_of_methods_is_measured_once_per_row(tmp_path, capsys, monke
     rows = [{"sentence": text, "label": number % 2} for number, text in enumerate(texts(12))]
     files = [write_rows(tmp_path / name, rows) for name in ("train.json", "dev.json", "test.json")]
     options = ["--samples", "8", "--length", "8", "--output", str(tmp_path / "rows.jsonl")]
-    options += ["--part", 'layer={"scope": "layer"}', "--methods", "magnitude", "wanda+layer"]
+    options += ["--part", 'kept={"solver": "none"}', "--methods", "magnitude", "wanda+kept"]
     quality.main([model, *files, "--targets", "25%", *options])
     number = r"[\d.]+"
     printed = [
         rf"\| {t} \| {m} \|( {number} \|){{4}} {s} \|"
         for t, m, s in (
             ("25%", "magnitude", "25.00%"),
-            (r"25%", r"wanda\+layer", "25.00%"),
+            (r"25%", r"wanda\+kept", "25.00%"),
             ("2:4", "magnitude", "50.00%"),
-            ("2:4", r"wanda\+layer", "50.00%"),
+            ("2:4", r"wanda\+kept", "50.00%"),
         )
     ]
     last_lines(capsys.readouterr().out, printed[:2])

@@ -72,7 +72,7 @@ def test_a_file_of_options(tiny_llama, tmp_path, text):
     assert all(((weight != 0).reshape(-1, 4).sum(-1) == 2).all() for weight in matrices(tmp_path / "out").values())
     # A second time there is something in the way, which is one line and exit code 2.
     done = run_script("run_oneshot.py", str(tmp_path / "options.json"), tmp_path)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("run_oneshot.py: output_dir")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("run_oneshot.py: `output_dir`")
 
 
 def test_a_plugin_is_loaded_before_the_options_are_checked(tiny_llama, tmp_path, text):
