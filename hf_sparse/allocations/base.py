@@ -101,7 +101,9 @@ class MeasuringAllocation(Allocation):
 
     @abstractmethod
     def measure(self, layers: Sequence[DenseLayer]) -> Sequence[Any]:
-        """Returns `LayerSize.measured` of each layer: small values, of which those of all layers are held at once.
+        """Measures the dense weights and inputs of each layer, and returns each result, for `LayerSize.measured`.
+
+        The results of all layers are in memory at once, so each should be small, such as a few numbers.
 
         Args:
             layers: those of one block in the group, in order; or all that are in no block.

@@ -293,7 +293,7 @@ class ParameterGroup:
 
     @property
     def gradient_sums(self) -> dict[str, GradientStatistic]:
-        """The sums of a `GradientCriterion`, by layer name."""
+        """The statistics that a `GradientCriterion` sums up over optimizer steps, by layer name."""
         known = self.statistics.items()
         return {name: statistic for name, statistic in known if isinstance(statistic, GradientStatistic)}
 

@@ -92,7 +92,7 @@ class Costs:
 
     @property
     def seconds(self) -> float:
-        """The time of the whole run."""
+        """Estimated time of the whole run, in seconds."""
         pruning = self.statistics_seconds + self.pruning_seconds
         return self.forward_seconds + pruning + self.reconstruction_seconds
 

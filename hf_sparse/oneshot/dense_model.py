@@ -48,8 +48,8 @@ def masks_from_dense_model(
 def accumulate_gradients(
     model: nn.Module, groups: Sequence[ParameterGroup], batches: Sequence[Any], communicator: Communicator
 ) -> dict[UnitGroup, torch.Tensor]:
-    """Accumulates the statistics of criteria that require gradients over the batches of all ranks: of weights, or of
-    the masks of coupled units.
+    """Runs forward and backward passes over the batches of all ranks, and accumulates the statistics of the criteria
+    that require gradients, either of weights or of the masks of coupled units.
 
     Args:
         model: its gradients are cleared.
