@@ -26,6 +26,7 @@ from .options import (
     DEFAULT_ALLOCATION,
     DEFAULT_SOLVER,
     METHODS,
+    is_whole,
     merge_group_options,
     replace_instances,
     unknown_options,
@@ -221,7 +222,8 @@ class PruningOptions:
             for where, name in wrong.items()
         ]
 
-    def ignores_scope(self, options: SimpleNamespace) -> bool:
+    @classmethod
+    def ignores_scope(cls, options: SimpleNamespace) -> bool:
         """Whether the ranking scope of a group's options changes nothing."""
         return False
 
@@ -362,7 +364,20 @@ class PruningOptions:
                 else group
                 for name, group in groups.items()
             }
-        return values
+        return cls.drop_unused_scopes(values) if is_whole(values) else values
+
+    @classmethod
+    def drop_unused_scopes(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the options of a file of an earlier version, which took scopes without effect, without them."""
+        shared = cls.defaults | {name: value for name, value in values.items() if value is not None}
+        groups = values["groups"] if mappings(values["groups"]) else {"": {}}
+        dropped = {
+            name: {**group, **({"scope": None} if "scope" in group else {})}
+            for name, group in groups.items()
+            if isinstance(group, Mapping) and cls.ignores_scope(SimpleNamespace(**merge_group_options(shared, group)))
+        }
+        kept = {} if len(dropped) < len(groups) else {"scope": None}
+        return {**values, **kept, "groups": {**groups, **dropped} if "" not in groups else values["groups"]}
 
     @classmethod
     def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:

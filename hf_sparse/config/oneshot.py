@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from ..criteria import CRITERIA, Criterion
 from ..methods import create_from_options
@@ -16,7 +16,7 @@ from ..requires import Requires
 from ..solvers import SOLVERS, Solver
 from .base import FLAG, PruningOptions, mappings, option
 from .distillation import DistillationOptions
-from .options import DEFAULT_SOLVER, is_whole, merge_group_options
+from .options import DEFAULT_SOLVER, merge_group_options
 from .penalty import PenaltyOptions
 from .pruning import PruningConfig
 from .quality import QUALITIES, RUN_OPTIONS, preset_options
@@ -229,20 +229,9 @@ layer: use `scope="layer"`, or name a criterion, as in `criterion="wanda"`.
     def more_errors(self, options: SimpleNamespace, criterion: str | None) -> list[str]:
         return oneshot_errors(options, criterion, self.resolve_solver(options))
 
-    def ignores_scope(self, options: SimpleNamespace) -> bool:
-        return is_n_of_m(options.pattern) and not options.keep_zeros
-
     @classmethod
-    def read_options(cls, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-        options = super().read_options(values, where)
-        if not is_whole(options):
-            return options
-        # Earlier versions took a scope that ranks nothing.
-        groups = mappings(options["groups"])
-        for group in groups or [options]:
-            if group.get("scope") is not None and is_n_of_m(group.get("pattern", options["pattern"])):
-                cast(dict[str, Any], group)["scope"] = None
-        return options
+    def ignores_scope(cls, options: SimpleNamespace) -> bool:
+        return is_n_of_m(options.pattern) and not options.keep_zeros
 
     @classmethod
     def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:

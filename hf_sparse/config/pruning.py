@@ -16,8 +16,13 @@ from .base import PruningOptions
 from .distillation import DistillationOptions, distillation_errors
 from .options import DEFAULT_SOLVER, is_whole
 from .penalty import PenaltyOptions, penalty_errors
-from .schedule import ScheduleOptions, drop_unused_schedule_options, unused_schedule_options
-from .validation import target_of
+from .schedule import (
+    ScheduleOptions,
+    drop_unused_schedule_options,
+    reaches_target_at_once,
+    unused_schedule_options,
+)
+from .validation import is_n_of_m, target_of
 
 
 @dataclass
@@ -80,6 +85,10 @@ magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Di
             for name in unused_schedule_options(values)
             if name in given
         ]
+
+    @classmethod
+    def ignores_scope(cls, options: SimpleNamespace) -> bool:
+        return is_n_of_m(options.pattern) and not options.keep_zeros and reaches_target_at_once(vars(options))
 
     @classmethod
     def read_options(cls, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:

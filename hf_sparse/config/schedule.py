@@ -86,11 +86,23 @@ def unused_schedule_options(values: Mapping[str, Any]) -> list[str]:
     if _value(values, "prune_start") == _value(values, "prune_end"):
         return ["prune_every"]
     groups = mappings(values.get("groups"))
-    schedulers = [group.get("scheduler", values.get("scheduler")) for group in groups] or [values.get("scheduler")]
     later = [values.get("rewind"), *(options.get("penalty") for options in (values, *groups))]
-    is_idle = _value(values, "algorithm") == DEFAULT_ALGORITHM and not any(option is not None for option in later)
-    at_once = all(name in SCHEDULERS and SCHEDULERS[name].reaches_target_at_once for name in schedulers)
-    return ["prune_end", "prune_every"] if is_idle and at_once else []
+    at_once = all(reaches_target_at_once({**values, **group}) for group in groups or [{}])
+    return ["prune_end", "prune_every"] if at_once and not any(option is not None for option in later) else []
+
+
+def reaches_target_at_once(options: Mapping[str, Any]) -> bool:
+    """Whether gradual pruning of a group with these options reaches the target in its first prune step.
+
+    Example:
+        >>> reaches_target_at_once({"scheduler": "oneshot"}), reaches_target_at_once({"scheduler": "iterative"})
+        (True, False)
+    """
+    if _value(options, "algorithm") != DEFAULT_ALGORITHM:
+        return False
+    scheduler = options.get("scheduler")
+    at_once = scheduler in SCHEDULERS and SCHEDULERS[scheduler].reaches_target_at_once
+    return at_once or _value(options, "prune_start") == _value(options, "prune_end")
 
 
 def drop_unused_schedule_options(values: dict[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def changed_options(saved: Mapping[str, Any], current: Mapping[str, Any]) -> lis
 
     Returns: "`name`: saved value -> current value" for each option that differs.
     """
-    saved = PruningConfig().to_dict() | EARLIER_DEFAULTS | upgrade_options(saved)
+    saved = PruningConfig.drop_unused_scopes(PruningConfig().to_dict() | EARLIER_DEFAULTS | upgrade_options(saved))
     # Earlier versions have written the numbers of steps that have no effect.
     unused = [f"{name}{IN_STEPS}" for name in ("prune_end", "prune_every")]
     saved |= {name: None for name in unused if name in current and current[name] is None}

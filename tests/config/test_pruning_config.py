@@ -135,6 +135,14 @@ def test_every_error_is_reported_at_once():
             "`prune_every` has no effect, because the target is reached in the first prune step: leave it out, or use",
         ),
         (
+            {"pattern": "2:4", "scope": "row", "scheduler": "oneshot"},
+            '`scope` has no effect, because units of `pattern` "2:4" compete within their group: leave `scope` out.',
+        ),
+        (
+            {"pattern": "2:4", "scope": "row", "prune_start": 5, "prune_end": 5},
+            '`scope` has no effect, because units of `pattern` "2:4" compete within their group: leave `scope` out.',
+        ),
+        (
             {"pattern": "2:4", "allocation": "erdos_renyi"},
             '`allocation` is "erdos_renyi", but `pattern` "2:4" gives every layer 0.5: leave `allocation` out',
         ),

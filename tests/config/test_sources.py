@@ -192,6 +192,9 @@ def test_options_without_effect_in_files_of_an_earlier_version_are_dropped(tmp_p
     old = PruningConfig(target_sparsity=0.5, scheduler="oneshot").to_dict() | {"prune_end": 0.9, "prune_every": 0.1}
     read = PruningConfig.from_dict(old)
     assert (read.prune_end, read.prune_every) == (read.prune_start, 0.01)
+    old = PruningConfig(pattern="2:4", scheduler="oneshot").to_dict() | {"scope": "row"}
+    assert PruningConfig.from_dict(old).scope is None
+    assert PruningConfig.from_dict(old | {"scheduler": "iterative"}).scope == "row"
 
 
 def test_a_scope_that_groups_share_is_that_of_those_that_rank():

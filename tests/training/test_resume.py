@@ -594,9 +594,12 @@ def test_options_of_an_earlier_version_are_compared_as_what_they_mean():
     ]
 
 
-def test_steps_without_effect_in_a_file_of_an_earlier_version_are_no_change():
+def test_options_without_effect_in_a_file_of_an_earlier_version_are_no_change():
     config = PruningConfig(target_sparsity=0.5, prune_start=3, prune_end=3)
     current = compared_options(config, config.schedule(10))
     assert changed_options(current | {f"prune_every{IN_STEPS}": 2}, current) == []
     (change,) = changed_options(current | {f"prune_end{IN_STEPS}": 4}, current)
     assert "prune_end" in change and change.endswith(": 4 -> 3")
+    config = PruningConfig(pattern="2:4", scheduler="oneshot")
+    current = compared_options(config, config.schedule(10))
+    assert changed_options(current | {"scope": "row"}, current) == []
