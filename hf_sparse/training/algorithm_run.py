@@ -23,7 +23,7 @@ class AlgorithmRun:
         seed: of the training.
 
     Attributes:
-        requires_gradients: whether `before_step` reads gradients.
+        requires_gradients: whether `observe_gradients` or `before_step` reads gradients.
     """
 
     requires_gradients = False
@@ -40,6 +40,14 @@ class AlgorithmRun:
 
     def start(self) -> None:
         """Called before the first step of a new training, when masks are known and their zeros enforced."""
+
+    def observe_gradients(self, step: int) -> None:
+        """Called before `before_step`, as often, with the gradients of the loss alone: those of penalties are added
+        afterwards.
+
+        Args:
+            step: of the optimizer, from 1.
+        """
 
     def before_step(self, step: int) -> None:
         """Called before the optimizer changes the weights. Gradients are reduced over ranks, unscaled and clipped.

@@ -276,7 +276,8 @@ class SparsityCallback(TrainerCallback):
         step = state.global_step + 1
         if self.pruner.observes and step <= self.schedule.end and not self.pruner.observe():
             logger.info("step %d: gradients are not finite and are not counted.", step)
-        self.penalties.before_step(step)  # after the criterion has seen the gradients of the loss alone
+        self.run.observe_gradients(step)
+        self.penalties.before_step(step)  # after criterion and algorithm have seen the gradients of the loss alone
         self.run.before_step(step)
 
     def on_optimizer_step(

@@ -12,9 +12,14 @@ from ..schedulers import PruningSchedule
 from .algorithm_run import AlgorithmRun
 
 
+# Gradients are dense, so what optimizers know of their magnitude is right for a weight that returns. Without it, but
+# with a number of steps that all weights share, Adam would take steps of several times the learning rate.
+_MAGNITUDES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum")
+
+
 class DynamicRun(AlgorithmRun):
-    """Prunes to the target before the first step where the algorithm says so, and resets the optimizer's state of
-    weights that return at a prune step.
+    """Prunes to the target before the first step where the algorithm says so, and lets weights that return at a prune
+    step start without momentum.
 
     Args:
         pruner, schedule, optimizer, seed: see `AlgorithmRun`.
@@ -24,17 +29,19 @@ class DynamicRun(AlgorithmRun):
         super().__init__(pruner, schedule, optimizer, seed)
         self.algorithm = next(group.dynamic for group in pruner.groups if group.dynamic is not None)
         self.requires_gradients = pruner.reads_gradients
+        self._has_penalties = any(group.options.penalty is not None for group in pruner.groups)
         self._gradients: dict[str, torch.Tensor] = {}
 
     def start(self) -> None:
         self.pruner.start_sparse()
 
-    def before_step(self, step: int) -> None:
-        """Keeps the gradients of shards that lose them before the prune step, as under DeepSpeed."""
+    def observe_gradients(self, step: int) -> None:
+        """Keeps the gradients of shards that lose them before the prune step, as under DeepSpeed, and those to which
+        gradients of penalties are added."""
         if not self.requires_gradients or self.schedule.prune_step(step) is None:
             return
         for name, shard in self.pruner.shards.items():
-            if not shard.keeps_gradient and (gradient := shard.gradient) is not None:
+            if (self._has_penalties or not shard.keeps_gradient) and (gradient := shard.gradient) is not None:
                 self._gradients[name] = gradient.clone()
 
     def after_step(self, step: int) -> None:
@@ -48,8 +55,9 @@ class DynamicRun(AlgorithmRun):
         self._gradients.clear()
         for name, tensors in optimizer_state(self.optimizer, self.pruner.shards).items():
             returned = (masks.bits(name) != 0) & (before[name] == 0)
-            for tensor in tensors.values():
-                tensor.masked_fill_(returned.to(tensor.device), 0.0)
+            for key, tensor in tensors.items():
+                if key not in _MAGNITUDES:
+                    tensor.masked_fill_(returned.to(tensor.device), 0.0)
 
     def _gradients_of_step(self) -> dict[str, torch.Tensor | None]:
         """Returns the gradient of each shard's tensor. Where a rank holds nothing of a weight, it is empty."""
