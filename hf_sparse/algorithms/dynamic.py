@@ -24,8 +24,9 @@ class DynamicSparsity(Algorithm):
        return: the highest by `growth`, among them those that were pruned just now.
 
     The sparsity after each prune step is exact. Weights that return start at +0.0 and with a momentum of 0; running
-    means of squared gradients, as of Adam, go on, since gradients are dense. With N:M, step 3 prunes the lowest without regard to their groups, and each group that is left with fewer
-    than N weights gains as many as it lacks, by the scores of its own weights.
+    means of squared gradients, as of Adam, go on, since gradients are dense. With N:M, step 3 prunes the lowest
+    without regard to their groups, and each group that is left with fewer than N weights gains as many as it lacks, by
+    the scores of its own weights.
 
     Masks follow from weights, gradients and positions alone, and are the same on any number of ranks.
 

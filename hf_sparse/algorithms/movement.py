@@ -14,10 +14,11 @@ from .learned_mask import LearnedMask, MaskContext, Theta, check_learning_rate
 @register_algorithm("movement")
 @dataclass(frozen=True)
 class Movement(LearnedMask):
-    """w = M * W, where the mask M keeps the highest learned scores S.
+    """Trains a score of each weight, also of pruned ones; the mask keeps the highest.
 
-    Gradients: dL/dS = g·W everywhere, also where M is 0 (straight-through), and dL/dW = M * g, with the gradient g of
-    the loss with respect to w. A pruned weight keeps its value, and returns when its score rises.
+    w = M * W, where the mask M keeps the highest scores S. Gradients: dL/dS = g·W everywhere, also where M is 0
+    (straight-through), and dL/dW = M * g, with the gradient g of the loss with respect to w. A pruned weight keeps its
+    value, and returns when its score rises.
 
     Args:
         learning_rate: of Adam for S.

@@ -13,10 +13,11 @@ from .base import DenseLayer, LayerSize, MeasuringAllocation, register_allocatio
 @register_allocation("dlp")
 @dataclass(frozen=True)
 class DLP(MeasuringAllocation):
-    """s_l = c + 2α·(M_l - min_k M_k) / (max_k M_k - min_k M_k), within each layer's bounds.
+    """Prunes blocks with a large median score more, within each layer's bounds.
 
-    M_l is the median of |w|·‖x‖ over all weights of the layer's block: a large one says that the block's weights are
-    much alike, without a few that matter most. The constant c gives the mean its target.
+    s_l = c + 2α·(M_l - min_k M_k) / (max_k M_k - min_k M_k), where M_l is the median of |w|·‖x‖ over all weights of
+    the layer's block: a large one says that the block's weights are much alike, without a few that matter most. The
+    constant c gives the mean its target.
 
     Args:
         alpha: α, half the largest difference of two sparsities.

@@ -21,13 +21,14 @@ OCTAVES = 256
 @register_allocation("global")
 @dataclass(frozen=True)
 class GlobalBudget(MeasuringAllocation):
-    """s_l = #{units u of layer l: g_l·e_u < τ} / #units, within each layer's bounds, with one τ for all layers.
+    """Prunes a unit wherever it adds the least error to the predictions of the model, within each layer's bounds.
 
-    e_u is the mean of w²·‖x‖² over the weights of a unit: the squared error of the layer's outputs when it is pruned,
-    with independent inputs. g_l is the mean squared gradient of the log-likelihood with respect to an output of the
-    layer, so that g_l·e_u is the error of the model's predictions, to second order. At τ no exchange of units between
-    layers lowers the sum of these errors. (Relative errors of the layers' outputs, in place of g_l, do worse than
-    equal sparsities: layers whose outputs matter much are often those with small relative errors.)
+    s_l = #{units u of layer l: g_l·e_u < τ} / #units, with one τ for all layers. e_u is the mean of w²·‖x‖² over the
+    weights of a unit: the squared error of the layer's outputs when it is pruned, with independent inputs. g_l is the
+    mean squared gradient of the log-likelihood with respect to an output of the layer, so that g_l·e_u is the error of
+    the model's predictions, to second order. At τ no exchange of units between layers lowers the sum of these errors.
+    (Relative errors of the layers' outputs, in place of g_l, do worse than equal sparsities: layers whose outputs
+    matter much are often those with small relative errors.)
 
     Example:
         >>> from hf_sparse.allocations import LayerSize

@@ -26,11 +26,12 @@ COLUMNS = 128
 @register_allocation("lsa")
 @dataclass(frozen=True)
 class LSA(MeasuringAllocation):
-    """s_l = c + 2β·(E_l - min_k E_k) / (max_k E_k - min_k E_k), within each layer's bounds.
+    """Prunes blocks with a large least reconstruction error more, within each layer's bounds.
 
-    E_l is the least squared error of the outputs, ‖XWᵀ - X(M⊙W)ᵀ‖², that removing half of the weights causes, as the
-    mean over the matrices of the layer's block. A large one says that the error is spread over many weights, without a
-    few that matter most. The constant c gives the mean its target.
+    s_l = c + 2β·(E_l - min_k E_k) / (max_k E_k - min_k E_k), where E_l is the least squared error of the outputs,
+    ‖XWᵀ - X(M⊙W)ᵀ‖², that removing half of the weights causes, as the mean over the matrices of the layer's block. A
+    large one says that the error is spread over many weights, without a few that matter most. The constant c gives the
+    mean its target.
 
     Args:
         beta: β, half the largest difference of two sparsities.

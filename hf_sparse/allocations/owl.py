@@ -14,10 +14,10 @@ from .base import DenseLayer, LayerSize, MeasuringAllocation, register_allocatio
 @register_allocation("owl")
 @dataclass(frozen=True)
 class OWL(MeasuringAllocation):
-    """s_l = target - λ·(D_l - D̄) / max_k |D_k - D̄|, within each layer's bounds.
+    """Prunes blocks with many outliers, scores far above the mean, less, within each layer's bounds.
 
-    D_l is the outlier ratio of the layer's block and D̄ the mean over layers, weighted by units. No sparsity differs
-    from the target by more than λ unless a bound is active.
+    s_l = target - λ·(D_l - D̄) / max_k |D_k - D̄|, where D_l is the outlier ratio of the layer's block and D̄ the mean
+    over layers, weighted by units. No sparsity differs from the target by more than λ unless a bound is active.
 
     Args:
         m: a score of more than m times the mean is an outlier (the paper finds 3 to 10 good).

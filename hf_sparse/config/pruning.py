@@ -128,8 +128,8 @@ magnitude, mfac, obert, obs, random, ria, snip, snip_momentum, taylor, wanda. Di
         errors += self._scheduler_errors(options) if algorithm.follows_scheduler else []
         if options.rewind is not None and options.rewind_weights and not algorithm.can_rewind:
             errors.append(
-                f'`rewind` restores weights of an earlier step, but in `algorithm` "{options.algorithm}" they follow '
-                'from other values that are learned: use `rewind_weights=False`, or `algorithm="gradual"`.'
+                f'`rewind` restores weights of an earlier step, which `algorithm` "{options.algorithm}" does not '
+                'support: use `rewind_weights=False`, or `algorithm="gradual"`.'
             )
         if not algorithm.uses_criterion and options.criterion is not None:
             errors.append(

@@ -12,7 +12,7 @@ from .unstructured import Unstructured
 @register_pattern("n_of_m")
 @dataclass(frozen=True)
 class NOfM(Pattern):
-    """Keep N of every M: "2:4" keeps two weights of every four (some write the number pruned; 2:4 hides the clash).
+    """Keep N of every M: "2:4" keeps two weights of every four; elsewhere N may be the number pruned.
 
     A unit is one weight, and only the M-N lowest of each group may be pruned. Below the target sparsity, 1 - N/M, the
     lowest of those are pruned first; at the target every group holds exactly N.
