@@ -94,7 +94,8 @@ def _is_plain(value: Any) -> bool:
 def elementwise_state_keys(optimizer: Any) -> set[str] | None:
     """Returns the keys of the elementwise state that an optimizer will hold of a matrix, before its first step.
 
-    A new optimizer of the same class and options takes one step on a small matrix. None if there is no such optimizer.
+    A new optimizer of the same class and options takes one step on a matrix that is large enough to be quantized, as
+    optimizers of 8 bits do from 4,096 entries on. None if there is no such optimizer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -103,7 +104,7 @@ def elementwise_state_keys(optimizer: Any) -> set[str] | None:
     """
     inner = _innermost(optimizer)
     devices = [parameter.device for group in inner.param_groups for parameter in group["params"]]
-    weight = torch.nn.Parameter(torch.zeros(2, 2, device=devices[0] if devices else "cpu"))
+    weight = torch.nn.Parameter(torch.zeros(128, 128, device=devices[0] if devices else "cpu"))
     weight.grad = torch.ones_like(weight)
     taken = inspect.signature(type(inner)).parameters
     options = {name: value for name, value in inner.defaults.items() if name in taken}

@@ -8,7 +8,7 @@ from helpers.modes import MODES, mode_params
 from safetensors.torch import load_file
 from transformers.optimization import Adafactor
 
-from hf_sparse.distributed import Shard, optimizer_state
+from hf_sparse.distributed import Shard, elementwise_state_keys, optimizer_state
 
 
 STEP = 3
@@ -88,3 +88,23 @@ def test_only_elementwise_state_is_returned(create, keys):
     assert set(found.get("0", {})) == keys
     for key, tensor in found.get("0", {}).items():
         assert tensor.data_ptr() == optimizer.state[weight][key].data_ptr()
+
+
+class Quantized(torch.Tensor):
+    """A tensor whose memory holds no plain numbers."""
+
+
+class Adam8bit(torch.optim.Adam):
+    """Quantizes the state of large weights only, as optimizers of 8 bits do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for weight, state in self.state.items():
+            if weight.numel() >= 4096:
+                state["exp_avg_sq"] = state["exp_avg_sq"].as_subclass(Quantized)
+
+
+def test_state_that_is_quantized_for_large_weights_only_is_known_before_training():
+    weights = [torch.nn.Parameter(torch.ones(2, 3))]
+    assert elementwise_state_keys(torch.optim.Adam(weights)) == {"exp_avg", "exp_avg_sq"}
+    assert elementwise_state_keys(Adam8bit(weights)) == {"exp_avg"}

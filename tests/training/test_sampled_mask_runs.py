@@ -237,3 +237,17 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, algorithm, step):
     again = make(tmp_path / "again", model=bert(7), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert same(weights(again.model), weights(whole.model))
+
+
+@pytest.mark.parametrize("options", [options_of("gumbel_sigmoid"), {"algorithm": "movement", "target_sparsity": 0.5}])
+def test_weights_that_the_loss_does_not_reach_are_named(tmp_path, caplog, options):
+    model = bert(num_hidden_layers=2)
+    model.bert.encoder.layer[0].forward = lambda states, *args, **kwargs: states
+    make(tmp_path, model=model, **options).train()
+    assert (
+        f'depend on 6 selected weights, so `algorithm` "{options["algorithm"]}" learns no mask of them: '
+        in caplog.text
+    )
+    caplog.clear()
+    make(tmp_path, model=bert(num_hidden_layers=2), **options).train()
+    assert "learns no mask" not in caplog.text

@@ -18,6 +18,7 @@ from ...engine.parameter_group import ParameterGroup
 from ...engine.pruned_values import restore_pruned, store_pruned
 from ...engine.pruner import Pruner
 from ...engine.saved_state import is_count
+from ...engine.unreached_layers import warn_of_unreached
 from ...model.layers import PrunableLayer
 from ...schedulers import PruningSchedule
 from ...selection.row_blocks import keeps_units_whole
@@ -189,6 +190,9 @@ class LearnedMaskRun(AlgorithmRun):
 
     def _prune(self, prune_step: int, step: int) -> None:
         """Selects new masks, on all ranks at once, and leaves W with their zeros in all memory of the weights."""
+        if prune_step == self.schedule.total:
+            name = self.pruner.groups[0].options.algorithm_name
+            warn_of_unreached(self.trained.untrained(), f'`algorithm` "{name}"', "learns no mask of {}")
         if self.algorithm.is_soft:
             self._store_dense()
         # Copies hold W where the optimizer has just written it, as DeepSpeed does but for steps that it skips.

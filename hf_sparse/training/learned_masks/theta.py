@@ -75,6 +75,15 @@ class TrainedTensors:
             denominator = torch.sqrt(square, out=gradient).add_(_EPS * correction)
             theta.addcdiv_(mean, denominator, value=-step_size)
 
+    def untrained(self) -> list[str]:
+        """Returns the weights that no update has given a gradient so far, although there were updates."""
+        squares = self._moments.get("exp_avg_sq", {}) if self.updates else {}
+        return [
+            name
+            for name, tensors in squares.items()
+            if any(tensor.numel() for tensor in tensors.values()) and not any(bool(t.any()) for t in tensors.values())
+        ]
+
     # Saving and resuming
 
     @property
