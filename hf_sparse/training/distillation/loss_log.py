@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 
-class LossLog:
+class LossLog(TrainerCallback):
     """Sums of the terms of the loss since the last log, on their device, so that no step waits for it.
+
+    As a callback of the trainer it starts anew whenever training begins, also when `auto_find_batch_size` repeats it.
 
     Example:
         >>> log = LossLog()
@@ -23,6 +27,10 @@ class LossLog:
         self._sums: dict[str, Tensor] = {}
         self._first_step = 0
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Drops what a failed attempt has added."""
+        self._sums = {}
+
     def add(self, terms: dict[str, Tensor], step: int) -> None:
         """Adds the terms of a part of an optimizer step.
 
@@ -30,8 +38,8 @@ class LossLog:
             terms: name -> scalar, scaled so that the terms of all parts of the step sum up to its loss.
             step: optimizer steps done so far.
         """
-        if not self._sums or step < self._first_step:
-            self._sums, self._first_step = {}, step
+        if not self._sums:
+            self._first_step = step
         for name, term in terms.items():
             term = term.detach().float()
             self._sums[name] = self._sums[name] + term if name in self._sums else term

@@ -88,13 +88,16 @@ class DistillationMixin(TrainerBase):
         if self._distills:
             with raise_on_all_ranks(Exception):  # loading a model may raise any error
                 self._distiller = self._prepare_distiller()
-            self._loss_log = LossLog()
         if resume_from_checkpoint and (self._distills or self._prunes):
             with raise_on_all_ranks(CheckpointError):
                 self._check_resumed_teacher(resume_from_checkpoint)
+        if self._distills:
+            self._loss_log = LossLog()
+            self.add_callback(self._loss_log)
         try:
             yield
         finally:
+            self.remove_callback(LossLog)
             self._distiller = None
 
     def _check_resumed_teacher(self, resume_from_checkpoint: str | bool) -> None:

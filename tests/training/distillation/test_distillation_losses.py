@@ -200,6 +200,32 @@ def test_terms_are_logged_as_means_over_the_steps_of_an_interval(tmp_path, teach
         assert [log[name] for log in logs[1]] == [pytest.approx(mean, rel=1e-5) for mean in means]
 
 
+class OutOfMemory(SparseTrainer):
+    """A batch fails once after its terms were added, in the step that `fails_at` says."""
+
+    fails_at: int | None = None
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step == self.fails_at:
+            self.fails_at = None
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_terms_of_an_attempt_that_ran_out_of_memory_are_not_logged(tmp_path, teachers, fails_at):
+    options = {"max_steps": 4, "mean": True, "learning_rate": 0.0, "logging_steps": 4, "auto_find_batch_size": True}
+    trainer = make(tmp_path, "classification", teachers("classification"), OutOfMemory, **options)
+    trainer.fails_at, count = fails_at, len(trainer.callback_handler.callbacks)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    terms = [log[name] for name in ("loss_task", "loss_distill", "loss_hidden")]
+    expected = sum(weight * term for weight, term in zip((1 - ALPHA, ALPHA, HIDDEN), terms, strict=True))
+    assert trainer.fails_at is None and log["loss"] == pytest.approx(expected, rel=1e-5)
+    assert len(trainer.callback_handler.callbacks) == count
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_seq2seq_trainer_distills(tmp_path, teachers, smoothing):
     def with_decoder_inputs(rows):
