@@ -23,10 +23,9 @@ class DynamicSparsity(Algorithm):
     3. of the units that are kept, the lowest `exchanged_fraction` is pruned as well, and as many of all pruned units
        return: the highest by `growth`, among them those that were pruned just now.
 
-    The sparsity after each prune step is exact. Weights that return start at +0.0 and with a momentum of 0; running
-    means of squared gradients, as of Adam, go on, since gradients are dense. With N:M, step 3 prunes the lowest
-    without regard to their groups, and each group that is left with fewer than N weights gains as many as it lacks, by
-    the scores of its own weights.
+    The sparsity after each prune step is exact. Weights that return start at +0.0, and the optimizer's state for them
+    at 0. With N:M, step 3 prunes the lowest without regard to their groups, and each group that is left with fewer
+    than N weights gains as many as it lacks, by the scores of its own weights.
 
     Masks follow from weights, gradients and positions alone, and are the same on any number of ranks.
 

@@ -13,7 +13,7 @@ from hf_sparse.algorithms import DynamicSparsity
 from hf_sparse.algorithms.growth import RandomGrowth
 
 
-MOMENTUM = {"sgd": "momentum_buffer"}
+MOMENTS = {"sgd": ("momentum_buffer",)}
 
 
 class Watch(TrainerCallback):
@@ -32,11 +32,9 @@ class Watch(TrainerCallback):
         for name, mask in pruner.masks.items():
             returned = mask & ~self.kept[name]
             assert exactly_positive_zero(parameters[name], mask & ~returned), name
-            state = optimizer.state[parameters[name]]
-            momentum = state[MOMENTUM.get(self.optim, "exp_avg")]
-            assert not momentum[returned].any() and momentum[mask & ~returned].any(), name
-            # Of Adam's step, which would be far too long otherwise.
-            assert "exp_avg_sq" not in state or state["exp_avg_sq"][returned].all(), name
+            moments = optimizer.state[parameters[name]]
+            for key in MOMENTS.get(self.optim, ("exp_avg", "exp_avg_sq")):
+                assert not moments[key][returned].any() and moments[key][mask & ~returned].any(), (name, key)
             self.kept[name], count = mask, count + int(returned.sum())
         self.returned.append(count)
         self.sparsities.append(round(pruner.masked_sparsity(), 4))
