@@ -19,6 +19,8 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
     T^2 * sum_c p_c * (log p_c - log q_c), p = softmax(teacher / T), q = softmax(student / T)
 
+    A class that the teacher gives the probability 0 (a logit of -inf) adds 0, whatever the student gives it.
+
     Args:
         student, teacher: logits (..., classes), of any floating dtype; computed in float32.
         temperature: T, above 0.
@@ -51,7 +53,7 @@ class _Divergence(torch.autograd.Function):
             log_p = functional.log_softmax(others[part].float() / temperature, dim=-1)
             log_q = functional.log_softmax(rows[part].float() / temperature, dim=-1)
             p = log_p.exp()
-            values[part] = torch.linalg.vecdot(p, log_p.sub_(log_q))
+            values[part] = torch.linalg.vecdot(p, _zero_without(p, log_p.sub_(log_q)))
             gradient[part] = log_q.exp_().sub_(p).mul_(temperature)
         ctx.save_for_backward(gradient.view(student.shape))
         return values.mul_(temperature**2).view(student.shape[:-1])
@@ -61,6 +63,12 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer[..., None].to(gradient.dtype), None, None
+
+
+def _zero_without(probabilities: Tensor, values: Tensor) -> Tensor:
+    """Returns the values, with 0 where the probability is 0: there they may be infinite or NaN. NaN stays elsewhere."""
+    # torch.where(probabilities > 0, values, 0) in one pass.
+    return torch.ops.aten.threshold_backward(values, probabilities, 0)
 
 
 def binary_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -35,6 +35,25 @@ def test_the_divergence_of_half_precision_is_computed_in_float32():
     assert torch.equal(divergence(student, teacher, 2.0), divergence(student.float(), teacher.float(), 2.0))
 
 
+@pytest.mark.parametrize("excluded", [-math.inf, 0.5])
+def test_classes_without_probability_add_nothing_to_the_divergence(excluded):
+    """A class that the teacher excludes: the student does too, or gives it a logit."""
+    student = tensor([[1.0, 2.0, excluded]], requires_grad=True)
+    found = divergence(student, tensor([[1.0, 3.0, -math.inf]]), 2.0)
+    found.sum().backward()
+    q, p = softmax(student[0].tolist(), 2.0), softmax([1.0, 3.0, -math.inf], 2.0)
+    expected = 4 * sum(a * (math.log(a) - math.log(b)) for a, b in zip(p[:2], q[:2], strict=True))
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(student.grad, 2.0 * (tensor([q]) - tensor([p])))
+
+
+def test_the_divergence_hides_no_nan_and_no_impossible_class():
+    teacher = tensor([0.0, 1.0, -math.inf])
+    assert divergence(tensor([0.0, math.nan, 0.0]), teacher, 2.0).isnan()
+    assert divergence(tensor([0.0, 1.0, 0.0]), tensor([0.0, math.nan, 0.0]), 2.0).isnan()
+    assert divergence(tensor([0.0, -math.inf, 0.0]), teacher, 2.0).item() == math.inf
+
+
 def test_the_cross_entropy_of_several_labels():
     q, p = (1 / (1 + math.exp(-value / 2)) for value in (0.7, -1.1))
     expected = -4 * (p * math.log(q) + (1 - p) * math.log(1 - q))
