@@ -73,11 +73,14 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
 
     Args:
         student, teacher: hidden states, the embeddings first, which do not count.
-        mask: (rows, tokens), see `relative_error`; it counts where the states are of tokens.
+        mask: (rows, tokens), see `relative_error`; it counts where the states are of tokens. Of multiple choice
+            (rows, choices, tokens), with states of (rows * choices, tokens, size).
 
     Raises:
         ValueError: the hidden states differ in size.
     """
+    if mask is not None and mask.ndim == 3:
+        mask = mask.flatten(0, 1)
     errors = []
     for layer, other in layer_pairs(len(student) - 1, len(teacher) - 1):
         found, expected = student[layer], teacher[other].to(student[layer].device)

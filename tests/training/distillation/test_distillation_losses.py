@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from helpers.distillation import LENGTHS, TASKS, collate
-from helpers.tiny import arguments
+from helpers.tiny import arguments, bert
 from torch.nn import functional
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import BertForMultipleChoice, Seq2SeqTrainer, Trainer
 
 from hf_sparse import SparseSeq2SeqTrainer, SparseSeq2SeqTrainingArguments, SparseTrainer, SparseTrainerMixin
 from hf_sparse.training.distillation.logits import LogitsLoss
@@ -145,6 +145,41 @@ def test_a_step_of_every_task_is_that_of_the_formula(tmp_path, teachers, task, s
         return
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
     check_step(trainer, dict(student.named_parameters()), gradients)
+
+
+def test_the_padding_of_choices_does_not_count(tmp_path):
+    def model(seed, layers):
+        config = bert(num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).config
+        torch.manual_seed(seed)
+        return BertForMultipleChoice(config)
+
+    tokens, mask = torch.randint(3, 40, (2, 3, 8)), torch.ones(2, 3, 8, dtype=torch.long)
+    for place, length in enumerate((3, 8, 5, 6, 2, 7)):
+        mask[place // 3, place % 3, length:] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([0, 2])}
+    model(5, 4).save_pretrained(tmp_path / "teacher")
+    given = {"max_steps": 1, "distill_teacher": str(tmp_path / "teacher"), "per_device_train_batch_size": 2}
+    student, args = model(0, 2), arguments(tmp_path, remove_unused_columns=False, **OPTIONS, **given)
+    with torch.no_grad():
+        outputs, others = (each(**batch, output_hidden_states=True) for each in (student, model(5, 4).eval()))
+    flat = {"attention_mask": mask.flatten(0, 1)}
+    expected = expected_hidden("choices", outputs, others, flat).item()
+    trainer = SparseTrainer(student, args, train_dataset=[{"row": 0}, {"row": 1}], data_collator=lambda rows: batch)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss_hidden"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_checkpointed_activations_change_no_term(tmp_path, teachers):
+    logs, calls = [], []
+    for checkpointed in (False, True):
+        options = {"gradient_checkpointing": checkpointed, "max_steps": 3, "learning_rate": 0.1}
+        trainer = make(tmp_path, "causal", teachers("causal"), **options)
+        trainer.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, run=checkpointed: calls.append(run))
+        trainer.train()
+        logs.append([{name: log[name] for name in log if "loss" in name} for log in trainer.state.log_history[:3]])
+    assert (calls.count(False), calls.count(True)) == (3, 6)  # each step computes them again
+    assert len(logs[0][0]) == 4 and logs[0][0] != logs[0][2]
+    assert all(found == pytest.approx(expected, rel=1e-5) for found, expected in zip(*logs, strict=True))
 
 
 class Smoothed:
