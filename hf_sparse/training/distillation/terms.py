@@ -66,7 +66,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _zero_without(probabilities: Tensor, values: Tensor) -> Tensor:
-    """Returns the values, with 0 where the probability is 0: there they may be infinite or NaN. NaN stays elsewhere."""
+    """Returns the values, with 0 where the probability is 0, also in place of NaN and infinity."""
     # torch.where(probabilities > 0, values, 0) in one pass.
     return torch.ops.aten.threshold_backward(values, probabilities, 0)
 
