@@ -101,7 +101,7 @@ def reaches_target_at_once(options: Mapping[str, Any]) -> bool:
     if _value(options, "algorithm") != DEFAULT_ALGORITHM:
         return False
     scheduler = options.get("scheduler")
-    at_once = scheduler in SCHEDULERS and SCHEDULERS[scheduler].reaches_target_at_once
+    at_once = isinstance(scheduler, str) and scheduler in SCHEDULERS and SCHEDULERS[scheduler].reaches_target_at_once
     return at_once or _value(options, "prune_start") == _value(options, "prune_end")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -52,6 +53,29 @@ def check_fit(options: DistillationOptions, student: nn.Module, teacher: nn.Modu
     errors = list(_differences(options, type(student).__name__.removeprefix("FSDP"), mine, other))
     if errors:
         raise TeacherError("\n".join(errors))
+
+
+def check_hidden_states(student: nn.Module, teacher: nn.Module) -> None:
+    """Checks that both models can be asked for their hidden states.
+
+    Raises:
+        TeacherError: a forward does not take output_hidden_states.
+
+    Example:
+        >>> check_hidden_states(nn.Linear(2, 2), nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ...
+        hf_sparse.training.distillation.teacher.TeacherError: `distill_hidden` compares hidden states, but the \
+forward of the model (Linear) does not take output_hidden_states: add it, or leave `distill_hidden` out.
+    """
+    for kind, model in {"model": student, "teacher": teacher}.items():
+        parameters = inspect.signature(model.forward).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        if not takes_all and "output_hidden_states" not in parameters:
+            raise TeacherError(
+                f"`distill_hidden` compares hidden states, but the forward of the {kind} ({type(model).__name__}) "
+                "does not take output_hidden_states: add it, or leave `distill_hidden` out."
+            )
 
 
 def _differences(
@@ -122,17 +146,22 @@ def _named_labels(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def check_tokenizer(name: str, tokenizer: Any, token: str | None = None) -> None:
-    """Compares the tokenizer of a run with the one beside the teacher, if there is one.
+    """Compares the tokenizer of a run, or of its processor, with the one beside the teacher, if there is one.
 
     Raises:
         TeacherError: a number means different tokens.
     """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     try:
         other = AutoTokenizer.from_pretrained(name, **({"token": token} if token else {}))
     except (OSError, ValueError, ImportError, KeyError) as error:
-        logger.info("`distill_teacher` %s has no tokenizer to compare: %s", name, error)
+        logger.warning(
+            "`distill_teacher` %s has no tokenizer to compare with that of the model, and must have the same. (%s)",
+            name,
+            error,
+        )
         return
     mine, theirs = ({number: word for word, number in each.get_vocab().items()} for each in (tokenizer, other))
     differing = sorted(number for number in mine.keys() & theirs.keys() if mine[number] != theirs[number])

@@ -17,7 +17,7 @@ from ...distributed import build_shards, raise_on_all_ranks
 from ..callback import SparsityCallback
 from ..resume import CheckpointError
 from .distiller import Distiller
-from .fit import check_fit, check_tokenizer, shifts_labels
+from .fit import check_fit, check_hidden_states, check_tokenizer, shifts_labels
 from .logits import ItemLoss, LogitsLoss
 from .loss_log import LossLog
 from .state_file import DistillationState, read_state
@@ -127,6 +127,8 @@ class DistillationMixin(TrainerBase):
         options = (config.distill_teacher, config.distill_teacher_dtype)
         if self.teacher is None or self._teacher_options != options:
             self.teacher, self._teacher_options = self.load_teacher(), options
+        if config.distill_hidden:
+            check_hidden_states(student, self.teacher)
         self.teacher.to(self.args.device)
         problem_type = getattr(getattr(student, "config", None), "problem_type", None)
         compare = LogitsLoss(float(config.distill_temperature or 1), shifts_labels(student), problem_type)

@@ -187,6 +187,31 @@ def test_a_teacher_that_cannot_be_loaded_or_lacks_its_head_is_refused(tmp_path):
         distilled(tmp_path, other(tmp_path, BertModel)).train()
 
 
+class WithoutStates(nn.Module):
+    """Gives logits only."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert = bert(seed=5)
+
+    def forward(self, input_ids, attention_mask=None):
+        return {"logits": self.bert(input_ids, attention_mask).logits}
+
+
+class TrainerWithOwnTeacher(SparseTrainer):
+    def load_teacher(self):
+        return WithoutStates()
+
+
+def test_a_teacher_that_gives_no_hidden_states_is_refused(tmp_path):
+    options = {"distill_teacher": "own", "max_steps": 2}
+    make(tmp_path, TrainerWithOwnTeacher, model=bert(), **options).train()
+    trainer = make(tmp_path, TrainerWithOwnTeacher, model=bert(), distill_hidden=1.0, **options)
+    with pytest.raises(TeacherError, match=r"the forward of the teacher \(WithoutStates\) does not take"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_another_tokenizer_is_refused(tmp_path, teacher):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(35))]
     tokenizers = [
