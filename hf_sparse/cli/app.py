@@ -169,8 +169,8 @@ def methods(
     """List the methods of pruning and training: what each does, its options and their defaults, and its paper.
 
     A method is selected by the option of its family, as in `--criterion snip_momentum`; its own options are given as
-    JSON, as in `--criterion_kwargs '{"decay": 0.95}'`. Terms of the `loss`
-    with a teacher follow from the task. Methods of plug-ins are listed as well.
+    JSON, as in `--criterion_kwargs '{"decay": 0.95}'`. Terms of the `loss` with a teacher follow
+    from the task. Methods of plug-ins are listed as well.
     """
     from .catalogue import read_catalogue
     from .methods import print_catalogue

@@ -370,14 +370,17 @@ class PruningOptions:
     def drop_unused_scopes(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the options of a file of an earlier version, which took scopes without effect, without them."""
         shared = cls.defaults | {name: value for name, value in values.items() if value is not None}
-        groups = values["groups"] if mappings(values["groups"]) else {"": {}}
-        dropped = {
-            name: {**group, **({"scope": None} if "scope" in group else {})}
-            for name, group in groups.items()
-            if isinstance(group, Mapping) and cls.ignores_scope(SimpleNamespace(**merge_group_options(shared, group)))
-        }
-        kept = {} if len(dropped) < len(groups) else {"scope": None}
-        return {**values, **kept, "groups": {**groups, **dropped} if "" not in groups else values["groups"]}
+        groups = values["groups"]
+
+        def is_ignored(group: Mapping[str, Any]) -> bool:
+            return cls.ignores_scope(SimpleNamespace(**merge_group_options(shared, group)))
+
+        if not mappings(groups):
+            return {**values, "scope": None} if is_ignored({}) else dict(values)
+        ignoring = [name for name, group in groups.items() if isinstance(group, Mapping) and is_ignored(group)]
+        without = {name: {**groups[name], "scope": None} for name in ignoring if "scope" in groups[name]}
+        inherited = {"scope": None} if len(ignoring) == len(groups) else {}
+        return {**values, **inherited, "groups": {**groups, **without}}
 
     @classmethod
     def _drop_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..calibration.batches import call_model
 
 
 class ModelMetric(ABC):
-    """A metric of the models of one kind.
+    """Base class of evaluation metrics. Each is for one kind of models, such as classifiers.
 
     Each batch is measured on one rank. The measurements are gathered in the order of the batches, and every rank
     computes the values from all of them, so that the number of ranks changes no value.

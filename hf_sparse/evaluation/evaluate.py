@@ -89,7 +89,8 @@ def evaluate_model(
 
 
 def reference_outputs(model: nn.Module, batches: Sequence[Any]) -> list[torch.Tensor] | None:
-    """Computes what `evaluate_model` compares a model without a task head with, before it is pruned.
+    """Computes the embeddings of a dense model without a task head, with which `evaluate_model` compares those of the
+    pruned model.
 
     Args:
         model: the dense model, left in the mode that it was in.

@@ -51,7 +51,7 @@ _WARM_UP, _MIN_ROUNDS, _MAX_ROUNDS = 2, 5, 200
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model takes up.
+    """Number of parameters, file size and peak memory of a model.
 
     Args:
         name: the folder or Hub name.

@@ -70,7 +70,7 @@ class _RowSlice:
 
 
 class LayerScores:
-    """The `Scores` of one layer, and the mask of the layer that a selection of its units writes.
+    """Scores the units of one layer, for a threshold to be found, and writes the mask of the units that it selects.
 
     The score of a unit is pooled from the scores of its weights by the pattern. Units that are already pruned score
     -inf, so that they are selected first; units that the pattern protects score +inf. Scores are computed in chunks

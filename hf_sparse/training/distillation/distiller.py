@@ -14,6 +14,18 @@ from .hidden import hidden_loss
 from .logits import IGNORED, ItemLoss, LogitsLoss
 
 
+def forward_arguments(model: nn.Module) -> set[str] | None:
+    """Returns the names of the arguments that the forward of a model takes; None where it takes any (**kwargs).
+
+    Example:
+        >>> forward_arguments(nn.Linear(2, 2))
+        {'input'}
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if takes_all else set(parameters)
+
+
 class Distiller:
     """Runs the teacher of a run, and compares the outputs of a student with its own.
 
@@ -34,9 +46,7 @@ class Distiller:
         config = getattr(teacher, "config", None)
         self._is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self._label_names = {*label_names, "shift_labels", "num_items_in_batch"}
-        parameters = inspect.signature(teacher.forward).parameters
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        self._accepted = None if takes_all else set(parameters)
+        self._accepted = forward_arguments(teacher)
         self._dtype = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), torch.float32)
         for part in {id(part): part for part in (config, _text_config(config)) if part is not None}.values():
             if hasattr(part, "use_cache"):

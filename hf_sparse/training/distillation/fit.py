@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.models.auto import modeling_auto
 
 from ...config.distillation import DistillationOptions
+from .distiller import forward_arguments
 from .teacher import TeacherError
 
 
@@ -69,9 +69,8 @@ def check_hidden_states(student: nn.Module, teacher: nn.Module) -> None:
 forward of the model (Linear) does not take output_hidden_states: add it, or leave `distill_hidden` out.
     """
     for kind, model in {"model": student, "teacher": teacher}.items():
-        parameters = inspect.signature(model.forward).parameters
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        if not takes_all and "output_hidden_states" not in parameters:
+        accepted = forward_arguments(model)
+        if accepted is not None and "output_hidden_states" not in accepted:
             raise TeacherError(
                 f"`distill_hidden` compares hidden states, but the forward of the {kind} ({type(model).__name__}) "
                 "does not take output_hidden_states: add it, or leave `distill_hidden` out."

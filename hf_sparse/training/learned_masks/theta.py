@@ -76,7 +76,8 @@ class TrainedTensors:
             theta.addcdiv_(mean, denominator, value=-step_size)
 
     def untrained(self) -> list[str]:
-        """Returns the weights that no update has given a gradient so far, although there were updates."""
+        """Returns the names of weights whose gradients were missing or zero in all updates so far; none before the
+        first update."""
         squares = self._moments.get("exp_avg_sq", {}) if self.updates else {}
         return [
             name
